@@ -1,0 +1,234 @@
+"""One layer of the cache: its slots, the statistics that attention leaves on them, its budget and its threshold.
+
+Shape legend: B rows, Hq query heads, Hkv key/value heads, n tokens of a chunk, S slots, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2o_dist.attention.prefill import chunk_attention, prompt_rates
+from d2o_dist.cache.rows import Rows, is_uniform, live_mask
+from d2o_dist.cache.store import SlotStore
+from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.core.statistics import column_sum_variance, group_sum
+from d2o_dist.core.types import D2OState, stats_dtype
+from d2o_dist.kernels.column_sums import column_sums
+from d2o_dist.kernels.decode_attention import decode_attention
+from d2o_dist.kernels.prefill_attention import prefill_attention
+
+
+@dataclass
+class QueryWindow:
+    """The last queries of the running prefill and their lse, per row: [Hq, <= rate_window, D] and [Hq, ...]."""
+
+    queries: list[Tensor]
+    lse: list[Tensor]
+    scale: float
+
+
+class FullLayer:
+    """A layer that attends to everything before it, and is compressed.
+
+    Attributes:
+        store: the slots.
+        slot_budgets: per row the slots `S_l` it is evicted to; None before finalize and for a protected layer.
+        state: threshold and counts.
+    """
+
+    def __init__(self, batch: int, config: D2OConfig) -> None:
+        self.config = config
+        self.store = SlotStore(batch)
+        self.slot_budgets: list[int] | None = None
+        self.state = D2OState()
+        self._window: QueryWindow | None = None
+        # Per query head, [B, Hq, S]: only the first prefill needs them, for its dispersions.
+        self._column_sums: Tensor | None = None
+        self._first_prefill = True
+
+    # ---- attention ---------------------------------------------------------------------------------------------
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
+        """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
+        start = list(self.store.kv_len)
+        self.store.append(k, v, rows, num_seen)
+        self._grow_column_sums(q)
+        if rows.index is None and is_uniform(start):
+            return self._prefill_rows(slice(None), q, start[0], scale)
+        out = torch.zeros_like(q)
+        for row in range(rows.batch):
+            if rows.counts[row]:
+                part = self._prefill_rows(slice(row, row + 1), rows.pick(q, row), start[row], scale)
+                rows.put(out, row, part)
+        return out
+
+    def _prefill_rows(self, group: slice, q: Tensor, start: int, scale: float) -> Tensor:
+        """Rows of equal length: attend, add up the column sums, remember the last queries."""
+        config, slots = self.config, self.store.slots
+        here = slice(0, start + q.shape[2])
+        keys, values = slots.keys[group, :, here], slots.values[group, :, here]
+        log_mass = slots.log_mass[group, :, here] if config.merge == "mass" and not self._first_prefill else None
+        out, lse = chunk_attention(q, keys, values, scale, log_mass=log_mass)
+        if config.needs_column_sums:
+            sums = column_sums(q, keys, lse, scale, q_start=start, bias=log_mass)
+            slots.scores[group, :, here] += group_sum(sums, keys.shape[1])
+            if self._column_sums is not None:
+                self._column_sums[group, :, here] += sums
+        if config.needs_rates:
+            self._remember(group, q, lse, scale)
+        return out
+
+    def _remember(self, group: slice, q: Tensor, lse: Tensor, scale: float) -> None:
+        """Keep the last `rate_window` queries of each row; copies, so that the chunk itself can be freed."""
+        rows = range(*group.indices(len(self.store.kv_len)))
+        if self._window is None:
+            batch = len(self.store.kv_len)
+            self._window = QueryWindow([q.new_empty(q.shape[1], 0, q.shape[3])] * batch, [lse[0, :, :0]] * batch, scale)
+        last = self.config.rate_window
+        for local, row in enumerate(rows):
+            self._window.queries[row] = torch.cat([self._window.queries[row], q[local, :, -last:]], 1)[:, -last:].clone()
+            self._window.lse[row] = torch.cat([self._window.lse[row], lse[local, :, -last:]], 1)[:, -last:].clone()
+
+    def _grow_column_sums(self, q: Tensor) -> None:
+        if not (self._first_prefill and self.config.needs_column_sums):
+            return
+        width = max(self.store.kv_len)
+        grown = torch.zeros(q.shape[0], q.shape[1], width, dtype=stats_dtype(q.dtype), device=q.device)
+        if self._column_sums is not None:
+            grown[:, :, : self._column_sums.shape[-1]] = self._column_sums
+        self._column_sums = grown
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
+        """Append one token a row, attend over all live slots, and score them by what they got: [B, Hq, 1, D]."""
+        config = self.config
+        self.store.append(k, v, rows, num_seen)
+        slots, kv_len = self.store.slots, self.store.kv_len
+        device = q.device
+        valid = live_mask(kv_len, slots.positions.shape[-1], device)
+        log_mass = slots.log_mass if config.merge == "mass" else None
+        out, _, probs = decode_attention(q[:, :, 0], slots.keys, slots.values, scale, valid=valid, log_mass=log_mass)
+        if rows.index is not None:
+            present = torch.tensor(rows.counts, device=device).bool()
+            out = out * present[:, None, None]
+            probs = probs * present[:, None, None]
+        if config.needs_column_sums:
+            slots.scores.add_(probs)
+        if config.needs_rates:
+            decay = 1 / config.rate_window
+            newest = torch.tensor(kv_len, device=device)[:, None, None] - 1
+            is_new = torch.arange(slots.rates.shape[-1], device=device) == newest
+            aged = slots.rates * (1 - decay) + probs * decay
+            fresh = torch.where(is_new, probs, aged)
+            slots.rates.copy_(fresh if rows.index is None else torch.where(present[:, None, None], fresh, slots.rates))
+        return out.unsqueeze(2)
+
+    # ---- what finalize reads ------------------------------------------------------------------------------------
+
+    def variances(self, row: int) -> Tensor:
+        """[Hq] variance of the row's column sums, of the first prefill."""
+        assert self._column_sums is not None
+        return column_sum_variance(self._column_sums[row, :, : self.store.kv_len[row]])
+
+    def finish_prefill(self) -> None:
+        """Turn the last queries of this prefill into the rates of all slots, and free what only a prefill needs."""
+        slots = self.store.slots
+        if self._window is not None:
+            for row, (queries, lse) in enumerate(zip(self._window.queries, self._window.lse, strict=True)):
+                count = self.store.kv_len[row]
+                if queries.shape[1] == 0:
+                    continue
+                mass = slots.log_mass[row : row + 1, :, :count] if self.config.merge == "mass" else None
+                slots.rates[row : row + 1, :, :count] = prompt_rates(
+                    queries[None], lse[None], slots.keys[row : row + 1, :, :count], self._window.scale, log_mass=mass
+                )
+        self._window = None
+        self._column_sums = None
+        self._first_prefill = False
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index`, in that order, repeated where repeated."""
+        host = index.tolist()
+        self.store.select_rows(index)
+        self.state = self.state.map(lambda t: t.index_select(0, index.to(t.device)))
+        if self.slot_budgets is not None:
+            self.slot_budgets = [self.slot_budgets[row] for row in host]
+        if self._window is not None:
+            self._window.queries = [self._window.queries[row] for row in host]
+            self._window.lse = [self._window.lse[row] for row in host]
+        if self._column_sums is not None:
+            self._column_sums = self._column_sums.index_select(0, index.to(self._column_sums.device))
+
+
+class WindowLayer:
+    """A layer that attends to its last `window` tokens only. It holds them, and is never compressed.
+
+    Attributes:
+        store: the slots; a few more than the window between trims.
+        window: tokens a query sees, itself included.
+    """
+
+    # Tokens that may pile up before the window is moved to the front of the buffers again.
+    SLACK = 64
+
+    def __init__(self, batch: int, window: int) -> None:
+        self.store = SlotStore(batch)
+        self.window = window
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
+        """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
+        start = list(self.store.kv_len)
+        self.store.append(k, v, rows, num_seen)
+        slots = self.store.slots
+        out = torch.zeros_like(q)
+        uniform = rows.index is None and is_uniform(start)
+        for row in range(1 if uniform else rows.batch):
+            if not rows.counts[row]:
+                continue
+            group = slice(None) if uniform else slice(row, row + 1)
+            here = slice(0, start[row] + rows.counts[row])
+            queries = q if uniform else rows.pick(q, row)
+            part, _ = prefill_attention(
+                queries, slots.keys[group, :, here], slots.values[group, :, here], scale,
+                q_start=start[row], window=self.window,
+            )  # fmt: skip
+            if uniform:
+                out = part
+            else:
+                rows.put(out, row, part)
+        self._trim()
+        return out
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
+        """Append one token a row and attend over the window: [B, Hq, 1, D]."""
+        self.store.append(k, v, rows, num_seen)
+        slots, kv_len = self.store.slots, self.store.kv_len
+        slot = torch.arange(slots.positions.shape[-1], device=q.device)
+        end = torch.tensor(kv_len, device=q.device)[:, None]
+        valid = (slot < end) & (slot >= end - self.window)
+        out, _, _ = decode_attention(q[:, :, 0], slots.keys, slots.values, scale, valid=valid)
+        if rows.index is not None:
+            out = out * torch.tensor(rows.counts, device=q.device)[:, None, None]
+        if max(kv_len) >= self.window + self.SLACK:
+            self._trim()
+        return out.unsqueeze(2)
+
+    def _trim(self) -> None:
+        """Keep the last `window - 1` tokens of each row: what the next query sees beside itself."""
+        kept = [min(count, self.window - 1) for count in self.store.kv_len]
+        if kept == self.store.kv_len:
+            return
+        slots = self.store.slots
+        device = slots.positions.device
+        width = max(kept)
+        slot = torch.arange(width, device=device)
+        first = torch.tensor([n - m for n, m in zip(self.store.kv_len, kept, strict=True)], device=device)
+        valid = slot < torch.tensor(kept, device=device)[:, None, None]
+        index = ((first[:, None, None] + slot) * valid).expand(-1, slots.positions.shape[1], -1)
+        self.store.replace(slots.take(index, valid), kept, capacity=self.window + self.SLACK)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index`, in that order, repeated where repeated."""
+        self.store.select_rows(index)

@@ -1,0 +1,191 @@
+"""What a cache was asked to keep and what it holds: numbers, a table, a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2o_dist.cache.layer import FullLayer
+from d2o_dist.cache.sequence import CompressedCache
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. Per-row lists are in the order of the batch; tokens are counted per KV head.
+
+    Attributes:
+        layer: index in the model; kind: `compressed`, `protected` or `sliding`.
+        num_heavy, num_recent: the budget of each row; None before finalize and for layers that are never evicted.
+        kv_len: slots held by each row.
+        dispersion: statistic that the budget came from, per row; None if the allocation does not use it.
+        threshold: moving similarity threshold per row; None before the first eviction of a row.
+        num_merged, num_dropped: evicted tokens folded into others or lost so far, over all rows and KV heads.
+        num_bytes, full_bytes: keys and values held, and what an uncompressed cache would hold.
+    """
+
+    layer: int
+    kind: str
+    num_heavy: list[int] | None
+    num_recent: list[int] | None
+    kv_len: list[int]
+    dispersion: list[float] | None
+    threshold: list[float | None]
+    num_merged: int
+    num_dropped: int
+    num_bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """The whole cache.
+
+    Attributes:
+        requested_keep_ratio: `keep_ratio`, or `keep_tokens` over the tokens seen at the last finalize.
+        achieved_keep_ratio: tokens held over tokens seen, in the layers that are compressed or protected.
+        held_bytes, full_bytes: keys and values of all layers, sliding windows included in both as they are.
+        allocated_bytes: all buffers: room to grow, positions and statistics included.
+        num_seen_tokens: per row, padding not counted.
+    """
+
+    phase: str
+    requested_keep_ratio: float | None
+    achieved_keep_ratio: float
+    held_bytes: int
+    full_bytes: int
+    allocated_bytes: int
+    num_seen_tokens: list[int]
+    layers: list[LayerReport]
+
+    @property
+    def compression_ratio(self) -> float:
+        """Fraction of the tokens removed."""
+        return 1 - self.achieved_keep_ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, for JSON."""
+        return {**dataclasses.asdict(self), "compression_ratio": self.compression_ratio}
+
+    def __str__(self) -> str:
+        asked = "-" if self.requested_keep_ratio is None else f"{self.requested_keep_ratio:.4f}"
+        lines = [
+            f"keep ratio: requested {asked}, achieved {self.achieved_keep_ratio:.4f}   phase: {self.phase}   "
+            f"tokens seen: {_brief(self.num_seen_tokens)}",
+            f"bytes: {_mib(self.held_bytes)} held of {_mib(self.full_bytes)} full "
+            f"({_mib(self.allocated_bytes)} allocated)",
+            f"{'layer':>5} {'kind':<10} {'heavy':>9} {'recent':>9} {'held':>9} {'dispersion':>10} {'threshold':>9} "
+            f"{'merged':>8} {'dropped':>8} {'MiB':>8}",
+        ]
+        for layer in self.layers:
+            lines.append(
+                f"{layer.layer:>5} {layer.kind:<10} {_brief(layer.num_heavy):>9} {_brief(layer.num_recent):>9} "
+                f"{_brief(layer.kv_len):>9} {_brief(layer.dispersion):>10} {_brief(layer.threshold):>9} "
+                f"{layer.num_merged:>8} {layer.num_dropped:>8} {layer.num_bytes / 2**20:>8.2f}"
+            )
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw budgets and dispersion by layer into an image file (mean over rows). Needs matplotlib.
+
+        Raises:
+            ImportError: matplotlib is not installed (extra `demo`).
+        """
+        from matplotlib.figure import Figure
+
+        index = [layer.layer for layer in self.layers]
+        held = [sum(layer.kv_len) / max(len(layer.kv_len), 1) for layer in self.layers]
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        left = figure.add_subplot()
+        colors = {"compressed": "#4878a8", "protected": "#c08040", "sliding": "#a0a0a0"}
+        for kind, color in colors.items():
+            bars = [(i, h) for i, h, layer in zip(index, held, self.layers, strict=True) if layer.kind == kind]
+            if bars:
+                left.bar(*zip(*bars, strict=True), color=color, label=kind)
+        left.set(xlabel="layer", ylabel="slots held (mean over rows)")
+        left.set_title(f"achieved keep ratio {self.achieved_keep_ratio:.3f}, seen {_brief(self.num_seen_tokens)} tokens")
+        points = [(layer.layer, sum(layer.dispersion) / len(layer.dispersion)) for layer in self.layers if layer.dispersion]
+        if points:
+            right = left.twinx()
+            right.plot(*zip(*points, strict=True), color="#b03030", marker="o", markersize=3, label="dispersion")
+            right.set_ylabel("dispersion")
+            right.legend(loc="upper right")
+        left.legend(loc="upper left")
+        path = Path(path)
+        figure.savefig(path)
+        return path
+
+
+def make_report(cache: CompressedCache) -> CacheReport:
+    """The report of a cache as it stands."""
+    reports = [_layer_report(cache, index) for index in range(len(cache.layers))]
+    counted = [report for report in reports if report.kind != "sliding"]
+    seen = sum(cache.num_seen) * len(counted)
+    held = sum(sum(report.kv_len) for report in counted)
+    config = cache.config
+    requested = config.keep_ratio
+    if requested is None and cache.plans:
+        tokens = sum(plan.num_tokens for plan in cache.plans)
+        requested = min(1.0, config.keep_tokens * len(cache.plans) / tokens)
+    return CacheReport(
+        phase=cache.phase,
+        requested_keep_ratio=requested,
+        achieved_keep_ratio=held / seen if seen else 1.0,
+        held_bytes=sum(report.num_bytes for report in reports),
+        full_bytes=sum(report.full_bytes for report in reports),
+        allocated_bytes=sum(layer.store.num_allocated_bytes for layer in cache.layers),
+        num_seen_tokens=list(cache.num_seen),
+        layers=reports,
+    )
+
+
+def _layer_report(cache: CompressedCache, index: int) -> LayerReport:
+    layer = cache.layers[index]
+    store, seen = layer.store, cache.num_seen
+    held = sum(store.kv_len)
+    per_token = store.num_bytes // held if held else 0
+    if not isinstance(layer, FullLayer):
+        kept = [min(count, layer.window - 1) for count in seen]
+        return LayerReport(
+            index, "sliding", None, None, list(store.kv_len), None, [None] * len(seen), 0, 0,
+            store.num_bytes, per_token * sum(kept),
+        )  # fmt: skip
+    state, position = layer.state, cache.full_layers.index(index)
+    budgets = layer.slot_budgets
+    splits = None if budgets is None else [cache.config.split(slots) for slots in budgets]
+    dispersion = [p.dispersions[position] for p in cache.plans if p.dispersions] if cache.plans else []
+    protected = cache.plans is not None and budgets is None
+    threshold = [None] * len(seen) if state.threshold is None else [
+        None if value != value else value for value in state.threshold.tolist()
+    ]  # fmt: skip
+    return LayerReport(
+        layer=index,
+        kind="protected" if protected else "compressed",
+        num_heavy=None if splits is None else [heavy for heavy, _ in splits],
+        num_recent=None if splits is None else [recent for _, recent in splits],
+        kv_len=list(store.kv_len),
+        dispersion=dispersion or None,
+        threshold=threshold,
+        num_merged=0 if state.num_merged is None else int(state.num_merged.sum()),
+        num_dropped=0 if state.num_dropped is None else int(state.num_dropped.sum()),
+        num_bytes=store.num_bytes,
+        full_bytes=per_token * sum(seen),
+    )
+
+
+def _brief(values: list[Any] | None) -> str:
+    """One number, or the range of several."""
+    known = [value for value in values or [] if value is not None]
+    if not known:
+        return "-"
+
+    def show(value: Any) -> str:
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    low, high = min(known), max(known)
+    return show(low) if low == high else f"{show(low)}-{show(high)}"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,68 @@
+"""Which tokens of a padded chunk belong to each row. Padding is never stored, attended, scored or counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The real tokens of a chunk of `length` columns.
+
+    Attributes:
+        counts: tokens of each row.
+        length: columns of the chunk, padding included.
+        index: per row the columns of its tokens, ascending (int64, on the host); None when no row has padding.
+    """
+
+    counts: list[int]
+    length: int
+    index: list[Tensor] | None = None
+
+    @classmethod
+    def of(cls, batch: int, length: int, mask: Tensor | None) -> Rows:
+        """From a 2D attention mask [B, >= length] whose last `length` columns are this chunk's; None: no padding."""
+        if mask is None:
+            return cls([length] * batch, length)
+        chunk = mask[:, -length:].bool().cpu()
+        if bool(chunk.all()):
+            return cls([length] * batch, length)
+        index = [row.nonzero().flatten() for row in chunk]
+        return cls([len(columns) for columns in index], length, index)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self.counts)
+
+    def pick(self, tensor: Tensor, row: int) -> Tensor:
+        """The real tokens of one row of [B, H, length, ...]: [1, H, counts[row], ...]."""
+        if self.index is None:
+            return tensor[row : row + 1]
+        columns = self.index[row]
+        first, count = int(columns[0]) if len(columns) else 0, len(columns)
+        if count and int(columns[-1]) - first + 1 == count:
+            return tensor[row : row + 1, :, first : first + count]
+        return tensor[row : row + 1].index_select(2, columns.to(tensor.device))
+
+    def put(self, out: Tensor, row: int, values: Tensor) -> None:
+        """Write [1, H, counts[row], ...] into the real columns of one row of `out`."""
+        if self.index is None:
+            out[row : row + 1] = values
+        else:
+            out[row, :, self.index[row].to(out.device)] = values[0]
+
+
+def is_uniform(counts: list[int]) -> bool:
+    """Whether all rows have the same number."""
+    return all(count == counts[0] for count in counts)
+
+
+def live_mask(kv_len: list[int], width: int, device: torch.device) -> Tensor | None:
+    """[B, width] bool: slots in use; None when all of them are."""
+    if all(count == width for count in kv_len):
+        return None
+    return torch.arange(width, device=device) < torch.tensor(kv_len, device=device)[:, None]

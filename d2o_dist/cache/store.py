@@ -1,0 +1,134 @@
+"""The slots of one layer in buffers with room to grow. It stores; it does not decide.
+
+Shape legend: B rows, Hkv key/value heads, C capacity, S = max(kv_len) slots, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from d2o_dist.cache.rows import Rows
+from d2o_dist.core.types import Slots, stats_dtype
+
+# Slots added at once when a layer that is never evicted outgrows its buffer while decoding.
+GROWTH = 256
+
+
+class SlotStore:
+    """Slots of all rows, each row's in `[0, kv_len[row])` by ascending position.
+
+    Attributes:
+        kv_len: slots in use by each row (by each of its heads). On the host: it follows from lengths alone.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.kv_len: list[int] = [0] * batch
+        self._buffers: Slots | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Slots there is room for, per row."""
+        return 0 if self._buffers is None else self._buffers.positions.shape[-1]
+
+    @property
+    def slots(self) -> Slots | None:
+        """Views of the buffers, [B, Hkv, max(kv_len), ...]; None before the first token."""
+        if self._buffers is None:
+            return None
+        width = max(self.kv_len)
+        return self._buffers.map(lambda tensor: tensor[:, :, :width])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values in use: what a full cache holds too."""
+        if self._buffers is None:
+            return 0
+        keys = self._buffers.keys
+        return 2 * sum(self.kv_len) * keys.shape[1] * keys.shape[3] * keys.element_size()
+
+    @property
+    def num_allocated_bytes(self) -> int:
+        """Bytes of all buffers: room to grow, positions and statistics included."""
+        if self._buffers is None:
+            return 0
+        sizes: list[int] = []
+        self._buffers.map(lambda tensor: sizes.append(tensor.numel() * tensor.element_size()) or tensor)
+        return sum(sizes)
+
+    def append(self, keys: Tensor, values: Tensor, rows: Rows, num_seen: list[int]) -> None:
+        """Add each row's tokens [B, Hkv, rows.length, D]; the first gets position `num_seen[row]`, score 0."""
+        start = list(self.kv_len)
+        self.kv_len = [old + new for old, new in zip(start, rows.counts, strict=True)]
+        if self._buffers is None and rows.index is None:
+            self._adopt(keys, values, num_seen)
+            return
+        self.reserve(max(self.kv_len), like=keys, slack=GROWTH if rows.length == 1 else 0)
+        buffers = self._buffers
+        uniform = rows.index is None and min(start) == max(start) and min(num_seen) == max(num_seen)
+        groups = [(slice(None), 0)] if uniform else [(slice(row, row + 1), row) for row in range(rows.batch)]
+        for group, row in groups:
+            count = rows.counts[row]
+            here = slice(start[row], start[row] + count)
+            buffers.keys[group, :, here] = keys if uniform else rows.pick(keys, row)
+            buffers.values[group, :, here] = values if uniform else rows.pick(values, row)
+            buffers.positions[group, :, here] = torch.arange(
+                num_seen[row], num_seen[row] + count, device=keys.device
+            )
+            for statistic in (buffers.scores, buffers.rates, buffers.log_mass):
+                statistic[group, :, here] = 0
+
+    def _adopt(self, keys: Tensor, values: Tensor, num_seen: list[int]) -> None:
+        """Take the first tokens as the buffers themselves, without a copy."""
+        batch, heads, count, _ = keys.shape
+        first = torch.tensor(num_seen, device=keys.device)[:, None, None]
+        positions = (first + torch.arange(count, device=keys.device)).expand(batch, heads, count).clone()
+        zeros = torch.zeros(3, batch, heads, count, dtype=stats_dtype(keys.dtype), device=keys.device)
+        self._buffers = Slots(keys, values, positions, *zeros.unbind(0))
+
+    def reserve(self, capacity: int, *, like: Tensor | None = None, slack: int = 0) -> None:
+        """Make room for `capacity` slots a row, and `slack` more if the buffers must move."""
+        if capacity <= self.capacity:
+            return
+        capacity += slack
+        if self._buffers is None:
+            assert like is not None
+            batch, heads, _, dim = like.shape
+            self._buffers = _unused(batch, heads, capacity, dim, like)
+            return
+        old = self._buffers
+        batch, heads, width, dim = old.keys.shape
+        grown = _unused(batch, heads, capacity, dim, old.keys)
+        _copy(grown, old, width)
+        self._buffers = grown
+
+    def replace(self, slots: Slots, kv_len: list[int], capacity: int | None = None) -> None:
+        """Hold these slots instead. With a `capacity` the buffers are made anew, else written in place."""
+        batch, heads, width, dim = slots.keys.shape
+        if capacity is not None:
+            self._buffers = _unused(batch, heads, max(capacity, width), dim, slots.keys)
+        _copy(self._buffers, slots, width)
+        self._buffers.positions[:, :, width:] = -1
+        self.kv_len = list(kv_len)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index`, in that order, repeated where repeated."""
+        host = index.tolist()
+        self.kv_len = [self.kv_len[row] for row in host]
+        if self._buffers is not None:
+            self._buffers = self._buffers.map(lambda t: t.index_select(0, index.to(t.device)))
+
+
+def _unused(batch: int, heads: int, capacity: int, dim: int, like: Tensor) -> Slots:
+    """Buffers of unused slots."""
+    dtype, device = stats_dtype(like.dtype), like.device
+    keys = torch.zeros(batch, heads, capacity, dim, dtype=like.dtype, device=device)
+    positions = torch.full((batch, heads, capacity), -1, dtype=torch.int64, device=device)
+    statistics = torch.zeros(3, batch, heads, capacity, dtype=dtype, device=device)
+    return Slots(keys, torch.zeros_like(keys), positions, *statistics.unbind(0))
+
+
+def _copy(target: Slots, source: Slots, width: int) -> None:
+    """Write the first `width` slots of `source` into `target`."""
+    for name in ("keys", "values", "positions", "scores", "rates", "log_mass"):
+        getattr(target, name)[:, :, :width] = getattr(source, name)[:, :, :width]

@@ -1,0 +1,55 @@
+"""Budgets of a whole model: a barrier after the last layer of the first prefill, since layers share one total."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.core.budget import layer_log_weights, layer_slots
+from d2o_dist.core.statistics import layer_dispersions
+from d2o_dist.core.types import LayerBudget
+
+
+def row_log_weights(variances: Tensor | None, config: D2OConfig, num_layers: int) -> tuple[list[float], list[float]]:
+    """`(log_weights, dispersions)` of one row, each of `num_layers` floats; no dispersions unless they are used.
+
+    Args:
+        variances: [L, Hq] variance of the column sums of every query head of the model; None if not computed.
+    """
+    if config.keeps_everything:
+        return [0.0] * num_layers, []
+    if config.allocation != "dynamic":
+        return layer_log_weights(None, config, num_layers), []
+    dispersions = layer_dispersions(variances, config.dispersion)
+    return layer_log_weights(dispersions, config, num_layers), dispersions.double().tolist()
+
+
+def row_slots(
+    log_weights: Sequence[float], num_tokens: int, previous: Sequence[int] | None, config: D2OConfig
+) -> list[int]:
+    """Slots `S_l` of each layer for one row; absolute budgets stay as they were set first."""
+    if previous is not None and config.keep_tokens is not None:
+        return list(previous)
+    return layer_slots(log_weights, num_tokens, config)
+
+
+def eviction_budget(
+    slot_budgets: Sequence[int], kv_len: Sequence[int], slack: int, config: D2OConfig, device: torch.device
+) -> tuple[LayerBudget, list[int]] | None:
+    """The budget of the rows that are due for eviction and what each row holds after it; None when none is due.
+
+    A row is due when it holds at least `slack` slots more than its budget (1 at finalize, the eviction interval while
+    decoding). A row that is not due keeps all it has.
+    """
+    due = [held >= slots + slack for held, slots in zip(kv_len, slot_budgets, strict=True)]
+    if not any(due):
+        return None
+    after = [slots if now else held for now, slots, held in zip(due, slot_budgets, kv_len, strict=True)]
+    if all(due) and min(after) == max(after):
+        return LayerBudget(*config.split(after[0])), after
+    splits = [config.split(slots) if now else (slots, 0) for now, slots in zip(due, after, strict=True)]
+    heavy, recent = zip(*splits, strict=True)
+    return LayerBudget(torch.tensor(heavy, device=device), torch.tensor(recent, device=device)), after

@@ -1,0 +1,311 @@
+"""`D2OConfig`: every knob of the algorithm, validated, frozen, with the named presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2o_dist.config.io import build, check_choice, did_you_mean, dump_yaml, load_yaml, refuse_unknown
+
+ALLOCATIONS = ("dynamic", "uniform", "pyramid")
+DISPERSIONS = ("layers_minmax", "heads_minmax", "raw", "log_zscore")
+SELECTIONS = ("cumulative", "window", "mixed", "recent")
+MERGES = ("keys_values", "values", "none", "mass", "released")
+MERGE_TARGETS = ("kept", "tail")
+GATES = ("threshold", "quantile")
+THRESHOLD_AGGS = ("max", "mean")
+
+DEFAULT_KEEP_RATIO = 0.2
+# A product such as 0.29 * 100 is 28.999999999999996 in binary; the user meant 29.
+_FLOOR_SLACK = 1e-9
+
+
+def floor_tokens(tokens: float) -> int:
+    """`floor` of a token count that was computed from decimal fractions."""
+    return math.floor(tokens + _FLOOR_SLACK)
+
+
+@dataclass(frozen=True)
+class D2OConfig:
+    """How a KV cache is compressed. The defaults are the preset `d2o`; see `docs/algorithm.md` for the equations.
+
+    Size of the cache (exactly one of the first two; `keep_ratio=0.2` when neither is given):
+
+    Attributes:
+        keep_ratio: fraction of the full cache's tokens to keep, averaged over the compressed layers, in (0, 1].
+        keep_tokens: slots a layer, on average; does not depend on the length of the prompt.
+        allocation: how layers share the total: `dynamic` (by dispersion), `uniform`, `pyramid` (falls with depth).
+        dispersion: a layer's scalar statistic of its column sums: `layers_minmax`, `heads_minmax`, `raw`, `log_zscore`.
+        dispersion_sign: -1 gives even attention more (the paper), +1 gives uneven attention more.
+        temperature: divides the exponent of the softmax over layers.
+        pyramid_beta: with `allocation="pyramid"`, the last layer gets `1/pyramid_beta` of the average.
+        exact_total: water-fill the layers so that the total is exactly what was asked for, never more.
+        min_layer_ratio: no layer's ratio falls below this.
+        min_layer_tokens: prompts shorter than this are not squeezed, whatever the ratio.
+        protected_layers: layers that keep everything; negative indices count from the last layer.
+
+    Which tokens:
+        heavy_fraction: share of a layer's slots that is chosen by score (sinks included); the rest are the newest.
+        num_sink_tokens: first tokens of the sequence, never evicted.
+        selection: `cumulative` (accumulated attention), `window` (attention of the last queries, max-pooled over
+            neighbours at finalize), `mixed` (both), `recent` (newest first: a plain sliding window with sinks).
+        selection_pool: neighbours the rate is max-pooled over; odd.
+        rate_window: prompt queries that the rates are averaged over, and the decay of their average while decoding.
+
+    What happens to evicted tokens:
+        merge: `keys_values`, `values`, `none` (drop), `mass` (values weighted by attention, and the slot draws the
+            attention of all it stands for), `released` (the rule of the published code).
+        merge_targets: `kept`, or `tail`: only the lowest ranked of the kept tokens take others in.
+        tail_fraction: share of a layer's slots that is the tail.
+        gate: `threshold` (cosine against a moving threshold) or `quantile` (all but the least similar are merged).
+        drop_quantile: share of evicted tokens that `gate="quantile"` drops.
+        ema_beta: weight of the newest eviction in the moving threshold.
+        threshold_agg: what an eviction adds to the threshold: `max` (paper) or `mean` of the similarities.
+        max_log_mass: bound on the log of the mass a merged slot may stand for.
+
+    While decoding:
+        eviction_interval: a layer is evicted when it holds this many slots more than its budget; None: never.
+    """
+
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    allocation: str = "dynamic"
+    dispersion: str = "layers_minmax"
+    dispersion_sign: int = -1
+    temperature: float = 1.0
+    pyramid_beta: float = 20.0
+    exact_total: bool = True
+    min_layer_ratio: float = 0.01
+    min_layer_tokens: int = 32
+    protected_layers: tuple[int, ...] = ()
+    heavy_fraction: float = 0.75
+    num_sink_tokens: int = 4
+    selection: str = "cumulative"
+    selection_pool: int = 7
+    rate_window: int = 32
+    merge: str = "keys_values"
+    merge_targets: str = "kept"
+    tail_fraction: float = 0.1
+    gate: str = "threshold"
+    drop_quantile: float = 0.25
+    ema_beta: float = 0.7
+    threshold_agg: str = "max"
+    max_log_mass: float = 3.0
+    eviction_interval: int | None = 16
+
+    def __post_init__(self) -> None:
+        if self.keep_ratio is None and self.keep_tokens is None:
+            object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
+        layers = self.protected_layers
+        if isinstance(layers, (str, bytes)) or not hasattr(layers, "__iter__"):
+            raise ValueError(f"protected_layers ({layers!r}) must be a list of layer indices")
+        object.__setattr__(self, "protected_layers", tuple(layers))
+        self._check_types()
+        self._check_values()
+        self._check_room()
+
+    # ---- construction ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> D2OConfig:
+        """A named configuration, with any field overridden.
+
+        Raises:
+            ValueError: unknown preset or field, or a value outside its limits.
+        """
+        if name not in PRESETS:
+            raise ValueError(f'no preset "{name}".{did_you_mean(name, PRESETS)} Known: {", ".join(PRESETS)}')
+        if name == "full" and any(overrides.get(key) is not None for key in ("keep_ratio", "keep_tokens")):
+            if overrides.get("keep_tokens") is not None or overrides["keep_ratio"] != 1.0:
+                raise ValueError('preset "full" keeps the whole cache: keep_ratio must be 1.0 and keep_tokens unset')
+        refuse_unknown(overrides, [f.name for f in dataclasses.fields(cls)], cls.__name__)
+        values = {**PRESETS[name], **overrides}
+        if overrides.get("keep_tokens") is not None and "keep_ratio" not in overrides:
+            values.pop("keep_ratio", None)
+        return cls(**values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> D2OConfig:
+        """From a mapping of fields; the extra key `preset` names the preset that the fields override."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a D2O configuration must be a mapping of fields, not {type(values).__name__}")
+        values = dict(values)
+        name = values.pop("preset", None)
+        return build(cls, values) if name is None else cls.preset(name, **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values; `from_dict` is its inverse."""
+        values = dataclasses.asdict(self)
+        values["protected_layers"] = list(self.protected_layers)
+        return values
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> D2OConfig:
+        """From a YAML file of fields (and optionally `preset`)."""
+        return cls.from_dict(load_yaml(path))
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The YAML text of all fields; also written to `path` when given."""
+        text = dump_yaml(self.to_dict())
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def replace(self, **changes: Any) -> D2OConfig:
+        """A copy with some fields changed, validated anew."""
+        refuse_unknown(changes, [f.name for f in dataclasses.fields(self)], type(self).__name__)
+        return dataclasses.replace(self, **changes)
+
+    # ---- what follows from the fields --------------------------------------------------------------------------
+
+    @property
+    def needs_column_sums(self) -> bool:
+        """Whether a decision depends on whole-prompt attention statistics; if not, they are never computed."""
+        by_sums = self.allocation == "dynamic" or self.selection in ("cumulative", "mixed")
+        return by_sums and not self.keeps_everything
+
+    @property
+    def needs_rates(self) -> bool:
+        """Whether the attention of the last prompt queries, and its decaying average while decoding, are kept."""
+        return (self.selection != "recent" or self.merge == "mass") and not self.keeps_everything
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether no token is ever evicted."""
+        return self.keep_ratio == 1.0 and self.eviction_interval is None
+
+    def protected(self, num_layers: int) -> frozenset[int]:
+        """Indices in `[0, num_layers)` of the layers that keep everything.
+
+        Raises:
+            ValueError: an index outside `[-num_layers, num_layers)`.
+        """
+        for index in self.protected_layers:
+            if not -num_layers <= index < num_layers:
+                raise ValueError(f"protected_layers has {index}, but the model has {num_layers} layers")
+        return frozenset(index % num_layers for index in self.protected_layers)
+
+    def split(self, num_slots: int) -> tuple[int, int]:
+        """`(num_heavy, num_recent)` of a layer of `num_slots` slots: `floor(heavy_fraction * S)` and the rest."""
+        num_heavy = floor_tokens(self.heavy_fraction * num_slots)
+        return num_heavy, num_slots - num_heavy
+
+    # ---- validation --------------------------------------------------------------------------------------------
+
+    def _check_types(self) -> None:
+        def number(name: str, *, integer: bool = False) -> None:
+            value = getattr(self, name)
+            kinds = (int,) if integer else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+                kind = "an integer" if integer else "a finite number"
+                raise ValueError(f"{name} ({value!r}) must be {kind}")
+
+        for name in ("temperature", "pyramid_beta", "min_layer_ratio", "heavy_fraction", "tail_fraction"):
+            number(name)
+        for name in ("drop_quantile", "ema_beta", "max_log_mass"):
+            number(name)
+        for name in ("dispersion_sign", "min_layer_tokens", "num_sink_tokens", "selection_pool", "rate_window"):
+            number(name, integer=True)
+        if self.keep_ratio is not None:
+            number("keep_ratio")
+        for name in ("keep_tokens", "eviction_interval"):
+            if getattr(self, name) is not None:
+                number(name, integer=True)
+        if not isinstance(self.exact_total, bool):
+            raise ValueError(f"exact_total ({self.exact_total!r}) must be true or false")
+        for index in self.protected_layers:
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise ValueError(f"protected_layers has {index!r}; layer indices are integers")
+
+    def _check_values(self) -> None:
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("dispersion", self.dispersion, DISPERSIONS)
+        check_choice("selection", self.selection, SELECTIONS)
+        check_choice("merge", self.merge, MERGES)
+        check_choice("merge_targets", self.merge_targets, MERGE_TARGETS)
+        check_choice("gate", self.gate, GATES)
+        check_choice("threshold_agg", self.threshold_agg, THRESHOLD_AGGS)
+        if self.keep_ratio is not None and self.keep_tokens is not None:
+            raise ValueError(
+                f"keep_ratio ({self.keep_ratio}) and keep_tokens ({self.keep_tokens}) are two ways to say one thing: "
+                "give exactly one"
+            )
+        limits = [
+            ("keep_ratio", self.keep_ratio is None or 0 < self.keep_ratio <= 1, "in (0, 1]"),
+            ("keep_tokens", self.keep_tokens is None or self.keep_tokens >= 1, "at least 1"),
+            ("dispersion_sign", self.dispersion_sign in (-1, 1), "-1 or 1"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("pyramid_beta", self.pyramid_beta >= 1, "at least 1"),
+            ("min_layer_ratio", 0 <= self.min_layer_ratio <= 1, "in [0, 1]"),
+            ("min_layer_tokens", self.min_layer_tokens >= 0, "at least 0"),
+            ("heavy_fraction", 0 < self.heavy_fraction < 1, "in (0, 1)"),
+            ("num_sink_tokens", self.num_sink_tokens >= 0, "at least 0"),
+            ("selection_pool", self.selection_pool >= 1 and self.selection_pool % 2 == 1, "odd and at least 1"),
+            ("rate_window", self.rate_window >= 1, "at least 1"),
+            ("tail_fraction", 0 < self.tail_fraction <= 1, "in (0, 1]"),
+            ("drop_quantile", 0 <= self.drop_quantile < 1, "in [0, 1)"),
+            ("ema_beta", 0 <= self.ema_beta <= 1, "in [0, 1]"),
+            ("max_log_mass", self.max_log_mass >= 0, "at least 0"),
+            ("eviction_interval", self.eviction_interval is None or self.eviction_interval >= 1, "at least 1, or null"),
+        ]
+        for name, holds, limit in limits:
+            if not holds:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be {limit}")
+        if self.merge == "released" and (self.gate != "threshold" or self.merge_targets != "kept"):
+            raise ValueError(
+                f'merge "released" has a gate and targets of its own: gate ({self.gate}) must be "threshold" and '
+                f'merge_targets ({self.merge_targets}) "kept"'
+            )
+
+    def _check_room(self) -> None:
+        """Refuse a configuration whose layers could never hold `num_sink_tokens + 1` heavy and 1 recent token."""
+        if self.keep_ratio is not None and self.exact_total and self.min_layer_ratio > self.keep_ratio:
+            raise ValueError(
+                f"min_layer_ratio ({self.min_layer_ratio}) alone exceeds the total: keep_ratio is {self.keep_ratio}"
+            )
+        if self.keep_tokens is None:
+            return  # a prompt can be long enough for any ratio
+        num_slots = max(self.keep_tokens, self.min_layer_tokens)
+        num_heavy, num_recent = self.split(num_slots)
+        if num_heavy < self.num_sink_tokens + 1 or num_recent < 1:
+            raise ValueError(
+                f"keep_tokens ({self.keep_tokens}) gives a layer {num_heavy} heavy and {num_recent} recent slots; it "
+                f"must hold at least num_sink_tokens + 1 = {self.num_sink_tokens + 1} heavy and 1 recent token"
+            )
+
+
+_BASELINE = {"allocation": "uniform", "merge": "none"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "d2o": {},
+    "paper": {"dispersion": "raw", "eviction_interval": 1},
+    "released": {
+        "dispersion": "heads_minmax",
+        "exact_total": False,
+        "protected_layers": (0, 1, -1),
+        "heavy_fraction": 0.5,
+        "ema_beta": 0.5,
+        "threshold_agg": "mean",
+        "eviction_interval": 1,
+        "merge": "released",
+    },
+    "mass": {
+        "selection": "window",
+        "dispersion": "log_zscore",
+        "dispersion_sign": 1,
+        "temperature": 3.3,
+        "heavy_fraction": 0.8,
+        "merge": "mass",
+        "merge_targets": "tail",
+        "gate": "quantile",
+    },
+    "full": {**_BASELINE, "keep_ratio": 1.0, "eviction_interval": None},
+    "streaming": {**_BASELINE, "selection": "recent"},
+    "h2o": {**_BASELINE, "heavy_fraction": 0.5},
+    "snapkv": {**_BASELINE, "selection": "window", "heavy_fraction": 0.5},
+    "pyramidkv": {**_BASELINE, "allocation": "pyramid", "selection": "window", "heavy_fraction": 0.5},
+}

@@ -1,0 +1,132 @@
+"""Which slots stay (paper section 3.3): sinks, the newest, and the best of the rest by score. Per KV head.
+
+Shape legend: B rows, Hkv key/value heads, S slots in order of position, K kept, E evicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.core.types import LayerBudget, Slots
+
+# `mixed`: accumulated attention is divided by the age of the token, but by no less than this.
+MIN_AGE = 32
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of one selection. Indices point into the slots, in order of position.
+
+    Attributes:
+        keep_idx: [B, Hkv, K] int64; keep_valid: [B, 1, K] bool (rows may keep fewer).
+        evict_idx: [B, Hkv, E] int64; evict_valid: [B, 1, E] bool.
+        is_target: [B, Hkv, K] bool: kept slots that evicted ones may be merged into.
+    """
+
+    keep_idx: Tensor
+    keep_valid: Tensor
+    evict_idx: Tensor
+    evict_valid: Tensor
+    is_target: Tensor
+
+
+def max_pool_positions(rates: Tensor, positions: Tensor, width: int) -> Tensor:
+    """Maximum of `rates` over the live slots whose position is within `width // 2`. All [B, Hkv, S], in order.
+
+    Before anything is evicted this is a plain max pooling; later, neighbours that are gone do not count.
+    """
+    pooled = rates
+    slots = rates.shape[-1]
+    for shift in range(1, min(width // 2, slots - 1) + 1):
+        apart = positions[..., shift:] - positions[..., :-shift]
+        near = (apart <= width // 2) & (positions[..., shift:] >= 0)
+        later = torch.where(near, rates[..., shift:], -torch.inf)
+        earlier = torch.where(near, rates[..., :-shift], -torch.inf)
+        pooled = pooled.clone() if pooled is rates else pooled
+        pooled[..., :-shift] = torch.maximum(pooled[..., :-shift], later)
+        pooled[..., shift:] = torch.maximum(pooled[..., shift:], earlier)
+    return pooled
+
+
+def rank_scores(slots: Slots, config: D2OConfig, *, finalize: bool, num_seen_tokens: Tensor) -> Tensor:
+    """What slots are ranked by, higher is kept first: [B, Hkv, S].
+
+    Args:
+        finalize: whether the rates are max-pooled (at the end of a prefill) or taken as they stand (decoding).
+        num_seen_tokens: [B] int64.
+    """
+    if config.selection == "cumulative":
+        return slots.scores
+    if config.selection == "recent":
+        return slots.positions.to(slots.scores.dtype)
+    rates = max_pool_positions(slots.rates, slots.positions, config.selection_pool) if finalize else slots.rates
+    if config.selection == "window":
+        return rates
+    assert config.selection == "mixed", config.selection
+    age = (num_seen_tokens[:, None, None] - slots.positions).clamp_min(MIN_AGE)
+    return rates + slots.scores / age
+
+
+def compact(mask: Tensor, width: int) -> Tensor:
+    """Indices of the True entries of [B, Hkv, S], in order, in a [B, Hkv, width] tensor; the rest is 0."""
+    slots = mask.shape[-1]
+    target = torch.where(mask, mask.cumsum(-1) - 1, width)
+    index = torch.arange(slots, device=mask.device).expand_as(mask)
+    out = torch.zeros(*mask.shape[:-1], width + 1, dtype=torch.int64, device=mask.device)
+    return out.scatter_(-1, target, index)[..., :width]
+
+
+def select(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig) -> Selection | None:
+    """Choose the slots that stay; None when every row is within its budget.
+
+    Ties keep the lower position. A row within its budget keeps all it has.
+
+    Args:
+        slots: in order of position, unused slots last.
+        ranking: [B, Hkv, S], from `rank_scores`.
+    """
+    batch, _, num_slots = slots.positions.shape
+    device = slots.positions.device
+    num_heavy, num_recent = (x[:, None, None] for x in budget.rows(batch, device))
+    kv_len = slots.kv_len[:, None, None]
+    surplus = (kv_len - num_heavy - num_recent).clamp_min(0)
+    num_evicted = int(surplus.max())
+    if num_evicted == 0:
+        return None
+
+    order = torch.arange(num_slots, device=device)
+    live = order < kv_len
+    # A budget of fewer heavy slots than sinks keeps the first of them.
+    sink = live & (slots.positions < config.num_sink_tokens) & (order < num_heavy)
+    recent = live & (order >= kv_len - num_recent) & ~sink
+    candidate = live & ~sink & ~recent
+    quota = num_heavy - sink.sum(-1, keepdim=True)
+
+    ranked = ranking.masked_fill(~candidate, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(ranked).scatter_(-1, ranked, order.expand_as(ranked))
+    within = surplus == 0
+    chosen = candidate & (rank < quota)
+    keep = live & (sink | recent | chosen | within)
+    evict = live & ~keep
+
+    is_target = keep
+    if config.merge_targets == "tail":
+        tail = torch.floor(config.tail_fraction * (num_heavy + num_recent).double() + 1e-9).long().clamp_min(1)
+        is_target = chosen & (rank >= quota - tail)
+    elif config.merge == "mass":
+        is_target = keep & ~sink
+
+    num_kept = int((kv_len - surplus).max())
+    keep_idx = compact(keep, num_kept)
+    keep_valid = torch.arange(num_kept, device=device) < kv_len - surplus
+    return Selection(
+        keep_idx=keep_idx,
+        keep_valid=keep_valid,
+        evict_idx=compact(evict, num_evicted),
+        evict_valid=torch.arange(num_evicted, device=device) < surplus,
+        is_target=is_target.gather(-1, keep_idx) & keep_valid,
+    )

@@ -1,0 +1,118 @@
+"""The three values that compression works on: what a layer holds, what it may hold, what it remembers.
+
+Shape legend: B rows, Hkv key/value heads, S slots, D head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of scores, rates, similarities and accumulators for a cache of `dtype`: float64 stays, the rest float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of one layer. A slot whose position is -1 is unused; all heads of a row hold the same number.
+
+    Attributes:
+        keys: [B, Hkv, S, D], after RoPE, in the cache's dtype.
+        values: [B, Hkv, S, D].
+        positions: [B, Hkv, S] int64, index of the token in its own row, -1 on an unused slot.
+        scores: [B, Hkv, S] float32 (float64 for a float64 cache): attention received, summed over the group.
+        rates: [B, Hkv, S]: recent attention received per query, summed over the group.
+        log_mass: [B, Hkv, S]: added to the slot's logit; 0 until something is merged by mass.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor
+    rates: Tensor
+    log_mass: Tensor
+
+    @property
+    def live(self) -> Tensor:
+        """[B, Hkv, S] bool: slots that hold a token."""
+        return self.positions >= 0
+
+    @property
+    def kv_len(self) -> Tensor:
+        """[B] int64: tokens held by each row (by each of its heads)."""
+        return self.live[:, 0].sum(-1)
+
+    def replace(self, **changes: Tensor) -> Slots:
+        """A copy with some tensors exchanged."""
+        return dataclasses.replace(self, **changes)
+
+    def map(self, function) -> Slots:
+        """`function` applied to each of the six tensors."""
+        return Slots(**{field.name: function(getattr(self, field.name)) for field in dataclasses.fields(self)})
+
+    def take(self, index: Tensor, valid: Tensor) -> Slots:
+        """The slots at `index` [B, Hkv, K] where `valid` [B, 1 or Hkv, K]; the others unused, with zeros."""
+        valid = valid.expand_as(index)
+
+        def pick(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 4:
+                wide = index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1])
+                return tensor.gather(2, wide).masked_fill_(~valid.unsqueeze(-1), 0)
+            return tensor.gather(2, index).masked_fill_(~valid, 0)
+
+        taken = self.map(pick)
+        return taken.replace(positions=taken.positions.masked_fill_(~valid, -1))
+
+    def in_order(self) -> Slots:
+        """The same slots by ascending position, unused ones last."""
+        order = self.positions.masked_fill(~self.live, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
+        return self.take(order, self.live.gather(2, order))
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """How many slots a layer may hold: `num_heavy` (sinks included) by score and the `num_recent` newest.
+
+    Both are ints, or int64 tensors [B] when rows differ.
+    """
+
+    num_heavy: int | Tensor
+    num_recent: int | Tensor
+
+    @property
+    def num_slots(self) -> int | Tensor:
+        """Heavy and recent together: `S_l`."""
+        return self.num_heavy + self.num_recent
+
+    def rows(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`(num_heavy, num_recent)` as int64 tensors [B]."""
+
+        def expand(value: int | Tensor) -> Tensor:
+            return torch.as_tensor(value, dtype=torch.int64, device=device).expand(batch)
+
+        return expand(self.num_heavy), expand(self.num_recent)
+
+
+@dataclass(frozen=True)
+class D2OState:
+    """What a layer remembers from one eviction to the next. `D2OState()` before the first.
+
+    Attributes:
+        threshold: [B] the moving similarity threshold; NaN for a row that has not evicted; None: no row has.
+        num_merged: [B] int64, evicted tokens folded into kept ones so far, over all KV heads.
+        num_dropped: [B] int64, evicted tokens lost so far, over all KV heads.
+    """
+
+    threshold: Tensor | None = None
+    num_merged: Tensor | None = None
+    num_dropped: Tensor | None = None
+
+    def map(self, function) -> D2OState:
+        """`function` applied to each tensor that is set."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return D2OState(**{name: None if value is None else function(value) for name, value in values.items()})

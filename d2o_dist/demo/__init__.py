@@ -1,0 +1,1 @@
+"""What the demo needs besides the library: a small real model, real text, and questions over it."""

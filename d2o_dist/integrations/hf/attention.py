@@ -1,0 +1,92 @@
+"""`attn_implementation="d2o"`: attention through a `D2OCache` when there is one, plain attention otherwise.
+
+Shape legend: B rows, Hq query heads, Hkv key/value heads, n queries, S keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from d2o_dist.integrations.hf.guards import ATTENTION_NAME, check_plain_softmax
+
+# `D2OCache.update` hands the keys on with this attribute, through which the attention function finds its cache.
+CACHE_TAG = "d2o_cache"
+
+
+def d2o_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: query [B, Hq, n, D] -> (output [B, n, Hq, D], None).
+
+    Raises:
+        ValueError: a 4D mask, soft-capped logits, learned sinks, dropout with a compressed cache.
+    """
+    check_plain_softmax(kwargs)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"d2o attention takes a 2D padding mask [B, T], not one of shape {tuple(attention_mask.shape)}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    cache = getattr(key, CACHE_TAG, None)
+    if cache is None:
+        window = kwargs.get("sliding_window")
+        out = plain_attention(query, key, value, attention_mask, scale, dropout, window)
+    else:
+        if dropout:
+            raise ValueError(f"attention dropout ({dropout}) cannot be used with a compressed cache: call model.eval()")
+        out = cache.attend(module, query, key, value, scale, attention_mask)
+    return out.transpose(1, 2), None
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float, window: int | None
+) -> Tensor:
+    """Exact causal attention without a compressed cache; the last query sees the last key.
+
+    Args:
+        mask: 2D [B, >= S] padding mask or None; window: keys a query sees, itself included, or None.
+    """
+    length, held = query.shape[2], key.shape[2]
+    if mask is not None and mask.shape[1] < held:
+        raise ValueError(
+            f"the attention mask covers {mask.shape[1]} tokens, but the cache returned {held} keys: caches of static "
+            "size are not supported by d2o attention; use D2OCache or DynamicCache"
+        )
+    padded = mask is not None and not bool(mask.all())
+    if not padded and held == length and (window is None or window >= held):
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=length > 1, scale=scale, dropout_p=dropout, enable_gqa=True
+        )
+    queries = torch.arange(held - length, held, device=query.device)[:, None]
+    keys = torch.arange(held, device=query.device)
+    allowed = keys <= queries
+    if window is not None:
+        allowed = allowed & (keys > queries - window)
+    allowed = allowed[None, None]
+    if padded:
+        # A padding query sees itself, so that its softmax is defined; nobody reads its output.
+        allowed = (allowed & mask[:, None, None, -held:].bool()) | (keys == queries)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, scale=scale, dropout_p=dropout, enable_gqa=True
+    )
+
+
+def hand_on_padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask function that transformers calls: the 2D padding mask as it is; causality needs no tensor."""
+    return attention_mask
+
+
+def register() -> None:
+    """Make `attn_implementation="d2o"` known to transformers. Registering twice does no harm."""
+    AttentionInterface.register(ATTENTION_NAME, d2o_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, hand_on_padding_mask)

@@ -1,0 +1,241 @@
+"""`D2OCache`: a compressed cache in the shape that Hugging Face models and `generate` know.
+
+Shape legend: B rows, Hkv key/value heads, S slots, n tokens of a chunk, D head dim.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from d2o_dist.cache.report import CacheReport, make_report
+from d2o_dist.cache.sequence import CompressedCache
+from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.integrations.hf.attention import CACHE_TAG
+from d2o_dist.integrations.hf.guards import check_attention, layer_windows, text_config
+
+
+class D2OLayer(CacheLayerMixin):
+    """A view of one layer of a `D2OCache`. Read the slots here; the cache itself does the work.
+
+    Attributes:
+        keys, values: [B, Hkv, S, D]; positions: [B, Hkv, S] int64, -1 on an unused slot.
+        scores, rates, log_mass: [B, Hkv, S] float32 (float64 for a float64 model).
+        All are None before the first token.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, cache: CompressedCache, index: int) -> None:
+        # The mixin's own __init__ would assign `keys`; here they are looked up.
+        self._cache = cache
+        self.index = index
+        self.is_sliding = cache.windows[index] is not None
+
+    def __repr__(self) -> str:
+        return f"D2OLayer({self.index}, {'sliding' if self.is_sliding else 'compressed'}, held={self.kv_len})"
+
+    def _tensor(self, name: str) -> Tensor | None:
+        slots = self._cache.layers[self.index].store.slots if self._cache.layers else None
+        return None if slots is None else getattr(slots, name)
+
+    keys = property(lambda self: self._tensor("keys"))
+    values = property(lambda self: self._tensor("values"))
+    positions = property(lambda self: self._tensor("positions"))
+    scores = property(lambda self: self._tensor("scores"))
+    rates = property(lambda self: self._tensor("rates"))
+    log_mass = property(lambda self: self._tensor("log_mass"))
+    is_initialized = property(lambda self: self.keys is not None)
+    dtype = property(lambda self: None if self.keys is None else self.keys.dtype)
+    device = property(lambda self: None if self.keys is None else self.keys.device)
+
+    @property
+    def kv_len(self) -> list[int]:
+        """Slots held by each row."""
+        return list(self._cache.layers[self.index].store.kv_len) if self._cache.layers else []
+
+    @property
+    def threshold(self) -> Tensor | None:
+        """[B] moving similarity threshold, NaN before a row's first eviction; None before any, or if never used."""
+        return None if self.is_sliding or not self._cache.layers else self._cache.layers[self.index].state.threshold
+
+    @property
+    def slot_budgets(self) -> list[int] | None:
+        """Slots each row is evicted to; None before finalize, and for layers that are never evicted."""
+        return None if self.is_sliding or not self._cache.layers else self._cache.layers[self.index].slot_budgets
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: buffers are made by the first chunk."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+        raise ValueError("a D2OLayer is updated through its D2OCache: call cache.update(keys, values, layer_idx)")
+
+    def get_seq_length(self) -> int:
+        """Tokens seen (columns of the batch), not slots held: position ids and masks derive from it."""
+        return self._cache.num_seen_columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask over everything seen."""
+        return self._cache.num_seen_columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: a compressed cache sets no limit on the tokens it sees."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def offload(self) -> None:
+        raise ValueError("a D2OCache cannot be offloaded layer by layer; it is small enough to stay")
+
+    prefetch = offload
+
+
+class D2OCache(Cache):
+    """A KV cache that keeps a fraction of the tokens and folds many of the others into them.
+
+    Pass it as `past_key_values` to a model loaded with `attn_implementation="d2o"`. One cache serves one batch, over
+    as many turns as wanted; `copy.deepcopy(cache)` reuses a prompt.
+
+    Args:
+        config: the model's configuration (`model.config`).
+        d2o: how to compress; `D2OConfig()` by default.
+
+    Raises:
+        ValueError: a model whose attention is not `d2o`, that has layers of an unsupported kind, or a budget that
+            this model's layers cannot have.
+    """
+
+    def __init__(self, config: Any, d2o: D2OConfig | None = None) -> None:
+        if d2o is not None and not isinstance(d2o, D2OConfig):
+            raise ValueError(f"d2o must be a D2OConfig, not {type(d2o).__name__}")
+        self.model_config = text_config(config)
+        check_attention(self.model_config)
+        self.compressed = CompressedCache(d2o or D2OConfig(), layer_windows(self.model_config))
+        self._modules: dict[int, weakref.ref[nn.Module]] = {}
+        self._pending: int | None = None
+        self._shape: tuple[Any, ...] | None = None
+        super().__init__(layers=[D2OLayer(self.compressed, index) for index in range(len(self.compressed.windows))])
+
+    @property
+    def d2o(self) -> D2OConfig:
+        """The configuration of the compression."""
+        return self.compressed.config
+
+    def __repr__(self) -> str:
+        return f"D2OCache(seen={self.compressed.num_seen}, phase={self.compressed.phase}, layers={self.layers})"
+
+    # ---- called by the model -------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Announce a layer's new keys and values; the attention function stores them, once it knows the padding.
+
+        Raises:
+            ValueError: attention is not `d2o`, or the model is not the one this cache was filled by.
+        """
+        check_attention(self.model_config)
+        if self._pending is not None:
+            raise ValueError(
+                f"the keys of layer {self._pending} never reached d2o attention: the model was not loaded with "
+                'attn_implementation="d2o", or its attention does not use the attention interface. Make a new cache'
+            )
+        self._check_shape(key_states, layer_idx)
+        self._pending = layer_idx
+        # An alias, so that the tag is not left on the model's own tensor.
+        tagged = key_states.view_as(key_states)
+        setattr(tagged, CACHE_TAG, self)
+        return tagged, value_states
+
+    def _check_shape(self, keys: Tensor, layer_idx: int) -> None:
+        if layer_idx >= len(self.layers):
+            raise ValueError(f"layer {layer_idx} uses the cache, but it was made for {len(self.layers)} layers")
+        batch, heads, _, dim = keys.shape
+        shape = {"batch size": batch, "dtype": keys.dtype}
+        if self._shape is not None and shape != self._shape:
+            name = next(name for name in shape if shape[name] != self._shape[name])
+            raise ValueError(
+                f"the cache was filled with {name} {self._shape[name]} and is now used with {shape[name]}: the model "
+                "or the batch changed. Make a new cache (or select rows with batch_select_indices)"
+            )
+        self._shape = shape
+        held = self.layers[layer_idx].keys
+        if held is not None and (held.shape[1], held.shape[3]) != (heads, dim):
+            raise ValueError(
+                f"layer {layer_idx} has {heads} KV heads of dim {dim}, but the cache holds {held.shape[1]} of dim "
+                f"{held.shape[3]}: the model changed. Make a new cache"
+            )
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+    ) -> Tensor:
+        """Called by d2o attention: store the announced keys and values, and attend: [B, Hq, n, D]."""
+        layer, self._pending = self._pending, None
+        if layer is None:
+            raise ValueError("d2o attention met keys of this cache that were not announced by update()")
+        known = self._modules.setdefault(layer, weakref.ref(module))
+        if known() is not module:
+            raise ValueError(f"layer {layer} of another model uses this cache: a cache belongs to the model that filled it")
+        return self.compressed.attend(layer, query, key.view_as(key), value, scale, mask)
+
+    # ---- what generate asks --------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen (columns of the batch), not slots held."""
+        return self.compressed.num_seen_columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the mask over everything seen."""
+        return self.compressed.num_seen_columns + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows `beam_idx`, in that order (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        self.compressed.select_rows(indices)
+        if self._shape is not None:
+            self._shape["batch size"] = len(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        rows = torch.arange(len(self.compressed.num_seen)).repeat_interleave(repeats)
+        self.batch_select_indices(rows)
+
+    def reset(self) -> None:
+        """Forget everything but the configuration."""
+        self.compressed.reset()
+        self._modules.clear()
+        self._pending = self._shape = None
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: evicted tokens cannot be brought back."""
+        raise ValueError("a D2OCache cannot be cropped: evicted tokens are gone. Assisted decoding needs another cache")
+
+    def activate_past_recording(self) -> None:
+        """Refused: assisted and speculative decoding take tokens back, which a compressed cache cannot."""
+        raise ValueError(
+            "assisted (speculative, prompt-lookup) decoding takes tokens back, and a D2OCache cannot: evicted tokens "
+            "are gone. Use greedy decoding, sampling or beam search"
+        )
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: nothing can be taken back."""
+        return False
+
+    # ---- what users ask ------------------------------------------------------------------------------------------
+
+    def finalize(self) -> None:
+        """Compress now. `generate` does so before the first decode step; call it to reuse a compressed prompt."""
+        self.compressed.finalize()
+
+    def report(self) -> CacheReport:
+        """What was asked for, what is held, layer by layer; `print(cache.report())` is a table."""
+        return make_report(self.compressed)
