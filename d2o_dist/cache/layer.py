@@ -87,10 +87,10 @@ class FullLayer:
         if self._window is None:
             batch = len(self.store.kv_len)
             self._window = QueryWindow([q.new_empty(q.shape[1], 0, q.shape[3])] * batch, [lse[0, :, :0]] * batch, scale)
-        last = self.config.rate_window
+        last, window = self.config.rate_window, self._window
         for local, row in enumerate(rows):
-            self._window.queries[row] = torch.cat([self._window.queries[row], q[local, :, -last:]], 1)[:, -last:].clone()
-            self._window.lse[row] = torch.cat([self._window.lse[row], lse[local, :, -last:]], 1)[:, -last:].clone()
+            window.queries[row] = torch.cat([window.queries[row], q[local, :, -last:]], 1)[:, -last:].clone()
+            window.lse[row] = torch.cat([window.lse[row], lse[local, :, -last:]], 1)[:, -last:].clone()
 
     def _grow_column_sums(self, q: Tensor) -> None:
         if not (self._first_prefill and self.config.needs_column_sums):

@@ -104,8 +104,10 @@ class CacheReport:
             if bars:
                 left.bar(*zip(*bars, strict=True), color=color, label=kind)
         left.set(xlabel="layer", ylabel="slots held (mean over rows)")
-        left.set_title(f"achieved keep ratio {self.achieved_keep_ratio:.3f}, seen {_brief(self.num_seen_tokens)} tokens")
-        points = [(layer.layer, sum(layer.dispersion) / len(layer.dispersion)) for layer in self.layers if layer.dispersion]
+        seen = _brief(self.num_seen_tokens)
+        left.set_title(f"achieved keep ratio {self.achieved_keep_ratio:.3f}, seen {seen} tokens")
+        known = [layer for layer in self.layers if layer.dispersion]
+        points = [(layer.layer, sum(layer.dispersion) / len(layer.dispersion)) for layer in known]
         if points:
             right = left.twinx()
             right.plot(*zip(*points, strict=True), color="#b03030", marker="o", markersize=3, label="dispersion")

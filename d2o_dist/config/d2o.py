@@ -306,6 +306,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {**_BASELINE, "keep_ratio": 1.0, "eviction_interval": None},
     "streaming": {**_BASELINE, "selection": "recent"},
     "h2o": {**_BASELINE, "heavy_fraction": 0.5},
-    "snapkv": {**_BASELINE, "selection": "window", "heavy_fraction": 0.5},
-    "pyramidkv": {**_BASELINE, "allocation": "pyramid", "selection": "window", "heavy_fraction": 0.5},
+    "snapkv": {**_BASELINE, "selection": "window"},
+    "pyramidkv": {**_BASELINE, "allocation": "pyramid", "selection": "window"},
 }

@@ -35,7 +35,8 @@ def d2o_attention(
     """
     check_plain_softmax(kwargs)
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"d2o attention takes a 2D padding mask [B, T], not one of shape {tuple(attention_mask.shape)}")
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"d2o attention takes a 2D padding mask [B, T], not one of shape {shape}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     cache = getattr(key, CACHE_TAG, None)
     if cache is None:
@@ -57,11 +58,6 @@ def plain_attention(
         mask: 2D [B, >= S] padding mask or None; window: keys a query sees, itself included, or None.
     """
     length, held = query.shape[2], key.shape[2]
-    if mask is not None and mask.shape[1] < held:
-        raise ValueError(
-            f"the attention mask covers {mask.shape[1]} tokens, but the cache returned {held} keys: caches of static "
-            "size are not supported by d2o attention; use D2OCache or DynamicCache"
-        )
     padded = mask is not None and not bool(mask.all())
     if not padded and held == length and (window is None or window >= held):
         return scaled_dot_product_attention(
@@ -81,8 +77,25 @@ def plain_attention(
     )
 
 
-def hand_on_padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask function that transformers calls: the 2D padding mask as it is; causality needs no tensor."""
+def hand_on_padding_mask(
+    *args: Any,
+    q_length: int = 0,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function that transformers calls: the 2D padding mask as it is; causality needs no tensor.
+
+    Raises:
+        ValueError: a cache of static size, whose keys end in slots that are not filled yet.
+    """
+    if kv_length + kv_offset > int(q_offset) + q_length:
+        raise ValueError(
+            f"the cache hands out {kv_length} keys, but only {int(q_offset) + q_length} tokens were seen: caches of "
+            "static size are not supported by d2o attention; use D2OCache or DynamicCache"
+        )
     return attention_mask
 
 

@@ -180,7 +180,7 @@ class D2OCache(Cache):
             raise ValueError("d2o attention met keys of this cache that were not announced by update()")
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
-            raise ValueError(f"layer {layer} of another model uses this cache: a cache belongs to the model that filled it")
+            raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
         return self.compressed.attend(layer, query, key.view_as(key), value, scale, mask)
 
     # ---- what generate asks --------------------------------------------------------------------------------------

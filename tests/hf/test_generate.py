@@ -1,0 +1,221 @@
+"""Plain `model.generate` with a `D2OCache`: families, batches, chunks, turns, copies, beams."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from d2o_dist import D2OCache, D2OConfig
+from tests.models import FAMILIES, left_padded, tiny_model, tokens
+
+SQUEEZE = dict(keep_ratio=0.3, min_layer_tokens=10, eviction_interval=4)
+PRESETS = ["d2o", "mass", "released", "snapkv", "streaming"]
+
+
+def make_cache(model, preset="d2o", **changes) -> D2OCache:
+    values = {**SQUEEZE, **changes}
+    if preset == "released":
+        values["protected_layers"] = (0,)
+    return D2OCache(config=model.config, d2o=D2OConfig.preset(preset, **values))
+
+
+def generate(model, ids, cache, new=24, mask=None, **kwargs):
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, do_sample=False, **kwargs)
+
+
+def assert_same_rows(left: D2OCache, row: int, right: D2OCache, other: int = 0) -> None:
+    """Row `row` of one cache holds what row `other` of another holds."""
+    for one, two in zip(left.layers, right.layers, strict=True):
+        count = one.kv_len[row]
+        if one.is_sliding:
+            # Between trims a window may hold a few tokens more than the next query sees.
+            count = min(count, two.kv_len[other], one._cache.windows[one.index] - 1)
+            here, there = slice(one.kv_len[row] - count, one.kv_len[row]), slice(two.kv_len[other] - count, None)
+        else:
+            assert count == two.kv_len[other]
+            here = there = slice(0, count)
+        assert torch.equal(one.positions[row, :, here], two.positions[other, :, : two.kv_len[other]][:, there])
+        for name in ("keys", "values"):
+            torch.testing.assert_close(
+                getattr(one, name)[row, :, here], getattr(two, name)[other, :, : two.kv_len[other]][:, there],
+                rtol=1e-5, atol=1e-6,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_evicted_equals_the_full_cache(family):
+    model = tiny_model(family, attention="sdpa")
+    ids, mask = left_padded([61, 61, 9])
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    model.set_attn_implementation("d2o")
+    full = D2OCache(config=model.config, d2o=D2OConfig.preset("full"))
+    for cache in (full, make_cache(model, keep_ratio=None, keep_tokens=90), None):
+        found = generate(model, ids, cache, 20, mask)
+        assert torch.equal(found, expected), cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("preset", ["d2o", "mass"])
+def test_families_compress_their_full_attention_layers(family, preset):
+    model = tiny_model(family)
+    cache = make_cache(model, preset)
+    generate(model, tokens(1, 80), cache, 20)
+    report = cache.report()
+    assert [layer.kind for layer in report.layers] == [
+        "compressed" if window is None else "sliding" for window in cache.compressed.windows
+    ]
+    compressed = [layer for layer in report.layers if layer.kind == "compressed"]
+    held_at_most = sum(layer.num_heavy[0] + layer.num_recent[0] + 3 for layer in compressed)
+    assert sum(layer.kv_len[0] for layer in compressed) <= held_at_most
+    if compressed:
+        assert sum(n.num_heavy[0] + n.num_recent[0] for n in compressed) == int(0.3 * len(compressed) * 80)
+        assert report.held_bytes < report.full_bytes
+    for layer in report.layers:
+        if layer.kind == "sliding":
+            assert layer.kv_len[0] >= 23 and not layer.num_merged
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral_sliding"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_row_of_a_left_padded_batch_equals_the_row_alone(family, preset):
+    model = tiny_model(family)
+    lengths = [83, 7, 40, 83, 31]
+    ids, mask = left_padded(lengths)
+    batch = make_cache(model, preset)
+    found = generate(model, ids, batch, 20, mask)
+    for row, length in enumerate(lengths):
+        alone = make_cache(model, preset)
+        expected = generate(model, ids[row : row + 1, -length:], alone, 20)
+        assert torch.equal(found[row, -20:], expected[0, -20:])
+        assert_same_rows(batch, row, alone)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_prompt_in_chunks_equals_the_prompt_in_one_piece(preset):
+    model = tiny_model()
+    ids, mask = left_padded([70, 33])
+    whole, pieces = make_cache(model, preset), make_cache(model, preset)
+    expected = generate(model, ids, whole, 20, mask)
+    found = generate(model, ids, pieces, 20, mask, prefill_chunk_size=16)
+    assert torch.equal(found, expected)
+    for row in range(2):
+        assert_same_rows(pieces, row, whole, row)
+
+
+def test_a_second_turn_continues_on_the_same_cache():
+    model = tiny_model()
+    cache, length = make_cache(model), 64
+    first = generate(model, tokens(1, length), cache, 12)
+    assert cache.get_seq_length() == length + 11
+    again = torch.cat([first, tokens(1, 30, seed=4)], 1)
+    second = generate(model, again, cache, 12)
+    assert second.shape[1] == length + 12 + 30 + 12
+    slots = [layer.slot_budgets[0] for layer in cache.layers]
+    assert sum(slots) == int(0.3 * 4 * (length + 12 + 30))
+    assert cache.layers[0].positions.max() == second.shape[1] - 2
+
+
+def test_a_second_turn_of_ragged_rows_equals_the_rows_alone():
+    model = tiny_model()
+    ids, mask = left_padded([50, 23])
+    more, more_mask = left_padded([9, 20], seed=8)
+    batch = make_cache(model, "mass")
+    first = generate(model, ids, batch, 8, mask)
+    joined = torch.cat([first, more], 1)
+    joined_mask = torch.cat([mask, torch.ones(2, 8, dtype=torch.long), more_mask], 1)
+    found = generate(model, joined, batch, 10, joined_mask)
+    for row, (one, two) in enumerate([(50, 9), (23, 20)]):
+        alone = make_cache(model, "mass")
+        start = generate(model, ids[row : row + 1, -one:], alone, 8)
+        expected = generate(model, torch.cat([start, more[row : row + 1, -two:]], 1), alone, 10)
+        assert torch.equal(found[row, -10:], expected[0, -10:])
+        assert_same_rows(batch, row, alone)
+
+
+def test_a_prompt_is_reused_by_copies():
+    model = tiny_model()
+    prompt = tokens(1, 60)
+    for compress_first in (False, True):
+        cache = make_cache(model, "mass")
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+        if compress_first:
+            cache.finalize()
+        outputs = []
+        for seed in (1, 2, 1):
+            question = torch.cat([prompt, tokens(1, 9, seed=seed)], 1)
+            outputs.append(generate(model, question, copy.deepcopy(cache), 12))
+        assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
+        assert cache.get_seq_length() == 60
+        if not compress_first:
+            fresh = make_cache(model, "mass")
+            assert torch.equal(generate(model, torch.cat([prompt, tokens(1, 9, seed=1)], 1), fresh, 12), outputs[0])
+
+
+def test_sampling_and_several_sequences_per_prompt():
+    model = tiny_model()
+    ids = tokens(2, 50)
+    cache = make_cache(model)
+    torch.manual_seed(3)
+    found = model.generate(ids, past_key_values=cache, do_sample=True, max_new_tokens=10, num_return_sequences=3)
+    assert found.shape == (6, 60)
+    torch.manual_seed(3)
+    again = model.generate(ids, past_key_values=make_cache(model), do_sample=True, max_new_tokens=10,
+                           num_return_sequences=3)  # fmt: skip
+    assert torch.equal(found, again)
+    assert len(cache.compressed.num_seen) == 6
+
+
+def test_beam_search_scores_are_those_of_each_sequence_alone():
+    model = tiny_model()
+    ids, new = tokens(2, 50), 14
+    cache = make_cache(model)
+    found = model.generate(
+        ids, past_key_values=cache, num_beams=3, max_new_tokens=new, do_sample=False, num_return_sequences=2,
+        return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
+    )  # fmt: skip
+    for number, sequence in enumerate(found.sequences):
+        alone, total = make_cache(model), 0.0
+        with torch.no_grad():
+            logits = model(sequence[None, :50], past_key_values=alone).logits[0, -1]
+            for token in sequence[50:]:
+                total += float(logits.log_softmax(-1)[token])
+                logits = model(token[None, None], past_key_values=alone).logits[0, -1]
+        assert float(found.sequences_scores[number]) == pytest.approx(total, abs=1e-4)
+
+
+def test_without_a_d2o_cache_attention_is_plain():
+    reference = tiny_model("gemma3", attention="sdpa")
+    model = tiny_model("gemma3")
+    ids, mask = left_padded([50, 21])
+    with torch.no_grad():
+        expected = reference(ids, attention_mask=mask, use_cache=False).logits
+        found = model(ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-6, atol=1e-6)
+        expected, found = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        one = reference.generate(ids, attention_mask=mask, past_key_values=expected, max_new_tokens=9, do_sample=False)
+        two = model.generate(ids, attention_mask=mask, past_key_values=found, max_new_tokens=9, do_sample=False)
+    assert torch.equal(one, two)
+
+
+def test_a_prompt_of_one_token():
+    model = tiny_model()
+    cache = make_cache(model)
+    assert generate(model, tokens(1, 1), cache, 30).shape == (1, 31)
+    assert cache.report().num_seen_tokens == [30]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_lower_precision_runs_and_counts_bytes(dtype):
+    model = tiny_model().to(dtype)
+    cache = make_cache(model, "mass")
+    generate(model, tokens(2, 70), cache, 20)
+    layer = cache.layers[0]
+    assert layer.keys.dtype == dtype and layer.scores.dtype == layer.log_mass.dtype == torch.float32
+    report = cache.report()
+    held = sum(sum(one.kv_len) for one in cache.layers)
+    assert report.held_bytes == 2 * held * 2 * 16 * dtype.itemsize
+    assert report.full_bytes == 2 * 4 * 2 * 89 * 2 * 16 * dtype.itemsize

@@ -1,0 +1,150 @@
+"""What the integration refuses, and that the error says what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from d2o_dist import D2OCache, D2OConfig
+from tests.models import tiny_model, tokens
+
+
+def test_a_model_whose_attention_is_not_d2o_is_refused_at_once():
+    model = tiny_model(attention="sdpa")
+    with pytest.raises(ValueError, match='attention is "sdpa".*set_attn_implementation'):
+        D2OCache(config=model.config)
+
+
+def test_a_model_switched_to_other_attention_later_is_refused():
+    model = tiny_model()
+    cache = D2OCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(1, 20), past_key_values=cache)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match='attention is "eager"'), torch.no_grad():
+        model(tokens(1, 1), past_key_values=cache)
+
+
+def test_attention_that_never_reads_the_cache_is_noticed():
+    model = tiny_model(attention="sdpa")
+    config = AutoConfig.for_model("llama", **{k: v for k, v in model.config.to_dict().items() if k != "model_type"})
+    cache = D2OCache(config=config)
+    with pytest.raises(ValueError, match="never reached d2o attention"), torch.no_grad():
+        model(tokens(1, 20), past_key_values=cache)
+
+
+def test_a_cache_of_another_model_is_refused():
+    model, other = tiny_model(), tiny_model(seed=1)
+    cache = D2OCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(1, 20), past_key_values=cache)
+        with pytest.raises(ValueError, match="another model"):
+            other(tokens(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_key_value_heads": 4}, "4 KV heads of dim 16, but the cache holds 2"),
+        ({"num_hidden_layers": 5}, "another model|made for 4 layers"),
+    ],
+)
+def test_a_cache_of_a_model_of_another_shape_is_refused(changes, message):
+    model, other = tiny_model(), tiny_model(**changes)
+    cache = D2OCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(1, 20), past_key_values=cache)
+        with pytest.raises(ValueError, match=message):
+            other(tokens(1, 3), past_key_values=cache)
+
+
+def test_a_batch_of_another_size_or_dtype_is_refused():
+    model = tiny_model()
+    cache = D2OCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(2, 20), past_key_values=cache)
+        with pytest.raises(ValueError, match="batch size 2 and is now used with 3"):
+            model(tokens(3, 4), past_key_values=cache)
+        with pytest.raises(ValueError, match="dtype torch.float64 and is now used with torch.float32"):
+            model.float()(tokens(2, 4), past_key_values=cache)
+
+
+def test_a_forward_that_was_broken_off_makes_the_cache_unusable():
+    model = tiny_model()
+    cache = D2OCache(config=model.config)
+    hook = model.model.layers[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("lost")))
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="lost"):
+            model(tokens(1, 20), past_key_values=cache)
+        hook.remove()
+        with pytest.raises(ValueError, match="broken off"):
+            model(tokens(1, 20), past_key_values=cache)
+
+
+def test_assisted_and_prompt_lookup_decoding_are_refused():
+    model, assistant = tiny_model(), tiny_model(attention="sdpa", seed=2)
+    for kwargs in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(ValueError, match="assisted|cropped|speculative"):
+            model.generate(tokens(1, 40), past_key_values=D2OCache(config=model.config), max_new_tokens=8,
+                           do_sample=False, **kwargs)  # fmt: skip
+
+
+def test_cropping_is_refused():
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        D2OCache(config=tiny_model().config).crop(3)
+
+
+@pytest.mark.parametrize(
+    "family, changes, message",
+    [
+        ("llama", {"layer_types": ["linear_attention"] * 4}, "layer 0 is of type 'linear_attention'"),
+        ("llama", {"is_encoder_decoder": True}, "encoder-decoder"),
+    ],
+)
+def test_models_of_other_kinds_are_refused(family, changes, message):
+    config = tiny_model(family).config
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        D2OCache(config=config)
+
+
+def test_budgets_the_model_cannot_have_are_refused_before_any_forward():
+    config = tiny_model().config
+    with pytest.raises(ValueError, match="keep_ratio \\(0.2\\) of 4 layers is 0.8 layers.*2 protected layers"):
+        D2OCache(config=config, d2o=D2OConfig(keep_ratio=0.2, protected_layers=(0, 1)))
+    with pytest.raises(ValueError, match="protected_layers has 7, but the model has 4 layers"):
+        D2OCache(config=config, d2o=D2OConfig(protected_layers=(7,)))
+    with pytest.raises(ValueError, match="must be a D2OConfig, not dict"):
+        D2OCache(config=config, d2o={"keep_ratio": 0.2})
+
+
+def test_softcap_sinks_dropout_and_4d_masks_are_refused():
+    from d2o_dist.integrations.hf.attention import d2o_attention
+
+    q = torch.randn(1, 4, 5, 8)
+    module = torch.nn.Identity()
+    with pytest.raises(ValueError, match="softcap"):
+        d2o_attention(module, q, q, q, None, softcap=30.0)
+    with pytest.raises(ValueError, match="s_aux"):
+        d2o_attention(module, q, q, q, None, s_aux=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"2D padding mask.*\(1, 1, 5, 5\)"):
+        d2o_attention(module, q, q, q, torch.zeros(1, 1, 5, 5))
+
+
+def test_finalize_before_any_token_and_in_the_middle_of_a_forward():
+    cache = D2OCache(config=tiny_model().config)
+    with pytest.raises(ValueError, match="before any token"):
+        cache.finalize()
+    cache.compressed._next_layer = 2
+    with pytest.raises(ValueError, match="middle of a forward"):
+        cache.finalize()
+
+
+def test_a_static_cache_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="static size"):
+        ids = tokens(1, 20)
+        model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", max_new_tokens=4,
+                       disable_compile=True)  # fmt: skip
