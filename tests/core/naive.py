@@ -1,0 +1,113 @@
+"""One eviction of one row with loops and Python lists, straight from the text of docs/algorithm.md."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: float | None, config, *, finalize: bool):
+    """`slots[head]` is a dict of lists `k, v, p, s, r, m` in order of position; returns the same and the threshold."""
+    size, seen = num_heavy + num_recent, 1 + max(max(head["p"]) for head in slots)
+    plans, similar = [], []
+    for head in slots:
+        count = len(head["p"])
+        rank = []
+        for i, position in enumerate(head["p"]):
+            near = [head["r"][j] for j, p in enumerate(head["p"]) if abs(p - position) <= config.selection_pool // 2]
+            rate = max(near) if finalize else head["r"][i]
+            rank.append(
+                {"cumulative": head["s"][i], "window": rate, "recent": float(position),
+                 "mixed": rate + head["s"][i] / max(seen - position, 32)}[config.selection]
+            )  # fmt: skip
+        sinks = [i for i in range(count) if head["p"][i] < config.num_sink_tokens][:num_heavy]
+        recent = list(range(count - num_recent, count))
+        rest = [i for i in range(count) if i not in sinks and i not in recent]
+        rest.sort(key=lambda i: (-rank[i], head["p"][i]))
+        heavy = rest[: num_heavy - len(sinks)]
+        keep = sorted(sinks + heavy + recent)
+        evict = sorted(set(range(count)) - set(keep))
+        targets = keep
+        if config.merge_targets == "tail":
+            targets = sorted(heavy[-max(1, math.floor(config.tail_fraction * size + 1e-9)):] if heavy else [])
+        elif config.merge == "mass":
+            targets = [i for i in keep if i not in sinks]
+        found = []
+        for i in evict:
+            best, where = -math.inf, None
+            for j in targets:
+                norms = head["k"][i].norm() * head["k"][j].norm()
+                cosine = float(head["k"][i] @ head["k"][j] / norms) if norms > 0 else 0.0
+                if cosine > best + 1e-12:
+                    best, where = cosine, j
+            found.append((best, where))
+        plans.append((keep, evict, found))
+        similar += [u for u, _ in found]
+
+    if not similar:
+        return slots, tau
+    finite = [u for u in similar if u > -math.inf]
+    mean = sum(finite) / max(len(finite), 1)
+    latest = max(finite, default=0) if config.threshold_agg == "max" else mean
+    if finite and config.merge != "none":
+        tau = mean if tau is None else config.ema_beta * latest + (1 - config.ema_beta) * tau
+    cut = tau
+    if config.gate == "quantile":
+        cut = sorted(similar)[math.floor(config.drop_quantile * len(similar) + 1e-9)]
+    row_means = [sum(plan[2][n][0] for plan in plans) / len(plans) for n in range(len(plans[0][1]))]
+
+    out = []
+    for head, (keep, evict, found) in zip(slots, plans, strict=True):
+        new = {name: [values[i] for i in keep] for name, values in head.items()}
+        for n, j in enumerate(keep):
+            members = []
+            for number, (i, (u, where)) in enumerate(zip(evict, found, strict=True)):
+                if config.merge == "none" or where != j:
+                    continue
+                if (row_means[number] >= tau) if config.merge == "released" else u >= cut:
+                    members.append((i, u))
+            if not members:
+                continue
+            if config.merge == "mass":
+                mass = head["r"][j] + sum(head["r"][i] for i, _ in members)
+                total = head["r"][j] * head["v"][j] + sum(head["r"][i] * head["v"][i] for i, _ in members)
+                new["v"][n] = total / mass
+                new["m"][n] = min(head["m"][j] + math.log(mass / head["r"][j]), config.max_log_mass)
+                new["r"][n] = mass
+                continue
+            for name in ("k", "v") if config.merge != "values" else ("v",):
+                if config.merge == "released":
+                    new[name][n] = (head[name][j] + sum(u * head[name][i] for i, u in members)) / (1 + len(members))
+                else:
+                    weight = math.e + sum(math.exp(u) for _, u in members)
+                    added = sum(math.exp(u) * head[name][i] for i, u in members)
+                    new[name][n] = (math.e * head[name][j] + added) / weight
+        out.append(new)
+    return out, tau
+
+
+def to_lists(slots, row: int) -> list[dict]:
+    """The live slots of one row of `Slots`, per head."""
+    count = int(slots.kv_len[row])
+    return [
+        {
+            "k": list(slots.keys[row, h, :count]), "v": list(slots.values[row, h, :count]),
+            "p": slots.positions[row, h, :count].tolist(), "s": slots.scores[row, h, :count].tolist(),
+            "r": slots.rates[row, h, :count].tolist(), "m": slots.log_mass[row, h, :count].tolist(),
+        }
+        for h in range(slots.positions.shape[1])
+    ]  # fmt: skip
+
+
+def assert_row_equals(slots, row: int, expected: list[dict]) -> None:
+    """One row of `Slots` holds what the lists hold."""
+    for h, head in enumerate(expected):
+        count = len(head["p"])
+        assert int(slots.kv_len[row]) == count
+        assert slots.positions[row, h, :count].tolist() == head["p"]
+        for name, key in (("keys", "k"), ("values", "v")):
+            torch.testing.assert_close(getattr(slots, name)[row, h, :count], torch.stack(head[key]))
+        for name, key in (("scores", "s"), ("rates", "r"), ("log_mass", "m")):
+            expected_row = torch.tensor(head[key], dtype=slots.scores.dtype)
+            torch.testing.assert_close(getattr(slots, name)[row, h, :count], expected_row)

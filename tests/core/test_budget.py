@@ -1,0 +1,157 @@
+"""Budgets: the total is met exactly, clamps hold, and everything impossible is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2o_dist.config import D2OConfig
+from d2o_dist.core.budget import check_total, layer_log_weights, layer_slots, water_fill
+from d2o_dist.core.statistics import column_sum_variance, layer_dispersions, naive_column_sums
+
+RATIOS = st.integers(2, 100).map(lambda n: n / 100)
+
+
+def log_softmax(values: list[float]) -> list[float]:
+    return torch.tensor(values, dtype=torch.float64).log_softmax(0).tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    weights=st.lists(st.floats(-60, 60), min_size=1, max_size=12),
+    keep_ratio=RATIOS,
+    num_tokens=st.integers(1, 5000),
+    data=st.data(),
+)
+def test_the_total_is_met_and_never_exceeded(weights, keep_ratio, num_tokens, data):
+    layers = len(weights)
+    room = math.floor(keep_ratio * layers - 0.01 * layers - 1e-6)
+    count = data.draw(st.integers(0, max(min(room, layers - 1), 0)))
+    config = D2OConfig(keep_ratio=keep_ratio, min_layer_tokens=0, protected_layers=tuple(range(count)))
+    slots = layer_slots(log_softmax(weights), num_tokens, config)
+    assert sum(slots) == math.floor(keep_ratio * layers * num_tokens + 1e-9)
+    assert all(s == num_tokens for s in slots[:count])
+    assert all(math.floor(0.01 * num_tokens) <= s <= num_tokens for s in slots)
+    assert sum(slots) / (layers * num_tokens) <= keep_ratio
+
+
+@settings(max_examples=200, deadline=None)
+@given(weights=st.lists(st.floats(-300, 300), min_size=1, max_size=10), total=st.floats(0.02, 1))
+def test_water_fill_is_the_clamped_scaling_of_the_weights(weights, total):
+    """The only shares of the form clamp(s * w) with the right sum: checked against bisection on s."""
+    layers = len(weights)
+    shares = water_fill(log_softmax(weights), total * layers, [0.01] * layers, [1.0] * layers)
+    assert sum(shares) == pytest.approx(total * layers, abs=1e-9)
+    logs = torch.tensor(log_softmax(weights), dtype=torch.float64)
+    low, high = -10.0, 1000.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (logs + middle).exp().clamp(0.01, 1).sum() < total * layers else (low, middle)
+    expected = (logs + high).exp().clamp(0.01, 1)
+    # Where no layer is free, s is not unique and the sum alone decides.
+    if ((expected > 0.01) & (expected < 1)).any():
+        torch.testing.assert_close(torch.tensor(shares, dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_round_that_hits_both_clamps_still_meets_the_total():
+    shares = water_fill(log_softmax([0.0, -50, -80, -90]), 2.0, [0.01] * 4, [1.0] * 4)
+    assert shares == pytest.approx([1.0, 0.98, 0.01, 0.01])
+
+
+def test_remainders_go_to_the_largest_then_to_the_lower_layer():
+    config = D2OConfig(keep_ratio=0.5, allocation="uniform", min_layer_tokens=0)
+    assert layer_slots([0.0] * 4, 7, config) == [4, 4, 3, 3]
+    config = D2OConfig(keep_ratio=0.29, allocation="uniform", min_layer_tokens=0)
+    assert layer_slots([0.0], 100, config) == [29]
+
+
+def test_short_prompts_are_not_squeezed():
+    config = D2OConfig(keep_ratio=0.1, allocation="uniform")
+    assert layer_slots([0.0] * 2, 20, config) == [20, 20]
+    assert layer_slots([0.0] * 2, 100, config) == [32, 32]
+    assert layer_slots([0.0] * 2, 1000, config) == [100, 100]
+
+
+def test_absolute_budgets():
+    config = D2OConfig(keep_tokens=64, allocation="uniform")
+    assert layer_slots([0.0] * 3, 50, config) == [64] * 3
+    assert layer_slots([0.0] * 3, 100_000, config) == [64] * 3
+    uneven = layer_slots(log_softmax([0.0, 1.0, 2.0]), 500, config.replace(min_layer_tokens=0))
+    assert sum(uneven) == 3 * 64 and uneven[0] < uneven[1] < uneven[2]
+
+
+def test_released_budgets_are_plain_floors():
+    config = D2OConfig.preset("released", keep_ratio=0.2)
+    weights = [0.0, -0.5, -1.0, -0.2, -0.7]
+    shares = torch.tensor(weights, dtype=torch.float64).softmax(0) * 5 * 0.2
+    slots = layer_slots(log_softmax(weights), 1000, config)
+    assert slots == [1000, 1000, math.floor(shares[2] * 1000), math.floor(shares[3] * 1000), 1000]
+
+
+def test_pyramid_falls_linearly_to_a_twentieth_of_the_average():
+    config = D2OConfig(keep_ratio=0.1, allocation="pyramid", min_layer_tokens=0, min_layer_ratio=0.0)
+    slots = layer_slots(layer_log_weights(None, config, 5), 10_000, config)
+    assert slots == [1950, 1475, 1000, 525, 50]
+
+
+def test_protected_layers_that_exceed_the_total_are_refused():
+    with pytest.raises(ValueError, match=r"keep_ratio \(0.2\) of 4 layers is 0.8 layers.*2 protected.*2.02"):
+        check_total(D2OConfig(keep_ratio=0.2, protected_layers=(0, 1)), 4)
+    check_total(D2OConfig.preset("released", keep_ratio=0.2), 4)
+    config = D2OConfig(keep_tokens=64, protected_layers=(0,))
+    with pytest.raises(ValueError, match=r"keep_tokens \(64\) of 4 layers is 256 tokens.*5000"):
+        layer_slots([0.0] * 4, 5000, config)
+
+
+@pytest.mark.parametrize("rule", ["heads_minmax", "layers_minmax", "raw", "log_zscore"])
+def test_dispersions_by_their_formulas(rule):
+    variances = torch.rand(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 9
+    found = layer_dispersions(variances, rule)
+    means = [sum(row) / len(row) for row in variances.tolist()]
+    if rule == "raw":
+        expected = means
+    elif rule == "layers_minmax":
+        expected = [(m - min(means)) / (max(means) - min(means) + 1e-6) for m in means]
+    elif rule == "heads_minmax":
+        expected = [sum((x - min(r)) / (max(r) - min(r) + 1e-6) for x in r) / len(r) for r in variances.tolist()]
+    else:
+        logs = [math.log(m) for m in means]
+        mean = sum(logs) / len(logs)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in logs) / (len(logs) - 1))
+        expected = [(x - mean) / deviation for x in logs]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["heads_minmax", "layers_minmax", "raw", "log_zscore"])
+def test_dispersions_of_one_layer_and_of_equal_layers_are_finite(rule):
+    assert layer_dispersions(torch.zeros(1, 3), rule).isfinite().all()
+    assert layer_dispersions(torch.full((4, 3), 2.5), rule).unique().numel() == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(1, 40),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    seed=st.integers(0, 1000),
+    sharpness=st.sampled_from([0.1, 1.0, 20.0]),
+)
+def test_column_sums_add_up_to_the_length_and_permuting_heads_permutes_them(length, heads, seed, sharpness):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, heads[0], length, 8, dtype=torch.float64, generator=generator)
+    k = torch.randn(2, heads[1], length, 8, dtype=torch.float64, generator=generator)
+    sums = naive_column_sums(q, k, sharpness)
+    torch.testing.assert_close(sums.sum(-1), torch.full((2, heads[0]), float(length), dtype=torch.float64))
+    variance = column_sum_variance(sums)
+    if length > 1:
+        torch.testing.assert_close(variance, sums.var(-1, unbiased=True))
+    else:
+        assert variance.eq(0).all()
+    if heads[0] == heads[1]:
+        return
+    group = heads[0] // heads[1]
+    order = torch.cat([torch.arange(group).flip(0) + group * g for g in range(heads[1])])
+    torch.testing.assert_close(naive_column_sums(q[:, order], k, sharpness), sums[:, order])
