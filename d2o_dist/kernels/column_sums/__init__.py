@@ -1,0 +1,49 @@
+"""Column sums of the attention matrix, from the lse, without ever holding the matrix."""
+
+from torch import Tensor
+
+from d2o_dist.kernels.column_sums.naive import naive_column_sums
+from d2o_dist.kernels.column_sums.torch_blocked import blocked_column_sums
+from d2o_dist.kernels.common import check_queries_keys
+
+__all__ = ["column_sums", "naive_column_sums"]
+
+
+def column_sums(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    q_start: int = 0,
+    k_start: int = 0,
+    bias: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    num_last: int | None = None,
+) -> Tensor:
+    """c[h, j] = sum over queries i that see key j of exp(scale * q_i . k_j + bias_j - lse_i): [B, Hq, Tk], acc dtype.
+
+    q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; lse [B, Hq, Tq] natural log, of the whole attention (keys of other shards and
+    `bias` included). Query i has index q_start + i, key j has k_start + j. bias [B, Hkv, Tk] is added to the logits of
+    a key (log_mass). causal: key index <= query index. window (needs causal): also key index > query index - window,
+    and must be the window of the lse. num_last: only the last so many queries (all if there are fewer).
+
+    Rows whose lse is infinite (no key, or padding) and keys whose bias is -inf contribute 0, whatever their q or k
+    hold. Not differentiable: scores are statistics. Working memory is bounded (about 32 MiB on a CPU), whatever T.
+    """
+    check_queries_keys(q, k)
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse {tuple(lse.shape)} must have the shape of q without its last dim {tuple(q.shape[:3])}")
+    if bias is not None and bias.shape != k.shape[:3]:
+        raise ValueError(f"bias {tuple(bias.shape)} must have the shape of k without its last dim {tuple(k.shape[:3])}")
+    if window is not None and (not causal or window < 1):
+        raise ValueError(f"window ({window}) must be at least 1 and needs causal=True (causal={causal})")
+    if num_last is not None:
+        if num_last < 0:
+            raise ValueError(f"num_last ({num_last}) must be at least 0")
+        skipped = max(0, q.shape[2] - num_last)
+        q, lse, q_start = q[:, :, skipped:], lse[:, :, skipped:], q_start + skipped
+    return blocked_column_sums(
+        q, k, lse, scale, q_start=q_start, k_start=k_start, bias=bias, causal=causal, window=window
+    )

@@ -1,0 +1,34 @@
+"""What every op needs: the accumulation dtype, and shape checks whose errors name both numbers."""
+
+import torch
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634  # exp(x) == exp2(x * LOG2_E)
+LN_2 = 0.6931471805599453
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the dtype of logits, lse, sums and probabilities."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def group_size(num_heads: int, num_kv_heads: int) -> int:
+    """G, the query heads that share one KV head."""
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_heads ({num_heads}) must be a positive multiple of num_kv_heads ({num_kv_heads})")
+    return num_heads // num_kv_heads
+
+
+def check_queries_keys(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """q [B, Hq, Tq, D] against k (and v) [B, Hkv, Tk, D]: ranks, batch, head dim, dtype and grouping."""
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q and k must have 4 dims, got {q.dim()} and {k.dim()}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"batch of q ({q.shape[0]}) must equal batch of k ({k.shape[0]})")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"head dim of q ({q.shape[3]}) must equal head dim of k ({k.shape[3]})")
+    if q.dtype != k.dtype:
+        raise ValueError(f"dtype of q ({q.dtype}) must equal dtype of k ({k.dtype})")
+    if v is not None and (v.shape != k.shape or v.dtype != k.dtype):
+        raise ValueError(f"v {tuple(v.shape)} {v.dtype} must match k {tuple(k.shape)} {k.dtype}")
+    group_size(q.shape[1], k.shape[1])

@@ -1,0 +1,39 @@
+"""The oracle: one query head at a time, over the valid slots only."""
+
+import torch
+from torch import Tensor
+
+from d2o_dist.kernels.common import acc_dtype
+
+
+def naive_decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    valid: Tensor | None = None,
+    log_mass: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `decode_attention`: q [B, Hq, D], k, v [B, Hkv, S, D] -> (out [B, Hq, D], lse [B, Hq], probs [B, Hkv, S])."""
+    acc, group = acc_dtype(q.dtype), q.shape[1] // k.shape[1]
+    out = torch.zeros(q.shape, dtype=acc, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
+    probs = torch.zeros(k.shape[:3], dtype=acc, device=q.device)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            g = h // group
+            live = torch.ones(k.shape[2], dtype=torch.bool, device=q.device)
+            if valid is not None:
+                live = valid[b] if valid.dim() == 2 else valid[b, g]
+            slots = live.nonzero().squeeze(1)
+            if len(slots) == 0:
+                continue
+            logits = k[b, g, slots].to(acc) @ q[b, h].to(acc) * scale
+            if log_mass is not None:
+                logits = logits + log_mass[b, g, slots].to(acc)
+            lse[b, h] = logits.logsumexp(0)
+            weights = torch.exp(logits - lse[b, h])
+            out[b, h] = weights @ v[b, g, slots].to(acc)
+            probs[b, g, slots] += weights
+    return out.to(q.dtype), lse, probs

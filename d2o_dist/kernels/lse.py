@@ -1,0 +1,27 @@
+"""Merging attention parts that were computed over disjoint sets of keys."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One attention result from partial ones: L = logsumexp(lse_r), out = sum_r exp(lse_r - L) out_r.
+
+    outs: each [..., D]; lses: each [...], acc dtype, -inf where the part had no key (its `out` may then hold anything).
+    Returns (out [..., D] in the dtype of outs[0], lse [...]). Rows that are empty in every part: out 0, lse -inf.
+    """
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"number of outs ({len(outs)}) must equal number of lses ({len(lses)}) and be positive")
+    top = torch.stack(list(lses)).amax(0)
+    top = torch.where(top == -torch.inf, torch.zeros_like(top), top)  # -inf - -inf would be NaN
+    weights = [torch.exp(lse - top) for lse in lses]
+    total = torch.stack(weights).sum(0)
+    divisor = torch.where(total == 0, torch.ones_like(total), total)
+    merged = torch.zeros_like(outs[0], dtype=lses[0].dtype)
+    for out, weight in zip(outs, weights, strict=True):
+        share = (weight / divisor).unsqueeze(-1)
+        # `where` and not a product: an empty part may hold NaN, and 0 * NaN is NaN.
+        merged += torch.where(share > 0, share * out.to(merged.dtype), torch.zeros_like(merged))
+    return merged.to(outs[0].dtype), top + torch.log(total)

@@ -1,0 +1,44 @@
+"""Causal attention over a prompt, with the lse of every query; the prompt may come in chunks, and windows may slide."""
+
+import torch
+from torch import Tensor
+
+from d2o_dist.kernels.common import check_queries_keys
+from d2o_dist.kernels.prefill_attention.cpu import cpu_prefill_attention
+from d2o_dist.kernels.prefill_attention.cuda import cuda_prefill_attention, cuda_supports
+from d2o_dist.kernels.prefill_attention.naive import naive_prefill_attention
+from d2o_dist.kernels.prefill_attention.torch_blocked import blocked_prefill_attention
+
+__all__ = ["naive_prefill_attention", "prefill_attention"]
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int = 0, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of query i over the keys j <= q_start + i; with `window`, also j > q_start + i - window.
+
+    q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D] with Tk == q_start + Tq (keys are indices 0..Tk-1); one dtype.
+    Returns (out [B, Hq, Tq, D] in q.dtype, lse [B, Hq, Tq] acc dtype, the natural log of sum exp(scaled logits)).
+
+    The path follows from device and dtype alone: CPU: PyTorch's flash kernel; CUDA fp16/bf16 without a binding window:
+    PyTorch's flash kernel; everything else: a blocked torch path. `lse` carries no gradient on the flash paths, so a
+    chunked prompt (q_start > 0) whose merge would need it refuses inputs that require grad.
+    """
+    check_queries_keys(q, k, v)
+    if k.shape[2] != q_start + q.shape[2]:
+        expected = q_start + q.shape[2]
+        raise ValueError(f"number of keys ({k.shape[2]}) must equal q_start + number of queries ({expected})")
+    if window is not None and window < 1:
+        raise ValueError(f"window ({window}) must be at least 1")
+    if window is not None and window >= k.shape[2]:
+        window = None  # it hides nothing
+    if q.device.type == "cpu":
+        path = cpu_prefill_attention
+    elif cuda_supports(q, window):
+        path = cuda_prefill_attention
+    else:
+        path = blocked_prefill_attention
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if needs_grad and q_start > 0 and window is None and path is not blocked_prefill_attention:
+        raise RuntimeError(f"a chunked prompt (q_start={q_start}) has no gradient: the flash kernels' lse carries none")
+    return path(q, k, v, scale, q_start=q_start, window=window)

@@ -1,0 +1,53 @@
+"""CPU: PyTorch's flash kernel, which returns the lse, takes GQA as it is, and float64, float32, bfloat16, float16.
+
+What was found (torch 2.13): its `is_causal` aligns upper-left, so a chunk is two calls and a merge; zero queries or
+zero keys kill the process with SIGFPE, so neither ever reaches it; a bool mask is refused, and a mask of another
+dtype than float64 queries is silently misread, so masks are made in q.dtype; in bf16 and fp16 its lse is off by up
+to 1e-4 (float32: 1e-6), from a faster exp.
+"""
+
+import torch
+from torch import Tensor
+
+from d2o_dist.kernels.common import acc_dtype
+from d2o_dist.kernels.lse import merge_partials
+
+MIN_WINDOW_BLOCK, MAX_WINDOW_BLOCK = 128, 1024  # queries a block of the windowed path
+
+
+def cpu_prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """As `prefill_attention`, on the CPU; a window, if any, is shorter than the keys."""
+    if q.shape[2] == 0 or q.shape[0] == 0:
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=acc_dtype(q.dtype))
+    if window is not None:
+        return _sliding(q, k, v, scale, q_start, window)
+    out, lse = _flash(q, k[:, :, q_start:], v[:, :, q_start:], scale, causal=True)
+    if q_start > 0:
+        past_out, past_lse = _flash(q, k[:, :, :q_start], v[:, :, :q_start], scale, causal=False)
+        out, lse = merge_partials([past_out, out], [past_lse, lse])
+    return out, lse.contiguous()  # the kernel lays lse out as [B, Tq, Hq]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, mask: Tensor | None = None):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+
+
+def _sliding(q: Tensor, k: Tensor, v: Tensor, scale: float, q_start: int, window: int) -> tuple[Tensor, Tensor]:
+    """Blocks of queries, each over the `window + block` keys that it can see, with a band as mask."""
+    block = min(max(window, MIN_WINDOW_BLOCK), MAX_WINDOW_BLOCK)
+    outs, lses = [], []
+    for start in range(0, q.shape[2], block):
+        queries = q[:, :, start : start + block]
+        first_query = q_start + start
+        first_key, end_key = max(0, first_query - window + 1), first_query + queries.shape[2]
+        ahead = torch.arange(first_key, end_key, device=q.device)[None, :]
+        ahead = ahead - torch.arange(first_query, end_key, device=q.device)[:, None]
+        mask = torch.zeros(ahead.shape, dtype=q.dtype, device=q.device)
+        mask.masked_fill_((ahead > 0) | (ahead <= -window), -torch.inf)
+        keys, values = k[:, :, first_key:end_key], v[:, :, first_key:end_key]
+        out, lse = _flash(queries, keys, values, scale, causal=False, mask=mask)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2).contiguous()

@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from d2o_dist.kernels.lse import merge_partials
+from d2o_dist.kernels.prefill_attention import naive_prefill_attention
+from tests.kernels.helpers import make
+
+
+def parts():
+    q, k, v = make(1, 2, 1, 8), make(1, 2, 30, 8, seed=1), make(1, 2, 30, 8, seed=2)
+    whole = naive_prefill_attention(q, k, v, 0.3, q_start=29)
+    logits = q @ k.mT * 0.3
+    cuts = [(0, 3), (3, 20), (20, 30)]
+    lses = [logits[..., a:b].logsumexp(-1) for a, b in cuts]
+    outs = [logits[..., a:b].softmax(-1) @ v[:, :, a:b] for a, b in cuts]
+    return whole, outs, lses
+
+
+def test_parts_merge_to_the_whole():
+    (out, lse), outs, lses = parts()
+    merged, merged_lse = merge_partials(outs, lses)
+    torch.testing.assert_close(merged, out, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(merged_lse, lse, atol=1e-13, rtol=1e-13)
+
+
+def test_empty_parts_change_nothing_even_if_they_hold_nan():
+    (out, _), outs, lses = parts()
+    outs.append(torch.full_like(outs[0], torch.nan))
+    lses.append(torch.full_like(lses[0], -torch.inf))
+    torch.testing.assert_close(merge_partials(outs, lses)[0], out, atol=1e-13, rtol=1e-13)
+
+
+def test_all_parts_empty():
+    out, lse = merge_partials([torch.full((3, 4), torch.nan)] * 2, [torch.full((3,), -torch.inf)] * 2)
+    assert torch.equal(out, torch.zeros(3, 4)) and torch.equal(lse, torch.full((3,), -torch.inf))
+
+
+def test_counts_must_match():
+    with pytest.raises(ValueError, match=r"outs \(1\).*lses \(2\)"):
+        merge_partials([torch.zeros(1, 1)], [torch.zeros(1)] * 2)

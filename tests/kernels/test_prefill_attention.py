@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from d2o_dist.kernels.prefill_attention import naive_prefill_attention, prefill_attention
+from d2o_dist.kernels.prefill_attention.cpu import cpu_prefill_attention
+from d2o_dist.kernels.prefill_attention.torch_blocked import blocked_prefill_attention
+from tests.kernels.helpers import DTYPE_IDS, DTYPES, HEADS, HEADS_IDS, assert_near, make
+
+PATHS = {"cpu": cpu_prefill_attention, "blocked": blocked_prefill_attention}
+
+
+def inputs(heads, q_start, tq, dtype, dim=16, batch=2):
+    q = make(batch, heads[0], tq, dim, dtype=dtype)
+    k, v = (make(batch, heads[1], q_start + tq, dim, dtype=dtype, seed=s) for s in (1, 2))
+    return q, k, v
+
+
+def check(path, q, k, v, **kwargs):
+    out, lse = path(q, k, v, 0.3, **kwargs)
+    expected, expected_lse = naive_prefill_attention(q.double(), k.double(), v.double(), 0.3, **kwargs)
+    assert out.dtype == q.dtype
+    assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    assert_near(out, expected, q.dtype)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-4 if q.dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("heads", HEADS, ids=HEADS_IDS)
+@pytest.mark.parametrize("tq", [1, 7, 33, 130])
+@pytest.mark.parametrize("q_start", [0, 1, 45], ids=["whole", "after1", "after45"])
+def test_equals_naive(path, dtype, heads, tq, q_start):
+    check(path, *inputs(heads, q_start, tq, dtype), q_start=q_start, window=None)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("q_start", [0, 45], ids=["whole", "chunk"])
+@pytest.mark.parametrize("window", [1, 5, 50, 129])
+def test_window_equals_naive(path, dtype, q_start, window):
+    check(path, *inputs((8, 2), q_start, 300, dtype, batch=1), q_start=q_start, window=window)
+
+
+def test_window_with_key_blocks_that_a_row_cannot_see():
+    """The kernel walks keys in blocks of 512; late rows of a query block see none of the first one."""
+    check(cpu_prefill_attention, *inputs((2, 1), 0, 1900, torch.float32, batch=1), q_start=0, window=700)
+
+
+def test_window_longer_than_the_text_is_no_window():
+    q, k, v = inputs((4, 2), 10, 33, torch.float64)
+    for window in (43, 44, 10_000):
+        out, lse = prefill_attention(q, k, v, 0.3, q_start=10, window=window)
+        assert all(map(torch.equal, (out, lse), prefill_attention(q, k, v, 0.3, q_start=10)))
+
+
+@pytest.mark.parametrize("chunks", [(1, 129), (60, 70), (33, 33, 64)], ids=str)
+def test_chunks_equal_the_whole(chunks):
+    q, k, v = inputs((8, 2), 0, 130, torch.float64)
+    whole, whole_lse = prefill_attention(q, k, v, 0.3)
+    outs, lses, start = [], [], 0
+    for size in chunks:
+        end = start + size
+        out, lse = prefill_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], 0.3, q_start=start)
+        outs.append(out), lses.append(lse)
+        start = end
+    torch.testing.assert_close(torch.cat(outs, 2), whole, atol=1e-12, rtol=0)
+    torch.testing.assert_close(torch.cat(lses, 2), whole_lse, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_no_queries(path):
+    out, lse = path(*inputs((4, 2), 5, 0, torch.float32), 0.3, q_start=5, window=None)
+    assert out.shape == (2, 4, 0, 16) and lse.shape == (2, 4, 0)
+
+
+def test_transposed_inputs():
+    """As models make them: [B, T, H, D] seen as [B, H, T, D]."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs((8, 2), 9, 33, torch.float64))
+    check(prefill_attention, q, k, v, q_start=9)
+
+
+def test_gradient_flows_through_out():
+    q, k, v = (x.requires_grad_() for x in inputs((4, 2), 0, 33, torch.float64))
+    grads = torch.autograd.grad(prefill_attention(q, k, v, 0.3)[0].sin().sum(), (q, k, v))
+    expected = torch.autograd.grad(naive_prefill_attention(q, k, v, 0.3)[0].sin().sum(), (q, k, v))
+    for grad, reference in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, reference, atol=1e-12, rtol=0)
+
+
+def test_a_chunk_refuses_to_lose_its_gradient():
+    q, k, v = (x.requires_grad_() for x in inputs((4, 2), 3, 5, torch.float32))
+    with pytest.raises(RuntimeError, match="q_start=3"):
+        prefill_attention(q, k, v, 0.3, q_start=3)
+
+
+def test_errors_name_both_numbers():
+    q, k, v = inputs((4, 2), 3, 5, torch.float32)
+    with pytest.raises(ValueError, match=r"\(8\).*\(5\)"):
+        prefill_attention(q, k, v, 0.3)
+    with pytest.raises(ValueError, match=r"\(3\).*\(2\)"):
+        prefill_attention(q[:, :3], k, v, 0.3, q_start=3)
