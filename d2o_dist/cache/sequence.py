@@ -16,6 +16,7 @@ from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_s
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.budget import check_total
 from d2o_dist.core.compress import compress_layer
+from d2o_dist.kernels.nearest_kept import nearest_kept
 
 
 @dataclass
@@ -174,7 +175,8 @@ class CompressedCache:
                 budget, kv_len = due
                 seen = torch.tensor(self.num_seen, device=device)
                 slots, layer.state = compress_layer(
-                    layer.store.slots, budget, layer.state, config, finalize=finalize, num_seen_tokens=seen
+                    layer.store.slots, budget, layer.state, config, finalize=finalize, num_seen_tokens=seen,
+                    nearest=nearest_kept,
                 )
                 layer.store.replace(slots, kv_len, capacity)
             elif capacity is not None:
@@ -193,7 +195,7 @@ class CompressedCache:
         for layer in self.layers:
             layer.select_rows(index)
         self.num_seen = [self.num_seen[row] for row in host]
-        if self.plans is not None:
+        if self.plans:
             plans = self.plans
             self.plans = [RowPlan(p.log_weights, p.dispersions, p.num_tokens, list(p.slots)) for p in
                           (plans[row] for row in host)]  # fmt: skip

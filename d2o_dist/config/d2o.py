@@ -18,6 +18,8 @@ MERGES = ("keys_values", "values", "none", "mass", "released")
 MERGE_TARGETS = ("kept", "tail")
 GATES = ("threshold", "quantile")
 THRESHOLD_AGGS = ("max", "mean")
+# The two ways to say how much is kept.
+SIZES = ("keep_ratio", "keep_tokens")
 
 DEFAULT_KEEP_RATIO = 0.2
 # A product such as 0.29 * 100 is 28.999999999999996 in binary; the user meant 29.
@@ -119,14 +121,12 @@ class D2OConfig:
         """
         if name not in PRESETS:
             raise ValueError(f'no preset "{name}".{did_you_mean(name, PRESETS)} Known: {", ".join(PRESETS)}')
-        if name == "full" and any(overrides.get(key) is not None for key in ("keep_ratio", "keep_tokens")):
-            if overrides.get("keep_tokens") is not None or overrides["keep_ratio"] != 1.0:
-                raise ValueError('preset "full" keeps the whole cache: keep_ratio must be 1.0 and keep_tokens unset')
         refuse_unknown(overrides, [f.name for f in dataclasses.fields(cls)], cls.__name__)
-        values = {**PRESETS[name], **overrides}
-        if overrides.get("keep_tokens") is not None and "keep_ratio" not in overrides:
-            values.pop("keep_ratio", None)
-        return cls(**values)
+        # None for a size means that it is not given.
+        given = {key: value for key, value in overrides.items() if value is not None or key not in SIZES}
+        if name == "full" and (given.get("keep_ratio", 1.0) != 1.0 or "keep_tokens" in given):
+            raise ValueError('preset "full" keeps the whole cache: keep_ratio must be 1.0 and keep_tokens unset')
+        return cls(**{**PRESETS[name], **given})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> D2OConfig:

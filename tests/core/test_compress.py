@@ -164,7 +164,9 @@ def test_the_tail_stays_apart_from_the_tokens_that_answers_are_read_from():
     assert (found.log_mass >= kept.log_mass).all() and (found.log_mass <= 3).all()
 
 
-@pytest.mark.parametrize("heads, dim, length, heavy, recent", [(4, 8, 40, 9, 7), (32, 128, 70, 10, 20), (1, 5, 23, 6, 3)])
+@pytest.mark.parametrize(
+    "heads, dim, length, heavy, recent", [(4, 8, 40, 9, 7), (32, 128, 70, 10, 20), (1, 5, 23, 6, 3)]
+)
 def test_released_equals_the_published_step(heads, dim, length, heavy, recent):
     generator = torch.Generator().manual_seed(length)
 

@@ -23,7 +23,8 @@ def make_cache(model, preset="d2o", **changes) -> D2OCache:
 
 
 def generate(model, ids, cache, new=24, mask=None, **kwargs):
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, do_sample=False, **kwargs)
+    kwargs.update(attention_mask=mask, past_key_values=cache)
+    return model.generate(ids, max_new_tokens=new, do_sample=False, **kwargs)
 
 
 def assert_same_rows(left: D2OCache, row: int, right: D2OCache, other: int = 0) -> None:

@@ -1,0 +1,64 @@
+# make demo | test | lint | clean | distclean      needs: Python >= 3.11 with venv, and a package index for pip
+#
+#   PYTHON=python3.12      the interpreter to make the environment with
+#   VENV=.venv             where it lies
+#   TORCH_ARGS="--index-url URL"    where to take torch from, such as PyTorch's own index of small CPU builds
+#   PYTEST_ARGS="-k budget"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_ARGS ?=
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+hash = $(shell cat requirements/torch.txt $(1) setup.py pyproject.toml | sha256sum | cut -c1-16)
+DEMO_STAMP := $(VENV)/.installed-demo-$(call hash,requirements/demo.txt)
+DEV_STAMP := $(VENV)/.installed-dev-$(call hash,requirements/demo.txt requirements/dev.txt)
+
+.PHONY: demo test lint clean distclean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO_STAMP)
+	$(PY) -m d2o_dist.cli.demo
+
+test: lint
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP)
+	$(PY) -m ruff check .
+
+$(DEMO_STAMP): $(VENV)/.usable
+	$(call install,requirements/demo.txt)
+	touch $@
+
+$(DEV_STAMP): $(VENV)/.usable
+	$(call install,requirements/dev.txt)
+	touch $@
+
+# torch first and alone; as a constraint afterwards, so that nothing replaces it; then this package, without the network.
+define install
+	$(PIP) install $(TORCH_ARGS) -r requirements/torch.txt
+	$(PIP) install -c requirements/torch.txt -r $(1)
+	$(PIP) install --quiet --no-index --no-deps --no-build-isolation -e .
+endef
+
+$(VENV)/.usable:
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo "error: Python >= 3.11 is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." \
+	           "Name another: make PYTHON=python3.12"; exit 1; }; \
+	  $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "error: '$(PYTHON)' cannot make virtual environments." \
+	           "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }; \
+	  echo "$(PYTHON) -m venv $(VENV)"; $(PYTHON) -m venv $(VENV); \
+	fi
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find d2o_dist tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Also the environment and what the demo downloaded.
+distclean: clean
+	rm -rf $(VENV) .cache/d2o_dist

@@ -1,0 +1,145 @@
+"""`InferConfig`: everything one inference run is told, from YAML plus overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2o_dist.config.checks import check_bool, check_int, check_string
+from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.config.io import build, check_choice, load_yaml
+from d2o_dist.config.overrides import apply_overrides
+from d2o_dist.config.sampling import SamplingConfig
+
+DTYPES = ("auto", "bfloat16", "float32", "float16", "float64")
+CHAT_TEMPLATES = ("auto", "never", "always")
+TRUNCATIONS = ("error", "middle", "left")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """One inference run.
+
+    Attributes:
+        model: folder or hub name of a Hugging Face causal language model.
+        tokenizer: folder or hub name; the model's own when null.
+        dtype: of weights and cache; `auto` is what the checkpoint was saved in.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+        d2o: how the cache is compressed; in YAML a mapping of fields, `preset` among them.
+        sampling: how tokens are chosen; a mapping in YAML.
+        prompts: file of prompts, `.jsonl` (a row a line) or `.txt` (one prompt).
+        prompt: one prompt, instead of a file.
+        output: JSONL file of results; null or `-` writes to standard output.
+        overwrite: replace `output` if it exists; otherwise that is an error.
+        chat_template: `always` (wrap a bare prompt as a user message), `never` (bare text only), `auto` (`always`
+            where the tokenizer has a template).
+        system_prompt: system message of chats that bring none.
+        max_batch_size: rows of one batch at most.
+        max_batch_tokens: prompt tokens of one batch at most, padding included; a longer row runs alone.
+        prefill_chunk: prompt tokens of one forward; null: the whole prompt at once.
+        max_prompt_tokens: longest prompt, in tokens; null: what the model's positions leave beside `max_new_tokens`.
+        truncation: what happens to a longer prompt: `error`, `middle` (keep both ends), `left` (keep the end).
+        stream: show the text of a single prompt as it comes: true, false, or `auto` (on a terminal).
+        trust_remote_code, revision: as in `from_pretrained`.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    d2o: D2OConfig = field(default_factory=D2OConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    prompts: str | None = None
+    prompt: str | None = None
+    output: str | None = None
+    overwrite: bool = False
+    chat_template: str = "auto"
+    system_prompt: str | None = None
+    max_batch_size: int = 8
+    max_batch_tokens: int = 65536
+    prefill_chunk: int | None = None
+    max_prompt_tokens: int | None = None
+    truncation: str = "error"
+    stream: str | bool = "auto"
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        check_string("model", self.model)
+        for name in ("tokenizer", "prompts", "prompt", "output", "system_prompt", "revision"):
+            check_string(name, getattr(self, name), optional=True)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("chat_template", self.chat_template, CHAT_TEMPLATES)
+        check_choice("truncation", self.truncation, TRUNCATIONS)
+        check_int("max_batch_size", self.max_batch_size, low=1)
+        check_int("max_batch_tokens", self.max_batch_tokens, low=1)
+        if self.prefill_chunk is not None:
+            # A forward of one token is a decode step.
+            check_int("prefill_chunk", self.prefill_chunk, low=2)
+        if self.max_prompt_tokens is not None:
+            check_int("max_prompt_tokens", self.max_prompt_tokens, low=1)
+        for name in ("trust_remote_code", "overwrite"):
+            check_bool(name, getattr(self, name))
+        if not isinstance(self.stream, bool) and self.stream != "auto":
+            raise ValueError(f"stream ({self.stream!r}) must be one of auto, true, false")
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise ValueError(f"device ({self.device!r}) must be one of auto, cpu, cuda, cuda:N")
+        for name, kind in (("d2o", D2OConfig), ("sampling", SamplingConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, not {type(getattr(self, name)).__name__}")
+        if self.prompts is not None and self.prompt is not None:
+            raise ValueError(f"prompts ({self.prompts}) and prompt are two sources of prompts: give exactly one")
+        if self.system_prompt is not None and self.chat_template == "never":
+            raise ValueError('system_prompt needs a chat template, but chat_template is "never"')
+
+    # ---- construction ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> InferConfig:
+        """From nested mappings; unknown keys are refused at every level."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"InferConfig must be given as a mapping of fields, not {type(values).__name__}")
+        values = dict(values)
+        if "model" not in values:
+            raise ValueError("model is missing: name a folder or a hub model")
+        if not isinstance(values.get("d2o"), D2OConfig):
+            values["d2o"] = D2OConfig.from_dict({} if values.get("d2o") is None else values["d2o"])
+        if not isinstance(values.get("sampling"), SamplingConfig):
+            values["sampling"] = build(SamplingConfig, {} if values.get("sampling") is None else values["sampling"])
+        return build(cls, values)
+
+    @classmethod
+    def load(cls, path: str | Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> InferConfig:
+        """From a YAML file (or nothing) and `(dotted key, value)` pairs that take precedence.
+
+        Raises:
+            ValueError: an unknown key, or a value outside its limits.
+        """
+        overrides = list(overrides)
+        values = {} if path is None else load_yaml(path)
+        return cls.from_dict(apply_overrides(_forget_replaced_size(values, dict(overrides)), overrides))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values; `from_dict` is its inverse."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "d2o": self.d2o.to_dict(), "sampling": self.sampling.to_dict()}
+
+
+def _forget_replaced_size(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's values without the cache size that an override says in the other way, or that `full` has itself."""
+    d2o = values.get("d2o")
+    if not isinstance(d2o, dict):
+        return values
+    replaced = set()
+    if overrides.get("d2o.preset") == "full":
+        replaced = {"keep_ratio", "keep_tokens"}
+    if overrides.get("d2o.keep_ratio") is not None:
+        replaced.add("keep_tokens")
+    if overrides.get("d2o.keep_tokens") is not None:
+        replaced.add("keep_ratio")
+    return {**values, "d2o": {key: value for key, value in d2o.items() if key not in replaced}}

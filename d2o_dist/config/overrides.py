@@ -1,0 +1,45 @@
+"""Dotted overrides, `d2o.keep_ratio=0.1`, on top of the nested mapping of a YAML file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`(dotted key, value)` of `key=value`; the value is read as YAML, so that `0.1`, `null` and `[a, b]` mean those.
+
+    Raises:
+        ValueError: no `=`, an empty part of the key, or a value that is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ValueError(f'override "{text}" must have the form key=value, for example d2o.keep_ratio=0.1')
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f'override "{text}": the value is not valid YAML: {" ".join(str(error).split())}') from error
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A copy of `values` with the overrides set, in order; missing mappings on the way are made.
+
+    Raises:
+        ValueError: a key goes through something that is not a mapping, as in `model.name=x`.
+    """
+    result = copy.deepcopy(dict(values))
+    for key, value in overrides:
+        *path, last = key.split(".")
+        target = result
+        for depth, part in enumerate(path):
+            inner = target.get(part)
+            if inner is None:
+                inner = target[part] = {}
+            if not isinstance(inner, dict):
+                raise ValueError(f'override "{key}": {".".join(path[: depth + 1])} is {inner!r}, not a mapping')
+            target = inner
+        target[last] = value
+    return result

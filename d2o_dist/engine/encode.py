@@ -1,0 +1,119 @@
+"""From rows to token ids, with every limit checked. It needs a tokenizer and a configuration, not the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2o_dist.config.infer import InferConfig
+from d2o_dist.engine.messages import render, uses_template
+from d2o_dist.engine.prompts import PromptRow
+
+
+@dataclass(frozen=True)
+class Request:
+    """A row that can be run.
+
+    Attributes:
+        index, id: of the row it came from.
+        input_ids: token ids of the prompt, as the model sees them.
+        max_new_tokens, stop: where it ends at the latest.
+    """
+
+    index: int
+    id: str | int
+    input_ids: tuple[int, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a model can read: tokens it has positions for, ids it has embeddings for. None: not known."""
+
+    max_positions: int | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be run; `num_prompt_tokens` is None when it did not come as far as tokens."""
+
+    index: int
+    id: str | int
+    error: str
+    num_prompt_tokens: int | None = None
+
+
+def encode_rows(
+    rows: Sequence[PromptRow], tokenizer: Any, config: InferConfig, limits: ModelLimits
+) -> list[Request | BadRow]:
+    """A request, or the reason why there is none, for every row, in the order of the rows."""
+    return [encode_row(row, tokenizer, config, limits) for row in rows]
+
+
+def encode_row(row: PromptRow, tokenizer: Any, config: InferConfig, limits: ModelLimits) -> Request | BadRow:
+    """One row; see `encode_rows`."""
+    if row.error is not None:
+        return BadRow(row.index, row.id, row.error)
+    max_new = config.sampling.max_new_tokens if row.max_new_tokens is None else row.max_new_tokens
+    max_prompt = config.max_prompt_tokens if row.max_prompt_tokens is None else row.max_prompt_tokens
+    count = None
+    try:
+        ids = _tokenize(row, tokenizer, config)
+        count = len(ids)
+        ids = _fit(ids, max_prompt, max_new, limits.max_positions, config.truncation)
+        if limits.vocab_size is not None and max(ids) >= limits.vocab_size:
+            # On a GPU such an id would end the process, and all rows with it.
+            raise ValueError(
+                f"token id {max(ids)} is outside the model's vocabulary ({limits.vocab_size}): the tokenizer is not "
+                "this model's"
+            )
+    except ValueError as error:
+        return BadRow(row.index, row.id, str(error), count)
+    return Request(row.index, row.id, tuple(ids), max_new, config.sampling.stop if row.stop is None else row.stop)
+
+
+def _tokenize(row: PromptRow, tokenizer: Any, config: InferConfig) -> list[int]:
+    templated = uses_template(tokenizer, config.chat_template, row.messages is not None)
+    if templated:
+        messages = row.messages or ({"role": "user", "content": row.prompt},)
+        text = render(tokenizer, messages, config.system_prompt)
+    elif config.system_prompt is not None:
+        raise ValueError("system_prompt is given, but the tokenizer has no chat template")
+    else:
+        text = row.prompt
+    # A template writes the special tokens itself. `verbose=False`: lengths are checked here, and named better.
+    ids = tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
+    if not ids:
+        raise ValueError("the prompt has no tokens")
+    return ids
+
+
+def _fit(ids: list[int], max_prompt: int | None, max_new: int, max_positions: int | None, how: str) -> list[int]:
+    """The ids, cut to the limits where `how` allows it.
+
+    Raises:
+        ValueError: they are too long and `how` is `error`, or no prompt at all would fit.
+    """
+    if max_positions is not None and max_new >= max_positions:
+        raise ValueError(
+            f"max_new_tokens ({max_new}) leaves no room for a prompt: the model's max_position_embeddings is "
+            f"{max_positions}"
+        )
+    room = None if max_positions is None else max_positions - max_new
+    limit = min((n for n in (max_prompt, room) if n is not None), default=None)
+    if limit is None or len(ids) <= limit:
+        return ids
+    if how == "left":
+        return ids[-limit:]
+    if how == "middle":
+        tail = limit // 2
+        return ids[: limit - tail] + (ids[-tail:] if tail else [])
+    if max_prompt is not None and len(ids) > max_prompt:
+        raise ValueError(f"the prompt has {len(ids)} tokens, above max_prompt_tokens ({max_prompt})")
+    raise ValueError(
+        f"the prompt has {len(ids)} tokens and max_new_tokens is {max_new}: together above the model's "
+        f"max_position_embeddings ({max_positions})"
+    )

@@ -1,0 +1,131 @@
+"""The decode loop of one batch: pick tokens, end rows, let go of finished ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from d2o_dist.config.sampling import SamplingConfig
+from d2o_dist.engine.encode import Request
+from d2o_dist.engine.sampling import Sampler
+from d2o_dist.engine.session import RowUsage, Session, left_pad
+from d2o_dist.engine.text import TextStream, decode_tokens
+
+
+@dataclass
+class Generated:
+    """What one row became.
+
+    Attributes:
+        tokens: ids generated, an end-of-sequence token included.
+        text: their text without special tokens, cut before a stop string.
+        finish_reason: `eos`, `stop` (a stop string) or `length` (`max_new_tokens`).
+        time_to_first_token_s: from the start of the batch's prefill to its first token: prefill, finalize, one choice.
+            Rows of one batch share it.
+        tokens_per_s: the row's tokens after the first, over the time from the first to its last; None for one token.
+        usage: what the cache held for the row when it ended; None until then.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    time_to_first_token_s: float = 0.0
+    tokens_per_s: float | None = None
+    usage: RowUsage | None = None
+
+
+class _Row:
+    """A row on its way."""
+
+    def __init__(self, request: Request, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+        self.request = request
+        self.result = Generated()
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        # Text is decoded along the way only for those who look at it.
+        self._stream = TextStream(tokenizer, request.stop) if request.stop or on_text else None
+
+    def take(self, token: int, eos_ids: frozenset[int]) -> bool:
+        """Add a token; whether the row ends with it."""
+        result = self.result
+        result.tokens.append(token)
+        if token in eos_ids:
+            result.finish_reason = "eos"
+        elif self._stream is not None:
+            self._say(self._stream.push(token))
+            if self._stream.stopped:
+                result.finish_reason = "stop"
+        if result.finish_reason is None and len(result.tokens) >= self.request.max_new_tokens:
+            result.finish_reason = "length"
+        return result.finish_reason is not None
+
+    def end(self, began: float, first: float, now: float, usage: RowUsage) -> None:
+        """Settle text, times and memory. A stop string that the last held back piece completes still counts."""
+        result = self.result
+        if self._stream is None:
+            result.text = decode_tokens(self._tokenizer, result.tokens)
+        else:
+            self._say(self._stream.finish())
+            result.text = self._stream.text
+            if self._stream.stopped:
+                result.finish_reason = "stop"
+        result.time_to_first_token_s = first - began
+        steps = len(result.tokens) - 1
+        result.tokens_per_s = steps / (now - first) if steps and now > first else None
+        result.usage = usage
+
+    def _say(self, piece: str) -> None:
+        if piece and self._on_text is not None:
+            self._on_text(piece)
+
+
+@torch.inference_mode()
+def generate(
+    session: Session,
+    requests: Sequence[Request],
+    sampling: SamplingConfig,
+    tokenizer: Any,
+    *,
+    eos_ids: frozenset[int] = frozenset(),
+    pad_id: int = 0,
+    chunk: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> list[Generated]:
+    """Run one batch to its end; the results are in the order of the requests.
+
+    Args:
+        session: a fresh one.
+        eos_ids: ids that end a row, unless `sampling.ignore_eos`.
+        chunk: prompt tokens of one forward; None: all at once.
+        on_text: called with every new piece of text; for a batch of one row.
+    """
+    eos_ids = frozenset() if sampling.ignore_eos else eos_ids
+    prompts = [request.input_ids for request in requests]
+    rows = [_Row(request, tokenizer, on_text) for request in requests]
+    began = time.perf_counter()
+    sampler = Sampler(sampling, [request.index for request in requests], prompts, session.device)
+    tokens = sampler.pick(session.prefill(*left_pad(prompts, pad_id), chunk))
+    first = time.perf_counter()
+    batch = list(rows)
+    while True:
+        # The tokens are on the host, so the device has done all that this clock should count.
+        now = time.perf_counter()
+        for place, row in enumerate(batch):
+            if row.result.finish_reason is None and row.take(tokens[place], eos_ids):
+                row.end(began, first, now, session.row_usage(place))
+        live = [row.result.finish_reason is None for row in batch]
+        if not any(live):
+            return [row.result for row in rows]
+        if 2 * sum(live) <= len(live):
+            places = [place for place, goes_on in enumerate(live) if goes_on]
+            session.keep_rows(places)
+            sampler.keep_rows(places)
+            batch, tokens = [batch[place] for place in places], [tokens[place] for place in places]
+            live = [True] * len(batch)
+        # A finished row that stays is fed padding, which the cache does not store.
+        fed = [token if goes_on else pad_id for token, goes_on in zip(tokens, live, strict=True)]
+        tokens = sampler.pick(session.decode(fed, live))

@@ -1,0 +1,89 @@
+"""Choosing next tokens. A row's choice depends on its own logits, tokens and random numbers, never on its batch.
+
+Shape legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from d2o_dist.config.sampling import SamplingConfig
+
+
+def row_seed(seed: int, index: int) -> int:
+    """A seed of 32 bits for one row. Hashed, because PyTorch's CPU generator reads no more than 32 bits of a seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4], "little")
+
+
+def make_processors(config: SamplingConfig) -> LogitsProcessorList:
+    """What is done to the logits before the choice, in the order `generate` does it."""
+    processors = LogitsProcessorList()
+    if config.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
+    if not config.is_greedy:
+        if config.temperature != 1:
+            processors.append(TemperatureLogitsWarper(float(config.temperature)))
+        if config.top_k:
+            processors.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1:
+            processors.append(TopPLogitsWarper(float(config.top_p)))
+    return processors
+
+
+class Sampler:
+    """Picks the next token of every row of a batch.
+
+    Args:
+        config: how to choose.
+        indices: per row its index in the whole input, which with `config.seed` seeds its random numbers.
+        prompts: per row the token ids of its prompt.
+        device: where the logits will be.
+    """
+
+    def __init__(
+        self, config: SamplingConfig, indices: Sequence[int], prompts: Sequence[Sequence[int]], device: torch.device
+    ) -> None:
+        self.config = config
+        self._processors = make_processors(config)
+        self._generators: list[torch.Generator] | None = None
+        if not config.is_greedy:
+            self._generators = [torch.Generator(device).manual_seed(row_seed(config.seed, i)) for i in indices]
+        # [B, T] tokens seen. Shorter rows repeat a token of their own: seen once or twice is the same penalty, whereas
+        # a padding token would be penalised in some batches and not in others.
+        self._seen: Tensor | None = None
+        if config.repetition_penalty != 1:
+            width = max(len(ids) for ids in prompts)
+            rows = [[ids[0]] * (width - len(ids)) + list(ids) for ids in prompts]
+            self._seen = torch.tensor(rows, device=device)
+
+    def pick(self, logits: Tensor) -> list[int]:
+        """The next token of each row from its logits [B, V]."""
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        scores = self._processors(self._seen, scores)
+        if self._generators is None:
+            chosen = scores.argmax(-1)
+        else:
+            probs = scores.softmax(-1)
+            rows = zip(probs, self._generators, strict=True)
+            chosen = torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+        if self._seen is not None:
+            self._seen = torch.cat([self._seen, chosen[:, None]], 1)
+        return chosen.tolist()
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch, in this order."""
+        if self._generators is not None:
+            self._generators = [self._generators[row] for row in rows]
+        if self._seen is not None:
+            self._seen = self._seen[list(rows)]

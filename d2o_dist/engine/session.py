@@ -1,0 +1,147 @@
+"""`Session`: one batch on its way through one model: prefill, finalize, decode, step by step.
+
+Shape legend: B rows, T prompt columns (padding included), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.integrations.hf import D2OCache
+
+
+@dataclass(frozen=True)
+class RowUsage:
+    """What the cache holds for one row. `achieved_keep_ratio` leaves sliding-window layers out, the bytes do not."""
+
+    achieved_keep_ratio: float
+    held_bytes: int
+    full_bytes: int
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """`(input_ids, attention_mask)`, both [B, T] int64, padded on the left to the longest prompt."""
+    width = max(len(ids) for ids in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in prompts])
+    lengths = torch.tensor([len(row) for row in prompts])
+    return ids, (torch.arange(width) >= width - lengths[:, None]).long()
+
+
+def chunk_ends(length: int, chunk: int | None) -> list[int]:
+    """Where the chunks of a prompt of `length` columns end.
+
+    The last chunk takes one column more rather than leave a chunk of one: the cache takes that for a decode step.
+    """
+    if chunk is None or length <= chunk + 1:
+        return [length]
+    ends = list(range(chunk, length, chunk)) + [length]
+    if ends[-1] - ends[-2] == 1:
+        del ends[-2]
+    return ends
+
+
+class Session:
+    """One batch: its rows, their cache, and how long the parts of the prefill took.
+
+    Args:
+        model: loaded with `attn_implementation="d2o"`, in evaluation mode.
+        d2o: how the cache is compressed.
+
+    Attributes:
+        cache: the batch's `D2OCache`.
+        prefill_s, finalize_s: seconds spent in the two; None before.
+    """
+
+    def __init__(self, model: Any, d2o: D2OConfig) -> None:
+        self.model = model
+        self.cache = D2OCache(config=model.config, d2o=d2o)
+        self.prefill_s: float | None = None
+        self.finalize_s: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        return self.model.device
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
+        """Read the prompts and compress them: [B, T] -> next-token logits [B, V].
+
+        Args:
+            attention_mask: [B, T], 0 marks padding, which is on the left.
+            chunk: columns of one forward, at least 2; None: all at once. Bounds the memory of activations.
+
+        Raises:
+            ValueError: a second prefill, a chunk below 2, a row that ends in padding or has no token.
+        """
+        if self.cache.get_seq_length():
+            raise ValueError("a session reads its prompts once: make a new one")
+        if chunk is not None and chunk < 2:
+            raise ValueError(f"chunk ({chunk}) must be at least 2")
+        if not bool(attention_mask[:, -1].all()) or bool((attention_mask.diff(dim=1) < 0).any()):
+            raise ValueError("prompts must be padded on the left, and every row needs a token")
+        began = self._now()
+        padded = not bool(attention_mask.all())
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0).to(self.device)
+        ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
+        start = 0
+        for end in chunk_ends(ids.shape[1], chunk):
+            logits = self._forward(ids[:, start:end], positions[:, start:end], mask[:, :end] if padded else None)
+            start = end
+        read = self._now()
+        self.cache.finalize()
+        self.prefill_s, self.finalize_s = read - began, self._now() - read
+        return logits
+
+    def decode(self, tokens: Sequence[int], live: Sequence[bool] | None = None) -> Tensor:
+        """One step: the rows' newest tokens, B of them -> next-token logits [B, V].
+
+        Args:
+            live: rows that go on. The others hold no more tokens, and their logits mean nothing. None: all go on.
+        """
+        mask = None
+        if live is not None and not all(live):
+            # The cache asks only which of the new columns are padding; what came before it knows.
+            mask = torch.tensor(live, device=self.device)[:, None].long()
+        ids = torch.tensor(tokens, device=self.device)[:, None]
+        positions = torch.tensor(self.cache.compressed.num_seen, device=self.device)[:, None]
+        return self._forward(ids, positions, mask)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch, in this order; the memory of the others is freed."""
+        self.cache.batch_select_indices(torch.tensor(rows))
+
+    def row_usage(self, row: int) -> RowUsage:
+        """What the cache holds for one row now, and what an uncompressed one would."""
+        seen = self.cache.compressed.num_seen[row]
+        held_tokens = seen_tokens = held_bytes = full_bytes = 0
+        for layer, window in zip(self.cache.layers, self.cache.compressed.windows, strict=True):
+            _, heads, _, dim = layer.keys.shape
+            token_bytes = 2 * heads * dim * layer.keys.element_size()
+            held = layer.kv_len[row]
+            held_bytes += held * token_bytes
+            if window is None:
+                held_tokens, seen_tokens = held_tokens + held, seen_tokens + seen
+                full_bytes += seen * token_bytes
+            else:
+                full_bytes += min(seen, window - 1) * token_bytes
+        return RowUsage(held_tokens / seen_tokens if seen_tokens else 1.0, held_bytes, full_bytes)
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        return out.logits[:, -1]
+
+    def _now(self) -> float:
+        """Seconds, after all work on the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

@@ -1,0 +1,86 @@
+"""What a whole run did, in a few numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from d2o_dist.engine.records import Record
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Totals and medians over the rows that ran; None where no row gives a value.
+
+    Attributes:
+        num_ok, num_failed, num_missing: rows with a result, with an error, and not reached (the run was interrupted).
+        num_prompt_tokens, num_new_tokens: totals.
+        wall_s: seconds from the first batch to the last; new_tokens_per_s: of all rows together, prefills included.
+        median_time_to_first_token_s, median_tokens_per_s: over rows.
+        mean_keep_ratio: achieved, over rows.
+        held_bytes, full_bytes: keys and values of all rows, each when it ended, and what full caches would have held.
+    """
+
+    num_ok: int
+    num_failed: int
+    num_missing: int
+    num_prompt_tokens: int
+    num_new_tokens: int
+    wall_s: float
+    median_time_to_first_token_s: float | None
+    median_tokens_per_s: float | None
+    mean_keep_ratio: float | None
+    held_bytes: int
+    full_bytes: int
+    interrupted: bool = False
+
+    @property
+    def new_tokens_per_s(self) -> float | None:
+        """Throughput of the run."""
+        return self.num_new_tokens / self.wall_s if self.num_new_tokens and self.wall_s > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, for JSON."""
+        return {**dataclasses.asdict(self), "new_tokens_per_s": self.new_tokens_per_s}
+
+    def __str__(self) -> str:
+        missing = f", {self.num_missing} not reached (interrupted)" if self.interrupted else ""
+        return "\n".join([
+            f"rows: {self.num_ok} ok, {self.num_failed} failed{missing}",
+            f"tokens: {self.num_prompt_tokens} prompt, {self.num_new_tokens} new in {self.wall_s:.2f} s "
+            f"({_show(self.new_tokens_per_s)} new tokens/s, all rows together)",
+            f"time to first token: {_show(self.median_time_to_first_token_s, 3)} s (median); "
+            f"tokens/s of a row: {_show(self.median_tokens_per_s)} (median)",
+            f"keep ratio: {_show(self.mean_keep_ratio, 4)} achieved (mean); "
+            f"bytes: {self.held_bytes / 2**20:.2f} MiB held of {self.full_bytes / 2**20:.2f} MiB full",
+        ])  # fmt: skip
+
+
+def summarise(records: Sequence[Record], num_rows: int, wall_s: float, *, interrupted: bool = False) -> Summary:
+    """The summary of the records of a run over `num_rows` rows."""
+    good = [record for record in records if record["error"] is None]
+
+    def known(name: str) -> list[Any]:
+        return [record[name] for record in good if record[name] is not None]
+
+    return Summary(
+        num_ok=len(good),
+        num_failed=len(records) - len(good),
+        num_missing=num_rows - len(records),
+        num_prompt_tokens=sum(known("num_prompt_tokens")),
+        num_new_tokens=sum(known("num_new_tokens")),
+        wall_s=wall_s,
+        median_time_to_first_token_s=median(known("time_to_first_token_s")) if good else None,
+        median_tokens_per_s=median(known("tokens_per_s")) if known("tokens_per_s") else None,
+        mean_keep_ratio=fmean(known("achieved_keep_ratio")) if good else None,
+        held_bytes=sum(known("held_bytes")),
+        full_bytes=sum(known("full_bytes")),
+        interrupted=interrupted,
+    )
+
+
+def _show(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

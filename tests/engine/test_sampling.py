@@ -1,0 +1,71 @@
+"""Choices depend on the row, not on the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2o_dist.config.sampling import SamplingConfig
+from d2o_dist.engine.sampling import Sampler, make_processors, row_seed
+
+CPU = torch.device("cpu")
+CONFIGS = {
+    "greedy": SamplingConfig(),
+    "plain": SamplingConfig(temperature=1.0),
+    "all": SamplingConfig(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.3, seed=5),
+    "penalty": SamplingConfig(repetition_penalty=2.0),
+}
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [12, 13]]
+
+
+def logits(step: int) -> torch.Tensor:
+    return torch.randn(4, 40, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * 3
+
+
+def alone(config: SamplingConfig, row: int, steps: int = 8) -> list[int]:
+    sampler = Sampler(config, [row], [PROMPTS[row]], CPU)
+    return [sampler.pick(logits(step)[row : row + 1])[0] for step in range(steps)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_alone_is_the_row_in_a_batch_whose_others_leave(name):
+    config = CONFIGS[name]
+    sampler, rows, found = Sampler(config, range(4), PROMPTS, CPU), [0, 1, 2, 3], {row: [] for row in range(4)}
+    for step in range(8):
+        for row, token in zip(rows, sampler.pick(logits(step)[rows]), strict=True):
+            found[row].append(token)
+        if step == 3:
+            sampler.keep_rows([2, 0])
+            rows = [2, 0]
+    assert found[0] == alone(config, 0) and found[2] == alone(config, 2)
+    assert found[1] == alone(config, 1, 4) and found[3] == alone(config, 3, 4)
+
+
+def test_greedy_is_the_argmax():
+    assert Sampler(SamplingConfig(), range(4), PROMPTS, CPU).pick(logits(0)) == logits(0).argmax(-1).tolist()
+
+
+def test_rows_and_seeds_differ():
+    seeds = {row_seed(seed, index) for seed in (0, 1, 2**32, 2**40) for index in range(50)}
+    assert len(seeds) == 200 and max(seeds) < 2**32
+    same = torch.zeros(1, 1000)
+
+    def draw(seed: int, index: int) -> list[int]:
+        sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed), [index], [[1]], CPU)
+        return [sampler.pick(same)[0] for _ in range(3)]
+
+    assert draw(0, 0) == draw(0, 0)
+    assert len({tuple(draw(seed, index)) for seed in (0, 2**32) for index in range(5)}) == 10
+
+
+def test_the_penalty_counts_prompt_and_answer():
+    sampler = Sampler(SamplingConfig(repetition_penalty=4.0), [0, 1], [[0, 1], [2]], CPU)
+    scores = torch.tensor([[9.0, 8.0, 4.0, 3.0]] * 2)
+    assert sampler.pick(scores) == [2, 0]
+    assert sampler.pick(scores) == [3, 1]
+
+
+def test_only_what_is_asked_for_is_done():
+    assert len(make_processors(SamplingConfig())) == 0
+    assert len(make_processors(SamplingConfig(top_k=5, top_p=0.5))) == 0  # greedy
+    assert len(make_processors(CONFIGS["all"])) == 4

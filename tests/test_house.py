@@ -1,0 +1,304 @@
+"""The house rules, read from the source: a file imports only from floors below its own, and a few more.
+
+The checkers take a root folder, so that the tests at the end can show each of them broken code.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+NAME = "d2o_dist"
+PACKAGE_ROOT = "<package root>"  # names of d2o_dist/__init__.py: the public face, for those who use the library
+FLOORS: tuple[tuple[str, ...], ...] = (  # lowest first; neighbours on one floor do not import each other
+    ("version",),
+    ("config",),
+    ("core",),
+    ("kernels",),
+    ("comm",),
+    ("attention",),
+    ("compression",),
+    ("cache",),
+    ("integrations",),
+    ("engine",),
+    (PACKAGE_ROOT,),
+    ("eval", "train", "bench", "demo"),
+    ("cli",),
+)
+FLOOR_OF = {unit: number for number, floor in enumerate(FLOORS) for unit in floor}
+COLLECTIVE = re.compile(
+    r"(all_reduce|all_gather|all_to_all|reduce_scatter|broadcast|send_object|recv_object|gather_object|scatter_object)"
+    r"\w*|(monitored_)?barrier|batch_isend_irecv|i?send|i?recv|gather|scatter|reduce|\*"
+)
+COLLECTIVE_HOMES = ("torch.distributed", "torch.ops._c10d_functional", "torch.ops.c10d", "deepspeed.comm")
+MAX_MAIN_LINES = 79
+FOREIGN_PATHS = ("/" + "work/", ".." + "/shared")  # in two parts, or this file would name itself
+
+
+def sources(root: Path) -> Iterator[tuple[Path, ast.Module]]:
+    """Every Python file of the package under `root`, by its path relative to `root`, with its syntax tree."""
+    for path in sorted((root / NAME).rglob("*.py")):
+        yield path.relative_to(root), ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def unit_of(path: Path) -> str:
+    """`d2o_dist/core/merge.py` -> "core"; `d2o_dist/config.py` -> "config"; `d2o_dist/__init__.py` -> the root."""
+    first = path.parts[1].removesuffix(".py")
+    return PACKAGE_ROOT if first == "__init__" else first
+
+
+def units(root: Path) -> set[str]:
+    """Package folders (those that hold Python files) and top-level modules."""
+    return {unit_of(path.relative_to(root)) for path in (root / NAME).rglob("*.py")}
+
+
+def imported(path: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, full dotted name) of everything a file imports, wherever in the file; relative names made absolute."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            here = path.parent.parts
+            base = list(here[: len(here) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                yield node.lineno, ".".join([*base, alias.name])
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def import_violations(root: Path) -> list[str]:
+    """`file:line: why`, for each import of a floor that is not below the importer's own."""
+    known, wrong = units(root) | set(FLOOR_OF), []
+    for path, tree in sources(root):
+        importer = unit_of(path)
+        if importer == PACKAGE_ROOT:
+            continue
+        for line, name in imported(path, tree):
+            top, _, rest = name.partition(".")
+            if top != NAME:
+                continue
+            target = rest.split(".")[0] if rest.split(".")[0] in known else PACKAGE_ROOT
+            if importer not in FLOOR_OF or target not in FLOOR_OF:
+                wrong.append(f"{path}:{line}: no floor is known for {importer if importer not in FLOOR_OF else target}")
+            elif target != importer and FLOOR_OF[target] >= FLOOR_OF[importer]:
+                why = "above" if FLOOR_OF[target] > FLOOR_OF[importer] else "beside"
+                wrong.append(f"{path}:{line}: {importer} imports {name}, and {target} is {why} it")
+    return wrong
+
+
+def collective_violations(root: Path) -> list[str]:
+    """`file:line: name`, for each collective of torch.distributed (or a wrapper) named outside d2o_dist/comm."""
+    wrong = []
+    for path, tree in sources(root):
+        if unit_of(path) == "comm":
+            continue
+        bound = _bound_names(tree)
+        found = {(line, name) for line, name in imported(path, tree) if _is_collective(name)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                name = _dotted(node)
+                head, _, rest = name.partition(".")
+                name = f"{bound[head]}.{rest}" if head in bound else name
+                if _is_collective(name):
+                    found.add((node.lineno, name))
+        wrong += [f"{path}:{line}: {name} outside {NAME}/comm" for line, name in sorted(found)]
+    return wrong
+
+
+def _is_collective(name: str) -> bool:
+    home, _, last = name.rpartition(".")
+    inside = any(home == prefix or home.startswith(prefix + ".") for prefix in COLLECTIVE_HOMES)
+    return inside and COLLECTIVE.fullmatch(last) is not None
+
+
+def _bound_names(tree: ast.Module) -> dict[str, str]:
+    """Local name -> what it stands for, from absolute imports: `import torch.distributed as dist` binds dist."""
+    bound = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            bound |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            bound |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return bound
+
+
+def _dotted(node: ast.expr) -> str:
+    """`a.b.c` of an attribute chain; what is not a plain name gives "?"."""
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def long_mains(root: Path) -> list[str]:
+    """`file:line: length`, for each cli main() of more than MAX_MAIN_LINES lines."""
+    return [
+        f"{path}:{node.lineno}: main() has {length} lines, at most {MAX_MAIN_LINES}"
+        for path, tree in sources(root)
+        if unit_of(path) == "cli"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "main"
+        if (length := node.end_lineno - node.lineno + 1) > MAX_MAIN_LINES
+    ]
+
+
+def foreign_paths(root: Path) -> list[str]:
+    """`file:line: text`, for each path of one machine in a file that git tracks or would add."""
+    listed = subprocess.run(
+        ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    wrong = []
+    for name in sorted(set(filter(None, listed.split("\0")))):
+        if (root / name).is_file():
+            for number, line in enumerate((root / name).read_bytes().splitlines(), 1):
+                wrong += [f"{name}:{number}: {text}" for text in FOREIGN_PATHS if text.encode() in line]
+    return wrong
+
+
+# The rules, on the real package.
+
+
+def test_every_file_imports_only_from_floors_below():
+    assert import_violations(REPO) == []
+
+
+def test_every_package_folder_has_a_floor():
+    assert units(REPO) - set(FLOOR_OF) == set()
+
+
+def test_every_folder_of_python_files_is_a_package():
+    folders = {path.parent for path in (REPO / NAME).rglob("*.py")}
+    assert [str(folder.relative_to(REPO)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_collectives_are_called_in_comm_only():
+    assert collective_violations(REPO) == []
+
+
+def test_cli_mains_are_short():
+    assert long_mains(REPO) == []
+
+
+def test_no_file_names_a_place_outside_the_repository():
+    try:
+        wrong = foreign_paths(REPO)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"not a git checkout: {error}")
+    assert wrong == []
+
+
+# The checkers, on synthetic packages.
+
+
+def house(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / NAME / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "line"),
+    [
+        ("core/a.py", "from d2o_dist.engine import run", 1),
+        ("core/a.py", "import os\nimport d2o_dist.engine.loop as loop", 2),
+        ("core/a.py", "def f():\n    from d2o_dist.cache.store import Store\n    return Store", 2),
+        ("core/a.py", "from ..engine.loop import run", 1),
+        ("core/a.py", "from .. import engine", 1),
+        ("core/deep/a.py", "from ...engine import run", 1),
+        ("core/__init__.py", "from ..engine import run", 1),
+        ("core/a.py", "from d2o_dist import kernels", 1),
+        ("core/a.py", "from d2o_dist import D2OCache", 1),
+        ("engine/a.py", "import d2o_dist", 1),
+        ("core/a.py", "import importlib\nrun = importlib.import_module('d2o_dist.engine')", 2),
+        ("core/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from d2o_dist.cache import Rows", 3),
+        ("eval/a.py", "from d2o_dist.train import fit", 1),
+        ("demo/a.py", "from d2o_dist.cli.infer import main", 1),
+        ("attic/a.py", "from d2o_dist.core import merge", 1),
+        ("core/a.py", "from d2o_dist.attic import merge", 1),
+        ("config.py", "from d2o_dist.core import merge", 1),
+    ],
+)
+def test_import_checker_finds(tmp_path, file, source, line):
+    house(tmp_path, {file: source, "attic/__init__.py": ""})
+    (found,) = import_violations(tmp_path)
+    assert found.startswith(f"{NAME}/{file}:{line}: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("engine/a.py", "from d2o_dist.core import merge\nfrom ..cache.store import Store\nfrom .b import c"),
+        ("core/deep/a.py", "from ..select import top\nfrom d2o_dist.core.merge import fold\nfrom ...config import D2O"),
+        ("cli/a.py", "from d2o_dist import D2OCache\nimport d2o_dist.demo.model\nfrom d2o_dist.cli.b import c"),
+        ("bench/a.py", "import d2o_dist\nfrom d2o_dist import engine"),
+        ("__init__.py", "from d2o_dist.integrations.hf import D2OCache\nfrom .engine import run"),
+        ("core/a.py", "import torch\nfrom engine import run\nfrom d2o_dist_extra.engine import run"),
+    ],
+)
+def test_import_checker_allows(tmp_path, file, source):
+    assert import_violations(house(tmp_path, {file: source})) == []
+
+
+def test_an_unknown_folder_has_no_floor(tmp_path):
+    assert units(house(tmp_path, {"attic/a.py": "", "core/a.py": ""})) - set(FLOOR_OF) == {"attic"}
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("import torch.distributed as dist\ndist.all_reduce(x)", 2),
+        ("import torch\ntorch.distributed.all_gather_into_tensor(a, b)", 2),
+        ("from torch import distributed\ndistributed.barrier()", 2),
+        ("from torch import distributed as d\nsend = d.send", 2),
+        ("from torch.distributed import batch_isend_irecv", 1),
+        ("from torch.distributed import *", 1),
+        ("import torch.distributed._functional_collectives as funcol\nfuncol.all_to_all_single(a)", 2),
+        ("import torch.distributed.nn.functional as F\nF.reduce_scatter(a)", 2),
+        ("import deepspeed.comm as dist\ndist.broadcast_object_list(a)", 2),
+        ("import torch\ntorch.ops._c10d_functional.all_reduce(a)", 2),
+    ],
+)
+def test_collective_checker_finds(tmp_path, source, line):
+    (found,) = collective_violations(house(tmp_path, {"engine/a.py": source}))
+    assert found.startswith(f"{NAME}/engine/a.py:{line}: ")
+    assert collective_violations(house(tmp_path / "allowed", {"comm/a.py": source})) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch.distributed as dist\ndist.init_process_group('gloo')\ndist.get_rank()",
+        "from d2o_dist.comm import collectives\ncollectives.all_reduce(x)",
+        "from functools import reduce\nconnection.send(1)\nx.scatter(0, i, y)\ntorch.gather(x, 0, i)",
+        "import torch\ntorch.broadcast_to(x, (2, 2))",
+    ],
+)
+def test_collective_checker_allows(tmp_path, source):
+    assert collective_violations(house(tmp_path, {"engine/a.py": source})) == []
+
+
+def test_long_main_is_found_and_the_limit_is_exact(tmp_path):
+    body = "\n".join(f"    x = {i}" for i in range(MAX_MAIN_LINES - 1))
+    assert long_mains(house(tmp_path, {"cli/a.py": f"def main():\n{body}\n"})) == []
+    (found,) = long_mains(house(tmp_path, {"cli/a.py": f"def main():\n{body}\n    x = 0\n"}))
+    assert found.startswith(f"{NAME}/cli/a.py:1: main() has {MAX_MAIN_LINES + 1} lines")
+
+
+def test_foreign_path_is_found(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    house(tmp_path, {"core/a.py": f"x = 1\npath = '{FOREIGN_PATHS[0]}data'\n", "core/b.py": "path = 'data'\n"})
+    assert foreign_paths(tmp_path) == [f"{NAME}/core/a.py:2: {FOREIGN_PATHS[0]}"]
