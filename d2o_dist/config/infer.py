@@ -28,7 +28,8 @@ class InferConfig:
     Attributes:
         model: folder or hub name of a Hugging Face causal language model.
         tokenizer: folder or hub name; the model's own when null.
-        dtype: of weights and cache; `auto` is what the checkpoint was saved in.
+        dtype: of weights and cache; `auto` is what the checkpoint was saved in, but float32 for a half-precision
+            one on a CPU (where half precision is slower by far).
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
         d2o: how the cache is compressed; in YAML a mapping of fields, `preset` among them.
         sampling: how tokens are chosen; a mapping in YAML.

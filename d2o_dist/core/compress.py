@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -10,11 +10,16 @@ from torch import Tensor
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.merge import merge_into, nearest_kept
 from d2o_dist.core.select import rank_scores, select
-from d2o_dist.core.threshold import open_gate, similarity_stats, update_threshold
+from d2o_dist.core.threshold import head_reports, open_gate, read_reports, update_threshold
 from d2o_dist.core.types import D2OState, LayerBudget, Slots
 
+# Finds the nearest target of each evicted key; the contract of `core.merge.nearest_kept`.
+Nearest = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Yields the reports [B, h, X] of the heads at hand, is sent those of all heads, returns slots and state.
+EvictionSteps = Generator[Tensor, Tensor, tuple[Slots, D2OState]]
 
-def compress_layer(
+
+def eviction_steps(
     slots: Slots,
     budget: LayerBudget,
     state: D2OState,
@@ -22,20 +27,11 @@ def compress_layer(
     *,
     finalize: bool = True,
     num_seen_tokens: Tensor | None = None,
-    nearest: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = nearest_kept,
-) -> tuple[Slots, D2OState]:
-    """Evict each row down to its budget and merge what was evicted.
+    nearest: Nearest = nearest_kept,
+) -> EvictionSteps:
+    """`compress_layer` that stops where it must hear from the KV heads of other ranks (once, if it merges at all).
 
-    Args:
-        slots: [B, Hkv, S, ...]; unused slots have position -1; rows may hold different numbers.
-        budget: `num_heavy` and `num_recent`, ints or [B].
-        state: `D2OState()` before the first eviction of the sequence.
-        finalize: at the end of a prefill (rates are max-pooled for the selection) rather than while decoding.
-        num_seen_tokens: [B] tokens seen by each row; by default one more than its last position.
-        nearest: what finds the nearest target of each evicted key; the same contract as `nearest_kept`.
-
-    Returns:
-        Slots by ascending position, as many as the fullest row holds, and the new state.
+    Whoever drives it may run many layers up to that point and exchange the reports of all in one collective.
     """
     slots = slots.in_order()
     if num_seen_tokens is None:
@@ -46,26 +42,59 @@ def compress_layer(
         return slots.map(lambda tensor: tensor[:, :, : int(slots.kv_len.max())]), state
 
     kept = slots.take(selection.keep_idx, selection.keep_valid)
-    evicted = slots.take(selection.evict_idx, selection.evict_valid)
-    valid = selection.evict_valid.expand_as(selection.evict_idx)
-    num_evicted = valid.sum((1, 2))
+    valid = selection.evict_valid
+    num_evicted = valid.sum((1, 2)) * selection.evict_idx.shape[1]
     if config.merge == "none":
-        return kept, count_evicted(state, torch.zeros_like(num_evicted), num_evicted)
+        return kept, _count(state, state.threshold, torch.zeros_like(num_evicted), num_evicted)
 
+    evicted = slots.take(selection.evict_idx, valid)
     similarity, target = nearest(evicted.keys, kept.keys, selection.is_target)
-    stats = similarity_stats(similarity, valid & similarity.isfinite())
-    threshold = update_threshold(state.threshold, stats, config)
-    merged = open_gate(similarity, valid, threshold, config)
-    kept = merge_into(kept, evicted, similarity, target, merged, config)
+    layer = read_reports((yield head_reports(similarity, valid.expand_as(similarity), config)))
+    threshold = update_threshold(state.threshold, layer, config)
+    merged = open_gate(similarity, valid, layer, threshold, config)
     num_merged = merged.sum((1, 2))
-    state = count_evicted(state, num_merged, num_evicted - num_merged)
-    return kept, D2OState(threshold, state.num_merged, state.num_dropped)
+    kept = merge_into(kept, evicted, similarity, target, merged, config)
+    return kept, _count(state, threshold, num_merged, num_evicted - num_merged)
 
 
-def count_evicted(state: D2OState, num_merged: Tensor, num_dropped: Tensor) -> D2OState:
-    """The state with the counts [B] of one eviction added."""
+def compress_layer(
+    slots: Slots,
+    budget: LayerBudget,
+    state: D2OState,
+    config: D2OConfig,
+    *,
+    finalize: bool = True,
+    num_seen_tokens: Tensor | None = None,
+    nearest: Nearest = nearest_kept,
+) -> tuple[Slots, D2OState]:
+    """Evict each row down to its budget and merge what was evicted. All KV heads of the layer are in `slots`.
+
+    Args:
+        slots: [B, Hkv, S, ...]; unused slots have position -1; rows may hold different numbers.
+        budget: `num_heavy` and `num_recent`, ints or [B].
+        state: `D2OState()` before the first eviction of the sequence.
+        finalize: at the end of a prefill (rates are max-pooled for the selection) rather than while decoding.
+        num_seen_tokens: [B] tokens seen by each row; by default one more than its last position.
+        nearest: what finds the nearest target of each evicted key.
+
+    Returns:
+        Slots by ascending position, as many as the fullest row holds, and the new state.
+    """
+    steps = eviction_steps(
+        slots, budget, state, config, finalize=finalize, num_seen_tokens=num_seen_tokens, nearest=nearest
+    )
+    try:
+        reports = next(steps)
+        while True:
+            reports = steps.send(reports)
+    except StopIteration as end:
+        return end.value
+
+
+def _count(state: D2OState, threshold: Tensor | None, num_merged: Tensor, num_dropped: Tensor) -> D2OState:
+    """The state after an eviction; counts [B] are of the heads at hand."""
     return D2OState(
-        state.threshold,
+        threshold,
         num_merged if state.num_merged is None else state.num_merged + num_merged,
         num_dropped if state.num_dropped is None else state.num_dropped + num_dropped,
     )

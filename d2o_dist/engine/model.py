@@ -38,8 +38,10 @@ def load_model(config: InferConfig) -> Any:
     Raises:
         ValueError: the weights are missing or do not fit the configuration.
     """
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     device = pick_device(config.device)
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if dtype == "auto" and device.type == "cpu" and load_config(config).dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32
     model = _load(
         "weights", AutoModelForCausalLM, config.model, dtype=dtype, attn_implementation=ATTENTION_NAME, **_hub(config)
     )

@@ -188,6 +188,14 @@ def test_special_ids(folder):
     assert loading.eos_ids(Model, tokenizer) == {1}
 
 
+def test_auto_is_float32_for_a_half_precision_checkpoint_on_a_cpu(folder, tmp_path):
+    model = loading.load_model(InferConfig(model=str(folder), device="cpu")).bfloat16()
+    model.save_pretrained(tmp_path / "half")
+    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        config = InferConfig(model=str(tmp_path / "half"), dtype=dtype, device="cpu")
+        assert loading.load_model(config).dtype == expected
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_dtype(folder, dtype):
     model = loading.load_model(InferConfig(model=str(folder), dtype=dtype, device="cpu"))

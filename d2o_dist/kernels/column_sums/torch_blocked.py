@@ -27,18 +27,18 @@ class Blocks:
 
 
 def plan_blocks(device: torch.device, num_kv_heads: int, group: int, num_queries: int, num_keys: int) -> Blocks:
-    """CPU: 512K to 1M logits (2 to 4 MiB in float32) a block, within the last-level cache; elsewhere 8M, for occupancy.
-
-    Smaller blocks are a little faster on idle cores and much slower on shared ones: each op ends in a barrier.
+    """CPU: one KV head a thread, 512K logits (2 MiB in float32) each, within the last-level cache: a batched matmul
+    over heads runs without a barrier inside. Elsewhere 8M logits, for occupancy.
     """
     cpu = device.type == "cpu"
-    budget, rows = (1 << 19, 2048) if cpu else (1 << 23, 8192)
+    threads = torch.get_num_threads() if cpu else 1
+    budget, rows = (threads << 19, 1024) if cpu else (1 << 23, 8192)
     # At most 512 queries: what a block computes above the diagonal is wasted, about queries / T of the work.
     queries = min(num_queries, 512, max(1, rows // group))
-    keys = min(num_keys, 4096, max(512, budget // (group * queries)))
+    keys = min(num_keys, 512 if cpu else max(512, budget // (group * queries)))
     # Short prompts and few queries (num_last): several heads at once, or the calls would cost more than the work.
     heads = min(num_kv_heads, max(1, budget // (group * queries * keys)))
-    return Blocks(heads, queries, keys, keys * max(1, 4096 // keys // heads))
+    return Blocks(heads, queries, keys, keys * max(1, 4096 // keys))
 
 
 @torch.no_grad()

@@ -1,0 +1,213 @@
+"""Starting and ending a job of many ranks, under torchrun, the DeepSpeed launcher, Slurm or Open MPI.
+
+    def main() -> int:
+        launch = init_distributed()
+        ...
+        return 0
+
+    raise SystemExit(run_guarded(main))
+
+What is promised: a rank that raises prints its error and ends at once, whatever its peers or its process group are
+doing. The launcher then ends the others (torchrun and deepspeed do so when one exits with a status other than 0; under
+Slurm use `srun --kill-on-bad-exit=1`). Peers that sit in a gloo collective with it are released by its closed
+connection, those with NCCL by the launcher or, at the latest, by the timeout.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+DEFAULT_TIMEOUT_S = 1800
+# How long a rank that only lost its peer waits before it reports that, so that the first error is seen first and,
+# since the launcher ends this rank meanwhile, mostly alone.
+SECONDARY_DELAY_S = 5.0
+_LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|remote process exited", re.I)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher told this process. Without one: rank 0 of 1.
+
+    Attributes:
+        rank, world_size: among all processes.
+        local_rank: among those of this machine.
+        launcher: "environment" (torchrun, deepspeed), "slurm", "openmpi" or "none".
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    launcher: str = "none"
+
+    @property
+    def device(self) -> torch.device:
+        """This process's GPU, or the CPU."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def read_environment(env: Mapping[str, str] = os.environ) -> Launch:
+    """Which rank this is, from RANK and WORLD_SIZE, else from Open MPI's or Slurm's variables.
+
+    Slurm counts only inside a job step (srun): a plain `python` in a batch script is one process, however many tasks
+    the job has.
+
+    Raises:
+        ValueError: if only one of RANK and WORLD_SIZE is set, or they do not fit.
+    """
+    if ("RANK" in env) != ("WORLD_SIZE" in env):
+        have, lack = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        raise ValueError(f"{have} is set and {lack} is not: start with torchrun, deepspeed or srun, or unset {have}")
+    for launcher, rank, world, local_rank in (
+        ("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ):
+        if rank in env and world in env:
+            found = Launch(int(env[rank]), int(env[world]), int(env.get(local_rank, 0)), launcher)
+            if not 0 <= found.rank < found.world_size:
+                raise ValueError(f"{rank} ({found.rank}) must be in [0, {world} ({found.world_size}))")
+            return found
+    return Launch()
+
+
+def init_distributed(backend: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> Launch:
+    """Join the default process group, if there is more than this process or a launcher was used.
+
+    Does nothing more if the group exists already (DeepSpeed or an earlier call made it). The variables of torchrun are
+    set from Slurm's or Open MPI's, as DeepSpeed and transformers read them.
+
+    Args:
+        backend: "nccl" or "gloo"; None: nccl where there is CUDA.
+        timeout_s: how long a collective waits for a peer before it raises. For all groups made from this one.
+
+    Raises:
+        ValueError: on contradictory variables, no MASTER_ADDR, or more ranks on a machine than GPUs.
+    """
+    launch = read_environment()
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if launch.launcher == "none":
+        return launch
+    if "nccl" in backend:
+        gpus = torch.cuda.device_count()
+        if launch.local_rank >= gpus:
+            raise ValueError(
+                f"local rank ({launch.local_rank}) must be below the number of visible GPUs ({gpus}): "
+                "start one rank a GPU, or pass backend gloo"
+            )
+        torch.cuda.set_device(launch.local_rank)
+    if not dist.is_initialized():
+        _export(launch, os.environ)
+        dist.init_process_group(
+            backend,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=launch.device if backend == "nccl" else None,
+        )
+    return launch
+
+
+def _export(launch: Launch, env: MutableMapping[str, str]) -> None:
+    """Set what torch's env:// and DeepSpeed read, where the launcher did not."""
+    if launch.launcher == "slurm" and "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
+    if launch.world_size == 1:
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", "0")  # any free one: nobody else has to find it
+    if not env.get("MASTER_ADDR"):
+        raise ValueError(f"MASTER_ADDR must name the host of rank 0; this is rank {launch.rank} of {launch.world_size}")
+    # Ranks of one job must agree on a port, and two jobs on one machine should differ.
+    job = int(env.get("SLURM_JOB_ID", 0)) if launch.launcher == "slurm" else 0
+    env.setdefault("MASTER_PORT", str(29500 + job % 10000))
+    env.setdefault("RANK", str(launch.rank))
+    env.setdefault("WORLD_SIZE", str(launch.world_size))
+    env.setdefault("LOCAL_RANK", str(launch.local_rank))
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: "gpu[007-009,012],x1" -> "gpu007"."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodelist)[0])
+
+
+def destroy(timeout_s: float = 10.0) -> bool:
+    """Leave all process groups. False if it takes longer than `timeout_s`: peers gone, a collective under way."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    worker = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    worker.start()
+    worker.join(timeout_s)
+    return not worker.is_alive()
+
+
+def run_guarded(main: Callable[[], int | None]) -> int:
+    """Run `main` so that its end is this process's end: returns its status, or ends the process if it raises.
+
+    One process by itself is left to Python: errors propagate. As one rank of many, an error is printed with the rank,
+    recorded for torchrun's summary, and the process ends with status 1 without any clean-up that could wait for peers:
+    no destructors, no exit handlers. So close files with `with`.
+    """
+    try:
+        status = main() or 0
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        rank, world = _who()
+        if world == 1:
+            destroy()
+            raise
+        if code:
+            try:
+                _report(error, rank, world)
+            finally:
+                _exit_now(code if isinstance(code, int) else 1)
+        status = 0
+    rank, _ = _who()
+    if not destroy():
+        print(f"[rank {rank}] left without its peers: the process group did not close", file=sys.stderr)
+        _exit_now(status)
+    return status
+
+
+def _who() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    try:
+        launch = read_environment()
+    except ValueError:
+        return 0, 1
+    return launch.rank, launch.world_size
+
+
+def _report(error: BaseException, rank: int, world: int) -> None:
+    if isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)):
+        time.sleep(SECONDARY_DELAY_S)
+        header = f"[rank {rank} of {world}] stopped because a peer did; look for that peer's error first"
+    else:
+        header = f"[rank {rank} of {world}] failed"
+    # One write, so that ranks do not mix their lines.
+    sys.stderr.write(header + "\n" + "".join(traceback.format_exception(error)))
+    if isinstance(error, Exception) and os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _exit_now(status: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass  # whoever read them is gone
+    finally:
+        os._exit(status)
