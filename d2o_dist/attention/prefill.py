@@ -14,6 +14,7 @@ from d2o_dist.core.types import stats_dtype
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.lse import merge_partials
 from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.kernels.scored_prefill import scored_prefill_attention
 
 # Queries that attend biased slots at once: their logits are held in float32.
 _BIASED_BLOCK = 256
@@ -40,20 +41,27 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
 
 
 def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, log_mass: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """A chunk over all slots before it and causally over itself: output [B, Hq, n, D] and lse [B, Hq, n].
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, with_sums: bool, log_mass: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A chunk over all slots before it and causally over itself.
 
     Args:
+        with_sums: whether the column sums are wanted.
         log_mass: [B, Hkv, S] bias of each slot, or None; the chunk's own slots have none.
+
+    Returns:
+        output [B, Hq, n, D], lse [B, Hq, n], column sums [B, Hq, S] or None.
     """
     past = k.shape[2] - q.shape[2]
     if log_mass is None or past == 0:
-        return prefill_attention(q, k, v, scale, q_start=past)
+        if with_sums:
+            return scored_prefill_attention(q, k, v, scale, q_start=past)
+        return *prefill_attention(q, k, v, scale, q_start=past), None
     before = biased_attention(q, k[:, :, :past], v[:, :, :past], log_mass[:, :, :past], scale)
     itself = prefill_attention(q, k[:, :, past:], v[:, :, past:], scale)
     out, lse = merge_partials([before[0], itself[0]], [before[1], itself[1]])
-    return out.to(q.dtype), lse
+    sums = column_sums(q, k, lse, scale, q_start=past, bias=log_mass) if with_sums else None
+    return out.to(q.dtype), lse, sums
 
 
 def prompt_rates(q: Tensor, lse: Tensor, k: Tensor, scale: float, *, log_mass: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Peak memory of one attention layer of Llama-3-8B's shape with exact column sums: linear in T, never T x T.
+"""Peak memory of one layer of Llama-3-8B's shape, prefilled, scored and compressed: linear in T, never T x T.
 
     python -m d2o_dist.bench.memory --length 32768
 
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from d2o_dist.kernels.column_sums import column_sums
-from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.cache.sequence import CompressedCache
+from d2o_dist.config.d2o import D2OConfig
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3-8B
 LIMIT_GIB = 3.0  # whole process, at 32K
@@ -26,12 +26,15 @@ def peak_gib() -> float:
 
 
 def run_layer(length: int) -> float:
-    """Attention and column sums over one bf16 prompt; returns the largest relative error of sum_j c[h, j] = T."""
+    """One bf16 prompt through a compressed cache of one layer; the relative error of `sum of scores = Hq * T`."""
     shapes = [(1, count, length, HEAD_DIM) for count in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
-    _, lse = prefill_attention(q, k, v, HEAD_DIM**-0.5)
-    sums = column_sums(q, k, lse, HEAD_DIM**-0.5)
-    return (sums.sum(-1) / length - 1).abs().max().item()
+    cache = CompressedCache(D2OConfig(keep_ratio=0.2), [None])
+    cache.attend(0, q, k, v, HEAD_DIM**-0.5, None)
+    total = cache.layers[0].store.slots.scores.double().sum().item()
+    cache.finalize()
+    assert length < 100 or cache.layers[0].store.kv_len == [length // 5]
+    return abs(total / (NUM_HEADS * length) - 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     print(json.dumps(result))
     if error > 1e-3:
-        raise SystemExit(f"column sums do not add up to T: relative error {error:.1e}")
+        raise SystemExit(f"scores do not add up to Hq * T: relative error {error:.1e}")
     if args.length <= 32768 and result["peak_gib"] > LIMIT_GIB:
         raise SystemExit(f"peak memory ({result['peak_gib']} GiB) is over the promise ({LIMIT_GIB} GiB)")
 

@@ -16,7 +16,6 @@ from d2o_dist.cache.store import SlotStore
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.statistics import column_sum_variance, group_sum
 from d2o_dist.core.types import D2OState, stats_dtype
-from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention
 from d2o_dist.kernels.prefill_attention import prefill_attention
 
@@ -71,9 +70,10 @@ class FullLayer:
         here = slice(0, start + q.shape[2])
         keys, values = slots.keys[group, :, here], slots.values[group, :, here]
         log_mass = slots.log_mass[group, :, here] if config.merge == "mass" and not self._first_prefill else None
-        out, lse = chunk_attention(q, keys, values, scale, log_mass=log_mass)
-        if config.needs_column_sums:
-            sums = column_sums(q, keys, lse, scale, q_start=start, bias=log_mass)
+        out, lse, sums = chunk_attention(
+            q, keys, values, scale, with_sums=config.needs_column_sums, log_mass=log_mass
+        )
+        if sums is not None:
             slots.scores[group, :, here] += group_sum(sums, keys.shape[1])
             if self._column_sums is not None:
                 self._column_sums[group, :, here] += sums

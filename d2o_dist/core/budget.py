@@ -105,7 +105,9 @@ def layer_slots(log_weights: Sequence[float], num_tokens: int, config: D2OConfig
         base = max(num_tokens, config.keep_tokens)
         ratio = config.keep_tokens / base
         total_tokens = config.keep_tokens * num_layers
-    low = [min(config.min_layer_ratio, ratio)] * num_layers
+    # An absolute budget may be a smaller share of a long prompt than the minimum; then it is the minimum.
+    minimum = config.min_layer_ratio if config.keep_tokens is None else min(config.min_layer_ratio, ratio)
+    low = [minimum] * num_layers
     high = [1.0] * num_layers
     for index in protected:
         low[index] = 1.0
@@ -119,7 +121,8 @@ def layer_slots(log_weights: Sequence[float], num_tokens: int, config: D2OConfig
         ratios = water_fill(log_weights, ratio * num_layers, low, high)
         slots = [floor_tokens(r * base) for r in ratios]
         short = total_tokens - sum(slots)
-        remainders = [r * base - s for r, s in zip(ratios, slots, strict=True)]
+        # Rounded, so that what is equal in exact arithmetic ties, and the lower layer gets it.
+        remainders = [round(r * base - s, 9) for r, s in zip(ratios, slots, strict=True)]
         candidates = [i for i in range(num_layers) if slots[i] < base]
         for index in sorted(candidates, key=lambda i: (-remainders[i], i))[: max(short, 0)]:
             slots[index] += 1

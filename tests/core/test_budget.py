@@ -155,3 +155,13 @@ def test_column_sums_add_up_to_the_length_and_permuting_heads_permutes_them(leng
     group = heads[0] // heads[1]
     order = torch.cat([torch.arange(group).flip(0) + group * g for g in range(heads[1])])
     torch.testing.assert_close(naive_column_sums(q[:, order], k, sharpness), sums[:, order])
+
+
+def test_remainders_that_are_equal_in_exact_arithmetic_tie():
+    config = D2OConfig(keep_ratio=0.25, allocation="pyramid", min_layer_tokens=0, min_layer_ratio=0.0)
+    assert layer_slots(layer_log_weights(None, config, 2), 40, config) == [20, 0]
+
+
+def test_without_an_exact_total_the_minimum_holds_above_the_ratio():
+    config = D2OConfig.preset("released", keep_ratio=0.005, protected_layers=())
+    assert layer_slots(log_softmax([0.0, -9.0]), 100_000, config) == [1000, 1000]

@@ -27,12 +27,12 @@ class Blocks:
 
 
 def plan_blocks(device: torch.device, num_kv_heads: int, group: int, num_queries: int, num_keys: int) -> Blocks:
-    """CPU: one KV head a thread, 512K logits (2 MiB in float32) each, within the last-level cache: a batched matmul
-    over heads runs without a barrier inside. Elsewhere 8M logits, for occupancy.
+    """CPU: one KV head a thread, 256K logits (1 MiB in float32) each, within the caches: a batched matmul over heads
+    runs without a barrier inside. Elsewhere 8M logits, for occupancy.
     """
     cpu = device.type == "cpu"
     threads = torch.get_num_threads() if cpu else 1
-    budget, rows = (threads << 19, 1024) if cpu else (1 << 23, 8192)
+    budget, rows = (threads << 18, 512) if cpu else (1 << 23, 8192)
     # At most 512 queries: what a block computes above the diagonal is wasted, about queries / T of the work.
     queries = min(num_queries, 512, max(1, rows // group))
     keys = min(num_keys, 512 if cpu else max(512, budget // (group * queries)))

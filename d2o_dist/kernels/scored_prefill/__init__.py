@@ -1,0 +1,34 @@
+"""Causal attention of a chunk together with the column sums of its attention matrix."""
+
+from torch import Tensor
+
+from d2o_dist.kernels.column_sums import column_sums
+from d2o_dist.kernels.common import check_queries_keys
+from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.kernels.scored_prefill.cpu import cpu_scored_prefill
+from d2o_dist.kernels.scored_prefill.naive import naive_scored_prefill_attention
+
+__all__ = ["naive_scored_prefill_attention", "scored_prefill_attention"]
+
+
+def scored_prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, Hq, Tq, D] in the dtype of q, lse [B, Hq, Tq] and column sums [B, Hq, Tk] in acc dtype.
+
+    q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D] with Tk = q_start + Tq; query i sees keys j <= q_start + i. On a CPU one
+    fused pass; elsewhere `prefill_attention`, then `column_sums`. Working memory is bounded by a block of 128 rows
+    a thread (or 32 MiB) of Tk logits. Not differentiable.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check_queries_keys(q, k)
+    if k.shape != v.shape:
+        raise ValueError(f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}")
+    if k.shape[2] != q_start + q.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} keys, but q_start ({q_start}) + Tq ({q.shape[2]}) is another number")
+    if q.device.type == "cpu" and q.numel():
+        return cpu_scored_prefill(q, k, v, scale, q_start=q_start)
+    out, lse = prefill_attention(q, k, v, scale, q_start=q_start)
+    return out, lse, column_sums(q, k, lse, scale, q_start=q_start)

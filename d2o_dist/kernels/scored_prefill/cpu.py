@@ -1,0 +1,97 @@
+"""Output, lse and column sums in one pass, on a CPU: two matmuls and one exponential a logit.
+
+A block of queries is multiplied with all the keys it sees at once, so its softmax is final before anything is summed:
+the same probabilities give the column sums (weighted by 1 / row sum) and the output. The two-pass way must first know
+the lse, and pays a third matmul. What is held is one block: rows x Tk logits a thread, within the last-level cache.
+
+Two passes over the block are saved by extra columns of the matmuls. A softmax subtracts the row's maximum, which costs
+one pass to find and one to subtract; any bound will do that is not too far above it, and |q| max |k| is one that is
+known beforehand: it rides along as q' = [q, -bound], k' = [k, 1]. Where it was too far above (the row sum shows it)
+the block is done again with the maximum. The row sum rides along as v' = [v, 1].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from d2o_dist.kernels.common import LOG2_E, acc_dtype, group_size
+
+# Logits of one block, all threads together: 32 MiB in float32.
+_BLOCK_LOGITS = 1 << 23
+# Below this many rows a matmul is slower than what a smaller block saves.
+_MIN_ROWS, _MAX_ROWS = 128, 1024
+# A row sum above this has lost nothing: what underflowed was below 2^-60 of it.
+_SMALLEST_TOTAL = 2.0**-60
+
+
+def block_queries(group: int, num_keys: int, heads: int) -> int:
+    """Queries of one block: G * queries rows for each of `heads` KV heads worked on at once."""
+    rows = min(max(_BLOCK_LOGITS // (heads * num_keys), _MIN_ROWS), _MAX_ROWS)
+    return max(1, rows // group)
+
+
+@torch.no_grad()
+def cpu_scored_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `scored_prefill_attention`; Tq >= 1."""
+    batch, num_heads, num_queries, dim = q.shape
+    num_kv_heads, num_keys = k.shape[1], k.shape[2]
+    group, dtype = group_size(num_heads, num_kv_heads), acc_dtype(q.dtype)
+    # The layout that a model's output projection reads without a copy.
+    out = q.new_empty(batch, num_queries, num_heads, dim).transpose(1, 2)
+    lse = torch.empty(batch, num_heads, num_queries, dtype=dtype)
+    sums = torch.zeros(batch, num_heads, num_keys, dtype=dtype)
+    # One KV head a thread: a batched matmul over heads runs without a barrier inside.
+    heads = min(num_kv_heads, torch.get_num_threads())
+    step = min(block_queries(group, num_keys, heads), num_queries)
+    scratch = torch.empty(heads * group * step * num_keys, dtype=dtype)
+    later = torch.ones(step, step, dtype=torch.bool).triu(1)
+    for row in range(batch):
+        for first in range(0, num_kv_heads, heads):
+            kv = slice(first, min(first + heads, num_kv_heads))
+            of_kv = slice(kv.start * group, kv.stop * group)
+            # In units of log2: the exponential below is exp2, much faster than exp where it underflows.
+            keys = _with_column(k[row, kv].to(dtype), 1)
+            keys[..., :dim] *= scale * LOG2_E
+            values = _with_column(v[row, kv].to(dtype), 1)
+            longest = keys[..., :dim].norm(dim=-1).amax(-1)[:, None]
+            for start in range(0, num_queries, step):
+                stop = min(start + step, num_queries)
+                count, seen = stop - start, q_start + stop
+                part = slice(start, stop)
+                shape = (kv.stop - kv.start, group, count)
+                queries = q[row, of_kv, part].to(dtype).reshape(shape[0], group * count, dim)
+                bound = queries.norm(dim=-1) * longest
+                queries = _with_column(queries, 0)
+                queries[..., dim] = -bound
+                logits = scratch[: shape[0] * group * count * seen].view(shape[0], group * count, seen)
+                torch.bmm(queries, keys[:, :seen].mT, out=logits)
+                hidden = later[:count, :count]
+                logits.view(*shape, seen)[..., seen - count :].masked_fill_(hidden, -torch.inf)
+                probs = logits.exp2_()
+                result = torch.bmm(probs, values[:, :seen])
+                if not bool(result[..., dim].amin() > _SMALLEST_TOTAL):
+                    torch.bmm(queries, keys[:, :seen].mT, out=logits)
+                    logits.view(*shape, seen)[..., seen - count :].masked_fill_(hidden, -torch.inf)
+                    peak = logits.amax(-1, keepdim=True)
+                    bound = bound + peak.squeeze(-1)
+                    probs = logits.sub_(peak).exp2_()
+                    result = torch.bmm(probs, values[:, :seen])
+                total = result[..., dim]
+                weight = total.reciprocal()
+                sums[row, of_kv, :seen] += torch.bmm(
+                    weight.view(-1, 1, count), probs.view(-1, count, seen)
+                ).squeeze(1)
+                result = result[..., :dim] * weight.unsqueeze(-1)
+                out[row, of_kv, part] = result.view(-1, count, dim).to(q.dtype)
+                lse[row, of_kv, part] = ((bound + total.log2()) * math.log(2)).view(-1, count)
+    return out, lse, sums
+
+
+def _with_column(x: Tensor, value: float) -> Tensor:
+    """A copy of [..., D] with one more column: [..., D + 1]."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 1), value)
+    wide[..., :-1] = x
+    return wide
