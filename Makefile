@@ -3,12 +3,12 @@
 #   PYTHON=python3.12      the interpreter to make the environment with
 #   VENV=.venv             where it lies
 #   TORCH_ARGS="--index-url URL"    where to take torch from, such as PyTorch's own index of small CPU builds
-#   PYTEST_ARGS="-k budget"
+#   PYTEST_ARGS="-k budget"    instead of: all tests, on as many processes as there are cores
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check

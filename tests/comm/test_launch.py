@@ -168,13 +168,15 @@ def test_a_single_process_raises_as_usual():
 
 
 JOB = """
-import os, signal, sys, torch
+import os, pathlib, signal, sys, time, torch
 from d2o_dist.comm import Collectives, build_mesh, init_distributed, run_guarded
 
 def main():
     rank = init_distributed("gloo", timeout_s=300).rank
     comm = Collectives(build_mesh(sp=2).axis("sp"))
     assert comm.all_reduce(torch.tensor(rank)).item() == 1
+    if rank == 1:
+        pathlib.Path("failed_at").write_text(str(time.time()))
     if rank == 1 and sys.argv[-1] == "raise":
         raise ValueError("the original error")
     if rank == 1 and sys.argv[-1] == "kill":
@@ -206,12 +208,12 @@ def test_a_real_job_ends_within_a_minute(tmp_path, launcher, how):
     script.write_text(JOB)
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     env |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    started = time.monotonic()
+    # Starting may take long on a busy machine; what is promised is the time from the failure to the end.
     ended = subprocess.run(
-        [*launcher, str(script), how], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [*launcher, str(script), how], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400
     )
     said = ended.stdout + ended.stderr
-    assert time.monotonic() - started < 60, said
+    assert time.time() - float((tmp_path / "failed_at").read_text()) < 60, said
     assert ended.returncode != 0, said
     if how == "raise":
         assert "[rank 1 of 2] failed\nTraceback" in said and "ValueError: the original error" in said
