@@ -79,7 +79,7 @@ def plain_attention(
 
 def hand_on_padding_mask(
     *args: Any,
-    q_length: int = 0,
+    q_length: int | None = None,
     kv_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
@@ -91,7 +91,7 @@ def hand_on_padding_mask(
     Raises:
         ValueError: a cache of static size, whose keys end in slots that are not filled yet.
     """
-    if kv_length + kv_offset > int(q_offset) + q_length:
+    if q_length is not None and kv_length + kv_offset > int(q_offset) + q_length:
         raise ValueError(
             f"the cache hands out {kv_length} keys, but only {int(q_offset) + q_length} tokens were seen: caches of "
             "static size are not supported by d2o attention; use D2OCache or DynamicCache"
