@@ -44,7 +44,7 @@ def eviction_steps(
     kept = slots.take(selection.keep_idx, selection.keep_valid)
     valid = selection.evict_valid
     num_evicted = valid.sum((1, 2)) * selection.evict_idx.shape[1]
-    if config.merge == "none":
+    if config.merge == "none" or selection.keep_idx.shape[-1] == 0:
         return kept, _count(state, state.threshold, torch.zeros_like(num_evicted), num_evicted)
 
     evicted = slots.take(selection.evict_idx, valid)

@@ -220,3 +220,12 @@ def test_lower_precision_runs_and_counts_bytes(dtype):
     held = sum(sum(one.kv_len) for one in cache.layers)
     assert report.held_bytes == 2 * held * 2 * 16 * dtype.itemsize
     assert report.full_bytes == 2 * 4 * 2 * 89 * 2 * 16 * dtype.itemsize
+
+
+@pytest.mark.parametrize("preset", ["d2o", "mass", "snapkv", "released"])
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_budgets_of_next_to_nothing_run(preset, length):
+    model = tiny_model()
+    cache = make_cache(model, preset, keep_ratio=0.02, min_layer_tokens=0, eviction_interval=1,
+                       exact_total=preset != "released")  # fmt: skip
+    assert generate(model, tokens(2, length), cache, 9).shape == (2, length + 9)

@@ -148,3 +148,12 @@ def test_a_static_cache_is_refused():
         ids = tokens(1, 20)
         model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", max_new_tokens=4,
                        disable_compile=True)  # fmt: skip
+
+
+def test_training_through_the_cache_is_refused_and_evaluation_with_gradients_enabled_is_not():
+    model = tiny_model()
+    cache = D2OCache(config=model.config)
+    model(tokens(1, 20), past_key_values=cache)
+    assert not cache.layers[0].keys.requires_grad
+    with pytest.raises(ValueError, match="does not carry gradients"):
+        model.train()(tokens(1, 20), past_key_values=D2OCache(config=model.config))

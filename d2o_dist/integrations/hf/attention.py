@@ -31,7 +31,7 @@ def d2o_attention(
     """The attention function that transformers calls: query [B, Hq, n, D] -> (output [B, n, Hq, D], None).
 
     Raises:
-        ValueError: a 4D mask, soft-capped logits, learned sinks, dropout with a compressed cache.
+        ValueError: a 4D mask, soft-capped logits, learned sinks; training with a compressed cache.
     """
     check_plain_softmax(kwargs)
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -43,9 +43,12 @@ def d2o_attention(
         window = kwargs.get("sliding_window")
         out = plain_attention(query, key, value, attention_mask, scale, dropout, window)
     else:
+        if module.training and torch.is_grad_enabled():
+            raise ValueError("a D2OCache does not carry gradients: call model.eval(), or run under torch.no_grad()")
         if dropout:
             raise ValueError(f"attention dropout ({dropout}) cannot be used with a compressed cache: call model.eval()")
-        out = cache.attend(module, query, key, value, scale, attention_mask)
+        with torch.no_grad():
+            out = cache.attend(module, query, key, value, scale, attention_mask)
     return out.transpose(1, 2), None
 
 

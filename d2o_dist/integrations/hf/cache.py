@@ -181,7 +181,8 @@ class D2OCache(Cache):
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
-        return self.compressed.attend(layer, query, key.view_as(key), value, scale, mask)
+        # Detached: a slot must not keep the graph of the forward that made it alive. The tag is gone too.
+        return self.compressed.attend(layer, query, key.detach(), value.detach(), scale, mask)
 
     # ---- what generate asks --------------------------------------------------------------------------------------
 
