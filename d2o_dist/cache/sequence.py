@@ -5,6 +5,7 @@ It knows nothing of any model library: integrations hand it queries, keys and va
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 from d2o_dist.cache.layer import FullLayer, WindowLayer
 from d2o_dist.cache.rows import Rows
 from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
+from d2o_dist.compression.evict import GatherHeads, all_heads_at_hand, run_evictions
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.budget import check_total
-from d2o_dist.core.compress import compress_layer
+from d2o_dist.core.compress import EvictionSteps, eviction_steps
+from d2o_dist.core.types import LayerBudget
 from d2o_dist.kernels.nearest_kept import nearest_kept
 
 
@@ -35,6 +38,7 @@ class CompressedCache:
     Args:
         config: how to compress.
         windows: per layer of the model None (full attention, compressed) or its sliding window (kept as it is).
+        gather_heads: brings together what the heads of all tensor-parallel ranks report; all heads are here by default.
 
     Attributes:
         num_seen: tokens seen by each row, padding not counted (the logical length).
@@ -45,8 +49,11 @@ class CompressedCache:
         ValueError: protected layers or minima that exceed the total.
     """
 
-    def __init__(self, config: D2OConfig, windows: list[int | None]) -> None:
+    def __init__(
+        self, config: D2OConfig, windows: list[int | None], gather_heads: GatherHeads = all_heads_at_hand
+    ) -> None:
         self.config = config
+        self.gather_heads = gather_heads
         self.windows = list(windows)
         self.full_layers = [index for index, window in enumerate(windows) if window is None]
         self._compressed_config = _on_full_layers(config, windows)
@@ -144,11 +151,14 @@ class CompressedCache:
         layers = [self.layers[index] for index in self.full_layers]
         if self.plans is None:
             self.plans = []
+            variances: Sequence[Tensor | None] = [None] * len(self.num_seen)
+            if config.allocation == "dynamic" and config.needs_column_sums:
+                rows = range(len(self.num_seen))
+                at_hand = [torch.stack([layer.variances(row) for layer in layers], -1) for row in rows]
+                # One exchange for the whole model: [B, h, L] -> [B, H, L].
+                variances = self.gather_heads(torch.stack(at_hand)).transpose(1, 2).contiguous()
             for row, num_tokens in enumerate(self.num_seen):
-                variances = None
-                if config.allocation == "dynamic" and config.needs_column_sums:
-                    variances = torch.stack([layer.variances(row) for layer in layers])
-                log_weights, dispersions = row_log_weights(variances, config, count)
+                log_weights, dispersions = row_log_weights(variances[row], config, count)
                 self.plans.append(RowPlan(log_weights, dispersions, num_tokens))
         for plan, num_tokens in zip(self.plans, self.num_seen, strict=True):
             plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
@@ -158,29 +168,37 @@ class CompressedCache:
             layer.slot_budgets = None if index in protected else [plan.slots[index] for plan in self.plans]
 
     def _evict(self, slack: int, *, finalize: bool) -> None:
-        """Evict the rows of all layers that hold at least `slack` slots over their budget."""
-        config = self.config
-        for index in self.full_layers:
-            layer = self.layers[index]
-            if layer.slot_budgets is None:
-                continue
-            device = layer.store.slots.positions.device
-            due = eviction_budget(layer.slot_budgets, layer.store.kv_len, slack, config, device)
-            capacity = None
-            if finalize:
-                # From here on the buffers never move: room for the budget and what gathers between evictions.
-                held = layer.store.kv_len if due is None else due[1]
-                capacity = max(*layer.slot_budgets, *held) + (config.eviction_interval or 0)
-            if due is not None:
-                budget, kv_len = due
-                seen = torch.tensor(self.num_seen, device=device)
-                slots, layer.state = compress_layer(
-                    layer.store.slots, budget, layer.state, config, finalize=finalize, num_seen_tokens=seen,
-                    nearest=nearest_kept,
-                )
-                layer.store.replace(slots, kv_len, capacity)
-            elif capacity is not None:
-                layer.store.reserve(capacity)
+        """Evict the rows of all layers that hold at least `slack` slots over their budget.
+
+        At finalize one layer after the other, so that no more than one layer is held twice; while decoding, when little
+        is held, all layers with one exchange between ranks.
+        """
+        due = [index for index in self.full_layers if self.layers[index].slot_budgets is not None]
+        for batch in [[index] for index in due] if finalize else [due]:
+            jobs = []
+            for index in batch:
+                layer = self.layers[index]
+                device = layer.store.slots.positions.device
+                job = eviction_budget(layer.slot_budgets, layer.store.kv_len, slack, self.config, device)
+                if finalize:
+                    # From here on the buffers never move: room for the budget and what gathers between evictions.
+                    held = layer.store.kv_len if job is None else job[1]
+                    capacity = max(*layer.slot_budgets, *held) + (self.config.eviction_interval or 0)
+                    if job is None:
+                        layer.store.reserve(capacity)
+                if job is not None:
+                    jobs.append((layer, *job))
+            steps = [self._steps(layer, budget, finalize) for layer, budget, _ in jobs]
+            for (layer, _, kv_len), (slots, state) in zip(jobs, run_evictions(steps, self.gather_heads), strict=True):
+                layer.state = state
+                layer.store.replace(slots, kv_len, capacity if finalize else None)
+
+    def _steps(self, layer: FullLayer, budget: LayerBudget, finalize: bool) -> EvictionSteps:
+        slots = layer.store.slots
+        seen = torch.tensor(self.num_seen, device=slots.positions.device)
+        return eviction_steps(
+            slots, budget, layer.state, self.config, finalize=finalize, num_seen_tokens=seen, nearest=nearest_kept
+        )
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,97 @@
+"""KV heads over ranks: each holds some heads of every layer, and all decide as one process that holds them all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2o_dist.cache.sequence import CompressedCache
+from d2o_dist.comm import Collectives, TrafficCounter, build_mesh
+from d2o_dist.config import D2OConfig
+from tests.ranks import run_ranks
+
+LAYERS, STEPS = 3, 40
+PRESETS = {
+    "d2o": {},
+    "paper": {},
+    "released": {"protected_layers": (0,)},
+    "mass": {"eviction_interval": 5},
+    "snapkv": {},
+}
+SHAPES = [(2, 4, 2), (3, 6, 3), (4, 8, 4), (2, 4, 4), (1, 4, 2)]
+
+
+def run(preset: str, shape, rank: int, world: int, gather, ragged: bool):
+    """Prefill and decode on this rank's heads; tokens are the same on all ranks. What is kept and put out."""
+    _, num_heads, num_kv_heads = shape
+    config = D2OConfig.preset(preset, **{"keep_ratio": 0.4, "min_layer_tokens": 8, **PRESETS[preset]})
+    cache = CompressedCache(config, [None] * LAYERS, gather)
+    generator = torch.Generator().manual_seed(num_heads)
+    mask = None
+    if ragged:
+        mask = torch.ones(2, 61)
+        mask[1, :30] = 0
+
+    def heads(count: int, length: int) -> torch.Tensor:
+        everything = torch.randn(2, count, length, 8, dtype=torch.float64, generator=generator)
+        return everything.chunk(world, 1)[rank]
+
+    outs = []
+    for step in range(STEPS):
+        for layer in range(LAYERS):
+            length = 61 if step == 0 else 1
+            q, k, v = heads(num_heads, length), heads(num_kv_heads, length), heads(num_kv_heads, length)
+            outs.append(cache.attend(layer, q * (1 + layer), k + 0.5, v, 0.35, mask if step == 0 else None)[:, :, -1])
+    slots = [layer.store.slots for layer in cache.layers]
+    return {
+        "positions": [one.positions for one in slots],
+        "values": [one.values for one in slots],
+        "keys": [one.keys for one in slots],
+        "outs": outs,
+        "budgets": [layer.slot_budgets for layer in cache.layers],
+        "thresholds": [layer.state.threshold for layer in cache.layers],
+    }
+
+
+def on_rank(rank: int, world: int, preset: str, shape, ragged: bool):
+    counter = TrafficCounter()
+    comm = Collectives(build_mesh(dp=1, sp=1, tp=world).axis("tp"), counter)
+    result = run(preset, shape, rank, world, lambda tensor: comm.all_gather(tensor, 1), ragged)
+    return result, counter.total().calls
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_ranks_that_share_the_heads_decide_as_one_process(preset, shape):
+    world, ragged = shape[0], shape[1] == 6
+    expected = run(preset, shape, 0, 1, lambda tensor: tensor, ragged)
+    results = run_ranks(world, on_rank, preset, shape, ragged)
+    for name in ("positions", "values", "keys", "outs"):
+        for number, whole in enumerate(expected[name]):
+            joined = torch.cat([result[name][number] for result, _ in results], 1)
+            if name == "positions":
+                assert torch.equal(joined, whole)
+            else:
+                torch.testing.assert_close(joined, whole, rtol=1e-10, atol=1e-10)
+    for result, _ in results:
+        assert result["budgets"] == expected["budgets"]
+        for one, two in zip(result["thresholds"], expected["thresholds"], strict=True):
+            assert (one is None) == (two is None)
+            if one is not None:
+                torch.testing.assert_close(one, two, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_exchanges_are_one_a_model_for_the_budgets_and_one_an_eviction():
+    calls = []
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(tensor.shape))
+        return tensor
+
+    run("d2o", (1, 4, 2), 0, 1, gather, False)
+    budgets, *evictions = calls
+    assert budgets == (2, 4, LAYERS)
+    # finalize goes layer by layer; while decoding one exchange carries the layers that are due together.
+    assert evictions[:LAYERS] == [(2, 2, 3)] * LAYERS
+    assert evictions[LAYERS:] == [(2, 2, 3 * LAYERS)] * ((STEPS - 1) // 16)
