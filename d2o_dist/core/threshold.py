@@ -54,13 +54,14 @@ def read_reports(reports: Tensor) -> LayerSimilarity:
     return LayerSimilarity(reports[..., 0].sum(1), reports[..., 1].sum(1), reports[..., 2].amax(1), every)
 
 
-def update_threshold(threshold: Tensor | None, layer: LayerSimilarity, config: D2OConfig) -> Tensor:
+def update_threshold(threshold: Tensor | float | None, layer: LayerSimilarity, config: D2OConfig) -> Tensor:
     """The threshold [B] after an eviction; rows without one keep theirs.
 
     First eviction of a row: the mean similarity. Later: `beta * agg + (1 - beta) * threshold`.
     """
     mean = layer.total / layer.count.clamp_min(1)
-    old = torch.full_like(mean, torch.nan) if threshold is None else threshold
+    old = torch.as_tensor(torch.nan if threshold is None else threshold, dtype=mean.dtype, device=mean.device)
+    old = old.expand_as(mean)
     latest = layer.peak if config.threshold_agg == "max" else mean
     moved = config.ema_beta * latest + (1 - config.ema_beta) * old
     return torch.where(layer.count > 0, torch.where(old.isnan(), mean, moved), old)
