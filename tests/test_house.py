@@ -38,7 +38,7 @@ COLLECTIVE = re.compile(
 )
 COLLECTIVE_HOMES = ("torch.distributed", "torch.ops._c10d_functional", "torch.ops.c10d", "deepspeed.comm")
 MAX_MAIN_LINES = 79
-FOREIGN_PATHS = ("/" + "work/", ".." + "/shared")  # in two parts, or this file would name itself
+FOREIGN_PATHS = ("/" + "work/", ".." + "/shared", "(shared" + "/")  # in two parts, or this file would name itself
 
 
 def sources(root: Path) -> Iterator[tuple[Path, ast.Module]]:

@@ -31,9 +31,9 @@ def eviction_steps(
 ) -> EvictionSteps:
     """`compress_layer` that stops where it must hear from the KV heads of other ranks (once, if it merges at all).
 
-    Whoever drives it may run many layers up to that point and exchange the reports of all in one collective.
+    Whoever drives it may run many layers up to that point and exchange the reports of all in one collective. Unlike
+    `compress_layer` it takes slots in order of position, unused ones last, and does not copy them to make sure.
     """
-    slots = slots.in_order()
     if num_seen_tokens is None:
         num_seen_tokens = slots.positions.amax((1, 2)) + 1
     ranking = rank_scores(slots, config, finalize=finalize, num_seen_tokens=num_seen_tokens)
@@ -81,7 +81,7 @@ def compress_layer(
         Slots by ascending position, as many as the fullest row holds, and the new state.
     """
     steps = eviction_steps(
-        slots, budget, state, config, finalize=finalize, num_seen_tokens=num_seen_tokens, nearest=nearest
+        slots.in_order(), budget, state, config, finalize=finalize, num_seen_tokens=num_seen_tokens, nearest=nearest
     )
     try:
         reports = next(steps)

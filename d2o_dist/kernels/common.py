@@ -1,15 +1,15 @@
 """What every op needs: the accumulation dtype, and shape checks whose errors name both numbers."""
 
-import torch
 from torch import Tensor
+
+from d2o_dist.core.types import stats_dtype
 
 LOG2_E = 1.4426950408889634  # exp(x) == exp2(x * LOG2_E)
 LN_2 = 0.6931471805599453
 
 
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32: the dtype of logits, lse, sums and probabilities."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# Logits, lse, sums and probabilities are accumulated in the dtype that statistics are kept in.
+acc_dtype = stats_dtype
 
 
 def group_size(num_heads: int, num_kv_heads: int) -> int:

@@ -1,4 +1,4 @@
-"""A naive float64 reading of the specification (shared/algorithm.md), used as a test oracle.
+"""A naive float64 reading of the specification (restated in docs/algorithm.md), used as a test oracle.
 
 Written from the specification alone, for one sequence of one request, with clarity before speed: slots are plain Python
 objects, loops run over heads and slots, attention is dense. Section numbers in comments are those of the specification.

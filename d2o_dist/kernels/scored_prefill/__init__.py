@@ -23,9 +23,7 @@ def scored_prefill_attention(
     Raises:
         ValueError: shapes that do not fit.
     """
-    check_queries_keys(q, k)
-    if k.shape != v.shape:
-        raise ValueError(f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}")
+    check_queries_keys(q, k, v)
     if k.shape[2] != q_start + q.shape[2]:
         raise ValueError(f"k has {k.shape[2]} keys, but q_start ({q_start}) + Tq ({q.shape[2]}) is another number")
     if q.device.type == "cpu" and q.numel():

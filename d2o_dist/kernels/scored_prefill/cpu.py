@@ -12,12 +12,10 @@ the block is done again with the maximum. The row sum rides along as v' = [v, 1]
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import LOG2_E, acc_dtype, group_size
+from d2o_dist.kernels.common import LN_2, LOG2_E, acc_dtype, group_size
 
 # Logits of one block, all threads together: 32 MiB in float32.
 _BLOCK_LOGITS = 1 << 23
@@ -86,7 +84,7 @@ def cpu_scored_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start
                 ).squeeze(1)
                 result = result[..., :dim] * weight.unsqueeze(-1)
                 out[row, of_kv, part] = result.view(-1, count, dim).to(q.dtype)
-                lse[row, of_kv, part] = ((bound + total.log2()) * math.log(2)).view(-1, count)
+                lse[row, of_kv, part] = ((bound + total.log2()) * LN_2).view(-1, count)
     return out, lse, sums
 
 
