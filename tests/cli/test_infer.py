@@ -81,22 +81,14 @@ def test_bad_usage_is_one_line_and_exit_status_2(argv, message, capsys):
 
 
 def test_an_unknown_flag_is_exit_status_2():
-    with pytest.raises(SystemExit) as caught:
-        infer.main(["--modle", "m"])
-    assert caught.value.code == 2
-
-
-def test_more_ranks_than_one_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert infer.main(["--model", "m", "--prompt", "x"]) == 2
-    assert "WORLD_SIZE (4) must be 1" in capsys.readouterr().err
+    assert infer.main(["--modle", "m"]) == 2
 
 
 @pytest.mark.parametrize("where", ["load_model", "load_config"])
 def test_an_interruption_is_exit_status_130(folder, monkeypatch, where, capsys):
     from d2o_dist.engine import model as loading
 
-    def interrupt(config):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loading, where, interrupt)
