@@ -13,7 +13,7 @@ from d2o_dist.engine.encode import BadRow, ModelLimits, Request, encode_rows
 from d2o_dist.engine.output import check_output
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
 from d2o_dist.integrations.hf import D2OCache
-from d2o_dist.integrations.tensor_parallel import check_tensor_parallel
+from d2o_dist.integrations.tensor_parallel import mark_replicas
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
         check_output(config.output, config.overwrite, mesh.dp)
     loading.pick_device(config.device)
     model_config = loading.load_config(config)
-    config.parallel.resolve(check_tensor_parallel(model_config, config.parallel))
+    mark_replicas(model_config, config.parallel)
     # An empty cache costs nothing, and refuses what it cannot serve.
-    D2OCache(config=model_config, d2o=config.d2o)
+    D2OCache(config=model_config, d2o=config.d2o, mesh=mesh, parallel=config.parallel)
     limits = ModelLimits(loading.max_positions(model_config), loading.vocab_size(model_config))
     _check_lengths(config, limits.max_positions)
     tokenizer = loading.load_tokenizer(config)

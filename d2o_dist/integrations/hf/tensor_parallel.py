@@ -18,7 +18,6 @@ from d2o_dist.comm.adapters import to_device_mesh
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.integrations.hf.guards import text_config
 
-REPLICAS = "d2o_kv_replicas"  # field of a sharded model's configuration: ranks that share each KV head
 _HEAD_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
