@@ -86,17 +86,18 @@ class Session:
         return self.model.device
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
-        """Read the prompts and compress them: [B, T] -> next-token logits [B, V].
+        """Read the prompts, or the next turn of each, and compress them: [B, T] -> next-token logits [B, V].
 
         Args:
             attention_mask: [B, T], 0 marks padding, which is on the left.
             chunk: columns of one forward, at least 2; None: all at once. Bounds the memory of activations.
 
         Raises:
-            ValueError: a second prefill, a chunk below 2, a row that ends in padding or has no token.
+            ValueError: a chunk below 2, a row that ends in padding or has no token, a later turn of one column.
         """
-        if self.cache.get_seq_length():
-            raise ValueError("a session reads its prompts once: make a new one")
+        seen = self.cache.compressed.num_seen
+        if seen and input_ids.shape[1] < 2:
+            raise ValueError("a later turn needs at least 2 tokens (1 was given): one token is a decode step")
         if chunk is not None and chunk < 2:
             raise ValueError(f"chunk ({chunk}) must be at least 2")
         if not bool(attention_mask[:, -1].all()) or bool((attention_mask.diff(dim=1) < 0).any()):
@@ -104,6 +105,8 @@ class Session:
         began = self._now()
         padded = not bool(attention_mask.all())
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0).to(self.device)
+        if seen:
+            positions = positions + torch.tensor(seen, device=self.device)[:, None]
         ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
         start = 0
         for end in chunk_ends(ids.shape[1], chunk):

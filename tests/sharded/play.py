@@ -24,6 +24,8 @@ class Play:
     steps: int = 40
     chunk: int | None = None
     seed: int = 0
+    ends: tuple[int, ...] = ()  # a row that ends before the others
+    turn: tuple[int, ...] = ()  # lengths of a second turn, after which decoding goes on
     model: dict[str, Any] = field(default_factory=dict)
     d2o: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
@@ -60,20 +62,39 @@ def play(one: Play, mesh=None, parallel=None, counter=None) -> dict[str, Any]:
     logits = session.prefill(ids, mask, one.chunk)
     first = positions_of(session)
     tokens, all_logits = [], [logits]
-    for _ in range(one.steps):
+
+    def decode(logits: torch.Tensor, live: list[bool] | None = None) -> torch.Tensor:
         tokens.append(logits.argmax(-1).tolist())
-        logits = session.decode(tokens[-1])
-        all_logits.append(logits)
+        all_logits.append(session.decode(tokens[-1], live))
+        return all_logits[-1]
+
+    for _ in range(one.steps):
+        logits = decode(logits)
+    if one.turn:
+        all_logits.append(session.prefill(*left_padded(list(one.turn), one.seed + 1), one.chunk))
+        logits = all_logits[-1]
+        for _ in range(one.steps):
+            logits = decode(logits)
+    if one.ends:
+        # One row ends and is fed padding, then it leaves.
+        live = [row != one.ends[0] for row in range(len(one.lengths))]
+        for _ in range(20):
+            logits = decode(logits, live)
+        rows = [row for row, goes_on in enumerate(live) if goes_on]
+        session.keep_rows(rows)
+        logits = logits[rows]
+        for _ in range(20):
+            logits = decode(logits)
     cache = session.cache
     return {
         "tokens": tokens,
-        "logits": torch.stack(all_logits),
+        "logits": torch.cat(all_logits),
         "first": first,
         "last": positions_of(session),
         "budgets": [layer.slot_budgets for layer in cache.layers],
         "kv_len": [layer.kv_len for layer in cache.layers],
         "thresholds": [layer.threshold for layer in cache.layers],
-        "usage": [session.row_usage(row) for row in range(len(one.lengths))],
+        "usage": [session.row_usage(row) for row in range(len(logits))],
         "held": [getattr(layer, "held", None) for layer in cache.compressed.layers],
     }
 
