@@ -25,6 +25,8 @@ UNSTEADY = ("time_to_first_token_s", "tokens_per_s")
 PATIENCE_S = 150.0  # a token costs several collectives, and each of them a turn on a busy machine
 SHAPES = [(2, 1, 1), (3, 1, 1), (1, 2, 1), (1, 3, 1), (1, 1, 2), (1, 1, 4), (1, 2, 2), (2, 2, 1)]
 
+DEEPSPEED = (1, 2, 2, "deepspeed")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -65,14 +67,14 @@ def whole_run(rank, world, values):
     return summary, sum(counts)
 
 
-@pytest.mark.parametrize(("dp", "sp", "tp"), SHAPES)
-def test_the_records_are_those_of_one_process(folder, tmp_path, dp, sp, tp):
+@pytest.mark.parametrize(("dp", "sp", "tp", "engine"), [*((*shape, "transformers") for shape in SHAPES), DEEPSPEED])
+def test_the_records_are_those_of_one_process(folder, tmp_path, dp, sp, tp, engine):
     alone = write_config(folder, tmp_path, 1, 1, 1)
     ((summary, count),) = run_ranks(1, whole_run, alone)
     want = read(alone["output"])
     assert (summary.num_ok, summary.num_failed, count) == (5, 1, 6)
     # DTensor remembers a mesh of the same ranks from an earlier run in the same process, and its group, which is gone.
-    fresh, values = tp > 1, write_config(folder, tmp_path, dp, sp, tp)
+    fresh, values = tp > 1, write_config(folder, tmp_path, dp, sp, tp, parallel={"tp_engine": engine})
     many = run_ranks(dp * sp * tp, whole_run, values, timeout_s=PATIENCE_S, fresh=fresh)
     have = read(alone["output"])
     assert steady(have) == steady(want) and [record["index"] for record in have] == list(range(6))
