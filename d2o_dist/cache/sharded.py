@@ -82,7 +82,8 @@ class ShardedLayer:
         self.held: Tensor | None = None
         self.slot_budgets: list[int] | None = None
         self.state = D2OState()
-        self._past = 0  # slots of every rank when the running prefill began
+        # Slots of every rank when the running prefill began, and now: the fullest rank's.
+        self._past = self._width = 0
         self._last: _LastQueries | None = None
         self._column_sums: Tensor | None = None  # [B, Hq, W], of the first prefill
         self._first_prefill = True
@@ -150,7 +151,7 @@ class ShardedLayer:
         deal, placement, config = chunk.deal, chunk.placement, self.config
         start = list(self.store.kv_len)
         self.store.append(k, v, chunk.rows, num_seen)
-        width = self._past + placement.width
+        width = self._width = self._past + placement.width
         self.store.reserve(width)
         slots = self.store.view(width)
         for row, one in enumerate(deal.maps):
@@ -268,10 +269,7 @@ class ShardedLayer:
 
     def slots_for_finalize(self) -> Slots:
         """[B, Hkv, W, ...] as many as any rank has; a row's unused ones have position -1."""
-        width = max(self.store.kv_len)
-        widest = int(self.ranks.sp.all_reduce(torch.tensor(width), "max"))
-        self.store.reserve(widest)
-        return self.store.view(widest)
+        return self.store.view(self._width)
 
     def settle(self, shard: Shard, state: D2OState, kv_len: list[int], num_seen: list[int]) -> None:
         """Hold what a finalize left; from here on the buffers never move."""

@@ -91,23 +91,17 @@ class Placement:
     """Where the tokens of the running prefill lie. Token i of a row is its i-th since the prefill began.
 
     Attributes:
-        counts: [B][world] tokens of each row that each rank holds, in slots 0, 1, ... of its own.
+        counts: [B][world] tokens of each row that each rank holds.
     """
 
     def __init__(self, batch: int, world: int) -> None:
         self.counts = [[0] * world for _ in range(batch)]
         self._owner = [torch.zeros(0, dtype=torch.int64)] * batch
-        self._slot = [torch.zeros(0, dtype=torch.int64)] * batch
-        self._world = world
 
     def add(self, deal: Deal) -> None:
         """The tokens of one more chunk."""
         for row, one in enumerate(deal.maps):
-            every = torch.arange(one.length)
-            owner = one.owner(every)
-            before = torch.tensor(self.counts[row])
-            self._owner[row] = torch.cat([self._owner[row], owner])
-            self._slot[row] = torch.cat([self._slot[row], one.to_local(every) + before[owner]])
+            self._owner[row] = torch.cat([self._owner[row], one.owner(torch.arange(one.length))])
             self.counts[row] = [old + new for old, new in zip(self.counts[row], deal.shards[row], strict=True)]
 
     @property
@@ -119,12 +113,8 @@ class Placement:
         """Tokens of a row since the prefill began, on all ranks."""
         return len(self._owner[row])
 
-    def index(self, row: int, width: int, offset: int = 0) -> Tensor:
-        """[tokens of the row]: each token's place in all ranks' slots side by side, `width` a rank, after `offset`."""
-        return self._owner[row] * width + offset + self._slot[row]
-
     def tokens(self, row: int, rank: int) -> Tensor:
-        """[counts[row][rank]]: which tokens a rank holds, in the order of its slots (ascending)."""
+        """[counts[row][rank]]: which tokens a rank holds, ascending."""
         return (self._owner[row] == rank).nonzero().flatten()
 
     def segments(self, row: int, deal: Deal) -> list[tuple[int, int]]:
@@ -136,4 +126,3 @@ class Placement:
         """Rows in this order, repeated where repeated."""
         self.counts = [list(self.counts[row]) for row in rows]
         self._owner = [self._owner[row] for row in rows]
-        self._slot = [self._slot[row] for row in rows]

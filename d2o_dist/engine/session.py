@@ -163,11 +163,12 @@ class Session:
         """A chunk that the sequence ranks share: [B, n] -> the logits of each row's last token [B, V], on all ranks."""
         part = self.cache.deal(ids, mask)
         logits = self.model(**part, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        sp, maps = self.cache.ranks.sp, self.cache.compressed.dealt.maps
+        ranks, maps = self.cache.ranks, self.cache.compressed.dealt.maps
         owners = [one.owner(one.length - 1) if one.length else 0 for one in maps]
-        mine = torch.tensor(owners, device=logits.device) == sp.rank
-        # One owner each, the others add zeros: the same bits on all ranks.
-        return sp.all_reduce(torch.where(mine[:, None], logits, 0))
+        mine = torch.tensor(owners, device=logits.device) == ranks.sp.rank
+        with ranks.counter.phase("prefill"):
+            # One owner each, the others add zeros: the same bits on all ranks.
+            return ranks.sp.all_reduce(torch.where(mine[:, None], logits, 0))
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         out = self.model(

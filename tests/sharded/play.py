@@ -11,6 +11,7 @@ from d2o_dist.comm import TrafficCounter, build_mesh
 from d2o_dist.config import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
+from d2o_dist.integrations.tensor_parallel import shard_model
 from tests.models import left_padded, tiny_model
 
 
@@ -57,6 +58,8 @@ def positions_of(session: Session) -> list[torch.Tensor]:
 def play(one: Play, mesh=None, parallel=None, counter=None) -> dict[str, Any]:
     """Greedy decoding: tokens, logits of every step, positions after the prompt and at the end, budgets, thresholds."""
     model = tiny_model(one.family, seed=one.seed, **one.model).to(one.dtype)
+    if mesh is not None:
+        model = shard_model(model, mesh, parallel, torch.device("cpu"))
     session = Session(model, one.config, mesh, parallel, counter)
     ids, mask = left_padded(list(one.lengths), one.seed)
     logits = session.prefill(ids, mask, one.chunk)
