@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from d2o_dist.comm.mesh import ParallelMesh
@@ -61,6 +62,8 @@ def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
         raise ValueError(f"stream (true) shows one prompt, but there are {len(rows)}")
     if mesh.rank == 0:  # the output need not be reachable, nor be empty by the time others look
         check_output(config.output, config.overwrite, mesh.dp)
+    if config.trace is not None:
+        _make_folder(Path(config.trace))
     loading.pick_device(config.device)
     model_config = loading.load_config(config)
     mark_replicas(model_config, config.parallel)
@@ -78,6 +81,13 @@ def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
         tokenizer=tokenizer,
         warnings=warnings,
     )
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"trace folder {path} cannot be made: {error}") from error
 
 
 def _check_lengths(config: InferConfig, max_positions: int | None) -> None:

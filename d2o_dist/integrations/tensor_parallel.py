@@ -13,6 +13,7 @@ from d2o_dist.integrations.hf.guards import text_config
 from d2o_dist.integrations.hf.heads import KV_REPLICAS
 from d2o_dist.integrations.hf.tensor_parallel import (
     check_separate_projections,
+    check_version,
     kv_replicas,
     num_kv_heads,
     repeat_kv_heads,
@@ -26,7 +27,7 @@ def mark_replicas(config: Any, parallel: ParallelConfig) -> int:
     Needs no weights: it refuses what could not be sharded.
 
     Raises:
-        ValueError: head counts that do not divide, packed projections, or an engine that is not installed.
+        ValueError: head counts that do not divide, packed projections, or an engine that is not there.
     """
     if parallel.tp == 1:
         return 1
@@ -34,6 +35,8 @@ def mark_replicas(config: Any, parallel: ParallelConfig) -> int:
     check_separate_projections(config)
     if parallel.tp_engine == "deepspeed":
         check_installed()
+    else:
+        check_version()
     setattr(text_config(config), KV_REPLICAS, replicas)
     return replicas
 
