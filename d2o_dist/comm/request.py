@@ -62,6 +62,10 @@ class RequestRanks:
         """One process that holds everything."""
         return cls(ParallelMesh.local(), ParallelConfig(), 1)
 
+    def __deepcopy__(self, memo: dict) -> RequestRanks:
+        """Itself: a copy of a cache is held by the same ranks, and process groups cannot be copied."""
+        return self
+
     @property
     def deals_tokens(self) -> bool:
         """Whether the tokens of a prompt are spread over ranks."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -178,3 +180,21 @@ def test_a_wrong_account_is_noticed():
     one, two = play(Play(steps=3)), play(Play(steps=3, d2o={"keep_ratio": 0.41}))
     with pytest.raises(AssertionError):
         assert_same(one, two)
+
+
+def reuse(rank: int, world: int, layout: dict) -> bool:
+    """One prompt, continued twice from a copy of its cache."""
+    session = Session(tiny_model(), Play().config, build_mesh(sp=world), ParallelConfig(sp=world, **layout))
+    ids = tokens(2, 60)
+    with torch.no_grad():
+        session.prefill(ids, torch.ones_like(ids))
+        prompt = copy.deepcopy(session.cache)
+        first = [session.decode([step + 3, step + 4]) for step in range(20)]
+        session.cache = prompt
+        second = [session.decode([step + 3, step + 4]) for step in range(20)]
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("layout", [{}, SEQUENCE], ids=str)
+def test_a_prompt_is_reused_by_a_copy_of_its_cache(layout):
+    assert run_ranks(2, reuse, layout) == [True, True]
