@@ -25,6 +25,7 @@ setup(
         "demo": demo,
         "eval": evaluate,
         "train": train,
+        "deepspeed": ["deepspeed>=0.17"],
         "megatron": ["megatron-core>=0.16"],
         "gpu": ["flash-attn>=2.6", "triton>=3.2"],
         "dev": dev,

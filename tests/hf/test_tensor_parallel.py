@@ -9,8 +9,9 @@ from transformers import LlamaConfig, Phi3Config
 from d2o_dist.comm import build_mesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.integrations import tensor_parallel
+from d2o_dist.integrations.hf.heads import heads_of_tensor_rank
 from d2o_dist.integrations.hf.tensor_parallel import kv_replicas, repeat_kv_heads
-from d2o_dist.integrations.tensor_parallel import check_tensor_parallel, shard_model
+from d2o_dist.integrations.tensor_parallel import mark_replicas, shard_model
 from tests.models import left_padded, tiny_model
 from tests.ranks import run_ranks
 
@@ -29,8 +30,9 @@ def config(heads=4, kv_heads=2, **fields) -> LlamaConfig:
 def test_how_often_a_kv_head_is_copied(heads, kv_heads, tp, replicas):
     model_config = config(heads, kv_heads)
     assert kv_replicas(model_config, tp) == replicas
-    parallel = ParallelConfig(tp=tp, tp_engine="transformers")
-    assert check_tensor_parallel(model_config, parallel) == max(1, kv_heads // tp)
+    assert mark_replicas(model_config, ParallelConfig(tp=tp, tp_engine="transformers")) == replicas
+    assert getattr(model_config, "d2o_kv_replicas", 1) == replicas
+    assert heads_of_tensor_rank(model_config, tp) == (max(1, kv_heads // tp), replicas)
 
 
 @pytest.mark.parametrize(
@@ -45,21 +47,21 @@ def test_how_often_a_kv_head_is_copied(heads, kv_heads, tp, replicas):
 )
 def test_head_counts_that_do_not_divide(heads, kv_heads, tp, message):
     with pytest.raises(ValueError, match=message):
-        check_tensor_parallel(config(heads, kv_heads), ParallelConfig(tp=tp, tp_engine="transformers"))
+        mark_replicas(config(heads, kv_heads), ParallelConfig(tp=tp, tp_engine="transformers"))
 
 
 def test_packed_projections_are_refused():
     packed = Phi3Config(num_attention_heads=4, num_key_value_heads=2, hidden_size=32, pad_token_id=0)
     with pytest.raises(ValueError, match="tp needs a model whose q_proj, k_proj, v_proj are separate.*phi3 has qkv_pr"):
-        check_tensor_parallel(packed, ParallelConfig(tp=2))
-    assert check_tensor_parallel(packed, ParallelConfig(sp=2)) == 2
+        mark_replicas(packed, ParallelConfig(tp=2))
+    assert mark_replicas(packed, ParallelConfig(sp=2)) == 1
 
 
 def test_an_engine_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("d2o_dist.integrations.deepspeed.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"tp_engine \(deepspeed\) needs the package deepspeed: pip install deepspeed"):
-        check_tensor_parallel(config(), ParallelConfig(tp=2))
-    assert check_tensor_parallel(config(), ParallelConfig(tp=2, tp_engine="transformers")) == 1
+        mark_replicas(config(), ParallelConfig(tp=2))
+    assert mark_replicas(config(), ParallelConfig(tp=2, tp_engine="transformers")) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
