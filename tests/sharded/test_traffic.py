@@ -83,6 +83,18 @@ def test_merging_within_a_shard_keeps_the_same_tokens_of_the_prompt():
     assert "all_reduce" not in without["finalize"]["sp"]
 
 
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_a_rank_that_keeps_nothing(scope):
+    """Sinks and newest tokens only: all of them lie on the rank of the first and the last chunk."""
+    d2o = {"keep_ratio": 0.1, "selection": "recent", "merge_targets": "kept", "allocation": "uniform"}
+    one = Play(preset="mass", lengths=(120,), d2o=d2o, steps=20)
+    wanted = play(one)
+    for found, _ in run_ranks(3, on_rank, one, ParallelConfig(sp=3, merge_scope=scope, **SEQUENCE)):
+        if scope == "global":
+            assert_same(found, wanted)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found["first"], wanted["first"], strict=True))
+
+
 def test_bfloat16_differs_by_rounding_only():
     """The same budgets; logits within what bfloat16 itself is off by on one process against float32."""
     one = Play(lengths=(120,), steps=0, dtype=torch.bfloat16)
