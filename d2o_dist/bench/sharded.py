@@ -35,11 +35,11 @@ SCHEMES = {
 }
 
 
-def small_model(dtype: torch.dtype, num_kv_heads: int) -> LlamaForCausalLM:
-    """A random Llama of 2 layers, 8 heads of 32, over bytes; its attention is far from uniform."""
+def small_model(dtype: torch.dtype, num_kv_heads: int, num_layers: int) -> LlamaForCausalLM:
+    """A random Llama of 8 heads of 32, over bytes; its attention is far from uniform."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
+        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=num_layers, num_attention_heads=8,
         num_key_value_heads=num_kv_heads, initializer_range=0.12, max_position_embeddings=1 << 20, bos_token_id=1,
         eos_token_id=None,
     )  # fmt: skip
@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=64, help="tokens to decode")
     parser.add_argument("--preset", default="d2o")
     parser.add_argument("--kv-heads", type=int, default=4, help="of 8 query heads")
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], default="float64")
     parser.add_argument("--scheme", choices=list(SCHEMES), default="allgather")
     parser.add_argument("--reference", type=Path, required=True, help="what one process decided")
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"the text has {len(data)} bytes, fewer than length ({args.length})")
     ids = torch.tensor(list(data[: args.length]))[None]
     launch = init_distributed()
-    model = small_model(getattr(torch, args.dtype), args.kv_heads)
+    model = small_model(getattr(torch, args.dtype), args.kv_heads, args.layers)
     run(model, ids[:, :256], 2, args.preset, ParallelConfig())  # libraries are loaded before memory is read
     scheme = SCHEMES[args.scheme] if launch.world_size > 1 else {}
     found = run(model, ids, args.steps, args.preset, ParallelConfig(sp=launch.world_size, **scheme))
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(row)
         if args.out is not None:
             facts = {**machine(), "length": args.length, "steps": args.steps, "preset": args.preset,
-                     "dtype": args.dtype, "heads": f"8/{args.kv_heads}"}  # fmt: skip
+                     "dtype": args.dtype, "layers": args.layers, "heads": f"8/{args.kv_heads}"}  # fmt: skip
             print(write_report(args.out, "sharded", rows, facts))
     return 0
 
