@@ -60,6 +60,8 @@ def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
     rows = read_prompts(config.prompts, config.prompt)
     if config.stream is True and len(rows) != 1:
         raise ValueError(f"stream (true) shows one prompt, but there are {len(rows)}")
+    if config.stream is True and mesh.dp > 1:
+        raise ValueError(f"stream (true) shows the text of one replica, but there are {mesh.dp} (dp)")
     if mesh.rank == 0:  # the output need not be reachable, nor be empty by the time others look
         check_output(config.output, config.overwrite, mesh.dp)
     if config.trace is not None:
