@@ -181,9 +181,10 @@ class CompressedCache:
         else:
             self._begin_prefill(batch)
         self._forward = None
-        self._rows = Rows.of(batch, length, mask) if deal is None else Rows.first(deal.counts)
         if deal is None or not self.ranks.deals_tokens:
+            self._rows = Rows.of(batch, length, mask if deal is None else deal.mask())
             return
+        self._rows = Rows.first(deal.counts)
         if self._by_sequence:
             self._placement.add(deal)
             self._forward = DealtChunk(deal, self._placement, Rows.of(batch, length, deal.mask()))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from d2o_dist.comm import Collectives, build_mesh
+from d2o_dist.comm import Collectives, TrafficCounter, build_mesh
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.agree import DisagreementError
 from d2o_dist.config.parallel import ParallelConfig
@@ -198,3 +199,20 @@ def reuse(rank: int, world: int, layout: dict) -> bool:
 @pytest.mark.parametrize("layout", [{}, SEQUENCE], ids=str)
 def test_a_prompt_is_reused_by_a_copy_of_its_cache(layout):
     assert run_ranks(2, reuse, layout) == [True, True]
+
+
+def long_prompt(rank: int, world: int, sp_prefill: str) -> set[str]:
+    """Kinds of collectives of a prompt of which one gathered head is over the limit."""
+    counter = TrafficCounter()
+    parallel = ParallelConfig(sp=world, sp_prefill=sp_prefill)
+    model = tiny_model(num_key_value_heads=1)
+    with patch("d2o_dist.cache.sharded.RING_FROM_BYTES", 1000), torch.no_grad():
+        session = Session(model, Play().config, build_mesh(sp=world), parallel, counter)
+        ids = tokens(1, 60)
+        session.prefill(ids, torch.ones_like(ids))
+    return set(counter.to_dict()["prefill"]["sp"])
+
+
+def test_auto_takes_a_ring_for_prompts_too_long_to_gather():
+    assert run_ranks(2, long_prompt, "auto") == [{"ring_shift", "all_reduce"}] * 2
+    assert run_ranks(2, long_prompt, "allgather") == [{"all_gather", "all_to_all", "all_reduce"}] * 2
