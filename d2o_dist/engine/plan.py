@@ -11,7 +11,7 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.encode import BadRow, ModelLimits, Request, encode_rows
-from d2o_dist.engine.output import check_output
+from d2o_dist.engine.output import check_output, check_shared
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
 from d2o_dist.integrations.hf import D2OCache
 from d2o_dist.integrations.tensor_parallel import mark_replicas
@@ -53,6 +53,7 @@ def prepare(config: InferConfig, mesh: ParallelMesh | None = None) -> Plan:
     with agreed(mesh) as same:
         plan = _prepare(config, mesh)
         same.add(config, plan.requests, plan.bad_rows)
+    check_shared(config.output, mesh)
     return plan
 
 
