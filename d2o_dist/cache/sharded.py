@@ -367,6 +367,20 @@ class ShardedLayer:
         self.store.replace(eviction.slots, self.store.kv_len)
         self.held, self.state, self.kv_len = eviction.held, eviction.state, list(kv_len)
 
+    def adopt(self, config: D2OConfig) -> None:
+        """Leave what a prefill under `config` would have left, of a prefill that gathered at least that."""
+        self.config = config
+        if not config.needs_column_sums:
+            self._column_sums = None
+            self.store.slots.scores.zero_()
+        if not config.needs_rates:
+            self._last = None
+        elif self._last is not None:
+            last = config.rate_window
+            for name in ("queries", "lse"):
+                setattr(self._last, name, [part[:, -last:] for part in getattr(self._last, name)])
+            self._last.positions = [part[-last:] for part in self._last.positions]
+
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
         host = index.tolist()
