@@ -11,7 +11,7 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.encode import BadRow, ModelLimits, Request, encode_rows
-from d2o_dist.engine.output import check_output
+from d2o_dist.engine.output import check_output, check_shared
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
 from d2o_dist.integrations.hf import D2OCache
 from d2o_dist.integrations.tensor_parallel import mark_replicas
@@ -53,6 +53,7 @@ def prepare(config: InferConfig, mesh: ParallelMesh | None = None) -> Plan:
     with agreed(mesh) as same:
         plan = _prepare(config, mesh)
         same.add(config, plan.requests, plan.bad_rows)
+    check_shared(config.output, mesh)
     return plan
 
 
@@ -60,6 +61,8 @@ def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
     rows = read_prompts(config.prompts, config.prompt)
     if config.stream is True and len(rows) != 1:
         raise ValueError(f"stream (true) shows one prompt, but there are {len(rows)}")
+    if config.stream is True and mesh.dp > 1:
+        raise ValueError(f"stream (true) shows the text of one replica, but there are {mesh.dp} (dp)")
     if mesh.rank == 0:  # the output need not be reachable, nor be empty by the time others look
         check_output(config.output, config.overwrite, mesh.dp)
     if config.trace is not None:

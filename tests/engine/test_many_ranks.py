@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -91,12 +92,12 @@ def test_the_records_are_those_of_one_process(folder, tmp_path, dp, sp, tp, engi
 
 def refused(rank, world, values):
     config = InferConfig.from_dict(values)
-    running.loading.load_model = None  # no weights
-    try:
-        mesh = build_mesh(config.parallel.replicas(world), config.parallel.sp, config.parallel.tp)
-        prepare(config, mesh)
-    except ValueError as error:
-        return str(error)
+    with patch.object(running.loading, "load_model", None):  # no weights
+        try:
+            mesh = build_mesh(config.parallel.replicas(world), config.parallel.sp, config.parallel.tp)
+            prepare(config, mesh)
+        except ValueError as error:
+            return str(error)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,7 @@ def refused(rank, world, values):
         ((1, 1, 2), {"kv": (9, 3)}, "num_attention_heads (9) must be divisible by tp (2)"),
         ((1, 2, 1), {"kv": (4, 1), "parallel": {"sp_prefill": "ulysses"}}, "a tensor rank has 1 and sp is 2"),
         ((2, 1, 1), {"output": None}, "2 replicas (dp) write their results to part files"),
+        ((2, 1, 1), {"stream": True, "prompts": None, "prompt": "x"}, "shows the text of one replica, but there are 2"),
         ((2, 1, 1), {"max_prompt_tokens": 250}, "max_prompt_tokens (250) and max_new_tokens (8) are together above"),
         ((2, 1, 1), {"prompts": "nowhere.jsonl"}, "prompts file nowhere.jsonl does not exist"),
     ],
