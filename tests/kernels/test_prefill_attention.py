@@ -73,6 +73,27 @@ def test_no_queries(path):
     assert out.shape == (2, 4, 0, 16) and lse.shape == (2, 4, 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("tq, q_start", [(1, 0), (33, 0), (40, 21)])
+def test_bias(dtype, window, tq, q_start):
+    q, k, v = inputs((8, 2), q_start, tq, dtype)
+    bias = make(2, 2, q_start + tq, seed=4).float()
+    check(prefill_attention, q, k, v, q_start=q_start, window=window, bias=bias)
+
+
+def test_keys_of_no_mass_are_not_seen():
+    q, k, v = inputs((8, 2), 0, 33, torch.float64)
+    bias = make(2, 2, 33, seed=4)
+    bias[:, :, :5], bias[:, :, ::3] = -torch.inf, -torch.inf
+    expected, expected_lse = naive_prefill_attention(q, k, v, 0.3, bias=bias)
+    k[:, :, :5], v[:, :, ::3] = torch.nan, torch.nan
+    out, lse = prefill_attention(q, k, v, 0.3, bias=bias)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-12, rtol=0)
+    assert not out[:, :, :5].any() and bool((lse[:, :, :5] == -torch.inf).all())
+
+
 def test_transposed_inputs():
     """As models make them: [B, T, H, D] seen as [B, H, T, D]."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs((8, 2), 9, 33, torch.float64))
@@ -99,3 +120,5 @@ def test_errors_name_both_numbers():
         prefill_attention(q, k, v, 0.3)
     with pytest.raises(ValueError, match=r"\(3\).*\(2\)"):
         prefill_attention(q[:, :3], k, v, 0.3, q_start=3)
+    with pytest.raises(ValueError, match=r"bias \(2, 2, 7\).*\(2, 2, 8\)"):
+        prefill_attention(q, k, v, 0.3, q_start=3, bias=torch.zeros(2, 2, 7))
