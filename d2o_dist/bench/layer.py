@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from d2o_dist.compression.evict import all_heads_at_hand, run_evictions
 from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.compress import compress_layer
+from d2o_dist.core.compress import compress_layer, eviction_steps
 from d2o_dist.core.types import D2OState, LayerBudget, Slots, stats_dtype
 from d2o_dist.kernels.decode_attention import decode_with_logits
 from d2o_dist.kernels.nearest_kept import nearest_kept
@@ -77,9 +78,11 @@ class DecodeLayer:
     def evict(self) -> None:
         """Down to the budget, in place."""
         seen = torch.tensor([self.seen], device=self.slots.positions.device)
-        kept, self.state = compress_layer(
+        # The slots are in order of position already, so unlike `compress_layer` this does not copy them to make sure.
+        steps = eviction_steps(
             self.slots, self.budget, self.state, self.config, finalize=False, num_seen_tokens=seen, nearest=nearest_kept
         )
+        ((kept, self.state),) = run_evictions([steps], all_heads_at_hand)
         self.held = kept.positions.shape[-1]
         for name in ("keys", "values", "positions", "scores", "rates", "log_mass"):
             getattr(self.slots, name)[:, :, : self.held] = getattr(kept, name)

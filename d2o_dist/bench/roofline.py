@@ -30,14 +30,16 @@ class Work:
         }
 
 
-def measure_ceilings(device: str, dtype: torch.dtype, *, copy_mib: int = 0, size: int = 0, reps: int = 5) -> Ceilings:
+def measure_ceilings(
+    device: str, dtype: torch.dtype, *, clock: str = "wall", copy_mib: int = 0, size: int = 0
+) -> Ceilings:
     """A copy between two tensors larger than the caches, and a matmul of `size`; sizes fit the device by default."""
     on_gpu = torch.device(device).type == "cuda"
     copy_mib, size = copy_mib or (1024 if on_gpu else 128), size or (8192 if on_gpu else 1024)
     source = torch.ones(copy_mib << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = interleaved_medians({"copy": lambda: target.copy_(source), "matmul": lambda: left @ right}, reps)
+    seconds = interleaved_medians({"copy": lambda: target.copy_(source), "matmul": lambda: left @ right}, 5, clock)
     return Ceilings(2 * source.numel() / seconds["copy"], 2 * size**3 / seconds["matmul"])
 
 

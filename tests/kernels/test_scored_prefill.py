@@ -24,7 +24,7 @@ def inputs(batch, heads, length, past, dim, dtype, sharpness=1.0):
 @pytest.mark.parametrize("length, past", [(1, 0), (7, 0), (33, 0), (130, 0), (1, 40), (45, 31)])
 def test_equals_the_oracle(monkeypatch, dtype, heads, length, past):
     # Small blocks, so that there are several, the last of another size.
-    monkeypatch.setattr(cpu, "block_queries", lambda group, num_keys, heads: 16)
+    monkeypatch.setattr(cpu, "block_queries", lambda group, num_keys, head_dim: 16)
     q, k, v = inputs(2, heads, length, past, 16, dtype)
     found = scored_prefill_attention(q, k, v, 0.25, q_start=past)
     expected = naive_scored_prefill_attention(q.double(), k.double(), v.double(), 0.25, q_start=past)
@@ -76,5 +76,6 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_working_memory_is_bounded():
     for num_keys in (100, 8192, 32768, 1 << 20):
         for group in (1, 4, 7):
-            rows = cpu.block_queries(group, num_keys, 2) * group
-            assert rows <= 1024 and 2 * rows * num_keys <= max(1 << 23, 2 * 128 * num_keys)
+            for head_dim in (64, 128):
+                rows = cpu.block_queries(group, num_keys, head_dim) * group
+                assert rows <= 512 and rows * num_keys <= max(1 << 21, 128 * num_keys)
