@@ -3,7 +3,7 @@
     python -m d2o_dist.bench.gpu_check
 
 Needs a checkout, torch with CUDA, triton and transformers. Prints a table of checks, one of times and one of targets,
-and writes them, dated, as JSON and Markdown. The checks of each op and each group of timings are processes of their own,
+and writes them, dated, as JSON and Markdown. The checks of an op and a group of timings are processes of their own,
 so that a kernel that fails, hangs or corrupts its CUDA context hides no other: what it said is in the report.
 
 Exit status: 0 if all was right and timed; 1 if anything was wrong, failed or ran out of time; 2 without a CUDA device.

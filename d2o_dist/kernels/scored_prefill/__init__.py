@@ -18,7 +18,7 @@ def scored_prefill_attention(
 
     q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D] with Tk = q_start + Tq; query i sees keys j <= q_start + i. On a CPU one
     fused pass; elsewhere `prefill_attention`, then `column_sums`. Working memory is bounded by a block of 128 rows
-    a thread (or 8 MiB) of Tk logits. Not differentiable.
+    a thread (or 16 MiB) of Tk logits. Not differentiable.
 
     query_stride: estimate the sums from one query in so many, `column_sums(query_stride=...)` times the stride; output
     and lse are those of all queries. The estimates of a prompt whose length is a multiple of the stride add up to it.

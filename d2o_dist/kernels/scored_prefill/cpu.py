@@ -17,8 +17,8 @@ from torch import Tensor
 
 from d2o_dist.kernels.common import LN_2, LOG2_E, acc_dtype, group_size
 
-# Logits of one block of one thread: 8 MiB in float32.
-_BLOCK_LOGITS = 1 << 21
+# Logits of one block of one thread: 16 MiB in float32.
+_BLOCK_LOGITS = 1 << 22
 # Below this many rows a matmul is slower than what a smaller block saves. Above, what is computed beyond the diagonal
 # costs more than longer matmuls save; those of small head dims gain nothing.
 _MIN_ROWS, _MAX_ROWS, _MAX_ROWS_SMALL_DIM, _SMALL_DIM = 128, 512, 256, 64
