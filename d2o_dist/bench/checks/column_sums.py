@@ -12,7 +12,7 @@ from d2o_dist.kernels.column_sums import naive_column_sums
 class Case:
     """num_ahead: keys after the last query (or before, if negative). dead: rows without lse, keys of bias -inf, NaN."""
 
-    heads: tuple[int, int] = (4, 2)
+    heads: tuple[int, int] = (2, 1)
     head_dim: int = 64
     num_queries: int = 70
     q_start: int = 0
@@ -29,6 +29,7 @@ class Case:
 CASES = {
     "one": Case(num_queries=1),
     "mha": Case(heads=(3, 3), num_queries=130),
+    "gqa": Case(heads=(4, 2), num_queries=33),
     "mqa": Case(heads=(7, 1), num_queries=129),
     "dim16": Case(head_dim=16, num_queries=257),
     "dim80": Case(head_dim=80),
