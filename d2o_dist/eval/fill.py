@@ -22,18 +22,17 @@ def largest_fit(tokens: Callable[[int], int], limit: int, *, most: int, what: st
     if base > limit:
         raise ValueError(f"{what}: the prompt without text has {base} tokens, above its length ({limit})")
     low, at_low, high = 0, base, most + 1
-    guess = min(most, 8)
+    guess, halve = min(most, 8), False
     while high - low > 1 and limit - at_low > SLACK:
         count = tokens(guess)
+        per_piece = max((count - base) / guess, 1e-3)
         if count <= limit:
             low, at_low = guess, count
         else:
             high = guess
-        # Where the limit lies if pieces go on as they did, but always strictly between what is known.
-        per_piece = max((at_low - base) / low if low else (count - base) / guess, 1e-3)
-        guess = min(max(low + int((limit - at_low) / per_piece), low + 1), max(high - 1, low + 1), most)
-        if guess <= low:
-            break
+        # Where the limit lies if pieces go on as they did, and every other time the middle of what is left.
+        guess = (low + high) // 2 if halve and high <= most else low + int((limit - at_low) / per_piece)
+        guess, halve = min(max(guess, low + 1), high - 1), not halve
     if low == most and limit - at_low > SLACK:
         raise ValueError(f"{what}: all {most} pieces of text give {at_low} tokens, short of its length ({limit})")
     return low
