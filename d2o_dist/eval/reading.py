@@ -26,19 +26,33 @@ class Reading:
         prompts: token ids of each row; pad_id: fills the shorter ones.
         configs: the methods that will start from here.
         chunk: prompt tokens of one forward; None: all at once.
+        all_logits: keep the logits of all columns; for prompts that are read at once.
+
+    Attributes:
+        logits: of the last column, [B, V]; with `all_logits` [B, T, V].
     """
 
     @torch.inference_mode()
     def __init__(
-        self, model: Any, prompts: TokenRows, configs: Sequence[D2OConfig], *, pad_id: int, chunk: int | None = None
+        self,
+        model: Any,
+        prompts: TokenRows,
+        configs: Sequence[D2OConfig],
+        *,
+        pad_id: int,
+        chunk: int | None = None,
+        all_logits: bool = False,
     ) -> None:
+        if all_logits and chunk is not None:
+            raise ValueError(f"all_logits needs prompts read at once, not in chunks of {chunk}")
         self.model, self._pad_id = model, pad_id
         self.cache = D2OCache(config=model.config, d2o=gathering_config(configs))
         ids, mask = left_pad(prompts, pad_id)
         start = 0
         for end in chunk_ends(ids.shape[1], chunk):
-            self.logits = _forward(model, self.cache, ids[:, start:end], mask[:, start:end])[:, -1]
+            logits = _forward(model, self.cache, ids[:, start:end], mask[:, start:end], all_logits=all_logits)
             start = end
+        self.logits = logits if all_logits else logits[:, -1]
 
     def start(self, config: D2OConfig, questions: TokenRows | None = None) -> ReadSession:
         """A session of one method; with `questions`, they are read after the compression."""
