@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 hash = $(shell cat requirements/torch.txt $(1) setup.py pyproject.toml | sha256sum | cut -c1-16)
 DEMO_STAMP := $(VENV)/.installed-demo-$(call hash,requirements/demo.txt)
-DEV_STAMP := $(VENV)/.installed-dev-$(call hash,requirements/demo.txt requirements/dev.txt)
+DEV_STAMP := $(VENV)/.installed-dev-$(call hash,requirements/demo.txt requirements/eval.txt requirements/dev.txt)
 
 .PHONY: demo test lint clean distclean
 .DELETE_ON_ERROR:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from d2o_dist.comm import build_mesh, init_distributed, read_environment
-from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.eval_tasks import ESSAYS
+from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.config.overrides import parse_override
 from d2o_dist.demo.fetch import FetchError
@@ -27,8 +27,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
-        description="Evaluate compressed caches beside the full one. Alone, or under torchrun or deepspeed: ranks share "
-        "the rows. Results that the output folder holds already are not computed again.",
+        description="Evaluate compressed caches beside the full one. Alone, or under torchrun or deepspeed: ranks "
+        "share the rows. Results that the output folder holds already are not computed again.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of an EvalConfig")
     parser.add_argument("--model", help="folder or hub name of a causal language model")
@@ -98,5 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if outcome.interrupted:
         return EXIT_INTERRUPTED
     if outcome.table is not None:
-        print(f"{outcome.table}\nresults in {outcome.folder}: {outcome.num_results} done, {outcome.num_missing} missing")
+        print(
+            f"{outcome.table}\nresults in {outcome.folder}: {outcome.num_results} done, {outcome.num_missing} missing"
+        )
     return EXIT_FAILED if outcome.num_missing else EXIT_OK

@@ -51,7 +51,8 @@ class EvalConfig:
         methods: presets by name, or mappings of `name`, `preset` and fields. `full` is always run, and comes first.
         keep_ratios, keep_tokens: the budgets; every method but `full` runs at each of them.
         question: whether the question is `visible` when the cache is compressed, or `hidden`: read afterwards.
-        chat_template, system_prompt: as in `InferConfig`; `auto`: where the tokenizer has a template and the task allows.
+        chat_template, system_prompt: as in `InferConfig`; `auto`: where the tokenizer has a template and the task
+            allows it.
         max_prompt_tokens: longest prompt; null: what the model's positions leave beside the generated tokens.
         truncation: of longer prompts: `middle` (the middle of the context is cut out) or `error`.
         batch_size, max_batch_tokens: rows of one batch at most, and their prompt tokens, padding included.
@@ -88,7 +89,9 @@ class EvalConfig:
             raise ValueError(f"tasks ({self.tasks!r}) must be a list of at least one task")
         for task in self.tasks:
             if not isinstance(task, tuple(TASK_CONFIGS.values())):
-                raise ValueError(f"tasks has a {type(task).__name__}; give mappings with a kind to EvalConfig.from_dict")
+                raise ValueError(
+                    f"tasks has a {type(task).__name__}; give mappings with a kind to EvalConfig.from_dict"
+                )
         names = [task.name for task in self.tasks]
         for name in names:
             if names.count(name) > 1:
@@ -195,7 +198,9 @@ def _method_fields(value: Any) -> dict[str, Any]:
     check_string("a method's name", fields.get("name"))
     for size in SIZES:
         if size in fields:
-            raise ValueError(f"method {fields['name']} sets {size}: budgets are given once, by keep_ratios or keep_tokens")
+            raise ValueError(
+                f"method {fields['name']} sets {size}: budgets are given once, by keep_ratios or keep_tokens"
+            )
     if fields["name"] == FULL and fields != {"name": FULL, "preset": FULL}:
         raise ValueError('the method "full" is the uncompressed cache: give another name to a variant')
     return fields

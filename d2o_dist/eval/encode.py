@@ -1,6 +1,6 @@
 """From an example to two pieces of token ids: what is read before the question, and the question.
 
-The pieces are tokenised apart and joined, whether or not the question is hidden, so that both settings see the same ids.
+The pieces are tokenised apart and joined, whether or not the question is hidden: both settings see the same ids.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Encoder:
             context = example.context.strip()
             at = rendered.find(context if context else example.question.strip())
             if at < 0:
-                raise ValueError(f"row {example.id}: the chat template changes the text, so the question cannot be found")
+                raise ValueError(
+                    f"row {example.id}: the chat template changes the text, so the question cannot be found"
+                )
             cut = at + len(context)
             head, tail = rendered[:cut], rendered[cut:] + example.prefix
         else:

@@ -105,7 +105,7 @@ def _write(plan: Plan, folder: Path, mesh: ParallelMesh) -> str:
     found = read_records(folder)
     order = {name: place for place, name in enumerate([task.name for task in plan.tasks])}
     folder.mkdir(parents=True, exist_ok=True)
-    merge_records(folder, sorted(found.values(), key=lambda record: (order.get(record["task"], len(order)))))
+    merge_records(folder, sorted(found.values(), key=lambda record: order.get(record["task"], len(order))))
     around = environment(mesh.world_size)
     summary = {**summarise(plan, found), "environment": around}
     (folder / "config.yaml").write_text(dump_yaml(plan.config.to_dict()), encoding="utf-8")

@@ -1,8 +1,8 @@
 """One prefill, many caches: what a prefill gathers does not depend on how the cache is compressed afterwards.
 
-Column sums and the attention of the last queries are statistics of the full attention. So a prompt is read once, under a
-configuration that gathers all that any method needs, and every method starts from a copy. Keys, values and statistics of
-the copy are those of a prefill of its own, up to the rounding of attention computed with and without column sums.
+Column sums and the attention of the last queries are statistics of the full attention. So a prompt is read once, under
+a configuration that gathers all that any method needs, and every method starts from a copy. Keys, values and statistics
+of the copy are those of a prefill of its own, up to the rounding of attention computed with and without column sums.
 This file is the only one outside `cache` that knows the private state of its layers.
 """
 

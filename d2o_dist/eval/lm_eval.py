@@ -178,7 +178,10 @@ class D2OLM(TemplateLM):
         return answers
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """`(log-probability, whether greedy decoding gives it)`; a context is read once for all its continuations."""
         results: list[tuple[float, bool] | None] = [None] * len(requests)
@@ -198,7 +201,9 @@ class D2OLM(TemplateLM):
                 for place in places:
                     strings, _, continuation = requests[place]
                     follows = [*context[split:], *continuation]
-                    logits = continuation_logits(reading.start(self.d2o), [follows], "chunk")[0, len(follows) - len(continuation) :]
+                    logits = continuation_logits(reading.start(self.d2o), [follows], "chunk")[
+                        0, len(follows) - len(continuation) :
+                    ]
                     results[place] = _score(logits, continuation)
                     self.cache_hook.add_partial("loglikelihood", strings, results[place])
                     bar.update(1)
@@ -224,9 +229,7 @@ class D2OLM(TemplateLM):
         session: Any = None
         for start, end in segments(len(inputs), self._segment):
             if session is None:
-                reading = Reading(
-                    self.model, [inputs[:end]], [self.d2o], pad_id=self._pad_id, all_logits=True
-                )
+                reading = Reading(self.model, [inputs[:end]], [self.d2o], pad_id=self._pad_id, all_logits=True)
                 logits, session = reading.logits, reading.start(self.d2o)
             else:
                 logits = session.read([inputs[start:end]], all_logits=True)

@@ -74,7 +74,11 @@ def curves(task: Mapping[str, Any], lines: list[Mapping[str, Any]], name: str, p
         axes.axhline(full["scores"][task["primary"]]["mean"], color="black", linewidth=0.8, label="full")
     for method in dict.fromkeys(line["method"] for line in lines if line["budget"] != "100%"):
         points = sorted(
-            (line["achieved_keep_ratio"], line["scores"][task["primary"]]["mean"], line["scores"][task["primary"]]["se"] or 0)
+            (
+                line["achieved_keep_ratio"],
+                line["scores"][task["primary"]]["mean"],
+                line["scores"][task["primary"]]["se"] or 0,
+            )
             for line in lines
             if line["method"] == method
         )

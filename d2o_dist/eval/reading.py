@@ -66,9 +66,7 @@ class ReadSession(Session):
         compressed: what the cache held for each row right after the compression; None before.
     """
 
-    def __init__(
-        self, model: Any, cache: D2OCache, logits: Tensor, questions: TokenRows | None, pad_id: int
-    ) -> None:
+    def __init__(self, model: Any, cache: D2OCache, logits: Tensor, questions: TokenRows | None, pad_id: int) -> None:
         super().__init__(model, cache.d2o)
         self.cache = cache
         self.compressed: list[RowUsage] | None = None

@@ -76,7 +76,9 @@ class Runner:
             torch.cuda.empty_cache()
         missing = tuple(method for method in methods if method.label not in done)
         if len(jobs) > 1:
-            self._log(f"a batch of {len(jobs)} rows of {jobs[0].task.name} failed ({message}); its rows are tried alone")
+            self._log(
+                f"a batch of {len(jobs)} rows of {jobs[0].task.name} failed ({message}); its rows are tried alone"
+            )
             for job in jobs:
                 yield from self.run_batch([(job, missing)])
             return
@@ -125,10 +127,13 @@ class Runner:
             session = reading.start(method.d2o)
             logits = continuation_logits(session, texts, how)
             scores = compare(logits, reference, texts)
-            yield method, [
-                self._record(job, method, usage, num_new_tokens=len(text), scores=row)
-                for job, text, row, usage in zip(jobs, texts, scores, session.compressed, strict=True)
-            ]
+            yield (
+                method,
+                [
+                    self._record(job, method, usage, num_new_tokens=len(text), scores=row)
+                    for job, text, row, usage in zip(jobs, texts, scores, session.compressed, strict=True)
+                ],
+            )
 
     def _record(self, job: Job, method: Method, usage: RowUsage | None = None, **known: Any) -> Record:
         example = job.encoded is not None

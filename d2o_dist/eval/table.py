@@ -77,7 +77,10 @@ def suite_tables(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         rows = []
         for place, line in enumerate(tasks[names[0]]["methods"]):
             lines = [tasks[name]["methods"][place] for name in names]
-            means = [one["scores"][tasks[name]["primary"]] if one["n"] else None for name, one in zip(names, lines, strict=True)]
+            means = [
+                one["scores"][tasks[name]["primary"]] if one["n"] else None
+                for name, one in zip(names, lines, strict=True)
+            ]
             average = sum(mean["mean"] for mean in means) / len(means) if all(means) else None
             shown = "-" if average is None else _digits(average)
             rows.append([line["method"], line["budget"], shown, *(show(mean) for mean in means)])

@@ -28,7 +28,9 @@ def config(tmp_path, folder):
     values = {
         "model": folder, "output": str(tmp_path / "out"), "device": "cpu", "keep_ratios": [0.5],
         "methods": [{"name": "h2o", "preset": "h2o", "min_layer_tokens": 8}],
-        "tasks": [{"kind": "fidelity", "lengths": [64], "num_scored": 8, "samples": 2, "text": str(tmp_path / "text.txt")}],
+        "tasks": [
+            {"kind": "fidelity", "lengths": [64], "num_scored": 8, "samples": 2, "text": str(tmp_path / "text.txt")}
+        ],
     }  # fmt: skip
     path = tmp_path / "c.yaml"
     path.write_text(dump_yaml(values))

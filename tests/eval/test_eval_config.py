@@ -27,7 +27,9 @@ def test_round_trip(tmp_path):
         {"kind": "perplexity", "lengths": [64]},
         {"kind": "fidelity", "lengths": [64], "continuation": "decode"},
     ]
-    config = make(tasks=tasks, methods=["mass", {"name": "x", "preset": "mass", "heavy_fraction": 0.3}], parallel={"dp": 2})
+    config = make(
+        tasks=tasks, methods=["mass", {"name": "x", "preset": "mass", "heavy_fraction": 0.3}], parallel={"dp": 2}
+    )
     assert config.tasks[0].depths == (0.0, 0.5, 1.0) and len(config.tasks[2].tasks) == 21
     assert EvalConfig.from_dict(config.to_dict()) == config
     path = tmp_path / "c.yaml"
@@ -55,7 +57,7 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
         ({"tasks": [{"kind": "neelde", "lengths": [99]}]}, 'Did you mean "needle"'),
         ({"tasks": [{"kind": "needle"}]}, "a task of kind needle needs lengths"),
         ({"tasks": [{"kind": "needle", "lengths": [10]}]}, r"lengths \(10\) must be at least 64"),
-        ({"tasks": [{"kind": "needle", "lengths": [99], "depths": [1.5]}]}, r"depths has 1.5; a depth must be in \[0, 1\]"),
+        ({"tasks": [{"kind": "needle", "lengths": [99], "depths": [1.5]}]}, r"depths has 1.5; a depth must be in"),
         ({"tasks": [{"kind": "needle", "lengths": [99], "fact": "a"}]}, "fact, question and answer belong together"),
         ({"tasks": [{"kind": "needle", "lengths": [99], "depth": 2}]}, 'no field "depth". Did you mean "depths"'),
         ({"tasks": [{"kind": "ruler", "lengths": [999], "tasks": ["vtt"]}]}, 'Did you mean "vt"'),

@@ -86,7 +86,9 @@ def test_records_and_metrics_agree(done):
     assert list(metrics) == ["needle", "fidelity", "r/fwe"]
     full, mass, _ = metrics["fidelity"]["methods"]
     assert full["scores"]["kl"] == {"mean": 0.0, "se": 0.0} and full["scores"]["top1"]["mean"] == 1
-    values = [record["scores"]["kl"] for record in records if record["task"] == "fidelity" and record["method"] == "mass"]
+    values = [
+        record["scores"]["kl"] for record in records if record["task"] == "fidelity" and record["method"] == "mass"
+    ]
     assert mass["n"] == 3 and mass["scores"]["kl"]["mean"] == pytest.approx(sum(values) / 3) and min(values) > 0
     assert len(metrics["needle"]["methods"][1]["cells"]) == 4
     assert {cell["length"] for cell in metrics["needle"]["methods"][1]["by"]["length"]} == {200, 260}

@@ -127,7 +127,9 @@ def task(tmp_path_factory, folder):
     choices = ["fox", "lazy", "keeps", "cache", "dog", "what"]
     for number in range(16):
         context = " ".join(random.Random(number).choices(WORDS, k=70))
-        scores = [score for score, _ in lm.loglikelihood(requests(*((context, f" {choice}") for choice in choices)), True)]
+        scores = [
+            score for score, _ in lm.loglikelihood(requests(*((context, f" {choice}") for choice in choices)), True)
+        ]
         rows.append({"context": context, "choices": choices, "label": scores.index(max(scores))})
     (path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "choices.yaml").write_text(TASK.replace("DATA", str(path / "data.jsonl")))

@@ -14,7 +14,8 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NUMBER = re.compile(r"\d+")
 # Punctuation of Chinese text, full-width forms among it.
 _CHINESE_PUNCTUATION = (
-    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、"
+    "〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 )
 _CODE_NOISE = ("`", "#", "//")
 
@@ -114,7 +115,7 @@ def count(text: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 
 def code_similarity(text: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Likeness of the first line of code to the right line, in whole percent: twice the matching characters over all."""
+    """Likeness of the first line of code to the right line, in whole percent."""
     lines = text.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in _CODE_NOISE)), "")
     if not line or not answer:

@@ -31,12 +31,13 @@ class Spec:
 _SHORT = "Answer with as few words as possible and without any explanation."
 _PASSAGES = f"Answer the question from the passages below. {_SHORT}\n\nPassages:\n"
 _PASSAGES_ASK = f"\n\nAnswer the question from the passages above. {_SHORT}\n\nQuestion: {{input}}\nAnswer:"
+_CODE, _CODE_ASK = "Continue this code with its next line.\n", "{input}Next line of code:\n"
 _ARTICLE_ZH = "请阅读下面的文章，并用中文简短地回答问题。\n\n文章：\n"
 
 SPECS: dict[str, Spec] = {
     "narrativeqa": Spec(
         "You will read a story, a novel or a script, and then be asked a question about it.\n\nStory: ",
-        "\n\nAnswer this question about the story in one short phrase, with nothing else.\n\nQuestion: {input}\nAnswer:",
+        "\n\nAnswer this question about the story in one short phrase.\n\nQuestion: {input}\nAnswer:",
         128, metrics.qa_f1,
     ),
     "qasper": Spec(
@@ -52,7 +53,9 @@ SPECS: dict[str, Spec] = {
         64, metrics.qa_f1,
     ),
     "multifieldqa_zh": Spec(
-        _ARTICLE_ZH, "\n\n请根据上文回答下面的问题，只写答案，不要写其他内容。\n\n问题：{input}\n答案：", 64, metrics.qa_f1_zh
+        _ARTICLE_ZH,
+        "\n\n请根据上文回答下面的问题，只写答案，不要写其他内容。\n\n问题：{input}\n答案：",
+        64, metrics.qa_f1_zh,
     ),
     "hotpotqa": Spec(_PASSAGES, _PASSAGES_ASK, 32, metrics.qa_f1),
     "2wikimqa": Spec(_PASSAGES, _PASSAGES_ASK, 32, metrics.qa_f1),
@@ -71,7 +74,11 @@ SPECS: dict[str, Spec] = {
         "Below are several news articles. Summarise all of them on one page.\n\nNews:\n",
         "\n\nSummarise the news above on one page.{input}\n\nSummary:", 512, metrics.rouge_l,
     ),
-    "vcsum": Spec("下面是一次会议的记录。请总结会议的内容。\n\n会议记录：\n", "\n\n请总结以上会议的内容。{input}\n\n会议总结：", 512, metrics.rouge_l_zh),
+    "vcsum": Spec(
+        "下面是一次会议的记录。请总结会议的内容。\n\n会议记录：\n",
+        "\n\n请总结以上会议的内容。{input}\n\n会议总结：",
+        512, metrics.rouge_l_zh,
+    ),
     "trec": Spec(
         "Name the type of the last question, as in these examples.\n\n", "\n{input}", 64, metrics.classification,
         chat=False, first_line=True,
@@ -85,7 +92,8 @@ SPECS: dict[str, Spec] = {
         128, metrics.rouge_l, chat=False, first_line=True,
     ),
     "lsht": Spec(
-        "请参照下面的例子，判断最后一条新闻的类别。\n\n", "\n{input}", 64, metrics.classification, chat=False, first_line=True
+        "请参照下面的例子，判断最后一条新闻的类别。\n\n", "\n{input}", 64, metrics.classification,
+        chat=False, first_line=True,
     ),
     "passage_count": Spec(
         "Below are paragraphs with their numbers, and some of them are repeated. How many different paragraphs are "
@@ -96,8 +104,8 @@ SPECS: dict[str, Spec] = {
     ),
     "passage_retrieval_en": Spec(
         "Below are 30 paragraphs from an encyclopedia, and after them a summary of one of them. Find out which.\n\n",
-        "\n\nThe summary:\n\n{input}\n\nName the paragraph it summarises by its number, in the form Paragraph 1, Paragraph "
-        "2 and so on.\n\nAnswer:",
+        "\n\nThe summary:\n\n{input}\n\nName the paragraph it summarises by its number, in the form Paragraph 1, "
+        "Paragraph 2 and so on.\n\nAnswer:",
         32, metrics.retrieval,
     ),
     "passage_retrieval_zh": Spec(
@@ -105,8 +113,6 @@ SPECS: dict[str, Spec] = {
         "\n\n摘要：\n\n{input}\n\n请写出该摘要对应的段落编号，格式为“段落1”、“段落2”等。\n\n答案是：",
         32, metrics.retrieval_zh,
     ),
-    "lcc": Spec("Continue this code with its next line.\n", "{input}Next line of code:\n", 64, metrics.code_similarity, chat=False),
-    "repobench-p": Spec(
-        "Continue this code with its next line.\n", "{input}Next line of code:\n", 64, metrics.code_similarity, chat=False
-    ),
+    "lcc": Spec(_CODE, _CODE_ASK, 64, metrics.code_similarity, chat=False),
+    "repobench-p": Spec(_CODE, _CODE_ASK, 64, metrics.code_similarity, chat=False),
 }  # fmt: skip

@@ -14,9 +14,9 @@ from d2o_dist.eval.metrics.rouge import rouge_1
 from d2o_dist.eval.text import sentences
 
 PLACES = (
-    "north greenhouse", "old lighthouse", "harbour office", "clock tower", "stone bridge", "river mill", "glass pavilion",
-    "east observatory", "botanical library", "silver warehouse", "mountain chapel", "tram depot", "marble theatre",
-    "salt archive", "copper foundry", "winter stables",
+    "north greenhouse", "old lighthouse", "harbour office", "clock tower", "stone bridge", "river mill",
+    "glass pavilion", "east observatory", "botanical library", "silver warehouse", "mountain chapel", "tram depot",
+    "marble theatre", "salt archive", "copper foundry", "winter stables",
 )  # fmt: skip
 
 

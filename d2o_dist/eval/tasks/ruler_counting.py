@@ -44,8 +44,8 @@ def draft_common_words(material: Material, rng: random.Random) -> Draft:
 
     return Draft(
         instruction=(
-            f"In a numbered list of words some words occur more often than others. Example. {listed} The {NUM_COMMON} most "
-            f"common words are: {answer(shown[:NUM_COMMON])}\n\nThe list:"
+            f"In a numbered list of words some words occur more often than others. Example. {listed} The {NUM_COMMON} "
+            f"most common words are: {answer(shown[:NUM_COMMON])}\n\nThe list:"
         ),
         make=make,
         most=most,

@@ -28,7 +28,9 @@ def draft(material: Material, rng: random.Random) -> Draft:
     shown_value, shown_names, shown_lines = chain(rng)
     value, names, lines = chain(rng)
     seed = rng.getrandbits(64)
-    question = f"Which variables were assigned the value {value} in the text above, directly or through another variable?"
+    question = (
+        f"Which variables were assigned the value {value} in the text above, directly or through another variable?"
+    )
     example = (
         f"Example. {' '.join(scatter(NOISE, shown_lines, rng))} The variables assigned the value {shown_value} are: "
         f"{', '.join(shown_names)}"

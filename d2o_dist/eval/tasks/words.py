@@ -18,8 +18,8 @@ tiny tired tough vast warm weak western wide wild wise young
 
 NOUNS = """
 acorn airport anchor apple apron arrow badge bakery balcony banjo barrel basket beacon beard bench berry blanket bottle
-bridge broom bucket button cabin cactus camel camera candle canyon carpet castle cellar chalk cherry chimney circle clock
-cloud coffee compass copper corner cotton cradle crayon cricket crystal curtain daisy desert dolphin donkey drawer
+bridge broom bucket button cabin cactus camel camera candle canyon carpet castle cellar chalk cherry chimney circle
+clock cloud coffee compass copper corner cotton cradle crayon cricket crystal curtain daisy desert dolphin donkey drawer
 drum eagle elbow engine falcon feather fence fiddle forest fountain garden garlic gate giraffe glacier glove goose
 granite guitar hammer harbor harvest helmet hill honey horse island ivory jacket jungle kettle kitchen ladder lagoon
 lantern lemon library lizard locket lumber magnet mango maple marble market meadow melon mirror mitten monkey mountain
