@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import check_queries_keys
-from d2o_dist.kernels.prefill_attention.cpu import cpu_prefill_attention
-from d2o_dist.kernels.prefill_attention.cuda import cuda_prefill_attention, cuda_supports
+from d2o_dist.kernels.common import acc_dtype, check_queries_keys
+from d2o_dist.kernels.prefill_attention.cpu import cpu_cross_attention, cpu_prefill_attention
+from d2o_dist.kernels.prefill_attention.cuda import cuda_cross_attention, cuda_prefill_attention, cuda_supports
 from d2o_dist.kernels.prefill_attention.naive import naive_prefill_attention
-from d2o_dist.kernels.prefill_attention.torch_blocked import blocked_prefill_attention
+from d2o_dist.kernels.prefill_attention.torch_blocked import blocked_cross_attention, blocked_prefill_attention
 
-__all__ = ["naive_prefill_attention", "prefill_attention"]
+__all__ = ["cross_attention", "naive_prefill_attention", "prefill_attention"]
 
 
 def prefill_attention(
@@ -42,3 +42,20 @@ def prefill_attention(
     if needs_grad and q_start > 0 and window is None and path is not blocked_prefill_attention:
         raise RuntimeError(f"a chunked prompt (q_start={q_start}) has no gradient: the flash kernels' lse carries none")
     return path(q, k, v, scale, q_start=q_start, window=window)
+
+
+@torch.no_grad()
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Every query over every key: keys that lie before all of the queries, on another rank, say.
+
+    q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D], Tk >= 1; one dtype. Returns (out [B, Hq, Tq, D] in q.dtype, lse [B, Hq, Tq]
+    acc dtype), to be merged with other parts by `merge_partials`. Paths as in `prefill_attention`.
+    """
+    check_queries_keys(q, k, v)
+    if k.shape[2] == 0:
+        raise ValueError("number of keys (0) must be at least 1")
+    if q.numel() == 0:
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=acc_dtype(q.dtype))
+    if q.device.type == "cpu":
+        return cpu_cross_attention(q, k, v, scale)
+    return (cuda_cross_attention if cuda_supports(q, None) else blocked_cross_attention)(q, k, v, scale)

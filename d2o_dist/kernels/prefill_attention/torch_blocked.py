@@ -38,3 +38,21 @@ def blocked_prefill_attention(
         outs.append(out.unflatten(2, (group, stop - start)).flatten(1, 2).to(q.dtype))
         lses.append(lse.flatten(1, 2))
     return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def blocked_cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `cross_attention`: blocks of queries over all keys."""
+    batch, num_heads, num_queries, head_dim = q.shape
+    num_kv_heads, acc = k.shape[1], acc_dtype(q.dtype)
+    group = group_size(num_heads, num_kv_heads)
+    keys, values = k.to(acc).mT, v.to(acc)
+    block = min(max(LOGIT_BYTES // (batch * num_heads * k.shape[2] * acc.itemsize), MIN_BLOCK), MAX_BLOCK)
+    outs, lses = [], []
+    for part in q.split(block, 2):
+        rows = part.shape[2]
+        logits = part.to(acc).mul(scale).reshape(batch, num_kv_heads, group * rows, head_dim) @ keys
+        lse = logits.logsumexp(-1)
+        out = torch.exp(logits - lse.unsqueeze(-1)) @ values
+        outs.append(out.view(batch, num_heads, rows, head_dim).to(q.dtype))
+        lses.append(lse.view(batch, num_heads, rows))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
