@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from d2o_dist.comm import build_mesh, init_distributed, read_environment
+from d2o_dist.cli.voice import parse_once, quiet_unless
+from d2o_dist.comm import Launch, ParallelMesh, build_mesh, init_distributed, read_environment
 from d2o_dist.config.eval_tasks import ESSAYS
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.io import dump_yaml
@@ -19,8 +20,18 @@ from d2o_dist.eval.evaluate import Outcome, check_parallel, evaluate
 from d2o_dist.eval.plan import Plan, prepare
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-# Replicas wait for each other only at the end, and some have longer rows than others.
-TIMEOUT_S = 24 * 3600
+
+
+def load_essays() -> str:
+    """The essays that the demo uses too.
+
+    Raises:
+        ValueError: they are not here and cannot be fetched.
+    """
+    try:
+        return essays()
+    except FetchError as error:
+        raise ValueError(str(error)) from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,10 +69,9 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, f"{len(plan.methods)} methods and budgets, {len(plan.jobs) * len(plan.methods)} results"])
 
 
-def run(plan: Plan, show_progress: bool) -> Outcome:
-    """Evaluate with a progress bar on the first rank."""
-    mesh = build_mesh(dp=plan.config.parallel.replicas(read_environment().world_size))
-    with tqdm(unit="result", file=sys.stderr, disable=None if show_progress else True) as bar:
+def run(plan: Plan, mesh: ParallelMesh) -> Outcome:
+    """Evaluate, with a progress bar on the first rank."""
+    with tqdm(unit="result", file=sys.stderr, disable=None if mesh.rank == 0 else True) as bar:
 
         def on_start(count: int) -> None:
             bar.total = count
@@ -73,32 +83,40 @@ def run(plan: Plan, show_progress: bool) -> Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, run, tear down; the exit status."""
-    args = make_parser().parse_intermixed_args(argv)
-    rank = 0
+    """Parse, check, run, tear down; the exit status, the same on all ranks. One rank speaks."""
+    launch, mesh = Launch(), None
+
+    def refuse(error: Exception) -> int:
+        # Before ranks have met, one of each machine speaks: what is wrong may be wrong there only.
+        if (launch.local_rank if mesh is None else mesh.rank) == 0:
+            print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+
     try:
         launch = read_environment()
-        rank = launch.rank
+        args = parse_once(make_parser(), argv, launch.local_rank == 0)
+        if isinstance(args, int):
+            return args
         config = read_config(args)
-        check_parallel(config, launch.world_size)
+        dp = check_parallel(config, launch.world_size)
         if args.print_config:
-            print(dump_yaml(config.to_dict()) if rank == 0 else "", end="")
+            print(dump_yaml(config.to_dict()) if launch.rank == 0 else "", end="")
             return EXIT_OK
-        plan = prepare(config, {ESSAYS: essays})
-        if args.dry_run:
-            print(describe(plan) if rank == 0 else "")
-            return EXIT_OK
-        init_distributed("gloo" if config.device == "cpu" else None, TIMEOUT_S)
-        outcome = run(plan, show_progress=rank == 0)
-    except (ValueError, FetchError) as error:
-        print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE
+        init_distributed("gloo" if config.device == "cpu" else None)
+        mesh = build_mesh(dp, config.parallel.sp, config.parallel.tp)
+        with quiet_unless(mesh.rank == 0):
+            plan = prepare(config, {ESSAYS: load_essays}, mesh)
+            if args.dry_run:
+                print(f"{describe(plan)}\n" if mesh.rank == 0 else "", end="")
+                return EXIT_OK
+            outcome = run(plan, mesh)
+    except ValueError as error:
+        return refuse(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     if outcome.interrupted:
         return EXIT_INTERRUPTED
     if outcome.table is not None:
-        print(
-            f"{outcome.table}\nresults in {outcome.folder}: {outcome.num_results} done, {outcome.num_missing} missing"
-        )
+        counts = f"{outcome.num_results} done, {outcome.num_missing} missing"
+        print(f"{outcome.table}\nresults in {outcome.folder}: {counts}")
     return EXIT_FAILED if outcome.num_missing else EXIT_OK

@@ -119,7 +119,7 @@ class EvalConfig:
     def infer(self) -> InferConfig:
         """What the engine needs to load model and tokenizer."""
         names = ("model", "tokenizer", "dtype", "device", "trust_remote_code", "revision", "chat_template",
-                 "system_prompt", "max_prompt_tokens", "prefill_chunk")  # fmt: skip
+                 "system_prompt", "max_prompt_tokens", "prefill_chunk", "parallel")  # fmt: skip
         return InferConfig(**{name: getattr(self, name) for name in names})
 
     def expand_methods(self) -> list[Method]:

@@ -1,17 +1,20 @@
-"""A whole evaluation: plan, share of this rank, run, and at the end one set of results."""
+"""A whole evaluation on one rank of any number: run what is missing, and at the end make one set of results."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.comm import Collectives, ParallelMesh
+from d2o_dist.comm import ParallelMesh
+from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.engine import model as loading
+from d2o_dist.engine.agreement import agreed
 from d2o_dist.eval.aggregate import summarise
 from d2o_dist.eval.plan import Plan
 from d2o_dist.eval.plots import draw
@@ -41,14 +44,15 @@ def check_parallel(config: EvalConfig, world_size: int) -> int:
     """The number of replicas.
 
     Raises:
-        ValueError: the ranks are not dp x sp x tp, or a request would be spread over several ranks.
+        ValueError: the ranks are not dp x sp x tp, or a task cannot be run by several ranks that share a request.
     """
     parallel = config.parallel
-    if parallel.tp * parallel.sp != 1:
-        raise ValueError(
-            f"an evaluation runs every request on one rank: tp ({parallel.tp}) and sp ({parallel.sp}) must be 1; ranks "
-            "share the rows (dp)"
-        )
+    for task in config.tasks:
+        if parallel.tp * parallel.sp > 1 and getattr(task, "continuation", None) == "chunk":
+            raise ValueError(
+                f"task {task.name}: continuation (chunk) needs a request on one rank, but tp is {parallel.tp} and sp "
+                f"{parallel.sp}: set continuation to decode"
+            )
     return parallel.replicas(world_size)
 
 
@@ -60,41 +64,47 @@ def evaluate(
     on_results: Callable[[int], None] = lambda count: None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Load the weights, run this replica's rows that have no result yet, and write the results of all.
+    """Load the weights, run the rows that have no result yet, and write the results of all.
 
-    Every rank calls it. An interruption (Ctrl-C) keeps what is written and makes no report.
+    Every rank calls it with the same plan. Replicas take the next batch when they are free. An interruption (Ctrl-C)
+    keeps what is written and makes no report.
 
     Args:
-        on_start: called with the number of results this rank will add; on_results: with how many it just added.
+        on_start: called with the number of results that are missing.
+        on_results: called, on the ranks that lead a replica, with how many results of all replicas were just added.
         log: called with lines about rows that failed.
 
     Raises:
         ValueError: the weights cannot be loaded, or the folder holds something that is not records.
     """
     config, folder = plan.config, Path(plan.config.output).expanduser()
-    found = read_records(folder)
-    mine = [job for job in plan.jobs if job.index % mesh.dp == mesh.dp_rank]
-    todo = pending(mine, plan.methods, found)
+    with agreed(mesh) as same:
+        found = read_records(folder)
+        todo = pending(plan.jobs, plan.methods, found)
+        same.add([job.digest for job, _ in todo], [len(methods) for _, methods in todo])
     on_start(sum(len(methods) for _, methods in todo))
-    interrupted = False
     if todo:
-        runner = Runner(plan, loading.load_model(config.infer()), rank=mesh.rank, log=log)
-        with RankFile(folder, mesh.rank) as file:
-            try:
-                for batch in batches(todo, config.batch_size, config.max_batch_tokens):
-                    for records in runner.run_batch(batch):
-                        file.write(records)
-                        on_results(len(records))
-            except KeyboardInterrupt:
-                interrupted = True
-    if interrupted:
-        return Outcome(folder, None, len(found), 0, interrupted=True)
-    # Rank 0 reads what the others have written: not before they have.
-    world = Collectives(mesh.axis("world"))
-    world.barrier()
-    table = _write(plan, folder, mesh) if mesh.rank == 0 else None
-    # And nobody leaves, or counts, before it is done.
-    world.barrier()
+        runner = Runner(plan, loading.load_model(config.infer(), mesh), mesh, log=log)
+        work = batches(todo, config.batch_size, config.max_batch_tokens)
+        queue, shown = WorkQueue(mesh, len(work)), 0
+        try:
+            with RankFile(folder, mesh.rank) if mesh.leads_request else nullcontext() as file:
+                while (number := queue.claim()) is not None:
+                    for records in runner.run_batch(work[number]):
+                        if file is not None:
+                            file.write(records)
+                            done = queue.finish(len(records))
+                            on_results(done - shown)
+                            shown = done
+        except KeyboardInterrupt:
+            if mesh.world_size > 1:
+                raise  # only this rank knows of it
+            return Outcome(folder, None, len(read_records(folder)), 0, interrupted=True)
+        # Rank 0 reads what the others have written: not before they have.
+        queue.wait(sum(len(methods) for _, methods in todo))
+    with agreed(mesh):
+        table = _write(plan, folder, mesh) if mesh.rank == 0 else None
+    # Nobody counts before the records are merged.
     found = read_records(folder)
     num_results = sum(job.key(method) in found for job in plan.jobs for method in plan.methods)
     return Outcome(folder, table, num_results, len(plan.jobs) * len(plan.methods) - num_results)

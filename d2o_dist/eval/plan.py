@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.evaluate import EvalConfig, Method
 from d2o_dist.engine import model as loading
+from d2o_dist.engine.agreement import agreed
 from d2o_dist.eval.encode import Encoded, Encoder
 from d2o_dist.eval.examples import Example, Passage, Task, Tools
 from d2o_dist.eval.tasks.registry import make_tasks
 from d2o_dist.eval.text import text_loader
 from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.integrations.tensor_parallel import check_tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,30 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
-def prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -> Plan:
-    """Read and check everything that needs no weights.
+def prepare(
+    config: EvalConfig, named_texts: Mapping[str, Callable[[], str]], mesh: ParallelMesh | None = None
+) -> Plan:
+    """Read and check everything that needs no weights. Every rank of the mesh calls it together, and gets the same.
 
     Args:
         named_texts: texts that tasks may name instead of a path.
 
     Raises:
-        ValueError: data that is missing or too short, a model that cannot be compressed, a budget its layers cannot
-            have, a row that does not fit the model, ranks that cannot be used.
+        ValueError: data that is missing or too short, a model that cannot be compressed or divided among the ranks, a
+            budget its layers cannot have, a row that does not fit the model; on whichever rank.
     """
+    mesh = ParallelMesh.local() if mesh is None else mesh
+    with agreed(mesh) as same:
+        plan = _prepare(config, named_texts)
+        same.add([job.digest for job in plan.jobs], [method.label for method in plan.methods])
+    return plan
+
+
+def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -> Plan:
     infer, methods = config.infer(), config.expand_methods()
     loading.pick_device(config.device)
     model_config = loading.load_config(infer)
+    config.parallel.resolve(check_tensor_parallel(model_config, config.parallel))
     for method in methods:
         # An empty cache costs nothing, and refuses what it cannot serve.
         try:

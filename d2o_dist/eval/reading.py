@@ -1,4 +1,4 @@
-"""Prompts read once, from which every method goes its own way.
+"""Prompts read once, from which every method goes its own way; or, where ranks share them, once for every method.
 
 Shape legend: B rows, T prompt columns, n columns of a later turn, V vocabulary.
 """
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import RowUsage, Session, chunk_ends, left_pad
 from d2o_dist.eval.fork import gathering_config, with_config
 from d2o_dist.integrations.hf import D2OCache
@@ -86,6 +88,55 @@ class ReadSession(Session):
         """A later turn: logits [B, n, V] of its columns (padded on the left), or [B, 1, V] of the last one."""
         ids, mask = left_pad(rows, self._pad_id)
         return _forward(self.model, self.cache, ids, mask, all_logits=all_logits)
+
+
+class SharedReading:
+    """A batch of prompts that several ranks share: every method reads them anew.
+
+    Args:
+        prompts, pad_id, chunk: as for `Reading`; mesh, parallel: as for `Session`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: TokenRows,
+        *,
+        pad_id: int,
+        chunk: int | None,
+        mesh: ParallelMesh,
+        parallel: ParallelConfig,
+    ) -> None:
+        self.model, self._prompts, self._pad_id, self._chunk = model, prompts, pad_id, chunk
+        self._mesh, self._parallel = mesh, parallel
+
+    def start(self, config: D2OConfig, questions: TokenRows | None = None) -> SharedSession:
+        """As `Reading.start`. Every rank of the request calls it."""
+        return SharedSession(self, config, questions)
+
+
+class SharedSession(Session):
+    """A session that reads its own prompts, whatever its prefill is given, and then hidden questions.
+
+    Attributes:
+        compressed: as of `ReadSession`.
+    """
+
+    def __init__(self, reading: SharedReading, config: D2OConfig, questions: TokenRows | None) -> None:
+        super().__init__(reading.model, config, reading._mesh, reading._parallel)
+        self.compressed: list[RowUsage] | None = None
+        self._reading, self._questions = reading, questions
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
+        """Next-token logits [B, V] of the prompts, or of the questions after them; the arguments are not used."""
+        prompts, pad_id = self._reading._prompts, self._reading._pad_id
+        logits = super().prefill(*left_pad(prompts, pad_id), self._reading._chunk)
+        self.compressed = [self.row_usage(row) for row in range(len(prompts))]
+        if self._questions is None:
+            return logits
+        ids, mask = left_pad(self._questions, pad_id)
+        return self.decode(ids[:, 0].tolist()) if ids.shape[1] == 1 else super().prefill(ids, mask)
 
 
 def _forward(model: Any, cache: D2OCache, ids: Tensor, mask: Tensor, *, all_logits: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.evaluate import FULL, Method
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine import model as loading
@@ -17,7 +18,7 @@ from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import RowUsage
 from d2o_dist.eval.continuation import compare, continuation_logits
 from d2o_dist.eval.plan import Job, Plan
-from d2o_dist.eval.reading import Reading
+from d2o_dist.eval.reading import Reading, SharedReading
 from d2o_dist.eval.store import Record
 
 Todo = tuple[Job, tuple[Method, ...]]
@@ -46,20 +47,25 @@ class Runner:
     """Runs batches of a plan on one model.
 
     Args:
-        model: loaded; rank: of this process, for the records; log: called with lines about rows that failed.
+        model: loaded; mesh: all ranks; those that share a request call a runner together.
+        log: called with lines about rows that failed.
     """
 
     def __init__(
-        self, plan: Plan, model: Any, *, rank: int = 0, log: Callable[[str], None] = lambda line: None
+        self, plan: Plan, model: Any, mesh: ParallelMesh, *, log: Callable[[str], None] = lambda line: None
     ) -> None:
-        self.plan, self.model, self.rank = plan, model, rank
+        self.plan, self.model, self.mesh = plan, model, mesh
         self._eos_ids = loading.eos_ids(model, plan.tokenizer)
         self._pad_id = loading.pad_id(plan.tokenizer)
         self._log = log
 
     def run_batch(self, batch: Sequence[Todo]) -> Iterable[list[Record]]:
         """Records, method after method. If a batch fails, its rows are tried one by one; a row that fails alone gets
-        a record with an error for each method that is missing then."""
+        a record with an error for each method that is missing then.
+
+        Where several ranks share a request nothing is tried again: they may have failed at different points, and would
+        wait for each other. The error ends the job; what was written stays.
+        """
         jobs, methods = [job for job, _ in batch], batch[0][1]
         done: set[str] = set()
         try:
@@ -69,6 +75,8 @@ class Runner:
                 yield records
             return
         except Exception as error:  # whatever a row meets, the others go on
+            if self._shared:
+                raise
             message = f"{type(error).__name__}: {error}"
         # Out of the except block, so that the traceback lets go of the failed batch's tensors before the next try.
         gc.collect()
@@ -90,7 +98,16 @@ class Runner:
         self._log(f"{jobs[0].task.name} row {jobs[0].row.id}, {missing[0].label}: {message}")
         yield [self._record(jobs[0], missing[0], error=message)]
 
-    def _read(self, prompts: list[Sequence[int]], methods: Sequence[Method]) -> Reading:
+    @property
+    def _shared(self) -> bool:
+        return self.mesh.axis("request").size > 1
+
+    def _read(self, prompts: list[Sequence[int]], methods: Sequence[Method]) -> Reading | SharedReading:
+        if self._shared:
+            return SharedReading(
+                self.model, prompts, pad_id=self._pad_id, chunk=self.plan.config.prefill_chunk, mesh=self.mesh,
+                parallel=self.plan.config.parallel,
+            )  # fmt: skip
         return Reading(
             self.model, prompts, [method.d2o for method in methods], pad_id=self._pad_id,
             chunk=self.plan.config.prefill_chunk,
@@ -112,7 +129,7 @@ class Runner:
                 self._record(
                     job, method, usage, text=result.text, num_new_tokens=len(result.tokens),
                     finish_reason=result.finish_reason, end_held_bytes=result.usage.held_bytes,
-                    scores=job.task.score(job.row, result.text),
+                    scores=job.task.score(job.row, result.text), rank_bytes=session.rank_bytes // len(jobs),
                 )
                 for job, result, usage in zip(jobs, results, session.compressed, strict=True)
             ]  # fmt: skip
@@ -127,13 +144,11 @@ class Runner:
             session = reading.start(method.d2o)
             logits = continuation_logits(session, texts, how)
             scores = compare(logits, reference, texts)
-            yield (
-                method,
-                [
-                    self._record(job, method, usage, num_new_tokens=len(text), scores=row)
-                    for job, text, row, usage in zip(jobs, texts, scores, session.compressed, strict=True)
-                ],
-            )
+            rank_bytes = session.rank_bytes // len(jobs)
+            yield method, [
+                self._record(job, method, usage, num_new_tokens=len(text), scores=row, rank_bytes=rank_bytes)
+                for job, text, row, usage in zip(jobs, texts, scores, session.compressed, strict=True)
+            ]
 
     def _record(self, job: Job, method: Method, usage: RowUsage | None = None, **known: Any) -> Record:
         example = job.encoded is not None
@@ -154,7 +169,8 @@ class Runner:
             "held_bytes": None if usage is None else usage.held_bytes,
             "full_bytes": None if usage is None else usage.full_bytes,
             "end_held_bytes": known.get("end_held_bytes"),
-            "rank": self.rank,
+            "rank": self.mesh.rank,
+            "rank_bytes": known.get("rank_bytes"),
             "key": job.key(method),
             "error": known.get("error"),
         }

@@ -46,7 +46,7 @@ def comparable(path) -> dict:
     """Records by task, row and method, without what may differ between runs."""
     found = {}
     for record in read_records(path).values():
-        record = {key: value for key, value in record.items() if key != "rank"}
+        record = {key: value for key, value in record.items() if not key.startswith("rank")}
         if record["scores"]:
             record["scores"] = {name: round(value, 9) for name, value in record["scores"].items()}
         found[record["task"], record["row"], record["method"]] = record
@@ -165,29 +165,45 @@ def test_an_interruption_keeps_what_is_written(folder, tmp_path):
     assert run(plan).num_missing == 0
 
 
-def rank_evaluates(rank: int, world: int, folder: str, output: str) -> tuple[int, bool]:
-    outcome = evaluate(plan_of(folder, output, tasks=TASKS[:2]), build_mesh(dp=world))
+def rank_evaluates(rank: int, world: int, folder: str, output: str, tasks: list, parallel: dict) -> tuple[int, bool]:
+    outcome = evaluate(plan_of(folder, output, tasks=tasks, parallel=parallel), build_mesh(dp=world))
     return outcome.num_results, outcome.table is not None
 
 
 @pytest.mark.multirank
-def test_ranks_share_the_rows(done, folder, tmp_path):
+def test_replicas_share_the_rows(done, folder, tmp_path):
     *_, output, _ = done
-    assert run_ranks(2, rank_evaluates, folder, str(tmp_path)) == [(21, True), (21, False)]
-    expected = {key: record for key, record in comparable(output).items() if key[0] in ("needle", "fidelity")}
-    assert comparable(tmp_path) == expected
-    assert {record["rank"] for record in read_records(tmp_path).values()} == {0, 1}
+    found = run_ranks(2, rank_evaluates, folder, str(tmp_path), TASKS[1:2], {}, timeout_s=300)
+    assert found == [(9, True), (9, False)]
+    assert comparable(tmp_path) == {key: record for key, record in comparable(output).items() if key[0] == "fidelity"}
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("question", ["visible", "hidden"])
+def test_ranks_that_share_a_request_find_what_one_finds(folder, tmp_path, question):
+    tasks = [{**TASKS[0], "lengths": [200], "depths": 1}, {**TASKS[1], "continuation": "decode", "samples": 1}]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    run(plan_of(folder, alone, tasks=tasks, question=question))
+    found = run_ranks(2, rank_asks, folder, str(shared), tasks, question, timeout_s=300)
+    assert found == [6, 6]
+    assert comparable(shared) == comparable(alone)
+
+
+def rank_asks(rank: int, world: int, folder: str, output: str, tasks: list, question: str) -> int:
+    plan = plan_of(folder, output, tasks=tasks, question=question, parallel={"sp": 2})
+    return evaluate(plan, build_mesh(1, 2, 1)).num_results
 
 
 def test_parallel_checks(folder, tmp_path):
-    def config(**parallel) -> EvalConfig:
-        return plan_of(folder, tmp_path, tasks=TASKS[:1], parallel=parallel).config
+    def config(task=TASKS[0], **parallel) -> EvalConfig:
+        return plan_of(folder, tmp_path, tasks=[task], parallel=parallel).config
 
     assert check_parallel(config(), 4) == 4 and check_parallel(config(dp=2), 2) == 2
     with pytest.raises(ValueError, match=r"world size \(3\) must equal dp \(2\)"):
         check_parallel(config(dp=2), 3)
-    with pytest.raises(ValueError, match=r"tp \(2\) and sp \(1\) must be 1"):
-        check_parallel(config(tp=2), 2)
+    values = {"model": folder, "output": "o", "tasks": TASKS[1:2], "methods": [], "parallel": {"sp": 2}}
+    with pytest.raises(ValueError, match=r"task fidelity: continuation \(chunk\) needs a request on one rank"):
+        check_parallel(EvalConfig.from_dict(values), 2)
 
 
 def test_what_is_wrong_is_found_before_the_weights(folder, tmp_path):
