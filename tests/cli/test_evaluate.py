@@ -64,7 +64,7 @@ def test_the_configuration_is_printed_with_flags_and_overrides(config, capsys):
     [
         (["keep_ratios=[2]"], "method h2o at 200%: keep_ratio (2) must be in (0, 1]"),
         (["--model", "/no/such/folder"], "model folder /no/such/folder does not exist"),
-        (["parallel.tp=2"], "tp (2) and sp (1) must be 1"),
+        (["parallel.tp=2"], "continuation (chunk) needs a request on one rank, but tp is 2 and sp 1"),
         (["parallel.dp=3"], "world size (1) must equal dp (3)"),
         (["nonsense"], "must have the form key=value"),
     ],
