@@ -43,8 +43,8 @@ class D2OLM(TemplateLM):
 
     Args:
         pretrained: folder or hub name; tokenizer, dtype, device, trust_remote_code, revision: as in `InferConfig`.
-        preset, keep_ratio, keep_tokens, d2o: how the cache is compressed: a preset, a size, and a mapping of any other
-            fields. `preset=full` is the reference.
+        preset, keep_ratio, keep_tokens, fields: how the cache is compressed: a preset, a size, and any other fields of
+            `D2OConfig`. `preset=full` is the reference.
         batch_size, max_batch_tokens: prompts generated from together at most.
         max_gen_toks: tokens generated where a task does not say.
         max_length: longest prompt with its answer; the model's positions by default.
@@ -67,7 +67,6 @@ class D2OLM(TemplateLM):
         preset: str = "d2o",
         keep_ratio: float | None = None,
         keep_tokens: int | None = None,
-        d2o: dict[str, Any] | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_batch_tokens: int = 65536,
@@ -76,6 +75,7 @@ class D2OLM(TemplateLM):
         prefill_chunk: int | None = None,
         rolling_segment: int = 256,
         mesh: ParallelMesh | None = None,
+        **fields: Any,
     ) -> None:
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -83,7 +83,7 @@ class D2OLM(TemplateLM):
         if int(rolling_segment) < 2:
             raise ValueError(f"rolling_segment ({rolling_segment}) must be at least 2")
         sizes = dict(zip(SIZES, (keep_ratio, keep_tokens), strict=True))
-        self.d2o = D2OConfig.preset(preset, **sizes, **(d2o or {}))
+        self.d2o = D2OConfig.preset(preset, **sizes, **fields)
         config = InferConfig(
             model=pretrained, tokenizer=tokenizer, dtype=dtype, device=device or "auto",
             trust_remote_code=trust_remote_code, revision=revision, prefill_chunk=prefill_chunk,

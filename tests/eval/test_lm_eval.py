@@ -53,7 +53,7 @@ def test_full_loglikelihood_is_that_of_a_forward(folder):
 
 
 def test_compressed_loglikelihood_is_that_of_a_session(folder):
-    lm = make(folder, preset="mass", keep_ratio=0.2, d2o=SMALL)
+    lm = make(folder, preset="mass", keep_ratio=0.2, **SMALL)
     ((total, _),) = lm.loglikelihood(requests((CONTEXT, " fox")), True)
     ids, (token, *rest) = lm.tok_encode(CONTEXT), lm.tok_encode(" fox")
     session = Session(lm.model, D2OConfig.preset("mass", keep_ratio=0.2, **SMALL))
@@ -72,7 +72,7 @@ def test_rolling_loglikelihood(folder):
     rows = log_probs(lm.model, [lm.prefix_token_id, *ids[:-1]])
     expected = sum(float(row[token]) for row, token in zip(rows, ids, strict=True))
     assert lm.loglikelihood_rolling(requests((text,)), True)[0] == pytest.approx(expected)
-    less = make(folder, preset="h2o", keep_ratio=0.2, rolling_segment=30, d2o=SMALL)
+    less = make(folder, preset="h2o", keep_ratio=0.2, rolling_segment=30, **SMALL)
     assert abs(less.loglikelihood_rolling(requests((text,)), True)[0] - expected) > 0.1
 
 
@@ -101,6 +101,8 @@ def test_refusals(folder):
         make(folder, rolling_segment=1)
     with pytest.raises(ValueError, match='no preset "masss"'):
         make(folder, preset="masss")
+    with pytest.raises(ValueError, match='no field "kep_ratio".*Did you mean "keep_ratio"'):
+        make(folder, kep_ratio=0.1)
     with pytest.raises(ValueError, match=r"max_gen_toks \(600\) must be below max_length \(512\)"):
         make(folder).generate_until(requests(("a", {"max_gen_toks": 600})), True)
 
@@ -150,15 +152,15 @@ def accuracy(task: str, folder: str, **values) -> float | None:
 
 def test_the_harness_sees_the_ratio(task, folder):
     assert accuracy(task, folder, preset="full") == 1.0
-    ratios = [accuracy(task, folder, preset="streaming", keep_ratio=ratio, d2o=SMALL) for ratio in (0.9, 0.1)]
+    ratios = [accuracy(task, folder, preset="streaming", keep_ratio=ratio, **SMALL) for ratio in (0.9, 0.1)]
     assert ratios[1] < ratios[0] <= 1
 
 
 def rank_accuracy(rank: int, world: int, task: str, folder: str) -> float | None:
-    return accuracy(task, folder, preset="streaming", keep_ratio=0.1, d2o=SMALL)
+    return accuracy(task, folder, preset="streaming", keep_ratio=0.1, **SMALL)
 
 
 @pytest.mark.multirank
 def test_ranks_share_the_documents(task, folder):
-    alone = accuracy(task, folder, preset="streaming", keep_ratio=0.1, d2o=SMALL)
+    alone = accuracy(task, folder, preset="streaming", keep_ratio=0.1, **SMALL)
     assert run_ranks(2, rank_accuracy, task, folder) == [alone, None]
