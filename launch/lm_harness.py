@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: `python launch/lm_harness.py run --model d2o_dist --model_args pretrained=PATH`; see --help."""
+"""lm-evaluation-harness with a compressed cache: `python launch/lm_harness.py run --model d2o_dist ...`; see --help."""
 
 from d2o_dist.cli.lm_harness import main
 
