@@ -19,7 +19,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 DEMO_THREADS = $(shell threads=$$(($(CORES) / $(DEMO_RANKS))); echo $$((threads > 0 ? threads : 1)))
 hash = $(shell cat requirements/torch.txt $(1) setup.py pyproject.toml | sha256sum | cut -c1-16)
 DEMO_STAMP := $(VENV)/.installed-demo-$(call hash,requirements/demo.txt)
-DEV_STAMP := $(VENV)/.installed-dev-$(call hash,requirements/demo.txt requirements/dev.txt)
+DEV_STAMP := $(VENV)/.installed-dev-$(call hash,requirements/demo.txt requirements/eval.txt requirements/dev.txt)
 
 .PHONY: demo test lint clean distclean
 .DELETE_ON_ERROR:
