@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from d2o_dist.config.checks import check_number
 from d2o_dist.config.io import check_choice
@@ -47,6 +45,3 @@ class DistillConfig:
             raise ValueError(f"temperature ({self.temperature}) must be above 0")
         check_choice("teacher", self.teacher, TEACHERS)
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain Python values."""
-        return dataclasses.asdict(self)

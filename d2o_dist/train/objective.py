@@ -5,6 +5,7 @@ Shape legend: B rows, T tokens of a row (C of its context, n of its continuation
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,25 +85,53 @@ class Objective(nn.Module):
         """`lm`: see `plain`; `d2o_lm` and `d2o_distill`: see `compressed`."""
         return self.plain(**kwargs) if kind == "lm" else self.compressed(distills=kind == "d2o_distill", **kwargs)
 
+    def measure(self, context: Part, continuation: Part, configs: Sequence[D2OConfig]) -> list[dict[str, Tensor]]:
+        """Sums over the continuation, without gradients, under each way to compress (all need the same statistics).
+
+        `full_lm`: the loss over the full cache; `lm`: over the compressed one; `kl`: KL(full || compressed).
+        """
+        head = self.causal_lm.get_output_embeddings()
+        with torch.no_grad():
+            _, layers = self.read_prompt(context, configs[0])
+            full = self.read_full(continuation, layers)
+            full_lm = self._lm(full, continuation)
+            found = []
+            for d2o in configs:
+                past = compress_prompt(layers, d2o, gather_heads=self.exchange.gather_heads)
+                hidden = self.read_continuation(continuation, past)
+                kl = distill_loss(head, hidden, full, continuation.counted, self.loss_tile)
+                found.append({"kl": kl, "lm": self._lm(hidden, continuation), "full_lm": full_lm})
+        return found
+
     # ---- objectives ----------------------------------------------------------------------------------------------
 
-    def plain(self, row: Part, documents: list[list[int]] | None = None) -> Losses:
+    def plain(
+        self, row: Part, documents: list[list[int]] | None = None, counts: Mapping[str, float] | None = None
+    ) -> Losses:
         """Language modelling with full attention inside each document.
 
         Args:
             documents: per row the lengths of its documents over all ranks; None: a row is one document.
+            counts: what the sum over each part (`row`) is divided by in the total; 1 where not given.
         """
-        total = self._lm(self._hidden(row, PlainPass(self.exchange, documents)), row)
-        return Losses(total, {"lm": total.detach()})
+        loss = self._lm(self._hidden(row, PlainPass(self.exchange, documents)), row)
+        return Losses(loss / _count(counts, "row"), {"lm": loss.detach()})
 
     def compressed(
-        self, context: Part, continuation: Part, d2o: D2OConfig, distills: bool, nearest: Nearest = nearest_kept
+        self,
+        context: Part,
+        continuation: Part,
+        d2o: D2OConfig,
+        distills: bool,
+        counts: Mapping[str, float] | None = None,
+        nearest: Nearest = nearest_kept,
     ) -> Losses:
         """The context is read with full attention and compressed; the continuation is predicted from what is left.
 
         Args:
             d2o: how to compress; the same on all ranks.
             distills: KL to the full cache, with the weights of `distill`; otherwise language modelling alone.
+            counts: what the sums over `context` and `continuation` are divided by in the total; 1 where not given.
             nearest: what finds the nearest target of an evicted key.
         """
         hidden, layers = self.read_prompt(context, d2o)
@@ -119,7 +148,10 @@ class Objective(nn.Module):
             terms["lm"] = (weights.lm_weight, self._lm(student, continuation))
         if weights.context_lm_weight:
             terms["context_lm"] = (weights.context_lm_weight, self._lm(hidden, context))
-        total = sum(weight * term for weight, term in terms.values())
+        total = sum(
+            weight / _count(counts, "context" if name == "context_lm" else "continuation") * term
+            for name, (weight, term) in terms.items()
+        )
         sums = {name: term.detach() for name, (_, term) in terms.items()}
         return Losses(total, sums, past.achieved_keep_ratio)
 
@@ -155,3 +187,8 @@ class Objective(nn.Module):
 
     def _lm(self, hidden: Tensor, part: Part) -> Tensor:
         return lm_loss(self.causal_lm.get_output_embeddings(), hidden, part.targets, self.loss_tile)
+
+
+def _count(counts: Mapping[str, float] | None, part: str) -> float:
+    """The divisor of a part; never 0, as a step may happen to count nothing in one."""
+    return max(counts[part], 1) if counts else 1
