@@ -1,7 +1,7 @@
 """Which rows a step works on, and the tensors of one forward on one rank.
 
-The order depends on the seed and the number of rows alone, not on ranks: a step's rows are the same however many replicas
-share them, and going on from step s needs no more than s.
+The order depends on the seed and the number of rows alone, not on ranks: a step's rows are the same however many
+replicas share them, and going on from step s needs no more than s.
 
 Shape legend: B rows, T tokens of a row, t tokens of them at this rank.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -55,17 +56,10 @@ class StepOrder:
         return int(_permutation(self.seed, epoch, self.num_rows)[place])
 
 
-_LAST: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of one epoch; the two last ones are remembered."""
-    key = (seed, epoch, size)
-    if key not in _LAST:
-        while len(_LAST) > 1:
-            del _LAST[next(iter(_LAST))]
-        _LAST[key] = np.random.default_rng([seed, 1, epoch]).permutation(size)
-    return _LAST[key]
+    """The order of one epoch; a step may touch two."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(size)
 
 
 @dataclass(frozen=True)

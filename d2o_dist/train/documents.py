@@ -21,12 +21,15 @@ class Documents:
     """Tokenized documents, by number.
 
     Args:
-        table: a `datasets.Dataset` with `input_ids` and, for conversations, `counted`.
+        table: a `datasets.Dataset` with `input_ids`, `length` and, for conversations, `counted`.
+
+    Attributes:
+        lengths: [N] int64 tokens of each; all_counted: whether every token is a target.
     """
 
     def __init__(self, table: Any) -> None:
         self._table = table.with_format("numpy")
-        self._has_counted = "counted" in table.column_names
+        self.all_counted = "counted" not in table.column_names
         self.lengths = np.asarray(table.with_format("numpy")["length"][:], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -36,7 +39,7 @@ class Documents:
         """`(token ids, counted)` of tokens `[start, stop)` of a document: int64 and bool."""
         row = self._table[int(number)]
         ids = np.asarray(row["input_ids"][start:stop], dtype=np.int64)
-        counted = np.asarray(row["counted"][start:stop], dtype=bool) if self._has_counted else np.ones(len(ids), bool)
+        counted = np.ones(len(ids), bool) if self.all_counted else np.asarray(row["counted"][start:stop], dtype=bool)
         return ids, counted
 
 

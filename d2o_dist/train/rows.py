@@ -27,9 +27,14 @@ class Row:
 
 
 class Source(Protocol):
-    """Documents by number; see `documents.Documents`."""
+    """Documents by number; see `documents.Documents`.
+
+    Attributes:
+        lengths: [N] int64 tokens of each; all_counted: whether every token is a target.
+    """
 
     lengths: np.ndarray
+    all_counted: bool
 
     def piece(self, number: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """`(token ids, counted)` of a part of a document."""
@@ -89,7 +94,9 @@ class WindowRows:
     def __init__(self, source: Source, length: int, first_target: int) -> None:
         self.source, self.length = source, length
         windows = [(doc, start * length) for doc, n in enumerate(source.lengths) for start in range(int(n) // length)]
-        self._windows = [window for window in windows if self._has_target(window, first_target)]
+        if not source.all_counted:
+            windows = [window for window in windows if self._has_target(window, first_target)]
+        self._windows = windows
 
     def _has_target(self, window: tuple[int, int], first_target: int) -> bool:
         document, start = window
