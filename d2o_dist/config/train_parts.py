@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from d2o_dist.config.io import check_choice
 KINDS = ("auto", "text", "chat")
 ENGINES = ("torch", "deepspeed")
 OFFLOADS = ("none", "cpu")
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "min_lr_ratio", "eps", "weight_decay"):
+            object.__setattr__(self, name, _as_number(getattr(self, name)))
             check_number(f"optimizer.{name}", getattr(self, name))
         check_int("optimizer.warmup_steps", self.warmup_steps, low=0)
         if not isinstance(self.betas, (list, tuple)) or len(self.betas) != 2:
@@ -153,6 +156,13 @@ class LoraOptions:
         object.__setattr__(self, "targets", check_strings("lora.targets", self.targets))
         if not self.targets:
             raise ValueError("lora.targets must name at least one layer")
+
+
+def _as_number(value: Any) -> Any:
+    """A number that YAML 1.1 reads as a string, `1e-5` among them, as the number; anything else as it is."""
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    return value
 
 
 def plain(part: Any) -> dict[str, Any]:

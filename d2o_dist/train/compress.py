@@ -63,6 +63,7 @@ def compress_prompt(
 
     Raises:
         ValueError: protected layers or minima that exceed the total.
+        FloatingPointError: attention that is not finite.
     """
     full = [index for index in sorted(layers) if layers[index].window is None]
     pasts = {index: window_past(layer.keys, layer.values, layer.window) for index, layer in layers.items()}
@@ -96,7 +97,10 @@ def _slot_budgets(
     variances: list[Tensor | None] = [None] * batch
     if config.allocation == "dynamic" and config.needs_column_sums:
         at_hand = torch.stack([layer.variances for layer in layers], -1)  # [B, h, L]
-        variances = list(gather_heads(at_hand).transpose(1, 2).contiguous())
+        everyone = gather_heads(at_hand)
+        if not bool(everyone.isfinite().all()):
+            raise FloatingPointError("the attention of a prompt is not finite: the training has diverged")
+        variances = list(everyone.transpose(1, 2).contiguous())
     weights = [row_log_weights(row, config, len(layers))[0] for row in variances]
     return [row_slots(row, num_tokens, None, config) for row in weights]
 
