@@ -72,9 +72,10 @@ def enable_activation_checkpointing(model: Any) -> None:
     """Keep the input of every layer, and compute the rest again in the backward pass.
 
     Of transformers' two kinds it must be the non-reentrant one: what a pass remembers of a layer has gradients.
+    Its check of what was computed again is off, because it would compare weights that ZeRO-3 has let go of by then.
     """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "determinism_check": "none"})
 
 
 def add_lora(model: Any, options: LoraOptions) -> Any:

@@ -8,6 +8,7 @@ import torch
 from d2o_dist.comm import Collectives, ParallelMesh, build_mesh
 from d2o_dist.config import D2OConfig
 from d2o_dist.config.distill import DistillConfig
+from d2o_dist.train.model import enable_activation_checkpointing
 from d2o_dist.train.ulysses import check_heads
 from tests.models import tokens
 from tests.ranks import run_ranks
@@ -28,7 +29,7 @@ def run(kind: str, mesh: ParallelMesh, checkpointing: bool, **heads):
     weights = DistillConfig(lm_weight=0.5, context_lm_weight=0.25)
     objective = tiny_objective(mesh=mesh, distill=weights, **heads)
     if checkpointing:
-        objective.model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_activation_checkpointing(objective.model)
     if kind == "lm":
         row = cut(tokens(2, 48), 0, 48, rank, sp)
         losses = objective("lm", row=row, documents=DOCUMENTS)
