@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from d2o_dist.comm import build_mesh
 from d2o_dist.train.checkpoints import RunState
 from d2o_dist.train.export import export_model
-from d2o_dist.train.loop import take_step, train
+from d2o_dist.train.loop import take_step
+from d2o_dist.train.measure import measure
 from tests.ranks import run_ranks
-from tests.train.runs import LM, make_config, make_inputs, records, start, steps_of
+from tests.train.runs import LM, make_config, make_inputs, start, steps_of
 
 STEPS = 3
 DISTILL: dict = {}
@@ -123,20 +124,18 @@ def test_lora_under_zero_goes_on_and_is_exported(inputs, tmp_path):
         assert values == pytest.approx(expected, rel=2e-4), folder
 
 
-def whole(rank, world, inputs, folder, engine):
-    mesh = build_mesh(dp=world // 2, sp=2)
-    train(start(make_config(inputs, folder, sp=2, steps=2, eval_every=1, engine=engine), mesh))
+def measured(rank, world, inputs):
+    sp = min(world, 2)
+    mesh = build_mesh(dp=world // sp, sp=sp)
+    config = make_config(inputs, sp=sp, eval_ratios=[0.2, 0.4])
+    run = start(config, mesh)
+    return measure(run.engine, run.validation, config, mesh, run.device)
 
 
 @pytest.mark.multirank
-def test_held_out_measures_equal_one_process(inputs, tmp_path):
-    """A whole run on two replicas of two ranks each; three held-out rows do not divide among two replicas."""
-    alone = make_config(inputs, str(tmp_path / "alone"), steps=2, eval_every=1)
-    train(start(alone))
-    run_ranks(4, whole, inputs, str(tmp_path / "four"), {}, timeout_s=400)
-    both = [[row for row in records(make_config(inputs, str(tmp_path / name))) if row["kind"] == "eval"]
-            for name in ("alone", "four")]  # fmt: skip
-    assert len(both[0]) == 3
-    for one, four in zip(*both, strict=True):
-        for name, value in one.items():
-            assert four[name] == (value if name == "kind" else pytest.approx(value, rel=1e-3)), name
+def test_held_out_measures_equal_one_process(inputs):
+    """Two replicas of two ranks each; three held-out rows do not divide among two replicas."""
+    alone = measured(0, 1, inputs)
+    assert set(alone) == {"full_lm", "kl@0.2", "lm@0.2", "kl@0.4", "lm@0.4"}
+    for four in run_ranks(4, measured, inputs, timeout_s=400):
+        assert four == pytest.approx(alone, rel=1e-5)
