@@ -3,7 +3,7 @@
     python -m d2o_dist.train.bench --lengths 1024 2048 4096 --output training.json --plot training.png
 
 Every case runs in a process of its own, because a process's peak memory only ever grows. On a GPU it is PyTorch's own
-count. Wants nothing downloaded; `--plot` needs matplotlib.
+count. Beside the time by the clock stands the processor time of all threads, which other processes do not lengthen. Wants nothing downloaded; `--plot` needs matplotlib.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHAPE = dict(
 
 
 def run_case(objective: str, length: int, checkpointing: bool, keep_ratio: float, repeats: int) -> dict[str, Any]:
-    """One warm-up step of a short row, then `repeats` steps: the fastest, and the peak of the process."""
+    """One warm-up step of a short row, then `repeats` steps: the shortest times, and the peak of the process."""
     torch.manual_seed(0)
     register()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,24 +56,25 @@ def run_case(objective: str, length: int, checkpointing: bool, keep_ratio: float
     losses = Objective(model, HeadExchange(Collectives(local.axis("sp"))), DistillConfig(), loss_tile=1024)
     engine = TorchEngine(losses, OptimizerConfig(), Collectives(local.axis("world")), None)
 
-    def step(tokens: int) -> float:
+    def step(tokens: int) -> tuple[float, float]:
         ids = torch.randint(SHAPE["vocab_size"], (tokens,)).numpy()
         context = None if objective == "lm" else int(tokens * CONTEXT_FRACTION)
         batch = make_batch([make_row([(ids, ids >= 0)])], context, 0, 1, device)
         extra = {} if objective == "lm" else {"d2o": D2OConfig(keep_ratio=keep_ratio)}
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         engine.micro_step(objective, **batch.arguments, **extra, counts=batch.counts)
         engine.update(1e-5)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.process_time() - cpu_started
 
     step(128)
     before = peak_memory_bytes()
-    seconds = min(step(length) for _ in range(repeats))
+    seconds, cpu_seconds = map(min, zip(*(step(length) for _ in range(repeats)), strict=True))
     return {
         "objective": objective,
         "length": length,
         "activation_checkpointing": checkpointing,
         "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu_seconds, 3),
         "peak_mib": round(peak_memory_bytes() / 2**20),
         "above_short_row_mib": round((peak_memory_bytes() - before) / 2**20),
         "load_average": round(os.getloadavg()[0], 1),
@@ -81,19 +82,20 @@ def run_case(objective: str, length: int, checkpointing: bool, keep_ratio: float
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Two panels: seconds a step and memory above a short row, by length, a line for each kind of step."""
+    """Two panels: processor time (on a GPU, time) a step and memory above a short row, by length."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    clock, word = ("seconds", "seconds") if torch.cuda.is_available() else ("cpu_seconds", "processor seconds")
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4))
     for kind in sorted({(row["objective"], row["activation_checkpointing"]) for row in results}):
         rows = [row for row in results if (row["objective"], row["activation_checkpointing"]) == kind]
         label = kind[0] + (", recomputed activations" if kind[1] else "")
-        for panel, name in zip(panels, ("seconds", "above_short_row_mib"), strict=True):
+        for panel, name in zip(panels, (clock, "above_short_row_mib"), strict=True):
             panel.plot([row["length"] for row in rows], [row[name] for row in rows], "o-", label=label)
-    for panel, title in zip(panels, ("seconds a step", "peak memory above a row of 128 tokens, MiB"), strict=True):
+    for panel, title in zip(panels, (f"{word} a step", "peak memory above a row of 128 tokens, MiB"), strict=True):
         panel.set(xlabel="tokens of a row", title=title, xscale="log", yscale="log")
         panel.legend(fontsize=7)
     figure.tight_layout()

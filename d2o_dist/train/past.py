@@ -42,7 +42,7 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, past: Past, scale: float) -> Te
     keys, values = torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2)
     mask = _mask(past, k.shape[2])
     if past.log_mass is None:
-        return scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+        return _attention(q, keys, values, mask, scale)
     # A bias per slot is two more dims of the dot product: no [Hq, n, S] mask, and any attention kernel will do. Two,
     # because what 16 bits lose of the first is in the second.
     dim = q.shape[-1]
@@ -52,10 +52,15 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, past: Past, scale: float) -> Te
     room = -(dim + 2) % _DIM_STEP
     queries = torch.cat([q * scale, q.new_ones(*q.shape[:3], 2), q.new_zeros(*q.shape[:3], room)], -1)
     keys = torch.cat([keys, torch.stack([high, low], -1), keys.new_zeros(*keys.shape[:3], room)], -1)
-    out = scaled_dot_product_attention(
-        queries, keys, pad(values, (0, room + 2)), attn_mask=mask, scale=1.0, enable_gqa=True
-    )
-    return out[..., :dim]
+    return _attention(queries, keys, pad(values, (0, room + 2)), mask, 1.0)[..., :dim]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Masked attention of grouped heads: q [B, Hq, n, D]; k, v [B, Hkv, K, D]."""
+    if q.device.type == "cuda":
+        # With a mask, grouped heads leave CUDA only the kernel that holds all logits; repeated heads have a better one.
+        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
 
 
 def _mask(past: Past, length: int) -> Tensor:

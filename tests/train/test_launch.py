@@ -40,7 +40,7 @@ def step_losses(config):
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_losses(inputs, tmp_path):
-    steps = 40
+    steps = 15
     changes = dict(steps=steps, save_every=1, global_batch_size=2, micro_batch_size=2)
     config = make_config(inputs, str(tmp_path / "killed"), **changes)
     log = Path(config.output) / "log.jsonl"
