@@ -3,7 +3,8 @@
     python -m d2o_dist.train.bench --lengths 1024 2048 4096 --output training.json --plot training.png
 
 Every case runs in a process of its own, because a process's peak memory only ever grows. On a GPU it is PyTorch's own
-count. Beside the time by the clock stands the processor time of all threads, which other processes do not lengthen. Wants nothing downloaded; `--plot` needs matplotlib.
+count. Beside the time by the clock stands the processor time of all threads, which other processes do not lengthen.
+Wants nothing downloaded; `--plot` needs matplotlib.
 """
 
 from __future__ import annotations
