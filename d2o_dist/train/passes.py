@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2o_dist.attention.prefill import prompt_rates
 from d2o_dist.config import D2OConfig
-from d2o_dist.core.statistics import column_sum_variance, group_sum
+from d2o_dist.core.statistics import RATE_FLOOR, column_sum_variance, group_sum
 from d2o_dist.core.types import stats_dtype
 from d2o_dist.integrations.hf.packed import by_document
 from d2o_dist.kernels.column_sums import column_sums
@@ -110,7 +110,7 @@ class PromptPass:
             scores, variances = group_sum(sums, heads), column_sum_variance(sums)
         if config.needs_rates:
             last = slice(-config.rate_window, None)
-            rates = prompt_rates(q[:, :, last], lse[:, :, last], k, scale)
+            rates = prompt_rates(q[:, :, last], lse[:, :, last], k, scale) + RATE_FLOOR
         return PromptLayer(k, v, None, scores, rates, variances)
 
 
