@@ -1,4 +1,4 @@
-# make demo | test | lint | clean | distclean      needs: Python >= 3.11 with venv, and a package index for pip
+# make demo | train-demo | test | lint | clean | distclean      needs: Python >= 3.11 with venv, and a package index for pip
 #
 #   PYTHON=python3.12      the interpreter to make the environment with
 #   VENV=.venv             where it lies
@@ -19,14 +19,20 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 DEMO_THREADS = $(shell threads=$$(($(CORES) / $(DEMO_RANKS))); echo $$((threads > 0 ? threads : 1)))
 hash = $(shell cat requirements/torch.txt $(1) setup.py pyproject.toml | sha256sum | cut -c1-16)
 DEMO_STAMP := $(VENV)/.installed-demo-$(call hash,requirements/demo.txt)
-DEV_STAMP := $(VENV)/.installed-dev-$(call hash,requirements/demo.txt requirements/eval.txt requirements/dev.txt)
+TRAIN_STAMP := $(VENV)/.installed-train-$(call hash,requirements/demo.txt requirements/train.txt)
+DEV_STAMP := $(VENV)/.installed-dev-$(call hash,$(addprefix requirements/,demo.txt eval.txt train.txt dev.txt))
 
-.PHONY: demo test lint clean distclean
+.PHONY: demo train-demo test lint clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
 	OMP_NUM_THREADS=$(DEMO_THREADS) $(PY) -m torch.distributed.run --standalone --nproc-per-node $(DEMO_RANKS) \
 	  -m d2o_dist.cli.demo
+
+# Distils the demo's model under compression, on a CPU; figures in docs/training.md.
+train-demo: $(TRAIN_STAMP)
+	$(PY) -m d2o_dist.demo.corpus
+	$(PY) launch/train.py --config configs/train_distill_smollm2.yaml
 
 test: lint
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -36,6 +42,10 @@ lint: $(DEV_STAMP)
 
 $(DEMO_STAMP): $(VENV)/.usable
 	$(call install,requirements/demo.txt)
+	touch $@
+
+$(TRAIN_STAMP): $(VENV)/.usable
+	$(call install,requirements/train.txt)
 	touch $@
 
 $(DEV_STAMP): $(VENV)/.usable

@@ -8,7 +8,7 @@ readme = Path(__file__).parent / "README.md"
 
 demo = ["accelerate>=1.0", "gguf>=0.10", "matplotlib>=3.7"]
 evaluate = ["jieba>=0.42", "lm-eval>=0.4.13,<0.5", "matplotlib>=3.7"]
-train = ["datasets>=2.19", "deepspeed>=0.17", "peft>=0.15", "tensorboard>=2.14"]
+train = ["datasets>=2.19", "deepspeed>=0.17", "peft>=0.15"]
 dev = [
     "hypothesis>=6.100", "matplotlib>=3.7", "psutil>=5.9", "pytest>=8", "pytest-xdist>=3.5", "rouge>=1.0.1",
     "rouge-score>=0.1.2", "ruff>=0.11",
@@ -28,6 +28,7 @@ setup(
         "demo": demo,
         "eval": evaluate,
         "train": train,
+        "deepspeed": ["deepspeed>=0.17"],
         "megatron": ["megatron-core>=0.16"],
         "gpu": ["flash-attn>=2.6", "triton>=3.2"],
         "dev": dev,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from d2o_dist.comm.collectives import Collectives
-from d2o_dist.kernels.decode_attention import decode_attention_per_head
+from d2o_dist.kernels.decode_attention import decode_with_logits
 from d2o_dist.kernels.lse import merge_partials
+from d2o_dist.kernels.update_scores import slot_probabilities
 
 
 def sharded_decode_attention(
@@ -26,9 +27,8 @@ def sharded_decode_attention(
         output [B, Hq, D] in the dtype of q, the same bits on all ranks, and the probabilities of this rank's slots,
         [B, Hkv, C] in the statistics' dtype, summed over the group: over all ranks they add up to G.
     """
-    out, lse, probs = decode_attention_per_head(q, k, v, scale, valid=valid, log_mass=log_mass)
-    # With the lse of all ranks each scales what its own slots got: no second exchange.
-    packed = sp.all_gather(torch.cat([out, lse.unsqueeze(-1)], -1).unsqueeze(0), 0)
+    out, lse, logits = decode_with_logits(q, k, v, scale, valid=valid, log_mass=log_mass)
+    packed = sp.all_gather(torch.cat([out.to(lse.dtype), lse.unsqueeze(-1)], -1).unsqueeze(0), 0)
     merged, total = merge_partials(packed[..., :-1].unbind(0), packed[..., -1].unbind(0))
-    share = torch.where(lse > -torch.inf, (lse - total).exp(), 0).view(*probs.shape[:3], 1)
-    return merged.to(q.dtype), (probs * share).sum(2)
+    # With the lse of all ranks each knows what its own slots got: no second exchange.
+    return merged.to(q.dtype), slot_probabilities(logits, total, k.shape[1])

@@ -3,8 +3,9 @@
     python -m d2o_dist.bench.sharded --text book.txt --length 32768 --reference one.pt
     torchrun --nproc-per-node 4 -m d2o_dist.bench.sharded --text book.txt --length 32768 --reference one.pt --out .
 
-The first command writes what one process decides, the second compares. Tokens are the bytes of the text. Peak memory is
-what the process grew by while it read the prompt and decoded.
+The first command writes what one process decides, the second compares. Tokens are the bytes of the text, or those of
+the tokenizer of a `--model`. Peak memory is what the process grew by while it read the prompt and decoded. With
+`--forced` the text's own continuation is fed, not what the model chooses, so that outputs which differ can be compared.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from d2o_dist.bench.timing import machine, write_report
 from d2o_dist.comm import Collectives, TrafficCounter, build_mesh, init_distributed, run_guarded
@@ -35,11 +36,11 @@ SCHEMES = {
 }
 
 
-def small_model(dtype: torch.dtype, num_kv_heads: int) -> LlamaForCausalLM:
-    """A random Llama of 2 layers, 8 heads of 32, over bytes; its attention is far from uniform."""
+def small_model(dtype: torch.dtype, num_kv_heads: int, num_layers: int) -> LlamaForCausalLM:
+    """A random Llama of 8 heads of 32, over bytes; its attention is far from uniform."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
+        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=num_layers, num_attention_heads=8,
         num_key_value_heads=num_kv_heads, initializer_range=0.12, max_position_embeddings=1 << 20, bos_token_id=1,
         eos_token_id=None,
     )  # fmt: skip
@@ -62,19 +63,36 @@ def kept_positions(session: Session) -> list[Tensor]:
     return found
 
 
+def load(args: argparse.Namespace) -> tuple[Any, Tensor]:
+    """The model and the tokens of the text [1, >= length + steps]."""
+    dtype = getattr(torch, args.dtype)
+    if args.model is None:
+        model, ids = small_model(dtype, args.kv_heads, args.layers), list(args.text.read_bytes())
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="d2o").eval()
+        text = args.text.read_text(encoding="utf-8")
+        ids = AutoTokenizer.from_pretrained(args.model)(text, verbose=False)["input_ids"]
+    if len(ids) < args.length + args.steps:
+        raise SystemExit(f"the text has {len(ids)} tokens, fewer than length ({args.length}) + steps ({args.steps})")
+    return model, torch.tensor(ids[: args.length + args.steps])[None]
+
+
 @torch.inference_mode()
-def run(model: Any, ids: Tensor, steps: int, preset: str, parallel: ParallelConfig) -> dict[str, Any]:
-    """One prompt and `steps` greedy tokens on this rank's part of the mesh."""
+def run(
+    model: Any, ids: Tensor, steps: int, config: D2OConfig, parallel: ParallelConfig, *, forced: bool = False
+) -> dict[str, Any]:
+    """A prompt of all but the last `steps` tokens, then `steps` more, on this rank's part of the mesh."""
     counter = TrafficCounter()
     mesh = build_mesh(sp=parallel.sp) if parallel.sp > 1 else None
     before, began = peak_mib(), time.perf_counter()
-    session = Session(model, D2OConfig.preset(preset, keep_ratio=0.2), mesh, parallel, counter)
-    logits = session.prefill(ids, torch.ones_like(ids))
+    session = Session(model, config, mesh, parallel, counter)
+    prompt, rest = ids[:, : ids.shape[1] - steps], ids[0, ids.shape[1] - steps :].tolist()
+    logits = session.prefill(prompt, torch.ones_like(prompt))
     first, tokens = kept_positions(session), []
     last = [logits]
-    for _ in range(steps):
+    for step in range(steps):
         tokens.append(int(logits.argmax()))
-        logits = session.decode([tokens[-1]])
+        logits = session.decode([rest[step] if forced else tokens[-1]])
         last.append(logits)
     return {
         "first": first,
@@ -127,24 +145,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """One process writes the reference; several compare with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="a long text")
-    parser.add_argument("--length", type=int, default=32768, help="bytes of it to read")
+    parser.add_argument("--length", type=int, default=32768, help="tokens of it to read")
     parser.add_argument("--steps", type=int, default=64, help="tokens to decode")
+    parser.add_argument("--forced", action="store_true", help="feed the text's own continuation")
     parser.add_argument("--preset", default="d2o")
-    parser.add_argument("--kv-heads", type=int, default=4, help="of 8 query heads")
+    parser.add_argument("--keep-ratio", type=float, default=0.2)
+    parser.add_argument("--model", help="folder or hub name; a small random model if not given")
+    parser.add_argument("--kv-heads", type=int, default=4, help="of the random model's 8 query heads")
+    parser.add_argument("--layers", type=int, default=2, help="of the random model")
     parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], default="float64")
     parser.add_argument("--scheme", choices=list(SCHEMES), default="allgather")
     parser.add_argument("--reference", type=Path, required=True, help="what one process decided")
     parser.add_argument("--out", type=Path, help="folder for a dated report")
     args = parser.parse_args(argv)
-    data = args.text.read_bytes()
-    if len(data) < args.length:
-        raise SystemExit(f"the text has {len(data)} bytes, fewer than length ({args.length})")
-    ids = torch.tensor(list(data[: args.length]))[None]
+    size = {} if args.preset == "full" else {"keep_ratio": args.keep_ratio}
+    config = D2OConfig.preset(args.preset, **size)
     launch = init_distributed()
-    model = small_model(getattr(torch, args.dtype), args.kv_heads)
-    run(model, ids[:, :256], 2, args.preset, ParallelConfig())  # libraries are loaded before memory is read
+    model, ids = load(args)
+    run(model, ids[:, :256], 2, config, ParallelConfig())  # libraries are loaded before memory is read
     scheme = SCHEMES[args.scheme] if launch.world_size > 1 else {}
-    found = run(model, ids, args.steps, args.preset, ParallelConfig(sp=launch.world_size, **scheme))
+    parallel = ParallelConfig(sp=launch.world_size, **scheme)
+    found = run(model, ids, args.steps, config, parallel, forced=args.forced)
     if launch.world_size == 1:
         torch.save(found, args.reference)
         print({name: found[name] for name in ("budgets", "peak_mib", "held_mib", "prefill_s", "seconds")})
@@ -161,8 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows:
             print(row)
         if args.out is not None:
-            facts = {**machine(), "length": args.length, "steps": args.steps, "preset": args.preset,
-                     "dtype": args.dtype, "heads": f"8/{args.kv_heads}"}  # fmt: skip
+            told = ("length", "steps", "forced", "preset", "keep_ratio", "dtype", "model", "layers", "kv_heads")
+            facts = {**machine(), **{name: getattr(args, name) for name in told}}
             print(write_report(args.out, "sharded", rows, facts))
     return 0
 

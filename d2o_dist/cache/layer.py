@@ -158,6 +158,19 @@ class FullLayer:
         self._column_sums = None
         self._first_prefill = False
 
+    def adopt(self, config: D2OConfig) -> None:
+        """Leave what a prefill under `config` would have left, of a prefill that gathered at least that."""
+        self.config = config
+        if not config.needs_column_sums:
+            self._column_sums = None
+            self.store.slots.scores.zero_()
+        if not config.needs_rates:
+            self._window = None
+        elif self._window is not None:
+            last = config.rate_window
+            self._window.queries = [queries[:, -last:] for queries in self._window.queries]
+            self._window.lse = [lse[:, -last:] for lse in self._window.lse]
+
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
         host = index.tolist()

@@ -6,13 +6,13 @@ It knows nothing of any model library: integrations hand it queries, keys and va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.cache.layer import FullLayer, WindowLayer
+from d2o_dist.cache.plans import RowPlan, on_full_layers
 from d2o_dist.cache.rows import Rows
 from d2o_dist.cache.sharded import DealtChunk, ShardedLayer
 from d2o_dist.cache.sharded_window import ShardedWindowLayer
@@ -29,16 +29,6 @@ from d2o_dist.core.budget import check_total
 from d2o_dist.core.compress import EvictionSteps, eviction_steps
 from d2o_dist.core.types import LayerBudget
 from d2o_dist.kernels.nearest_kept import nearest_kept
-
-
-@dataclass
-class RowPlan:
-    """What one row's budgets derive from: set at its first finalize, read again at later ones."""
-
-    log_weights: list[float]
-    dispersions: list[float]
-    num_tokens: int
-    slots: list[int] = field(default_factory=list)
 
 
 class CompressedCache:
@@ -64,7 +54,7 @@ class CompressedCache:
         self.ranks = RequestRanks.alone() if ranks is None else ranks
         self.windows = list(windows)
         self.full_layers = [index for index, window in enumerate(windows) if window is None]
-        self._compressed_config = _on_full_layers(config, windows)
+        self._compressed_config = on_full_layers(config, windows)
         check_total(self._compressed_config, len(self.full_layers))
         self.reset()
 
@@ -83,6 +73,35 @@ class CompressedCache:
         self._forward: DealtChunk | HeadExchange | None = None
         # Whether every rank holds a part of the slots of every head, rather than all slots of some heads.
         self._by_sequence = self.ranks.deals_tokens and self.ranks.parallel.sp_prefill != "ulysses"
+
+    def adopt(self, config: D2OConfig) -> None:
+        """Compress as `config` says what was read under another configuration.
+
+        What a prefill gathers does not depend on how the cache is compressed afterwards: one prompt, read once into a
+        cache and copied, serves many configurations.
+
+        Raises:
+            ValueError: the first prefill is over or has not begun, or did not gather what `config` needs.
+        """
+        if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
+            raise ValueError(
+                f"only a cache in its first prefill can change its configuration; this one is in phase {self.phase} "
+                f"and has seen {self.num_seen_columns} tokens"
+            )
+        for name in ("needs_column_sums", "needs_rates"):
+            if getattr(config, name) and not getattr(self.config, name):
+                raise ValueError(
+                    f"the new configuration {name.replace('_', ' ')}, and the prefill did not gather them"
+                )
+        if config.needs_rates and config.rate_window > self.config.rate_window:
+            raise ValueError(
+                f"rate_window ({config.rate_window}) must be at most the {self.config.rate_window} of the prefill"
+            )
+        compressed = on_full_layers(config, self.windows)
+        check_total(compressed, len(self.full_layers))
+        self.config, self._compressed_config = config, compressed
+        for index in self.full_layers:
+            self.layers[index].adopt(config)
 
     # ---- one forward ---------------------------------------------------------------------------------------------
 
@@ -181,9 +200,10 @@ class CompressedCache:
         else:
             self._begin_prefill(batch)
         self._forward = None
-        self._rows = Rows.of(batch, length, mask) if deal is None else Rows.first(deal.counts)
         if deal is None or not self.ranks.deals_tokens:
+            self._rows = Rows.of(batch, length, mask if deal is None else deal.mask())
             return
+        self._rows = Rows.first(deal.counts)
         if self._by_sequence:
             self._placement.add(deal)
             self._forward = DealtChunk(deal, self._placement, Rows.of(batch, length, deal.mask()))
@@ -393,17 +413,4 @@ class CompressedCache:
             self._placement.select_rows(host)
         self.num_seen = [self.num_seen[row] for row in host]
         if self.plans:
-            plans = self.plans
-            self.plans = [RowPlan(p.log_weights, p.dispersions, p.num_tokens, list(p.slots)) for p in
-                          (plans[row] for row in host)]  # fmt: skip
-
-
-def _on_full_layers(config: D2OConfig, windows: list[int | None]) -> D2OConfig:
-    """The configuration with `protected_layers` counted among the compressed layers only.
-
-    Layer indices in a configuration are the model's; sliding-window layers need no protection and take no part in
-    the budget.
-    """
-    full = [index for index, window in enumerate(windows) if window is None]
-    protected = config.protected(len(windows))
-    return config.replace(protected_layers=tuple(n for n, index in enumerate(full) if index in protected))
+            self.plans = [self.plans[row].copy() for row in host]

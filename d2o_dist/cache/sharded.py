@@ -27,7 +27,9 @@ from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.statistics import RATE_FLOOR, group_sum, squared_deviations
 from d2o_dist.core.types import D2OState, Slots, stats_dtype
 
-_SCHEMES = {"allgather": allgather_attention, "ring": ring_attention, "ulysses": allgather_attention}
+# With `sp_prefill: auto`: keys and values of one head of all ranks, in bytes, above which they are not gathered. A ring
+# sends half as much again, but holds one rank's tokens only.
+RING_FROM_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class ShardedLayer:
                 segments=placement.segments(row, deal),
                 rank=deal.rank,
             )
-            attend = _SCHEMES[self.ranks.parallel.sp_prefill]
+            attend = ring_attention if self._rings(k, width) else allgather_attention
             part, lse, sums = attend(self.ranks.sp, queries, view, scale, with_sums=config.needs_column_sums)
             out[group, :, columns] = part
             if sums is not None:
@@ -182,6 +184,12 @@ class ShardedLayer:
                 tokens = deal.maps[row].indices(deal.rank)
                 self._remember(range(*group.indices(q.shape[0])), queries, lse, tokens, num_seen, scale)
         return out
+
+    def _rings(self, k: Tensor, width: int) -> bool:
+        """Whether keys and values travel around rather than being gathered; a cache moved from heads has no ring."""
+        gathered = self.ranks.sp.size * width * 2 * k.shape[3] * k.element_size()
+        too_long = self.ranks.may_ring and gathered > RING_FROM_BYTES
+        return too_long or self.ranks.parallel.sp_prefill == "ring"
 
     def _past_bias(self, group: slice) -> Tensor | None:
         """[b, Hkv, C]: log masses of the past slots, -inf on unused ones."""
@@ -358,6 +366,20 @@ class ShardedLayer:
         """Hold what an eviction left."""
         self.store.replace(eviction.slots, self.store.kv_len)
         self.held, self.state, self.kv_len = eviction.held, eviction.state, list(kv_len)
+
+    def adopt(self, config: D2OConfig) -> None:
+        """Leave what a prefill under `config` would have left, of a prefill that gathered at least that."""
+        self.config = config
+        if not config.needs_column_sums:
+            self._column_sums = None
+            self.store.slots.scores.zero_()
+        if not config.needs_rates:
+            self._last = None
+        elif self._last is not None:
+            last = config.rate_window
+            for name in ("queries", "lse"):
+                setattr(self._last, name, [part[:, -last:] for part in getattr(self._last, name)])
+            self._last.positions = [part[-last:] for part in self._last.positions]
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""

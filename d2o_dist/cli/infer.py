@@ -69,7 +69,8 @@ def read_config(args: argparse.Namespace) -> InferConfig:
 
 def run_plan(config: InferConfig, plan: Plan, mesh: ParallelMesh) -> Summary:
     """Run with the right display on rank 0: text as it comes and the cache's report, or a progress bar and JSONL."""
-    on_terminal = config.stream == "auto" and plan.num_rows == 1 and sys.stdout.isatty() and config.output != "-"
+    one = plan.num_rows == 1 and mesh.dp == 1
+    on_terminal = config.stream == "auto" and one and sys.stdout.isatty() and config.output != "-"
     # A report is made by all ranks of a request together, so it is rank 0's terminal that decides for them.
     streams = Collectives(mesh.axis("world")).broadcast_object(config.stream is True or on_terminal)
     if mesh.rank != 0:

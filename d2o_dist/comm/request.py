@@ -32,6 +32,7 @@ class RequestRanks:
 
     Attributes:
         parallel: with `auto` settled.
+        may_ring: whether a prompt that is too long to gather may travel around a ring: `sp_prefill` was `auto`.
         tp, sp: collectives over the two axes.
         kv_sizes: KV heads of each sequence rank in the layout by heads.
 
@@ -51,6 +52,7 @@ class RequestRanks:
             if getattr(mesh, name) != getattr(parallel, name):
                 raise ValueError(f"{name} of the mesh ({getattr(mesh, name)}) must be {getattr(parallel, name)}")
         self.parallel = parallel.resolve(num_kv_heads)
+        self.may_ring = parallel.sp_prefill == "auto"
         self.counter = TrafficCounter() if counter is None else counter
         self.tp = Collectives(mesh.axis("tp"), self.counter)
         self.sp = Collectives(mesh.axis("sp"), self.counter)

@@ -150,6 +150,8 @@ def _merge(
         head_reports(similarities, selection.evict_valid.expand_as(similarities), config)
     )
     merged, state = judge(similarities, selection.evict_valid, reports, state, config)
+    if keys.shape[2] == 0:
+        return kept, state  # with `local`, a rank that keeps nothing: its tokens have no target
     merged = merged.gather(-1, which) & have
     sums = merge_sums(evicted, similarity, target, merged, config, keys.shape[2])
     if is_global:

@@ -96,6 +96,7 @@ def generate(
     pad_id: int = 0,
     chunk: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_prefill: Callable[[], None] | None = None,
     trace: Trace | None = None,
 ) -> list[Generated]:
     """Run one batch to its end; the results are in the order of the requests.
@@ -105,6 +106,7 @@ def generate(
         eos_ids: ids that end a row, unless `sampling.ignore_eos`.
         chunk: prompt tokens of one forward; None: all at once.
         on_text: called with every new piece of text; for a batch of one row.
+        on_prefill: called when the prompts are read and compressed.
         trace: told of every decode step.
     """
     eos_ids = frozenset() if sampling.ignore_eos else eos_ids
@@ -112,7 +114,10 @@ def generate(
     rows = [_Row(request, tokenizer, on_text) for request in requests]
     began = time.perf_counter()
     sampler = Sampler(sampling, [request.index for request in requests], prompts, session.device)
-    tokens = sampler.pick(session.prefill(*left_pad(prompts, pad_id), chunk))
+    logits = session.prefill(*left_pad(prompts, pad_id), chunk)
+    if on_prefill is not None:
+        on_prefill()
+    tokens = sampler.pick(logits)
     first = time.perf_counter()
     batch = list(rows)
     while True:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.records import Record, RecordWriter, check_file, to_line
 
 
@@ -34,6 +36,46 @@ def check_output(output: str | None, overwrite: bool, replicas: int = 1) -> None
         )
     if replicas > 1 and path.exists() and not path.is_file():
         raise ValueError(f"output {path} is not a regular file, and {replicas} replicas (dp) need parts of it")
+
+
+def check_shared(output: str, mesh: ParallelMesh, patience_s: float = 5.0) -> None:
+    """Refuse, before any work, an output that the replicas' machines do not share. All ranks call it together.
+
+    Args:
+        patience_s: how long rank 0 looks for the files of others: network file systems may show them late.
+
+    Raises:
+        ValueError: on all ranks.
+    """
+    if mesh.dp == 1:
+        return
+    mine = _probe(output, mesh.dp_rank)
+    try:
+        with agreed(mesh):
+            if mesh.leads_request:
+                check_file(mine, True)
+                mine.touch()
+        with agreed(mesh):
+            if mesh.rank == 0:
+                _find_all([_probe(output, replica) for replica in range(mesh.dp)], patience_s)
+    finally:
+        if mesh.leads_request:
+            mine.unlink(missing_ok=True)
+
+
+def _probe(output: str, replica: int) -> Path:
+    return Path(output).with_name(f"{Path(output).name}.probe-{replica}")
+
+
+def _find_all(paths: list[Path], patience_s: float) -> None:
+    ends = time.monotonic() + patience_s
+    while missing := [path for path in paths if not path.exists()]:
+        if time.monotonic() > ends:
+            raise ValueError(
+                f"{missing[0]} cannot be seen by rank 0: with several replicas (dp) the output must lie on a file "
+                "system that all machines share"
+            )
+        time.sleep(0.1)
 
 
 def part_path(output: str | Path, replica: int) -> Path:

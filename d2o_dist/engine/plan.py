@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from d2o_dist.comm.mesh import ParallelMesh
@@ -10,10 +11,10 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.encode import BadRow, ModelLimits, Request, encode_rows
-from d2o_dist.engine.output import check_output
+from d2o_dist.engine.output import check_output, check_shared
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
 from d2o_dist.integrations.hf import D2OCache
-from d2o_dist.integrations.tensor_parallel import check_tensor_parallel
+from d2o_dist.integrations.tensor_parallel import mark_replicas
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def prepare(config: InferConfig, mesh: ParallelMesh | None = None) -> Plan:
     with agreed(mesh) as same:
         plan = _prepare(config, mesh)
         same.add(config, plan.requests, plan.bad_rows)
+    check_shared(config.output, mesh)
     return plan
 
 
@@ -59,13 +61,17 @@ def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
     rows = read_prompts(config.prompts, config.prompt)
     if config.stream is True and len(rows) != 1:
         raise ValueError(f"stream (true) shows one prompt, but there are {len(rows)}")
+    if config.stream is True and mesh.dp > 1:
+        raise ValueError(f"stream (true) shows the text of one replica, but there are {mesh.dp} (dp)")
     if mesh.rank == 0:  # the output need not be reachable, nor be empty by the time others look
         check_output(config.output, config.overwrite, mesh.dp)
+    if config.trace is not None:
+        _make_folder(Path(config.trace))
     loading.pick_device(config.device)
     model_config = loading.load_config(config)
-    config.parallel.resolve(check_tensor_parallel(model_config, config.parallel))
+    mark_replicas(model_config, config.parallel)
     # An empty cache costs nothing, and refuses what it cannot serve.
-    D2OCache(config=model_config, d2o=config.d2o)
+    D2OCache(config=model_config, d2o=config.d2o, mesh=mesh, parallel=config.parallel)
     limits = ModelLimits(loading.max_positions(model_config), loading.vocab_size(model_config))
     _check_lengths(config, limits.max_positions)
     tokenizer = loading.load_tokenizer(config)
@@ -78,6 +84,13 @@ def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
         tokenizer=tokenizer,
         warnings=warnings,
     )
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"trace folder {path} cannot be made: {error}") from error
 
 
 def _check_lengths(config: InferConfig, max_positions: int | None) -> None:

@@ -39,7 +39,7 @@ class Runner:
         log: called with a line about something that went wrong and was dealt with.
 
     Attributes:
-        rank_bytes: keys and values that this rank held, over all rows that ran, each when it ended.
+        rank_bytes: buffers of the cache on this rank after the prefill of its largest batch.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Runner:
         self.model = model
         self.tokenizer = tokenizer
         self.mesh = mesh
+        self.parallel = config.parallel if mesh.world_size > 1 else None
         self.eos_ids = loading.eos_ids(model, tokenizer)
         self.pad_id = loading.pad_id(tokenizer)
         self.rank_bytes = 0
@@ -100,14 +101,18 @@ class Runner:
         return [], message
 
     def _run(self, batch: Sequence[Request]) -> list[Record]:
-        session = Session(self.model, self.config.d2o)
+        counter = None if self._trace is None else self._trace.counter
+        session = Session(self.model, self.config.d2o, self.mesh, self.parallel, counter)
+
+        def note_size() -> None:
+            self.rank_bytes = max(self.rank_bytes, session.rank_bytes)
+
         results = generate(
             session, batch, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
-            chunk=self.config.prefill_chunk, on_text=self._on_text, trace=self._trace,
+            chunk=self.config.prefill_chunk, on_text=self._on_text, on_prefill=note_size, trace=self._trace,
         )  # fmt: skip
         if self._on_report is not None:
             self._on_report(session.cache.report())
-        self.rank_bytes += sum(result.usage.held_bytes for result in results)
         return [make_record(request, result) for request, result in zip(batch, results, strict=True)]
 
 

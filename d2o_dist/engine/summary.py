@@ -22,7 +22,8 @@ class Summary:
         median_time_to_first_token_s, median_tokens_per_s: over rows.
         mean_keep_ratio: achieved, over rows.
         held_bytes, full_bytes: keys and values of all rows, each when it ended, and what full caches would have held.
-        rank_bytes: the part of held_bytes that each rank held, by rank; more in all where ranks share KV heads.
+        rank_bytes: by rank, the buffers of the cache after the prefill of its largest batch: room to grow, positions
+            and statistics included.
     """
 
     num_ok: int
@@ -61,7 +62,7 @@ class Summary:
         ]  # fmt: skip
         if len(self.rank_bytes) > 1:
             low, high = min(self.rank_bytes) / 2**20, max(self.rank_bytes) / 2**20
-            lines.append(f"bytes of a rank: {low:.2f} to {high:.2f} MiB held, over {len(self.rank_bytes)} ranks")
+            lines.append(f"largest batch: {low:.2f} to {high:.2f} MiB of cache on each of {len(self.rank_bytes)} ranks")
         return "\n".join(lines)
 
 

@@ -17,7 +17,9 @@ from d2o_dist.eval.examples import Example, Passage, Task, Tools
 from d2o_dist.eval.tasks.registry import make_tasks
 from d2o_dist.eval.text import text_loader
 from d2o_dist.integrations.hf import D2OCache
-from d2o_dist.integrations.tensor_parallel import check_tensor_parallel
+from d2o_dist.integrations.hf.guards import text_config
+from d2o_dist.integrations.hf.heads import heads_of_tensor_rank
+from d2o_dist.integrations.tensor_parallel import mark_replicas
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
     infer, methods = config.infer(), config.expand_methods()
     loading.pick_device(config.device)
     model_config = loading.load_config(infer)
-    config.parallel.resolve(check_tensor_parallel(model_config, config.parallel))
+    mark_replicas(model_config, config.parallel)
+    config.parallel.resolve(heads_of_tensor_rank(text_config(model_config), config.parallel.tp)[0])
     for method in methods:
         # An empty cache costs nothing, and refuses what it cannot serve.
         try:

@@ -15,7 +15,7 @@ from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import RowUsage, Session, chunk_ends, left_pad
-from d2o_dist.eval.fork import gathering_config, with_config
+from d2o_dist.eval.gathering import gathering_config
 from d2o_dist.integrations.hf import D2OCache
 
 TokenRows = Sequence[Sequence[int]]
@@ -58,7 +58,7 @@ class Reading:
 
     def start(self, config: D2OConfig, questions: TokenRows | None = None) -> ReadSession:
         """A session of one method; with `questions`, they are read after the compression."""
-        return ReadSession(self.model, with_config(self.cache, config), self.logits, questions, self._pad_id)
+        return ReadSession(self.model, self.cache.with_config(config), self.logits, questions, self._pad_id)
 
 
 class ReadSession(Session):

@@ -29,7 +29,9 @@ def shard_with_deepspeed(model: Any, mesh: ParallelMesh, device: torch.device) -
         ValueError: DeepSpeed drives another kind of device.
     """
     with _quiet(mesh.rank):
-        deepspeed = _import()
+        # Its logger keeps for good what is standard output now; what it prints later is a dump of the model's layers.
+        with redirect_stdout(sys.stderr):
+            deepspeed = _import()
         from deepspeed.accelerator import get_accelerator
 
         accelerator = get_accelerator()
@@ -70,12 +72,11 @@ def _import() -> Any:
 
 @contextmanager
 def _quiet(rank: int) -> Iterator[None]:
-    """What DeepSpeed says, while it is imported too: on rank 0 to standard error, on others errors only."""
+    """What DeepSpeed prints is dropped, and of what it logs rank 0 shows warnings, the others errors."""
     before = logging.root.manager.disable
-    if rank:
-        logging.disable(logging.WARNING)
+    logging.disable(logging.WARNING if rank else logging.INFO)
     try:
-        with redirect_stdout(io.StringIO() if rank else sys.stderr):
+        with redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(before)

@@ -10,9 +10,10 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.integrations.deepspeed import check_installed, shard_with_deepspeed
 from d2o_dist.integrations.hf.guards import text_config
+from d2o_dist.integrations.hf.heads import KV_REPLICAS
 from d2o_dist.integrations.hf.tensor_parallel import (
-    REPLICAS,
     check_separate_projections,
+    check_version,
     kv_replicas,
     num_kv_heads,
     repeat_kv_heads,
@@ -20,19 +21,24 @@ from d2o_dist.integrations.hf.tensor_parallel import (
 )
 
 
-def check_tensor_parallel(config: Any, parallel: ParallelConfig) -> int:
-    """KV heads that a tensor rank will hold; all of them without tensor parallelism. Needs no weights.
+def mark_replicas(config: Any, parallel: ParallelConfig) -> int:
+    """Note on a model's configuration how many tensor ranks will share each KV head, where `D2OCache` looks for it.
+
+    Needs no weights: it refuses what could not be sharded.
 
     Raises:
-        ValueError: head counts that do not divide, packed projections, or an engine that is not installed.
+        ValueError: head counts that do not divide, packed projections, or an engine that is not there.
     """
     if parallel.tp == 1:
-        return num_kv_heads(config)
+        return 1
     replicas = kv_replicas(config, parallel.tp)
     check_separate_projections(config)
     if parallel.tp_engine == "deepspeed":
         check_installed()
-    return num_kv_heads(config) * replicas // parallel.tp
+    else:
+        check_version()
+    setattr(text_config(config), KV_REPLICAS, replicas)
+    return replicas
 
 
 def shard_model(model: Any, mesh: ParallelMesh, parallel: ParallelConfig, device: torch.device) -> Any:
@@ -45,15 +51,12 @@ def shard_model(model: Any, mesh: ParallelMesh, parallel: ParallelConfig, device
     """
     if mesh.tp == 1:
         return model.to(device)
-    check_tensor_parallel(model.config, parallel)
-    config = text_config(model.config)
-    replicas, heads = kv_replicas(config, mesh.tp), num_kv_heads(config)
+    replicas = mark_replicas(model.config, parallel)
+    config, heads = text_config(model.config), num_kv_heads(model.config)
     if replicas > 1:
         repeat_kv_heads(model, replicas)
     engine = shard_with_deepspeed if parallel.tp_engine == "deepspeed" else shard_with_transformers
     try:
-        model = engine(model, mesh, device)
+        return engine(model, mesh, device)
     finally:
         config.num_key_value_heads = heads
-    setattr(config, REPLICAS, replicas)
-    return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -17,9 +18,15 @@ from tests.ranks import RankError, run_ranks
 
 pytestmark = pytest.mark.multirank
 WORDS = "the quick brown fox jumps over the lazy dog and folds the rest into a cache".split()
-ROWS = [{"id": f"r{n}", "prompt": " ".join(WORDS * 3)[: 11 + 17 * n % 150]} for n in range(7)] + [{"id": "bad"}]
+ROWS = [{"id": f"r{n}", "prompt": " ".join(WORDS * 3)[: 11 + 17 * n % 150]} for n in range(5)] + [{"id": "bad"}]
 # What depends on the clock, or on how many rows were in a batch.
 UNSTEADY = ("time_to_first_token_s", "tokens_per_s")
+
+
+PATIENCE_S = 150.0  # a token costs several collectives, and each of them a turn on a busy machine
+SHAPES = [(2, 1, 1), (3, 1, 1), (1, 2, 1), (1, 3, 1), (1, 1, 2), (1, 1, 4), (1, 2, 2), (2, 2, 1)]
+
+DEEPSPEED = (1, 2, 2, "deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,7 @@ def write_config(folder, tmp_path, dp, sp, tp, **fields) -> dict:
         "prompts": str(prompts),
         "output": str(tmp_path / "out.jsonl"),
         "d2o": {"keep_ratio": 0.4, "min_layer_tokens": 8},
-        "sampling": {"max_new_tokens": 12, "temperature": 0.8, "seed": 5},
+        "sampling": {"max_new_tokens": 8, "temperature": 0.8, "seed": 5},
         "device": "cpu",
         "overwrite": True,
         "max_batch_size": 3,
@@ -61,31 +68,36 @@ def whole_run(rank, world, values):
     return summary, sum(counts)
 
 
-@pytest.mark.parametrize(("dp", "sp", "tp"), [(2, 1, 1), (3, 1, 1)])
-def test_the_records_are_those_of_one_process(folder, tmp_path, dp, sp, tp):
+@pytest.mark.parametrize(("dp", "sp", "tp", "engine"), [*((*shape, "transformers") for shape in SHAPES), DEEPSPEED])
+def test_the_records_are_those_of_one_process(folder, tmp_path, dp, sp, tp, engine):
     alone = write_config(folder, tmp_path, 1, 1, 1)
     ((summary, count),) = run_ranks(1, whole_run, alone)
     want = read(alone["output"])
-    assert (summary.num_ok, summary.num_failed, count) == (7, 1, 8)
-    many = run_ranks(dp * sp * tp, whole_run, write_config(folder, tmp_path, dp, sp, tp))
+    assert (summary.num_ok, summary.num_failed, count) == (5, 1, 6)
+    # DTensor remembers a mesh of the same ranks from an earlier run in the same process, and its group, which is gone.
+    fresh, values = tp > 1, write_config(folder, tmp_path, dp, sp, tp, parallel={"tp_engine": engine})
+    many = run_ranks(dp * sp * tp, whole_run, values, timeout_s=PATIENCE_S, fresh=fresh)
     have = read(alone["output"])
-    assert steady(have) == steady(want) and [record["index"] for record in have] == list(range(8))
+    assert steady(have) == steady(want) and [record["index"] for record in have] == list(range(6))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["out.jsonl", "p.jsonl"]
     assert len({str(found) for found, _ in many}) == 1  # one summary, on all ranks
     found = many[0][0]
-    assert (found.num_ok, found.num_failed, found.held_bytes) == (7, 1, summary.held_bytes)
-    assert len(found.rank_bytes) == dp * sp * tp and sum(found.rank_bytes) == found.held_bytes * (1 if tp <= 2 else 2)
-    assert many[0][1] == 8  # rank 0's progress bar counts the rows of all replicas
+    assert (found.num_ok, found.num_failed, found.held_bytes) == (5, 1, summary.held_bytes)
+    assert len(found.rank_bytes) == dp * sp * tp
+    # Two KV heads of two layers: a rank has its share, and room to grow; with tp 4 a head is on two ranks.
+    if dp == 1:
+        assert max(found.rank_bytes) < summary.rank_bytes[0] * (0.5 if sp * tp == 2 else 0.75) + 4096
+    assert many[0][1] == 6  # rank 0's progress bar counts the rows of all replicas
 
 
 def refused(rank, world, values):
     config = InferConfig.from_dict(values)
-    running.loading.load_model = None  # no weights
-    try:
-        mesh = build_mesh(config.parallel.replicas(world), config.parallel.sp, config.parallel.tp)
-        prepare(config, mesh)
-    except ValueError as error:
-        return str(error)
+    with patch.object(running.loading, "load_model", None):  # no weights
+        try:
+            mesh = build_mesh(config.parallel.replicas(world), config.parallel.sp, config.parallel.tp)
+            prepare(config, mesh)
+        except ValueError as error:
+            return str(error)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +109,8 @@ def refused(rank, world, values):
         ((1, 1, 2), {"kv": (9, 3)}, "num_attention_heads (9) must be divisible by tp (2)"),
         ((1, 2, 1), {"kv": (4, 1), "parallel": {"sp_prefill": "ulysses"}}, "a tensor rank has 1 and sp is 2"),
         ((2, 1, 1), {"output": None}, "2 replicas (dp) write their results to part files"),
-        ((2, 1, 1), {"max_prompt_tokens": 250}, "max_prompt_tokens (250) and max_new_tokens (12) are together above"),
+        ((2, 1, 1), {"stream": True, "prompts": None, "prompt": "x"}, "shows the text of one replica, but there are 2"),
+        ((2, 1, 1), {"max_prompt_tokens": 250}, "max_prompt_tokens (250) and max_new_tokens (8) are together above"),
         ((2, 1, 1), {"prompts": "nowhere.jsonl"}, "prompts file nowhere.jsonl does not exist"),
     ],
     ids=lambda value: str(value)[:40],
@@ -130,7 +143,7 @@ def test_replicas_alone_with_their_requests_try_rows_again(folder, tmp_path):
     many = run_ranks(2, failing_batch, values, fresh=True)
     failed = {record["id"]: record["error"] for record in read(values["output"]) if record["error"]}
     assert failed.keys() == {"r2", "bad"} and failed["r2"] == "MemoryError: no room"
-    assert (many[0][0].num_ok, many[1][0].num_failed) == (6, 2)
+    assert (many[0][0].num_ok, many[1][0].num_failed) == (4, 2)
 
 
 def test_weights_that_one_rank_lacks_end_all_ranks_alike(folder, tmp_path):

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from d2o_dist.comm import ParallelMesh
-from d2o_dist.engine.output import check_output, clear_parts, join_parts, open_writer, part_path
+from d2o_dist.comm import ParallelMesh, build_mesh
+from d2o_dist.engine.output import check_output, check_shared, clear_parts, join_parts, open_writer, part_path
 from d2o_dist.engine.records import to_line
+from tests.ranks import run_ranks
 
 
 def write_parts(output, *parts):
@@ -63,6 +64,28 @@ def test_several_replicas_need_a_file(output, tmp_path):
     with pytest.raises(ValueError, match="/dev/null is not a regular file"):
         check_output("/dev/null", False, 2)
     check_output("/dev/null", False)
+
+
+def shared(rank, world, folders):
+    mesh = build_mesh(dp=world)
+    try:
+        check_shared(f"{folders[rank]}/new/out.jsonl", mesh, patience_s=0.2)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("apart", [False, True])
+def test_replicas_on_machines_that_share_no_files_are_refused(tmp_path, apart):
+    folders = [tmp_path / "a", tmp_path / ("b" if apart else "a")]
+    found = run_ranks(2, shared, [str(folder) for folder in folders])
+    assert found[0] == found[1]
+    if apart:
+        assert "out.jsonl.probe-1 cannot be seen by rank 0" in found[0] and "all machines share" in found[0]
+    else:
+        assert found[0] is None
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_one_replica_writes_the_output_itself(tmp_path):

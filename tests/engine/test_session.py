@@ -173,3 +173,14 @@ def test_a_later_turn_is_that_of_the_model(model):
     expected = model(more, past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(session.prefill(more, torch.ones_like(more), 4), expected)
     assert session.cache.get_seq_length() == 44
+
+
+@torch.inference_mode()
+def test_a_dealt_prompt_on_one_rank_is_the_prompt(model):
+    """`deal` works without other ranks too: code written for many runs on one."""
+    ids, mask = left_padded(RAGGED)
+    session, cache = Session(model, PRESETS["d2o"]), D2OCache(config=model.config, d2o=PRESETS["d2o"])
+    expected = session.prefill(ids, mask)
+    torch.testing.assert_close(model(**cache.deal(ids, mask), past_key_values=cache).logits[:, -1], expected)
+    cache.finalize()
+    assert cache.report().to_dict() == session.cache.report().to_dict()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from d2o_dist.comm import Collectives, build_mesh
+from d2o_dist.comm import Collectives, TrafficCounter, build_mesh
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.agree import DisagreementError
 from d2o_dist.config.parallel import ParallelConfig
@@ -80,6 +81,18 @@ def test_merging_within_a_shard_keeps_the_same_tokens_of_the_prompt():
     assert local < sum(kind["bytes"] for kind in traffic["finalize"]["sp"].values()) / 2
     _, without = run_ranks(3, on_rank, Play(preset="h2o", lengths=(120,), steps=0), ParallelConfig(sp=3, **SEQUENCE))[0]
     assert "all_reduce" not in without["finalize"]["sp"]
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_a_rank_that_keeps_nothing(scope):
+    """Sinks and newest tokens only: all of them lie on the rank of the first and the last chunk."""
+    d2o = {"keep_ratio": 0.1, "selection": "recent", "merge_targets": "kept", "allocation": "uniform"}
+    one = Play(preset="mass", lengths=(120,), d2o=d2o, steps=20)
+    wanted = play(one)
+    for found, _ in run_ranks(3, on_rank, one, ParallelConfig(sp=3, merge_scope=scope, **SEQUENCE)):
+        if scope == "global":
+            assert_same(found, wanted)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found["first"], wanted["first"], strict=True))
 
 
 def test_bfloat16_differs_by_rounding_only():
@@ -198,3 +211,20 @@ def reuse(rank: int, world: int, layout: dict) -> bool:
 @pytest.mark.parametrize("layout", [{}, SEQUENCE], ids=str)
 def test_a_prompt_is_reused_by_a_copy_of_its_cache(layout):
     assert run_ranks(2, reuse, layout) == [True, True]
+
+
+def long_prompt(rank: int, world: int, sp_prefill: str) -> set[str]:
+    """Kinds of collectives of a prompt of which one gathered head is over the limit."""
+    counter = TrafficCounter()
+    parallel = ParallelConfig(sp=world, sp_prefill=sp_prefill)
+    model = tiny_model(num_key_value_heads=1)
+    with patch("d2o_dist.cache.sharded.RING_FROM_BYTES", 1000), torch.no_grad():
+        session = Session(model, Play().config, build_mesh(sp=world), parallel, counter)
+        ids = tokens(1, 60)
+        session.prefill(ids, torch.ones_like(ids))
+    return set(counter.to_dict()["prefill"]["sp"])
+
+
+def test_auto_takes_a_ring_for_prompts_too_long_to_gather():
+    assert run_ranks(2, long_prompt, "auto") == [{"ring_shift", "all_reduce"}] * 2
+    assert run_ranks(2, long_prompt, "allgather") == [{"all_gather", "all_to_all", "all_reduce"}] * 2

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from d2o_dist.integrations.hf.guards import ATTENTION_NAME, check_plain_softmax
+from d2o_dist.integrations.hf.packed import by_document, document_lengths
 
 # `D2OCache.update` hands the keys on with this attribute, through which the attention function finds its cache.
 CACHE_TAG = "d2o_cache"
@@ -30,6 +31,8 @@ def d2o_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: query [B, Hq, n, D] -> (output [B, n, Hq, D], None).
 
+    Without a cache, position ids that restart in an unpadded row begin another document, which attends to itself only.
+
     Raises:
         ValueError: a 4D mask, soft-capped logits, learned sinks; training with a compressed cache.
     """
@@ -41,7 +44,17 @@ def d2o_attention(
     cache = getattr(key, CACHE_TAG, None)
     if cache is None:
         window = kwargs.get("sliding_window")
-        out = plain_attention(query, key, value, attention_mask, scale, dropout, window)
+        documents = None
+        if key.shape[2] == query.shape[2] and (attention_mask is None or bool(attention_mask.all())):
+            documents = document_lengths(kwargs.get("position_ids"), query.shape[0], query.shape[2])
+        if documents is None:
+            out = plain_attention(query, key, value, attention_mask, scale, dropout, window)
+        else:
+
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return plain_attention(q, k, v, None, scale, dropout, window)
+
+            out = by_document(attend, query, key, value, documents)
     else:
         if module.training and torch.is_grad_enabled():
             raise ValueError("a D2OCache does not carry gradients: call model.eval(), or run under torch.no_grad()")

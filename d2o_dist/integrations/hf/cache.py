@@ -5,6 +5,7 @@ Shape legend: B rows, Hkv key/value heads, S slots, n tokens of a chunk, D head 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -202,6 +203,19 @@ class D2OCache(Cache):
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
         # Detached: a slot must not keep the graph of the forward that made it alive. The tag is gone too.
         return self.compressed.attend(layer, query, key.detach(), value.detach(), scale, mask)
+
+    def with_config(self, d2o: D2OConfig) -> D2OCache:
+        """A copy of a cache that has read a prompt and compressed nothing yet, to be compressed as `d2o` says.
+
+        For several configurations on one prompt: what is read under one serves the others, if it gathered what they
+        need (`selection="mixed"` gathers everything).
+
+        Raises:
+            ValueError: the cache was finalized, has seen nothing, or lacks statistics that `d2o` needs.
+        """
+        copied = copy.deepcopy(self)
+        copied.compressed.adopt(d2o)
+        return copied
 
     # ---- prompts that ranks share --------------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from d2o_dist.comm.adapters import to_device_mesh
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.integrations.hf.guards import text_config
 
-REPLICAS = "d2o_kv_replicas"  # field of a sharded model's configuration: ranks that share each KV head
 _HEAD_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -85,6 +84,18 @@ def repeat_kv_heads(model: nn.Module, replicas: int) -> None:
     config.num_key_value_heads = old * replicas
 
 
+def check_version() -> None:
+    """Raises ValueError unless this version of transformers has what `shard_with_transformers` builds on."""
+    try:
+        from transformers.distributed import DistributedConfig  # noqa: F401
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"tp_engine (transformers) was written for transformers 5.23, and this version differs ({error}): use "
+            "tp_engine deepspeed"
+        ) from error
+
+
 def shard_with_transformers(model: Any, mesh: ParallelMesh, device: torch.device) -> Any:
     """Keep this rank's shard of a loaded model, by the plan that transformers has for it; parameters become DTensors.
 
@@ -93,18 +104,10 @@ def shard_with_transformers(model: Any, mesh: ParallelMesh, device: torch.device
 
     Args:
         model: on the CPU; device: where its shard goes.
-
-    Raises:
-        ValueError: this version of transformers keeps its tensor parallelism elsewhere.
     """
-    try:
-        from transformers.distributed import DistributedConfig
-        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-    except ImportError as error:
-        raise ValueError(
-            f"tp_engine (transformers) was written for transformers 5.23, and this version differs ({error}): use "
-            "tp_engine deepspeed"
-        ) from error
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
     settings = DistributedConfig(tp_size=mesh.tp, tp_plan="auto")
     plan, _, _ = model._resolve_parallel_plans(settings)
     model._tp_size = mesh.tp

@@ -7,7 +7,7 @@ import torch
 
 from d2o_dist.config.d2o import PRESETS, D2OConfig
 from d2o_dist.engine.session import Session
-from d2o_dist.eval.fork import gathering_config, with_config
+from d2o_dist.eval.gathering import gathering_config
 from d2o_dist.eval.reading import Reading
 from d2o_dist.integrations.hf import D2OCache
 from tests.models import left_padded, tiny_model, tokens
@@ -109,12 +109,12 @@ def test_refusals(model, reading):
     ids = tokens(1, 50)
     bare = Reading(model, ids.tolist(), [ALL["full"]], pad_id=0)
     with pytest.raises(ValueError, match="needs column sums, and the prefill did not gather"):
-        with_config(bare.cache, ALL["d2o"])
+        bare.cache.with_config(ALL["d2o"])
     with pytest.raises(ValueError, match=r"rate_window \(64\) must be at most the 32"):
-        with_config(reading.cache, config_of("mass", rate_window=64))
-    done = with_config(reading.cache, ALL["h2o"])
+        reading.cache.with_config(config_of("mass", rate_window=64))
+    done = reading.cache.with_config(ALL["h2o"])
     done.finalize()
     with pytest.raises(ValueError, match="phase decode"):
-        with_config(done, ALL["h2o"])
+        done.with_config(ALL["h2o"])
     with pytest.raises(ValueError, match="has seen 0 tokens"):
-        with_config(D2OCache(config=model.config, d2o=ALL["h2o"]), ALL["h2o"])
+        D2OCache(config=model.config, d2o=ALL["h2o"]).with_config(ALL["h2o"])

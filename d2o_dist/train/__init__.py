@@ -1,0 +1,1 @@
+"""Fine-tuning at long context, with the compressed cache in the loop."""

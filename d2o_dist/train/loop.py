@@ -1,0 +1,225 @@
+"""A whole run: prepare, train, measure, save, export."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2o_dist.comm import Collectives, ParallelMesh
+from d2o_dist.config.train import TrainConfig
+from d2o_dist.engine.model import load_config, load_tokenizer
+from d2o_dist.train.batches import Batch, StepOrder, make_batch
+from d2o_dist.train.checkpoints import Checkpoints, RunState
+from d2o_dist.train.documents import load_documents
+from d2o_dist.train.engine import Engine, TorchEngine
+from d2o_dist.train.export import export_model
+from d2o_dist.train.log import RunLog, peak_memory_bytes
+from d2o_dist.train.measure import headline, measure
+from d2o_dist.train.model import check_trainable, load_trainable, make_objective
+from d2o_dist.train.rows import PackedRows, WindowRows
+from d2o_dist.train.schedule import drawn_ratio, learning_rate, torch_seed
+
+Rows = PackedRows | WindowRows
+
+
+@dataclass
+class Run:
+    """Everything a run needs, made by `prepare`."""
+
+    config: TrainConfig
+    mesh: ParallelMesh
+    device: torch.device
+    engine: Engine
+    order: StepOrder
+    train: Rows
+    validation: Rows | None
+    tokenizer: Any
+    checkpoints: Checkpoints
+    log: RunLog
+    state: RunState
+    world: Collectives = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.world = Collectives(self.mesh.axis("world"))
+
+    @property
+    def output(self) -> Path:
+        """Where everything is written."""
+        return Path(self.config.output).expanduser()
+
+
+def prepare(config: TrainConfig, mesh: ParallelMesh, device: torch.device) -> Run:
+    """Check, read the data, load the model, and go to where an earlier run stopped. Called by all ranks.
+
+    Raises:
+        ValueError: anything in the configuration, the data or the model that does not fit, before weights are loaded
+            where that is possible.
+    """
+    micro_steps = config.micro_steps(mesh.dp)
+    check_trainable(load_config(config), config)
+    tokenizer = load_tokenizer(config)
+    world = Collectives(mesh.axis("world"))
+    log = RunLog(Path(config.output).expanduser() if mesh.rank == 0 else None)
+    if mesh.rank == 0:
+        Path(config.output).expanduser().mkdir(parents=True, exist_ok=True)
+    train, validation = _read_rows(config, tokenizer, world)
+    order = StepOrder(len(train), config.seed, config.global_batch_size, config.micro_batch_size, mesh.dp, mesh.dp_rank)
+    checkpoints = Checkpoints(Path(config.output).expanduser() / "checkpoints", world)
+    last = checkpoints.find()
+    if last is not None and not config.resume:
+        raise ValueError(f"output ({config.output}) holds checkpoints: set resume to true, or name another folder")
+    state = RunState(facts=_facts(config, len(train))) if last is None else _resumed(last, config, len(train))
+    log.say(f"{len(train)} rows of {config.sequence_length} tokens; step {state.step} of {config.steps}; {mesh}")
+    engine = make_engine(config, mesh, device, micro_steps, last)
+    if last is not None:
+        engine.load(last)
+    return Run(config, mesh, device, engine, order, train, validation, tokenizer, checkpoints, log, state)
+
+
+def make_engine(
+    config: TrainConfig, mesh: ParallelMesh, device: torch.device, micro_steps: int, resume_from: Path | None
+) -> Engine:
+    """The engine of a run, with the model as it was before training."""
+    torch.manual_seed(config.seed)  # LoRA begins at random
+    objective = make_objective(load_trainable(config, device), config, mesh)
+    world = Collectives(mesh.axis("world"))
+    if config.engine.name == "torch":
+        autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
+        return TorchEngine(objective, config.optimizer, world, autocast)
+    from d2o_dist.train.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(objective, config, micro_steps, world, resume_from)
+
+
+def train(run: Run) -> RunState:
+    """Take the steps that are left; the state at the end. Called by all ranks.
+
+    Raises:
+        FloatingPointError: a loss that is not finite, on all ranks alike.
+    """
+    config = run.config
+    if run.state.step == 0 and run.validation is not None and config.eval_every is not None:
+        _measure(run, 0)
+    while run.state.step < config.steps:
+        step = run.state.step
+        record = take_step(run, step)
+        if step % config.log_every == 0 or step + 1 == config.steps:
+            run.log.record("train", {"step": step + 1, **record})
+        done, last = step + 1, step + 1 == config.steps
+        measured = None
+        if run.validation is not None and config.eval_every is not None and (done % config.eval_every == 0 or last):
+            measured = _measure(run, done)
+        is_best = measured is not None and (run.state.best is None or measured < run.state.best)
+        run.state = RunState(done, measured if is_best else run.state.best, measured, run.state.facts)
+        if last or is_best or (config.save_every is not None and done % config.save_every == 0):
+            run.checkpoints.save(run.state, run.engine.save, is_best=is_best)
+        if is_best:
+            export_model(run.engine, run.tokenizer, run.output / "model-best", config.dtype, run.world)
+    export_model(run.engine, run.tokenizer, run.output / "model", config.dtype, run.world)
+    return run.state
+
+
+def take_step(run: Run, step: int) -> dict[str, Any]:
+    """One optimizer step on all ranks, and what is to be said of it."""
+    config, started = run.config, time.perf_counter()
+    torch.manual_seed(torch_seed(step, config.seed, run.mesh.rank))
+    batches = [_load(run, numbers) for numbers in run.order.rows(step)]
+    counts = _sum_over_ranks(run, {"tokens": sum(batch.num_tokens for batch in batches), **_counts(batches)})
+    extra: dict[str, Any] = {}
+    ratio = None
+    if config.objective != "lm":
+        ratio = drawn_ratio(step, config.seed, *config.keep_ratio)
+        extra["d2o"] = config.d2o_at(ratio)
+    sums: dict[str, float] = {}
+    achieved = []
+    for batch in batches:
+        losses = run.engine.micro_step(config.objective, **batch.arguments, **extra, counts=counts)
+        for name, value in (losses.sums | {"total": losses.total.detach()}).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        achieved.append(losses.achieved_keep_ratio)
+    sums = _sum_over_ranks(run, sums)
+    if not all(map(math.isfinite, sums.values())):
+        raise FloatingPointError(f"step {step + 1}: a loss is not finite: {sums}")
+    lr = learning_rate(step, config.steps, config.optimizer)
+    norm = run.engine.update(lr)
+    seconds = time.perf_counter() - started
+    parts = {"context_lm": "context", "lm": "row" if config.objective == "lm" else "continuation", "kl": "continuation"}
+    means = {name: sums[name] / max(counts[parts[name]], 1) for name in parts if name in sums}
+    return {
+        "loss": sums["total"],
+        **means,
+        "keep_ratio": ratio,
+        "achieved_keep_ratio": None if ratio is None else sum(achieved) / len(achieved),
+        "grad_norm": norm,
+        "lr": lr,
+        "tokens_per_s": counts["tokens"] / seconds,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _load(run: Run, numbers: list[int]) -> Batch:
+    rows = [run.train[number] for number in numbers]
+    return make_batch(rows, run.config.context_length, run.mesh.sp_rank, run.mesh.sp, run.device)
+
+
+def _counts(batches: list[Batch]) -> dict[str, int]:
+    return {name: sum(batch.counts[name] for batch in batches) for name in batches[0].counts}
+
+
+def _sum_over_ranks(run: Run, values: dict[str, float]) -> dict[str, float]:
+    total = run.world.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=run.device))
+    return dict(zip(values, total.tolist(), strict=True))
+
+
+def _measure(run: Run, step: int) -> float:
+    measures = measure(run.engine, run.validation, run.config, run.mesh, run.device)
+    run.log.record("eval", {"step": step, **measures})
+    return headline(measures, run.config)
+
+
+def _read_rows(config: TrainConfig, tokenizer: Any, world: Collectives) -> tuple[Rows, Rows | None]:
+    """The first rank tokenizes; the others find the result in the cache of `datasets`."""
+
+    def read(source: str, split: str) -> Rows:
+        documents = load_documents(source, split, config.data, tokenizer)
+        if config.objective == "lm":
+            return PackedRows(documents, config.sequence_length, config.seed)
+        return WindowRows(documents, config.sequence_length, config.context_length)
+
+    if world.rank != 0:
+        world.barrier()
+    train = read(config.data.train, config.data.train_split)
+    held_out = config.data.validation
+    validation = None if held_out is None else read(held_out, config.data.validation_split)
+    if world.rank == 0:
+        world.barrier()
+    if validation is not None and not len(validation):
+        raise ValueError(f"data.validation ({held_out}) gives no row of sequence_length ({config.sequence_length})")
+    return train, validation
+
+
+def _facts(config: TrainConfig, num_rows: int) -> dict[str, Any]:
+    """What a run that is resumed must have in common with the one that wrote the checkpoint."""
+    return {
+        "objective": config.objective,
+        "num_rows": num_rows,
+        "sequence_length": config.sequence_length,
+        "context_length": config.context_length,
+        "global_batch_size": config.global_batch_size,
+        "seed": config.seed,
+        "steps": config.steps,
+    }
+
+
+def _resumed(folder: Path, config: TrainConfig, num_rows: int) -> RunState:
+    state, facts = Checkpoints.read(folder), _facts(config, num_rows)
+    for name, value in facts.items():
+        if state.facts[name] != value:
+            raise ValueError(f"{name} ({value}) must be that of the run in {folder} ({state.facts[name]})")
+    return state

@@ -1,0 +1,84 @@
+"""Whole steps on one process: recomputed activations, the teacher's choices, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2o_dist.config import D2OConfig
+from d2o_dist.config.distill import DistillConfig
+from d2o_dist.train.model import enable_activation_checkpointing
+from d2o_dist.train.objective import Objective
+from tests.models import tiny_model, tokens
+from tests.train.helpers import cut, exchange, parts, tiny_objective
+
+D2O = D2OConfig(keep_ratio=0.3, min_layer_tokens=8)
+
+
+def step(objective: Objective, d2o=D2O, kind="d2o_distill"):
+    context, continuation = parts(2, 36, 48)
+    losses = objective(kind, context=context, continuation=continuation, d2o=d2o)
+    losses.total.backward()
+    return losses
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("preset", ["d2o", "mass"])
+def test_recomputed_activations_give_the_same_gradients(family, preset):
+    d2o = D2OConfig.preset(preset, keep_ratio=0.3, min_layer_tokens=8)
+    weights = DistillConfig(context_lm_weight=0.5)
+    plain, saving = (tiny_objective(family, distill=weights) for _ in range(2))
+    enable_activation_checkpointing(saving.model)
+    assert float(step(plain, d2o).total) == float(step(saving, d2o).total)
+    for one, two in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_lm_objective_is_the_models_own_loss():
+    ids = tokens(2, 40)
+    objective = tiny_objective()
+    expected = tiny_model()(ids, labels=ids).loss
+    found = objective("lm", row=cut(ids, 0, 40)).total / (2 * 39)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_d2o_lm_is_the_loss_of_the_continuation_alone():
+    losses = step(tiny_objective(distill=DistillConfig(kl_weight=3.0)), kind="d2o_lm")
+    assert set(losses.sums) == {"lm"} and float(losses.total) == float(losses.sums["lm"])
+
+
+def test_weights_add_the_losses_up():
+    losses = step(tiny_objective(distill=DistillConfig(2.0, 0.5, 0.25)))
+    sums = losses.sums
+    assert float(losses.total) == pytest.approx(
+        2 * float(sums["kl"]) + 0.5 * float(sums["lm"]) + 0.25 * float(sums["context_lm"])
+    )
+
+
+def test_a_base_teacher_ignores_lora():
+    peft = pytest.importorskip("peft")
+    results = {}
+    for teacher in ("current", "base"):
+        from d2o_dist.train.attention import register
+
+        register()
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.0)
+        model = peft.get_peft_model(tiny_model(attention="d2o_train"), lora).double().train()
+        objective = Objective(model, exchange(), DistillConfig(teacher=teacher), 16)
+        results[teacher] = step(objective, D2OConfig.preset("full"))
+        trained = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert trained and all("lora_" in name for name in trained)
+    assert float(results["current"].total) == pytest.approx(0, abs=1e-9)
+    assert float(results["base"].total) > 1e-3
+
+
+def test_a_model_in_training_attention_needs_its_pass():
+    objective = tiny_objective()
+    ids = tokens(1, 8)
+    with pytest.raises(ValueError, match="needs d2o_pass"):
+        objective.model(ids)
+    with pytest.raises(ValueError, match="attention dropout"):
+        tiny_objective(attention_dropout=0.1)("lm", row=cut(ids, 0, 8))
+    with pytest.raises(ValueError, match="attention_mask must be None"):
+        objective.model(ids, attention_mask=torch.ones_like(ids), d2o_pass=object())
