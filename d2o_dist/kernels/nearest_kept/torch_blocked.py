@@ -85,15 +85,23 @@ def _search(evicted: Tensor, kept: Tensor, mask: Tensor | None, similarity: Tens
 
 def _unit(keys: Tensor) -> Tensor:
     """keys / norm, zero where the norm is 0."""
+    return keys / _norms(keys)
+
+
+def _norms(keys: Tensor) -> Tensor:
+    """[..., 1], inf instead of 0: a quotient by it is 0."""
     norm = keys.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, keys / norm, torch.zeros_like(keys))
+    return norm.masked_fill_(norm == 0, torch.inf)
 
 
 def _unit_columns(kept: Tensor, mask: Tensor | None, acc: torch.dtype) -> Tensor:
     """Unit keys in acc dtype, rows that are no target zeroed, padded with zeros to a multiple of TILE rows."""
-    padded = kept.new_zeros(kept.shape[0], -(-kept.shape[1] // TILE) * TILE, kept.shape[2], dtype=acc)
-    unit = _unit(kept.to(acc))
-    padded[:, : kept.shape[1]] = unit if mask is None else unit.masked_fill(~mask.unsqueeze(-1), 0)
+    padded = kept.new_empty(kept.shape[0], -(-kept.shape[1] // TILE) * TILE, kept.shape[2], dtype=acc)
+    padded[:, kept.shape[1] :] = 0
+    keys, unit = kept.to(acc), padded[:, : kept.shape[1]]
+    torch.div(keys, _norms(keys), out=unit)
+    if mask is not None:
+        unit.masked_fill_(~mask.unsqueeze(-1), 0)
     return padded
 
 
