@@ -155,6 +155,7 @@ def decode_group(shape: Shape) -> Group:
 
     def evict() -> None:
         for layer in layers["d2o"]:
+            layer.fill()
             layer.evict()
 
     cases = {

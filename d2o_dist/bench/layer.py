@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2o_dist.compression.evict import all_heads_at_hand, run_evictions
+from d2o_dist.compression.evict import run_evictions
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import compress_layer, eviction_steps
 from d2o_dist.core.types import D2OState, LayerBudget, Slots, stats_dtype
@@ -82,10 +82,19 @@ class DecodeLayer:
         steps = eviction_steps(
             self.slots, self.budget, self.state, self.config, finalize=False, num_seen_tokens=seen, nearest=nearest_kept
         )
-        ((kept, self.state),) = run_evictions([steps], all_heads_at_hand)
+        ((kept, self.state),) = run_evictions([steps], lambda reports: reports)  # all heads are here
         self.held = kept.positions.shape[-1]
         for name in ("keys", "values", "positions", "scores", "rates", "log_mass"):
             getattr(self.slots, name)[:, :, : self.held] = getattr(kept, name)
+        self.slots.positions[:, :, self.held :] = -1
+
+    def fill(self) -> None:
+        """Take what lies in the free slots for the newest tokens, so that an eviction is due."""
+        count = self.slots.positions.shape[-1] - self.held
+        self.slots.positions[:, :, self.held :] = torch.arange(
+            self.seen, self.seen + count, device=self.slots.positions.device
+        )
+        self.held, self.seen = self.held + count, self.seen + count
 
 
 def finalize_layer(slots: Slots, config: D2OConfig) -> Slots:

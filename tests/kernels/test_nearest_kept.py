@@ -73,3 +73,10 @@ def test_no_kept_and_errors():
     assert bool((similarity == -torch.inf).all()) and not index.any()
     with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(1, 3, 4\)"):
         nearest_kept(make(2, 3, 4), make(1, 3, 4))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.74, 0.9, 1.0])
+def test_few_and_many_targets(share):
+    """Few targets are copied together first, many are searched where they lie."""
+    mask = torch.rand(3, 200, generator=torch.Generator().manual_seed(0)) < share
+    check(make(3, 20, 8), make(3, 200, 8, seed=1), mask)

@@ -88,16 +88,30 @@ def _update_scores(device: str) -> tuple[Tensor, ...]:
 
 def _nearest_kept(device: str) -> tuple[Tensor, ...]:
     _, evicted, kept = _prompt(device)
-    mask = kept[..., 0] > 0
-    return *nearest_kept(evicted, kept, mask), *nearest_kept(evicted[0, 0], kept[0, 0]), *nearest_kept(evicted, kept)
+    many = [normal(2, size, 16, dtype=DTYPE, device=device, seed=size) for size in (2100, 2000)]
+    few = many[1][..., 0] > 1
+    few[1] = False
+    cases = ((*many, few), (evicted[0, 0], kept[0, 0], None), (evicted, kept, kept[..., 0] > 0), (evicted, kept, None))
+    return tuple(x for case in cases for x in _chosen(*case))
+
+
+def _chosen(evicted: Tensor, kept: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Similarity, the cosine with the key that was chosen, and whether that is a target.
+
+    Not the index: two keys that are equally near up to rounding may change places between backends.
+    """
+    similarity, index = nearest_kept(evicted, kept, mask)
+    key = kept.gather(-2, index.unsqueeze(-1).expand_as(evicted))
+    is_target = torch.ones_like(index, dtype=torch.bool) if mask is None else mask.gather(-1, index)
+    return similarity, torch.cosine_similarity(evicted.float(), key.float(), dim=-1), is_target
 
 
 def _merge_into(device: str) -> tuple[Tensor, ...]:
     _, evicted, kept = _prompt(device)
-    kept = kept[:, :, :10]
-    similarity, target = nearest_kept(evicted, kept)
-    options = (dict(own=2.7), dict(own=kept[..., 0].float().abs() + 1, share=torch.ones_like(similarity)))
-    found = [merge_into((kept,), (evicted,), similarity, target, similarity > 0.1, **more) for more in options]
+    kept, weight = kept[:, :, :10], evicted[..., 0].float().abs()
+    target = (torch.arange(64, device=device) ** 2 % 11).clamp_max(9).expand(2, 2, 64)
+    options = (dict(own=2.7), dict(own=kept[..., 0].float().abs() + 1, share=torch.ones_like(weight)))
+    found = [merge_into((kept,), (evicted,), weight, target, evicted[..., 1] > 0, **more) for more in options]
     return tuple(x for means, total, touched in found for x in (*means, total, touched))
 
 

@@ -8,9 +8,10 @@ exp2 and not exp: exp is 50x slower where it underflows, as it does on every mas
 import torch
 from torch import Tensor
 
+from d2o_dist.kernels.backend import wants_grad
 from d2o_dist.kernels.common import LN_2, LOG2_E, acc_dtype, group_size
 
-CONVERTED_ELEMENTS = 1 << 20  # of K or V at a time: 4 MiB in float32
+CONVERTED_ELEMENTS = 1 << 18  # of K or V at a time: 1 MiB in float32
 
 
 def blocked_decode_attention(
@@ -42,7 +43,11 @@ def _attend(
         return torch.zeros_like(q), lse, nothing, nothing
     queries = (q.to(acc) * (scale * LOG2_E)).view(batch, num_kv_heads, group, head_dim)
     spans = _spans(k, acc)
-    parts = [queries @ k[:, :, a:b].to(acc).mT for a, b in spans]
+    scratch = None
+    if k.dtype != acc and not wants_grad(q, k, v):
+        # One buffer for all blocks: allocating each anew takes longer than converting it.
+        scratch = k.new_empty(*k.shape[:2], spans[0][1], head_dim, dtype=acc)
+    parts = [queries @ _converted(k[:, :, a:b], acc, scratch).mT for a, b in spans]
     logits = parts[0] if len(parts) == 1 else torch.cat(parts, 3)  # [B, Hkv, G, S], in units of log2
     if log_mass is not None:
         logits = logits + (log_mass.to(acc) * LOG2_E).unsqueeze(2)
@@ -54,7 +59,7 @@ def _attend(
     total = weights.sum(-1, keepdim=True)
     lse = (top + torch.log2(total)).squeeze(-1) * LN_2
     probs = weights / torch.where(total == 0, torch.ones_like(total), total)
-    out = _weighted_values(probs, v, valid, spans)
+    out = _weighted_values(probs, v, valid, spans, scratch)
     return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, num_heads), logits, probs
 
 
@@ -65,23 +70,32 @@ def _spans(k: Tensor, acc: torch.dtype) -> list[tuple[int, int]]:
     return [(start, min(start + size, num_slots)) for start in range(0, num_slots, size)]
 
 
-def _weighted_values(probs: Tensor, v: Tensor, valid: Tensor | None, spans: list[tuple[int, int]]) -> Tensor:
+def _converted(x: Tensor, acc: torch.dtype, scratch: Tensor | None) -> Tensor:
+    """x [B, Hkv, n, D] in acc dtype: in `scratch` [B, Hkv, >= n, D], or as autograd can follow it."""
+    return x.to(acc) if scratch is None else scratch[:, :, : x.shape[2]].copy_(x)
+
+
+def _weighted_values(
+    probs: Tensor, v: Tensor, valid: Tensor | None, spans: list[tuple[int, int]], scratch: Tensor | None
+) -> Tensor:
     """probs [B, Hkv, G, S] @ v [B, Hkv, S, D], where invalid slots of v may hold NaN or inf.
 
     Cleaning V copies it, which would double the cost of a step. On a CPU it is done only if the product shows that
     something was not finite; elsewhere, where looking would stall the device, always.
     """
     clean = valid is not None and v.device.type != "cpu"
-    out = _product(probs, v, valid if clean else None, spans)
+    out = _product(probs, v, valid if clean else None, spans, scratch)
     if valid is not None and not clean and not torch.isfinite(out).all():
-        out = _product(probs, v, valid, spans)
+        out = _product(probs, v, valid, spans, scratch)
     return out
 
 
-def _product(probs: Tensor, v: Tensor, valid: Tensor | None, spans: list[tuple[int, int]]) -> Tensor:
+def _product(
+    probs: Tensor, v: Tensor, valid: Tensor | None, spans: list[tuple[int, int]], scratch: Tensor | None
+) -> Tensor:
     total = None
     for a, b in spans:
-        values = v[:, :, a:b].to(probs.dtype)
+        values = _converted(v[:, :, a:b], probs.dtype, scratch)
         if valid is not None:
             values = values.masked_fill(~valid[:, :, a:b].unsqueeze(-1), 0)
         part = probs[..., a:b] @ values

@@ -30,17 +30,22 @@ def blocked_merge_into(
     total = own.reshape(-1).clone()
     _add(total, slots, share.reshape(-1)[rows])
     weights = weight.reshape(-1)[rows].unsqueeze(1)
+    # Only rows into which something is merged are computed: while decoding they are few among many.
+    chosen = touched.nonzero().squeeze(1)
+    local = (touched.cumsum(0) - 1)[slots]
+    chosen_own, chosen_total = own.reshape(-1)[chosen].unsqueeze(1), total[chosen].unsqueeze(1)
     means = []
     for old, new in zip(kept, evicted, strict=True):
         head_dim = old.shape[-1]
         source = new.reshape(-1, head_dim)
-        sums = torch.zeros(own.numel(), head_dim, dtype=own.dtype, device=own.device)
+        mean = old.clone(memory_format=torch.contiguous_format)
+        flat = mean.view(-1, head_dim)
+        sums = chosen_own * flat[chosen].to(own.dtype)
         for start in range(0, rows.numel(), _ROWS):
             part = slice(start, start + _ROWS)
-            _add(sums, slots[part], source[rows[part]].to(own.dtype) * weights[part])
-        mean = sums.view(old.shape).addcmul_(own.unsqueeze(-1), old.to(own.dtype))
-        mean.div_(total.view(own.shape).unsqueeze(-1))
-        means.append(torch.where(touched.view(own.shape).unsqueeze(-1), mean.to(old.dtype), old))
+            _add(sums, local[part], source[rows[part]].to(own.dtype) * weights[part])
+        flat[chosen] = sums.div_(chosen_total).to(old.dtype)
+        means.append(mean)
     return tuple(means), total.view(own.shape), touched.view(own.shape)
 
 

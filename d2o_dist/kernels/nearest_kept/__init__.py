@@ -1,12 +1,16 @@
 """The nearest kept key of every evicted key, by cosine."""
 
+import torch
 from torch import Tensor
 
 from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.nearest_kept.naive import naive_nearest_kept
-from d2o_dist.kernels.nearest_kept.torch_blocked import blocked_nearest_kept
+from d2o_dist.kernels.nearest_kept.torch_blocked import COMPACT_BELOW, blocked_nearest_kept, compact_targets
 
 __all__ = ["naive_nearest_kept", "nearest_kept"]
+
+# Pairs of keys from which on it pays to ask the device how many targets there are: the host waits for the answer.
+_COUNT_TARGETS_FROM = 1 << 22
 
 
 def nearest_kept(evicted: Tensor, kept: Tensor, target_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -29,6 +33,13 @@ def nearest_kept(evicted: Tensor, kept: Tensor, target_mask: Tensor | None = Non
         rows = lead[:-1].numel()
         evicted, kept = evicted.reshape(rows, *evicted.shape[-2:]), kept.reshape(rows, *kept.shape[-2:])
         mask = None if target_mask is None else target_mask.reshape(rows, -1)
-        found = triton_nearest_kept(evicted, kept, mask)
-        return found[0].view(lead), found[1].view(lead)
+        original = None
+        if mask is not None and evicted.shape[1] * kept.shape[1] >= _COUNT_TARGETS_FROM:
+            most = int(mask.sum(1).max())
+            if 0 < most < COMPACT_BELOW * kept.shape[1]:
+                kept, mask, original = compact_targets(kept, mask, most)
+        similarity, index = triton_nearest_kept(evicted, kept, mask)
+        if original is not None:
+            index = original.gather(1, index).masked_fill_(similarity == -torch.inf, 0)
+        return similarity.view(lead), index.view(lead)
     return blocked_nearest_kept(evicted, kept, target_mask)

@@ -15,6 +15,7 @@ from d2o_dist.kernels.common import acc_dtype
 TILE = 64  # columns whose maximum is taken first: amax is 10x faster than argmax, so argmax sees 1/64 of the block
 BLOCK_ROWS, BLOCK_COLS = 1024, 2048  # evicted x kept; 8 MiB in float32
 BLOCK_ELEMENTS = BLOCK_ROWS * BLOCK_COLS
+COMPACT_BELOW = 0.75  # share of kept keys that are targets, under which copying the targets pays
 
 
 @torch.no_grad()
@@ -31,21 +32,26 @@ def blocked_nearest_kept(evicted: Tensor, kept: Tensor, target_mask: Tensor | No
     similarity, index = similarity.view(rows, num_evicted), index.view(rows, num_evicted)
     original = None
     if target_mask is not None:
-        kept, target_mask, original = _compact(kept, target_mask.reshape(rows, num_kept))
-    if kept.shape[1] > 0:
-        _search(evicted, kept, target_mask, similarity, index)
-    if original is not None and kept.shape[1] > 0:
+        target_mask = target_mask.reshape(rows, num_kept)
+        most = int(target_mask.sum(1).max())
+        if most == 0:
+            return similarity.view(*lead, num_evicted), index.view(*lead, num_evicted)
+        if most < COMPACT_BELOW * num_kept:
+            kept, target_mask, original = compact_targets(kept, target_mask, most)
+        elif bool(target_mask.all()):
+            target_mask = None
+    _search(evicted, kept, target_mask, similarity, index)
+    if original is not None:
         index.copy_(original.gather(1, index))
         index.masked_fill_(similarity == -torch.inf, 0)
     return similarity.view(*lead, num_evicted), index.view(*lead, num_evicted)
 
 
-def _compact(kept: Tensor, target_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compact_targets(kept: Tensor, target_mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """Targets first, in index order, cut to the longest row: with few targets (a tail) the search is that much shorter.
 
-    kept [N, K, D], target_mask [N, K] -> (kept [N, M, D], target_mask [N, M], original index [N, M]).
+    kept [N, K, D], target_mask [N, K], at most M a row -> (kept [N, M, D], target_mask [N, M], original index [N, M]).
     """
-    most = int(target_mask.sum(1).max())
     order = torch.sort(target_mask.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, :most]
     compact = kept.gather(1, order.unsqueeze(-1).expand(-1, -1, kept.shape[-1]))
     return compact, target_mask.gather(1, order), order
@@ -79,15 +85,23 @@ def _search(evicted: Tensor, kept: Tensor, mask: Tensor | None, similarity: Tens
 
 def _unit(keys: Tensor) -> Tensor:
     """keys / norm, zero where the norm is 0."""
+    return keys / _norms(keys)
+
+
+def _norms(keys: Tensor) -> Tensor:
+    """[..., 1], inf instead of 0: a quotient by it is 0."""
     norm = keys.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, keys / norm, torch.zeros_like(keys))
+    return norm.masked_fill_(norm == 0, torch.inf)
 
 
 def _unit_columns(kept: Tensor, mask: Tensor | None, acc: torch.dtype) -> Tensor:
     """Unit keys in acc dtype, rows that are no target zeroed, padded with zeros to a multiple of TILE rows."""
-    padded = kept.new_zeros(kept.shape[0], -(-kept.shape[1] // TILE) * TILE, kept.shape[2], dtype=acc)
-    unit = _unit(kept.to(acc))
-    padded[:, : kept.shape[1]] = unit if mask is None else unit.masked_fill(~mask.unsqueeze(-1), 0)
+    padded = kept.new_empty(kept.shape[0], -(-kept.shape[1] // TILE) * TILE, kept.shape[2], dtype=acc)
+    padded[:, kept.shape[1] :] = 0
+    keys, unit = kept.to(acc), padded[:, : kept.shape[1]]
+    torch.div(keys, _norms(keys), out=unit)
+    if mask is not None:
+        unit.masked_fill_(~mask.unsqueeze(-1), 0)
     return padded
 
 

@@ -4,10 +4,11 @@ A block of queries is multiplied with all the keys it sees at once, so its softm
 the same probabilities give the column sums (weighted by 1 / row sum) and the output. The two-pass way must first know
 the lse, and pays a third matmul. What is held is one block: rows x Tk logits a thread, within the last-level cache.
 
-Two passes over the block are saved by extra columns of the matmuls. A softmax subtracts the row's maximum, which costs
+Two passes over the block are saved by an extra column of the matmul. A softmax subtracts the row's maximum, which costs
 one pass to find and one to subtract; any bound will do that is not too far above it, and |q| max |k| is one that is
 known beforehand: it rides along as q' = [q, -bound], k' = [k, 1]. Where it was too far above (the row sum shows it)
-the block is done again with the maximum. The row sum rides along as v' = [v, 1].
+the block is done again with the maximum. The row sum is a pass of its own: as a column of ones beside v it would leave
+the second matmul with one column more than its tiles are wide, which costs more.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def cpu_scored_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start
             # In units of log2: the exponential below is exp2, much faster than exp where it underflows.
             keys = _with_column(k[row, kv].to(dtype), 1)
             keys[..., :dim] *= scale * LOG2_E
-            values = _with_column(v[row, kv].to(dtype), 1)
+            values = v[row, kv].to(dtype)
             longest = keys[..., :dim].norm(dim=-1).amax(-1)[:, None]
             for start in range(0, num_queries, step):
                 stop = min(start + step, num_queries)
@@ -71,20 +72,20 @@ def cpu_scored_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start
                 hidden = later[:count, :count]
                 logits.view(*shape, seen)[..., seen - count :].masked_fill_(hidden, -torch.inf)
                 probs = logits.exp2_()
-                result = torch.bmm(probs, values[:, :seen])
-                if not bool(result[..., dim].amin() > _SMALLEST_TOTAL):
+                total = probs.sum(-1)
+                if not bool(total.amin() > _SMALLEST_TOTAL):
                     torch.bmm(queries, keys[:, :seen].mT, out=logits)
                     logits.view(*shape, seen)[..., seen - count :].masked_fill_(hidden, -torch.inf)
                     peak = logits.amax(-1, keepdim=True)
                     bound = bound + peak.squeeze(-1)
                     probs = logits.sub_(peak).exp2_()
-                    result = torch.bmm(probs, values[:, :seen])
-                total = result[..., dim]
+                    total = probs.sum(-1)
+                result = torch.bmm(probs, values[:, :seen])
                 weight = total.reciprocal()
                 sums[row, of_kv, :seen] += torch.bmm(
                     weight.view(-1, 1, count), probs.view(-1, count, seen)
                 ).squeeze(1)
-                result = result[..., :dim] * weight.unsqueeze(-1)
+                result *= weight.unsqueeze(-1)
                 out[row, of_kv, part] = result.view(-1, count, dim).to(q.dtype)
                 lse[row, of_kv, part] = ((bound + total.log2()) * LN_2).view(-1, count)
     return out, lse, sums
