@@ -3,6 +3,7 @@
 #   PYTHON=python3.12      the interpreter to make the environment with
 #   VENV=.venv             where it lies
 #   TORCH_ARGS="--index-url URL"    where to take torch from, such as PyTorch's own index of small CPU builds
+#   DEMO_RANKS=1           processes that share each prompt of the demo; 2 if not given
 #   PYTEST_ARGS="-k budget"    instead of: all tests, on as many processes as there are cores
 
 PYTHON ?= python3
@@ -12,16 +13,21 @@ PYTEST_ARGS ?= -n auto
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+DEMO_RANKS ?= 2
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# The cores shared among the ranks; at least one each.
+DEMO_THREADS = $(shell threads=$$(($(CORES) / $(DEMO_RANKS))); echo $$((threads > 0 ? threads : 1)))
 hash = $(shell cat requirements/torch.txt $(1) setup.py pyproject.toml | sha256sum | cut -c1-16)
 DEMO_STAMP := $(VENV)/.installed-demo-$(call hash,requirements/demo.txt)
 TRAIN_STAMP := $(VENV)/.installed-train-$(call hash,requirements/demo.txt requirements/train.txt)
-DEV_STAMP := $(VENV)/.installed-dev-$(call hash,requirements/demo.txt requirements/train.txt requirements/dev.txt)
+DEV_STAMP := $(VENV)/.installed-dev-$(call hash,$(addprefix requirements/,demo.txt eval.txt train.txt dev.txt))
 
 .PHONY: demo train-demo test lint clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
-	$(PY) -m d2o_dist.cli.demo
+	OMP_NUM_THREADS=$(DEMO_THREADS) $(PY) -m torch.distributed.run --standalone --nproc-per-node $(DEMO_RANKS) \
+	  -m d2o_dist.cli.demo
 
 # Distils the demo's model under compression, on a CPU; figures in docs/training.md.
 train-demo: $(TRAIN_STAMP)

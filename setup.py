@@ -7,9 +7,12 @@ from setuptools import find_packages, setup
 readme = Path(__file__).parent / "README.md"
 
 demo = ["accelerate>=1.0", "gguf>=0.10", "matplotlib>=3.7"]
-evaluate = ["datasets>=2.19", "lm-eval>=0.4.8", "rouge-score>=0.1.2"]
+evaluate = ["jieba>=0.42", "lm-eval>=0.4.13,<0.5", "matplotlib>=3.7"]
 train = ["datasets>=2.19", "deepspeed>=0.17", "peft>=0.15"]
-dev = ["hypothesis>=6.100", "matplotlib>=3.7", "psutil>=5.9", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.11"]
+dev = [
+    "hypothesis>=6.100", "matplotlib>=3.7", "psutil>=5.9", "pytest>=8", "pytest-xdist>=3.5", "rouge>=1.0.1",
+    "rouge-score>=0.1.2", "ruff>=0.11",
+]  # fmt: skip
 
 setup(
     name="d2o_dist",
@@ -25,6 +28,7 @@ setup(
         "demo": demo,
         "eval": evaluate,
         "train": train,
+        "deepspeed": ["deepspeed>=0.17"],
         "megatron": ["megatron-core>=0.16"],
         "gpu": ["flash-attn>=2.6", "triton>=3.2"],
         "dev": dev,

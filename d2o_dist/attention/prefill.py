@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2o_dist.core.statistics import RATE_FLOOR, group_sum
+from d2o_dist.core.statistics import group_sum
 from d2o_dist.core.types import stats_dtype
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.lse import merge_partials
@@ -65,7 +65,7 @@ def chunk_attention(
 
 
 def prompt_rates(q: Tensor, lse: Tensor, k: Tensor, scale: float, *, log_mass: Tensor | None = None) -> Tensor:
-    """Mean attention each slot got from the last queries of the prompt, summed over the group, plus 1e-9.
+    """Mean attention each slot got from the last queries of the prompt, summed over the group.
 
     Args:
         q: [B, Hq, w, D] the last w queries, at the last w slots; lse: [B, Hq, w]; k: [B, Hkv, S, D].
@@ -75,4 +75,27 @@ def prompt_rates(q: Tensor, lse: Tensor, k: Tensor, scale: float, *, log_mass: T
     """
     window = q.shape[2]
     sums = column_sums(q, k, lse, scale, q_start=k.shape[2] - window, bias=log_mass)
-    return group_sum(sums, k.shape[1]) / window + RATE_FLOOR
+    return group_sum(sums, k.shape[1]) / window
+
+
+def shard_rates(
+    q: Tensor, lse: Tensor, k: Tensor, scale: float, *, bias: Tensor, num_before: int, ahead: Tensor
+) -> Tensor:
+    """As `prompt_rates`, for the slots of one sequence rank: [B, Hkv, S].
+
+    Args:
+        q: [B, Hq, w, D] the last w queries of the prompt, from all ranks; lse: [B, Hq, w].
+        k: [B, Hkv, S, D] of this rank. The first `num_before` lie before all of the queries.
+        bias: [B, Hkv, num_before], added to their logits, -inf on an unused slot.
+        ahead: [w, S - num_before] bool: whether a query lies before one of the other slots.
+    """
+    num_kv_heads = k.shape[1]
+    group = q.shape[1] // num_kv_heads
+    sums = q.new_zeros(*q.shape[:2], k.shape[2], dtype=lse.dtype)
+    if num_before:
+        sums[:, :, :num_before] = column_sums(q, k[:, :, :num_before], lse, scale, bias=bias, causal=False)
+    # At most w slots: a dense matrix.
+    newest = k[:, :, num_before:].to(lse.dtype).repeat_interleave(group, 1)
+    probs = (q.to(lse.dtype) @ newest.mT * scale - lse.unsqueeze(-1)).exp()
+    sums[:, :, num_before:] = probs.masked_fill(ahead, 0).sum(2)
+    return group_sum(sums, num_kv_heads) / q.shape[2]

@@ -13,8 +13,9 @@ from torch import Tensor
 from d2o_dist.attention.prefill import chunk_attention, prompt_rates
 from d2o_dist.cache.rows import Rows, is_uniform, live_mask
 from d2o_dist.cache.store import SlotStore
+from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.statistics import column_sum_variance, group_sum
+from d2o_dist.core.statistics import RATE_FLOOR, group_sum, squared_deviations
 from d2o_dist.core.types import D2OState, stats_dtype
 from d2o_dist.kernels.decode_attention import decode_attention
 from d2o_dist.kernels.prefill_attention import prefill_attention
@@ -38,8 +39,9 @@ class FullLayer:
         state: threshold and counts.
     """
 
-    def __init__(self, batch: int, config: D2OConfig) -> None:
+    def __init__(self, batch: int, config: D2OConfig, ranks: RequestRanks) -> None:
         self.config = config
+        self.ranks = ranks
         self.store = SlotStore(batch)
         self.slot_budgets: list[int] | None = None
         self.state = D2OState()
@@ -47,6 +49,11 @@ class FullLayer:
         # Per query head, [B, Hq, S]: only the first prefill needs them, for its dispersions.
         self._column_sums: Tensor | None = None
         self._first_prefill = True
+
+    @property
+    def kv_len(self) -> list[int]:
+        """Slots of each row, of each of its heads."""
+        return self.store.kv_len
 
     # ---- attention ---------------------------------------------------------------------------------------------
 
@@ -74,7 +81,7 @@ class FullLayer:
             q, keys, values, scale, with_sums=config.needs_column_sums, log_mass=log_mass
         )
         if sums is not None:
-            slots.scores[group, :, here] += group_sum(sums, keys.shape[1])
+            slots.scores[group, :, here] += self.ranks.sum_replicas(group_sum(sums, keys.shape[1]))
             if self._column_sums is not None:
                 self._column_sums[group, :, here] += sums
         if config.needs_rates:
@@ -114,6 +121,8 @@ class FullLayer:
             present = torch.tensor(rows.counts, device=device).bool()
             out = out * present[:, None, None]
             probs = probs * present[:, None, None]
+        if config.needs_column_sums or config.needs_rates:
+            probs = self.ranks.sum_replicas(probs)
         if config.needs_column_sums:
             slots.scores.add_(probs)
         if config.needs_rates:
@@ -127,10 +136,10 @@ class FullLayer:
 
     # ---- what finalize reads ------------------------------------------------------------------------------------
 
-    def variances(self, row: int) -> Tensor:
-        """[Hq] variance of the row's column sums, of the first prefill."""
+    def squared_deviations(self, row: int) -> Tensor:
+        """[Hq] sum of the squared deviations of the row's column sums, of the first prefill."""
         assert self._column_sums is not None
-        return column_sum_variance(self._column_sums[row, :, : self.store.kv_len[row]])
+        return squared_deviations(self._column_sums[row, :, : self.store.kv_len[row]])
 
     def finish_prefill(self) -> None:
         """Turn the last queries of this prefill into the rates of all slots, and free what only a prefill needs."""
@@ -141,12 +150,26 @@ class FullLayer:
                 if queries.shape[1] == 0:
                     continue
                 mass = slots.log_mass[row : row + 1, :, :count] if self.config.merge == "mass" else None
-                slots.rates[row : row + 1, :, :count] = prompt_rates(
+                rates = prompt_rates(
                     queries[None], lse[None], slots.keys[row : row + 1, :, :count], self._window.scale, log_mass=mass
                 )
+                slots.rates[row : row + 1, :, :count] = self.ranks.sum_replicas(rates) + RATE_FLOOR
         self._window = None
         self._column_sums = None
         self._first_prefill = False
+
+    def adopt(self, config: D2OConfig) -> None:
+        """Leave what a prefill under `config` would have left, of a prefill that gathered at least that."""
+        self.config = config
+        if not config.needs_column_sums:
+            self._column_sums = None
+            self.store.slots.scores.zero_()
+        if not config.needs_rates:
+            self._window = None
+        elif self._window is not None:
+            last = config.rate_window
+            self._window.queries = [queries[:, -last:] for queries in self._window.queries]
+            self._window.lse = [lse[:, -last:] for lse in self._window.lse]
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
@@ -176,6 +199,11 @@ class WindowLayer:
     def __init__(self, batch: int, window: int) -> None:
         self.store = SlotStore(batch)
         self.window = window
+
+    @property
+    def kv_len(self) -> list[int]:
+        """Slots of each row, of each of its heads."""
+        return self.store.kv_len
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.cache.layer import FullLayer
+from d2o_dist.cache.layer import WindowLayer
 from d2o_dist.cache.sequence import CompressedCache
 
 
@@ -21,8 +21,9 @@ class LayerReport:
         kv_len: slots held by each row.
         dispersion: statistic that the budget came from, per row; None if the allocation does not use it.
         threshold: moving similarity threshold per row; None before the first eviction of a row.
-        num_merged, num_dropped: evicted tokens folded into others or lost so far, over all rows and KV heads.
-        num_bytes, full_bytes: keys and values held, and what an uncompressed cache would hold.
+        num_merged, num_dropped: evicted tokens folded into others or lost so far, over all rows and the KV heads that
+            this rank knows of: all of the layer on one device, its own where ranks share the heads.
+        num_bytes, full_bytes: keys and values held (by all ranks), and what an uncompressed cache would hold.
     """
 
     layer: int
@@ -45,8 +46,9 @@ class CacheReport:
     Attributes:
         requested_keep_ratio: `keep_ratio`, or `keep_tokens` over the tokens seen at the last finalize.
         achieved_keep_ratio: tokens held over tokens seen, in the layers that are compressed or protected.
-        held_bytes, full_bytes: keys and values of all layers, sliding windows included in both as they are.
-        allocated_bytes: all buffers: room to grow, positions and statistics included.
+        held_bytes, full_bytes: keys and values of all layers, sliding windows included in both as they are; of the
+            whole request, however many ranks share it.
+        allocated_bytes: all buffers of this rank: room to grow, positions and statistics included.
         num_seen_tokens: per row, padding not counted.
     """
 
@@ -144,14 +146,13 @@ def make_report(cache: CompressedCache) -> CacheReport:
 
 def _layer_report(cache: CompressedCache, index: int) -> LayerReport:
     layer = cache.layers[index]
-    store, seen = layer.store, cache.num_seen
-    held = sum(store.kv_len)
-    per_token = store.num_bytes // held if held else 0
-    if not isinstance(layer, FullLayer):
+    kv_len, seen, keys = list(layer.kv_len), cache.num_seen, layer.store.slots.keys
+    per_token = 2 * cache.num_kv_heads * keys.shape[3] * keys.element_size()
+    num_bytes = per_token * sum(kv_len)
+    if isinstance(layer, WindowLayer):
         kept = [min(count, layer.window - 1) for count in seen]
         return LayerReport(
-            index, "sliding", None, None, list(store.kv_len), None, [None] * len(seen), 0, 0,
-            store.num_bytes, per_token * sum(kept),
+            index, "sliding", None, None, kv_len, None, [None] * len(seen), 0, 0, num_bytes, per_token * sum(kept),
         )  # fmt: skip
     state, position = layer.state, cache.full_layers.index(index)
     budgets = layer.slot_budgets
@@ -166,12 +167,12 @@ def _layer_report(cache: CompressedCache, index: int) -> LayerReport:
         kind="protected" if protected else "compressed",
         num_heavy=None if splits is None else [heavy for heavy, _ in splits],
         num_recent=None if splits is None else [recent for _, recent in splits],
-        kv_len=list(store.kv_len),
+        kv_len=kv_len,
         dispersion=dispersion or None,
         threshold=threshold,
         num_merged=0 if state.num_merged is None else int(state.num_merged.sum()),
         num_dropped=0 if state.num_dropped is None else int(state.num_dropped.sum()),
-        num_bytes=store.num_bytes,
+        num_bytes=num_bytes,
         full_bytes=per_token * sum(seen),
     )
 

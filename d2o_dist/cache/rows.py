@@ -33,6 +33,13 @@ class Rows:
         index = [row.nonzero().flatten() for row in chunk]
         return cls([len(columns) for columns in index], length, index)
 
+    @classmethod
+    def first(cls, counts: list[int]) -> Rows:
+        """Rows whose tokens are the first of as many columns as the longest has."""
+        length = max(counts)
+        index = None if min(counts) == length else [torch.arange(count) for count in counts]
+        return cls(list(counts), length, index)
+
     @property
     def batch(self) -> int:
         """Number of rows."""

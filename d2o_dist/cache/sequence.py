@@ -6,30 +6,29 @@ It knows nothing of any model library: integrations hand it queries, keys and va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.cache.layer import FullLayer, WindowLayer
+from d2o_dist.cache.plans import RowPlan, on_full_layers
 from d2o_dist.cache.rows import Rows
+from d2o_dist.cache.sharded import DealtChunk, ShardedLayer
+from d2o_dist.cache.sharded_window import ShardedWindowLayer
+from d2o_dist.comm.deal import Deal, Placement
+from d2o_dist.comm.request import RequestRanks
+from d2o_dist.comm.shard import Contiguous, Zigzag
+from d2o_dist.compression.agree import check_agreement
 from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
-from d2o_dist.compression.evict import GatherHeads, all_heads_at_hand, run_evictions
+from d2o_dist.compression.evict import run_evictions
+from d2o_dist.compression.shard_evict import evict_shards
+from d2o_dist.compression.shard_finalize import finalize_shard
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.budget import check_total
 from d2o_dist.core.compress import EvictionSteps, eviction_steps
 from d2o_dist.core.types import LayerBudget
 from d2o_dist.kernels.nearest_kept import nearest_kept
-
-
-@dataclass
-class RowPlan:
-    """What one row's budgets derive from: set at its first finalize, read again at later ones."""
-
-    log_weights: list[float]
-    dispersions: list[float]
-    num_tokens: int
-    slots: list[int] = field(default_factory=list)
 
 
 class CompressedCache:
@@ -38,51 +37,113 @@ class CompressedCache:
     Args:
         config: how to compress.
         windows: per layer of the model None (full attention, compressed) or its sliding window (kept as it is).
-        gather_heads: brings together what the heads of all tensor-parallel ranks report; all heads are here by default.
+        ranks: those that share the request; this process alone by default.
 
     Attributes:
         num_seen: tokens seen by each row, padding not counted (the logical length).
         num_seen_columns: columns seen, padding included: what a padded batch's masks and ids are indexed by.
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
+        dealt: the chunk that was dealt last, if any.
 
     Raises:
         ValueError: protected layers or minima that exceed the total.
     """
 
-    def __init__(
-        self, config: D2OConfig, windows: list[int | None], gather_heads: GatherHeads = all_heads_at_hand
-    ) -> None:
+    def __init__(self, config: D2OConfig, windows: list[int | None], ranks: RequestRanks | None = None) -> None:
         self.config = config
-        self.gather_heads = gather_heads
+        self.ranks = RequestRanks.alone() if ranks is None else ranks
         self.windows = list(windows)
         self.full_layers = [index for index, window in enumerate(windows) if window is None]
-        self._compressed_config = _on_full_layers(config, windows)
+        self._compressed_config = on_full_layers(config, windows)
         check_total(self._compressed_config, len(self.full_layers))
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: the next forward begins a new batch."""
-        self.layers: list[FullLayer | WindowLayer] = []
+        self.layers: list[FullLayer | WindowLayer | ShardedLayer | ShardedWindowLayer] = []
         self.num_seen: list[int] = []
         self.num_seen_columns = 0
         self.phase = "prefill"
         self.plans: list[RowPlan] | None = None
         self._next_layer = 0
         self._rows: Rows | None = None
+        self.dealt: Deal | None = None
+        self._deal_waits = False
+        self._placement: Placement | None = None
+        self._forward: DealtChunk | HeadExchange | None = None
+        # Whether every rank holds a part of the slots of every head, rather than all slots of some heads.
+        self._by_sequence = self.ranks.deals_tokens and self.ranks.parallel.sp_prefill != "ulysses"
+
+    def adopt(self, config: D2OConfig) -> None:
+        """Compress as `config` says what was read under another configuration.
+
+        What a prefill gathers does not depend on how the cache is compressed afterwards: one prompt, read once into a
+        cache and copied, serves many configurations.
+
+        Raises:
+            ValueError: the first prefill is over or has not begun, or did not gather what `config` needs.
+        """
+        if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
+            raise ValueError(
+                f"only a cache in its first prefill can change its configuration; this one is in phase {self.phase} "
+                f"and has seen {self.num_seen_columns} tokens"
+            )
+        for name in ("needs_column_sums", "needs_rates"):
+            if getattr(config, name) and not getattr(self.config, name):
+                raise ValueError(
+                    f"the new configuration {name.replace('_', ' ')}, and the prefill did not gather them"
+                )
+        if config.needs_rates and config.rate_window > self.config.rate_window:
+            raise ValueError(
+                f"rate_window ({config.rate_window}) must be at most the {self.config.rate_window} of the prefill"
+            )
+        compressed = on_full_layers(config, self.windows)
+        check_total(compressed, len(self.full_layers))
+        self.config, self._compressed_config = config, compressed
+        for index in self.full_layers:
+            self.layers[index].adopt(config)
 
     # ---- one forward ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of a layer of the whole model; 0 before the first token."""
+        slots = self.layers[0].store.slots if self.layers else None
+        if slots is None:
+            return 0
+        whole = self.ranks.deals_tokens and not self._by_sequence
+        heads = sum(self.ranks.kv_sizes) if whole else slots.positions.shape[1]
+        return heads * self.ranks.tp.size // self.ranks.kv_replicas
 
     @property
     def in_forward(self) -> bool:
         """Whether a forward has begun and not reached its last layer."""
         return self._next_layer != 0
 
+    def deal(self, counts: Sequence[int]) -> Deal:
+        """Announce the next forward: a chunk of `counts` tokens a row, spread over the sequence ranks.
+
+        The forward then takes this rank's part: [B, H, deal.width, D], each row's tokens in its last columns.
+
+        Raises:
+            ValueError: rows other than those of this batch, or no token at all.
+        """
+        if self.layers and len(counts) != len(self.num_seen):
+            raise ValueError(f"a chunk of {len(counts)} rows was dealt, but the cache has {len(self.num_seen)}")
+        if not counts or max(counts) < 1:
+            raise ValueError(f"a chunk must have a token, but its rows have {list(counts)}")
+        rule = Zigzag if self._by_sequence else Contiguous
+        self.dealt, self._deal_waits = Deal.of(counts, rule, self.ranks.sp.size, self.ranks.sp.rank), True
+        return self.dealt
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Append a chunk to one layer and attend from it. Layers come in order, 0 first.
 
         Args:
-            q: [B, Hq, n, D]; k, v: [B, Hkv, n, D], after RoPE; n = 1 after a prefill is a decode step.
-            mask: 2D [B, >= n], its last n columns are this chunk's; 0 marks padding. None: no padding.
+            q: [B, Hq, n, D]; k, v: [B, Hkv, n, D], after RoPE; n = 1 after a prefill is a decode step. Of a chunk that
+                was dealt: this rank's part.
+            mask: 2D [B, >= n], its last n columns are this chunk's; 0 marks padding. None: no padding. Of a chunk that
+                was dealt it is not read: the deal says which columns are tokens.
 
         Returns:
             [B, Hq, n, D] in the dtype of q; zeros at padding.
@@ -94,38 +155,87 @@ class CompressedCache:
             )
         if layer == 0:
             self._begin(k, mask)
-        decoding = self.phase == "decode"
-        step = self.layers[layer].decode if decoding else self.layers[layer].prefill
-        out = step(q, k, v, scale, self._rows, self.num_seen)
+        with self.ranks.counter.phase(self.phase):
+            out = self._attend(self.layers[layer], q, k, v, scale)
         self._next_layer = layer + 1
         if self._next_layer == len(self.windows):
             self._end(k.shape[2])
         return out
 
+    def _attend(self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """One layer's step, where the tokens or heads of this forward are wanted."""
+        ranks, forward = self.ranks, self._forward
+        if isinstance(forward, DealtChunk):
+            return layer.prefill(q, k, v, scale, forward, self.num_seen)
+        if isinstance(forward, HeadExchange):
+            out = layer.prefill(*forward.to_heads(q, k, v), scale, self._rows, self.num_seen)
+            return forward.to_tokens(out)
+        step = layer.decode if self.phase == "decode" else layer.prefill
+        if not ranks.deals_tokens or self._by_sequence:
+            return step(q, k, v, scale, self._rows, self.num_seen)
+        mine = (ranks.my_heads(tensor) for tensor in (q, k, v))
+        return ranks.join_heads(step(*mine, scale, self._rows, self.num_seen))
+
     def _begin(self, k: Tensor, mask: Tensor | None) -> None:
         """Settle the phase and the rows of this forward."""
         batch, _, length, _ = k.shape
+        deal = self.dealt if self._deal_waits else None
+        self._deal_waits = False
+        if deal is None and self.ranks.deals_tokens and (length > 1 or not self.num_seen_columns):
+            raise ValueError(
+                f"a chunk of {length} columns was not dealt: with sp ({self.ranks.sp.size}) every rank takes a part of "
+                "the prompt; announce it with deal()"
+            )
+        if deal is not None and (len(deal.maps), deal.width) != (batch, length):
+            raise ValueError(
+                f"{len(deal.maps)} rows of {deal.width} columns were dealt to this rank, but the forward has {batch} "
+                f"of {length}"
+            )
         if not self.layers:
             self.num_seen = [0] * batch
-            self.layers = [
-                FullLayer(batch, self.config) if window is None else WindowLayer(batch, window)
-                for window in self.windows
-            ]
-        self._rows = Rows.of(batch, length, mask)
+            self.layers = [self._make_layer(batch, window) for window in self.windows]
         # A prompt of one token is a prefill; so is anything before the first token was seen.
-        if length == 1 and self.num_seen_columns > 0:
+        if length == 1 and self.num_seen_columns > 0 and deal is None:
             self.finalize()
         else:
-            self.phase = "prefill"
+            self._begin_prefill(batch)
+        self._forward = None
+        if deal is None or not self.ranks.deals_tokens:
+            self._rows = Rows.of(batch, length, mask if deal is None else deal.mask())
+            return
+        self._rows = Rows.first(deal.counts)
+        if self._by_sequence:
+            self._placement.add(deal)
+            self._forward = DealtChunk(deal, self._placement, Rows.of(batch, length, deal.mask()))
+        else:
+            self._forward = HeadExchange(self.ranks, deal)
+
+    def _make_layer(self, batch: int, window: int | None):
+        if self._by_sequence:
+            return (
+                ShardedLayer(batch, self.config, self.ranks)
+                if window is None
+                else ShardedWindowLayer(batch, window, self.ranks)
+            )
+        return FullLayer(batch, self.config, self.ranks) if window is None else WindowLayer(batch, window)
+
+    def _begin_prefill(self, batch: int) -> None:
+        if self._placement is None or self.phase != "prefill":
+            self._placement = Placement(batch, self.ranks.sp.size)
+            if self._by_sequence:
+                for layer in self.layers:
+                    layer.begin_prefill()
+        self.phase = "prefill"
 
     def _end(self, length: int) -> None:
         """After the last layer: count the tokens, and evict what is due."""
         self._next_layer = 0
         self.num_seen = [old + new for old, new in zip(self.num_seen, self._rows.counts, strict=True)]
-        self.num_seen_columns += length
-        self._rows = None
+        self.num_seen_columns += length if self._forward is None else self._rows.length
+        self._rows = self._forward = None
         if self.phase == "decode" and self.config.eviction_interval is not None:
-            self._evict(self.config.eviction_interval, finalize=False)
+            with self.ranks.counter.phase("evict"):
+                self._evict(self.config.eviction_interval)
 
     # ---- compression ---------------------------------------------------------------------------------------------
 
@@ -137,11 +247,16 @@ class CompressedCache:
             return
         if not self.num_seen_columns:
             raise ValueError("finalize() was called before any token was seen")
-        self._set_budgets()
-        for layer in self.full_layers:
-            self.layers[layer].finish_prefill()
-        self.phase = "decode"
-        self._evict(1, finalize=True)
+        with self.ranks.counter.phase("finalize"):
+            self._set_budgets()
+            for layer in self.full_layers:
+                self.layers[layer].finish_prefill()
+            self.phase = "decode"
+            if self._by_sequence:
+                self._finalize_shards()
+            else:
+                self._finalize_layers()
+        self._placement = None
 
     def _set_budgets(self) -> None:
         config, count = self._compressed_config, len(self.full_layers)
@@ -153,10 +268,7 @@ class CompressedCache:
             self.plans = []
             variances: Sequence[Tensor | None] = [None] * len(self.num_seen)
             if config.allocation == "dynamic" and config.needs_column_sums:
-                rows = range(len(self.num_seen))
-                at_hand = [torch.stack([layer.variances(row) for layer in layers], -1) for row in rows]
-                # One exchange for the whole model: [B, h, L] -> [B, H, L].
-                variances = self.gather_heads(torch.stack(at_hand)).transpose(1, 2).contiguous()
+                variances = self._variances(layers)
             for row, num_tokens in enumerate(self.num_seen):
                 log_weights, dispersions = row_log_weights(variances[row], config, count)
                 self.plans.append(RowPlan(log_weights, dispersions, num_tokens))
@@ -167,38 +279,123 @@ class CompressedCache:
         for index, layer in enumerate(layers):
             layer.slot_budgets = None if index in protected else [plan.slots[index] for plan in self.plans]
 
-    def _evict(self, slack: int, *, finalize: bool) -> None:
-        """Evict the rows of all layers that hold at least `slack` slots over their budget.
+    def _variances(self, layers: Sequence[FullLayer | ShardedLayer]) -> Tensor:
+        """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers."""
+        rows = range(len(self.num_seen))
+        squares = torch.stack([torch.stack([layer.squared_deviations(row) for layer in layers], -1) for row in rows])
+        if self._by_sequence:
+            squares = self.ranks.sp.sum_in_rank_order(squares)
+        divisors = torch.tensor([max(seen - 1, 1) for seen in self.num_seen], device=squares.device)
+        variances = self.ranks.gather_query_heads(self._whole_heads(squares / divisors[:, None, None]))
+        return variances.transpose(1, 2).contiguous()
 
-        At finalize one layer after the other, so that no more than one layer is held twice; while decoding, when little
-        is held, all layers with one exchange between ranks.
+    def _whole_heads(self, tensor: Tensor) -> Tensor:
+        """[B, h, ...] of the heads at hand -> those of the tensor rank."""
+        return tensor if self._by_sequence else self.ranks.join_heads(tensor)
+
+    def _gather_reports(self, reports: Tensor) -> Tensor:
+        """[B, h, X] of the KV heads at hand -> [B, H, X] of the whole layer, the same on every rank."""
+        return self.ranks.gather_kv_heads(self._whole_heads(reports))
+
+    def _finalize_layers(self) -> None:
+        """One layer after the other, so that no more than one is held twice."""
+        for index in self.full_layers:
+            layer = self.layers[index]
+            if layer.slot_budgets is not None:
+                self._finalize_layer(index)
+        if self.ranks.deals_tokens and not self.ranks.by_heads:
+            # Compressed first, then moved: from all slots of some heads to some slots of all heads.
+            for index, window in enumerate(self.windows):
+                if window is None:
+                    self.layers[index] = ShardedLayer.from_heads(self.layers[index], self.num_seen, self.ranks)
+                else:
+                    self.layers[index] = ShardedWindowLayer.from_heads(self.layers[index], self.ranks)
+            self._by_sequence = True
+
+    def _finalize_layer(self, index: int) -> None:
+        layer = self.layers[index]
+        job = eviction_budget(layer.slot_budgets, layer.kv_len, 1, self.config, self._device(layer))
+        held = layer.kv_len if job is None else job[1]
+        # From here on the buffers never move: room for the budget and what gathers between evictions.
+        capacity = max(*layer.slot_budgets, *held) + (self.config.eviction_interval or 0)
+        if job is None:
+            layer.store.reserve(capacity)
+            return
+        budget, kv_len = job
+        steps = [self._steps(layer, budget, finalize=True)]
+        [(slots, layer.state)] = run_evictions(steps, self._gather_reports)
+        layer.store.replace(slots, kv_len, capacity)
+        self._check({index: [layer.store.slots.positions]})
+
+    def _finalize_shards(self) -> None:
+        interval = self.config.eviction_interval or 0
+        for index in self.full_layers:
+            layer = self.layers[index]
+            if layer.slot_budgets is None:
+                layer.settle_whole(self.num_seen)
+                continue
+            slots = layer.slots_for_finalize()
+            job = eviction_budget(layer.slot_budgets, layer.kv_len, 1, self.config, self._device(layer))
+            # No row is due: a budget of all that is held evicts nothing, and the shards are made level all the same.
+            budget, kv_len = (LayerBudget(max(layer.kv_len), 0), layer.kv_len) if job is None else job
+            shard, state = finalize_shard(
+                slots, budget, layer.state, self.config, self.ranks, num_seen_tokens=self._seen(layer),
+                nearest=nearest_kept, room=max(*layer.slot_budgets, *kv_len) + interval,
+            )  # fmt: skip
+            layer.settle(shard, state, kv_len, self.num_seen)
+            self._check({index: [shard.positions, shard.held]})
+
+    def _evict(self, slack: int) -> None:
+        """While decoding: evict the rows of all layers that hold `slack` slots or more over their budget.
+
+        All layers with one exchange between ranks, since little is held.
         """
-        due = [index for index in self.full_layers if self.layers[index].slot_budgets is not None]
-        for batch in [[index] for index in due] if finalize else [due]:
-            jobs = []
-            for index in batch:
-                layer = self.layers[index]
-                device = layer.store.slots.positions.device
-                job = eviction_budget(layer.slot_budgets, layer.store.kv_len, slack, self.config, device)
-                if finalize:
-                    # From here on the buffers never move: room for the budget and what gathers between evictions.
-                    held = layer.store.kv_len if job is None else job[1]
-                    capacity = max(*layer.slot_budgets, *held) + (self.config.eviction_interval or 0)
-                    if job is None:
-                        layer.store.reserve(capacity)
+        jobs = []
+        for index in self.full_layers:
+            layer = self.layers[index]
+            if layer.slot_budgets is not None:
+                job = eviction_budget(layer.slot_budgets, layer.kv_len, slack, self.config, self._device(layer))
                 if job is not None:
-                    jobs.append((layer, *job))
-            steps = [self._steps(layer, budget, finalize) for layer, budget, _ in jobs]
-            for (layer, _, kv_len), (slots, state) in zip(jobs, run_evictions(steps, self.gather_heads), strict=True):
-                layer.state = state
-                layer.store.replace(slots, kv_len, capacity if finalize else None)
+                    jobs.append((index, layer, *job))
+        if not jobs:
+            return
+        if self._by_sequence:
+            shards = [
+                layer.job([old - new for old, new in zip(layer.kv_len, kv_len, strict=True)], self.num_seen)
+                for _, layer, _, kv_len in jobs
+            ]
+            evictions = evict_shards(
+                shards, self.config, self.ranks, num_seen_tokens=self._seen(jobs[0][1]), nearest=nearest_kept
+            )
+            for (_, layer, _, kv_len), eviction in zip(jobs, evictions, strict=True):
+                layer.take_eviction(eviction, kv_len)
+            self._check({job[0]: [one.victims, one.held] for job, one in zip(jobs, evictions, strict=True)})
+            return
+        steps = [self._steps(layer, budget, finalize=False) for _, layer, budget, _ in jobs]
+        results = run_evictions(steps, self._gather_reports)
+        for (_, layer, _, kv_len), (slots, state) in zip(jobs, results, strict=True):
+            layer.state = state
+            layer.store.replace(slots, kv_len)
+        self._check({index: [layer.store.slots.positions] for index, layer, _, _ in jobs})
 
-    def _steps(self, layer: FullLayer, budget: LayerBudget, finalize: bool) -> EvictionSteps:
-        slots = layer.store.slots
-        seen = torch.tensor(self.num_seen, device=slots.positions.device)
+    def _steps(self, layer: FullLayer, budget: LayerBudget, *, finalize: bool) -> EvictionSteps:
         return eviction_steps(
-            slots, budget, layer.state, self.config, finalize=finalize, num_seen_tokens=seen, nearest=nearest_kept
-        )
+            layer.store.slots, budget, layer.state, self.config, finalize=finalize,
+            num_seen_tokens=self._seen(layer), nearest=nearest_kept,
+        )  # fmt: skip
+
+    def _seen(self, layer: FullLayer | ShardedLayer) -> Tensor:
+        return torch.tensor(self.num_seen, device=self._device(layer))
+
+    @staticmethod
+    def _device(layer: FullLayer | ShardedLayer) -> torch.device:
+        return layer.store.slots.positions.device
+
+    def _check(self, positions: dict[int, list[Tensor]]) -> None:
+        """With `check_replicas`: compare what was just decided between the ranks."""
+        if self.ranks.parallel.check_replicas:
+            thresholds = {index: self.layers[index].state.threshold for index in positions}
+            check_agreement(thresholds, positions, self.ranks, by_sequence=self._by_sequence)
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
@@ -212,19 +409,8 @@ class CompressedCache:
                 raise ValueError(f"row {row} was selected, but the cache has {len(self.num_seen)} rows")
         for layer in self.layers:
             layer.select_rows(index)
+        if self._placement is not None:
+            self._placement.select_rows(host)
         self.num_seen = [self.num_seen[row] for row in host]
         if self.plans:
-            plans = self.plans
-            self.plans = [RowPlan(p.log_weights, p.dispersions, p.num_tokens, list(p.slots)) for p in
-                          (plans[row] for row in host)]  # fmt: skip
-
-
-def _on_full_layers(config: D2OConfig, windows: list[int | None]) -> D2OConfig:
-    """The configuration with `protected_layers` counted among the compressed layers only.
-
-    Layer indices in a configuration are the model's; sliding-window layers need no protection and take no part in
-    the budget.
-    """
-    full = [index for index, window in enumerate(windows) if window is None]
-    protected = config.protected(len(windows))
-    return config.replace(protected_layers=tuple(n for n, index in enumerate(full) if index in protected))
+            self.plans = [self.plans[row].copy() for row in host]

@@ -56,6 +56,11 @@ class SlotStore:
         self._buffers.map(lambda tensor: sizes.append(tensor.numel() * tensor.element_size()) or tensor)
         return sum(sizes)
 
+    def view(self, width: int) -> Slots:
+        """Views of the first `width` slots, [B, Hkv, width, ...], in use or not; there must be room for them."""
+        assert width <= self.capacity
+        return self._buffers.map(lambda tensor: tensor[:, :, :width])
+
     def append(self, keys: Tensor, values: Tensor, rows: Rows, num_seen: list[int]) -> None:
         """Add each row's tokens [B, Hkv, rows.length, D]; the first gets position `num_seen[row]`, score 0."""
         start = list(self.kv_len)
@@ -88,7 +93,7 @@ class SlotStore:
 
     def reserve(self, capacity: int, *, like: Tensor | None = None, slack: int = 0) -> None:
         """Make room for `capacity` slots a row, and `slack` more if the buffers must move."""
-        if capacity <= self.capacity:
+        if self._buffers is not None and capacity <= self.capacity:
             return
         capacity += slack
         if self._buffers is None:

@@ -1,18 +1,25 @@
-"""`launch/infer.py`: prompts in, results out. Exit: 0 all rows ok, 1 some failed, 2 bad usage, 130 interrupted."""
+"""`launch/infer.py`: prompts in, results out. Exit: 0 all rows ok, 1 some failed, 2 bad usage, 130 interrupted.
+
+The same program is one process by itself, or one rank of many under torchrun, deepspeed or srun.
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from d2o_dist.cli.voice import parse_once, quiet_unless
+from d2o_dist.comm.collectives import Collectives
+from d2o_dist.comm.launch import Launch, init_distributed, read_environment
+from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.config.overrides import parse_override
-from d2o_dist.engine.runner import Plan, prepare, run
+from d2o_dist.engine.plan import Plan, prepare
+from d2o_dist.engine.runner import run
 from d2o_dist.engine.summary import Summary
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -31,6 +38,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FILE", help="JSONL of results; standard output if not given")
     parser.add_argument("--preset", help="named D2O configuration, such as d2o, mass, full")
     parser.add_argument("--keep-ratio", help="fraction of the cache to keep, in (0, 1]")
+    parser.add_argument("--tp", type=int, metavar="N", help="ranks that share the heads of a request")
+    parser.add_argument("--sp", type=int, metavar="N", help="ranks that share the tokens of a request")
+    parser.add_argument("--dp", type=int, metavar="N", help="replicas; what the ranks allow, if not given")
+    parser.add_argument("--trace", metavar="FOLDER", help="write collective counts and a profile of a decode step")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any field, such as sampling.top_p=0.9")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same, repeatable")
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
@@ -41,7 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def read_config(args: argparse.Namespace) -> InferConfig:
     """The file, then the flags, then the overrides in the order given."""
-    overrides = [(name, value) for name in ("model", "output") if (value := getattr(args, name)) is not None]
+    fields = {name: name for name in ("model", "output", "trace")} | {f"parallel.{n}": n for n in ("tp", "sp", "dp")}
+    overrides = [(key, value) for key, name in fields.items() if (value := getattr(args, name)) is not None]
     for name, other in (("prompts", "prompt"), ("prompt", "prompts")):
         if getattr(args, name) is not None:
             # A source on the command line replaces the other kind of source in the file.
@@ -55,8 +67,14 @@ def read_config(args: argparse.Namespace) -> InferConfig:
     return InferConfig.load(args.config, overrides)
 
 
-def run_plan(config: InferConfig, plan: Plan) -> Summary:
-    """Run with the right display: text as it comes and the cache's report, or a progress bar and JSONL."""
+def run_plan(config: InferConfig, plan: Plan, mesh: ParallelMesh) -> Summary:
+    """Run with the right display on rank 0: text as it comes and the cache's report, or a progress bar and JSONL."""
+    one = plan.num_rows == 1 and mesh.dp == 1
+    on_terminal = config.stream == "auto" and one and sys.stdout.isatty() and config.output != "-"
+    # A report is made by all ranks of a request together, so it is rank 0's terminal that decides for them.
+    streams = Collectives(mesh.axis("world")).broadcast_object(config.stream is True or on_terminal)
+    if mesh.rank != 0:
+        return run(config, plan, mesh, on_report=(lambda report: None) if streams else None)
 
     def log(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
@@ -64,33 +82,45 @@ def run_plan(config: InferConfig, plan: Plan) -> Summary:
     def show(piece: str) -> None:
         print(piece, end="", flush=True)
 
-    on_terminal = config.stream == "auto" and plan.num_rows == 1 and sys.stdout.isatty()
-    if config.stream is True or (on_terminal and config.output != "-"):
-        return run(config, plan, on_text=show, on_report=lambda report: print(f"\n\n{report}"), log=log)
+    if streams:
+        return run(config, plan, mesh, on_text=show, on_report=lambda report: print(f"\n\n{report}"), log=log)
     with tqdm(total=plan.num_rows, unit="row", file=sys.stderr, disable=None) as bar:
-        return run(config, plan, on_rows=bar.update, log=log)
+        return run(config, plan, mesh, on_rows=bar.update, log=log)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, run, tear down; the exit status."""
-    args = make_parser().parse_intermixed_args(argv)
+    """Parse, check, run, tear down; the exit status, the same on all ranks. One rank speaks."""
+    launch, mesh = Launch(), None
+
+    def refuse(error: ValueError) -> int:
+        # Before ranks have met, one of each machine speaks: what is wrong may be wrong there only.
+        if (launch.local_rank if mesh is None else mesh.rank) == 0:
+            print(f"infer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+
     try:
-        if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-            raise ValueError(f"WORLD_SIZE ({world}) must be 1: this program runs on one rank")
+        launch = read_environment()
+        args = parse_once(make_parser(), argv, launch.local_rank == 0)
+        if isinstance(args, int):
+            return args
         config = read_config(args)
         if args.print_config:
-            print(dump_yaml(config.to_dict()), end="")
+            print(dump_yaml(config.to_dict()) if launch.rank == 0 else "", end="")
             return EXIT_OK
-        plan = prepare(config)
-        for line in [*plan.warnings, *(f"row {bad.index} ({bad.id!r}): {bad.error}" for bad in plan.bad_rows[:10])]:
-            print(f"warning: {line}", file=sys.stderr)
-        summary = run_plan(config, plan)
+        dp = config.parallel.replicas(launch.world_size)
+        init_distributed("gloo" if config.device == "cpu" else None)
+        mesh = build_mesh(dp, config.parallel.sp, config.parallel.tp)
+        with quiet_unless(mesh.rank == 0):
+            plan = prepare(config, mesh)
+            for line in plan.notices() if mesh.rank == 0 else ():
+                print(f"warning: {line}", file=sys.stderr)
+            summary = run_plan(config, plan, mesh)
     except ValueError as error:
-        print(f"infer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE
+        return refuse(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    print(summary, file=sys.stderr)
+    if mesh.rank == 0:
+        print(summary, file=sys.stderr)
     if summary.interrupted:
         return EXIT_INTERRUPTED
     return EXIT_FAILED if summary.num_failed else EXIT_OK

@@ -5,6 +5,7 @@ from d2o_dist.comm.collectives import CollectiveError, Collectives, Pending
 from d2o_dist.comm.launch import Launch, destroy, init_distributed, read_environment, run_guarded
 from d2o_dist.comm.mesh import Axis, ParallelMesh, build_mesh, check_world
 from d2o_dist.comm.mpu import Mpu
+from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.comm.shard import BlockStriped, Contiguous, ShardMap, Zigzag
 from d2o_dist.comm.traffic import Traffic, TrafficCounter
 
@@ -21,6 +22,7 @@ __all__ = [
     "ShardMap",
     "Traffic",
     "TrafficCounter",
+    "WorkQueue",
     "Zigzag",
     "build_mesh",
     "check_world",

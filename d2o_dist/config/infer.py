@@ -13,12 +13,14 @@ from d2o_dist.config.checks import check_bool, check_int, check_string
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.io import build, check_choice, load_yaml
 from d2o_dist.config.overrides import apply_overrides
+from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.config.sampling import SamplingConfig
 
 DTYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 CHAT_TEMPLATES = ("auto", "never", "always")
 TRUNCATIONS = ("error", "middle", "left")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_SECTIONS = {"sampling": SamplingConfig, "parallel": ParallelConfig}
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class InferConfig:
         tokenizer: folder or hub name; the model's own when null.
         dtype: of weights and cache; `auto` is what the checkpoint was saved in, but float32 for a half-precision
             one on a CPU (where half precision is slower by far).
-        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`; of several ranks each takes its own GPU.
         d2o: how the cache is compressed; in YAML a mapping of fields, `preset` among them.
         sampling: how tokens are chosen; a mapping in YAML.
+        parallel: over how many ranks, and how; a mapping in YAML.
         prompts: file of prompts, `.jsonl` (a row a line) or `.txt` (one prompt).
         prompt: one prompt, instead of a file.
-        output: JSONL file of results; null or `-` writes to standard output.
+        output: JSONL file of results; null or `-` writes to standard output (with one replica only).
         overwrite: replace `output` if it exists; otherwise that is an error.
         chat_template: `always` (wrap a bare prompt as a user message), `never` (bare text only), `auto` (`always`
             where the tokenizer has a template).
@@ -46,6 +49,7 @@ class InferConfig:
         max_prompt_tokens: longest prompt, in tokens; null: what the model's positions leave beside `max_new_tokens`.
         truncation: what happens to a longer prompt: `error`, `middle` (keep both ends), `left` (keep the end).
         stream: show the text of a single prompt as it comes: true, false, or `auto` (on a terminal).
+        trace: folder for what each rank sent (JSON) and a profile of one decode step (Chrome trace); null: neither.
         trust_remote_code, revision: as in `from_pretrained`.
     """
 
@@ -55,6 +59,7 @@ class InferConfig:
     device: str = "auto"
     d2o: D2OConfig = field(default_factory=D2OConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     prompts: str | None = None
     prompt: str | None = None
     output: str | None = None
@@ -67,12 +72,13 @@ class InferConfig:
     max_prompt_tokens: int | None = None
     truncation: str = "error"
     stream: str | bool = "auto"
+    trace: str | None = None
     trust_remote_code: bool = False
     revision: str | None = None
 
     def __post_init__(self) -> None:
         check_string("model", self.model)
-        for name in ("tokenizer", "prompts", "prompt", "output", "system_prompt", "revision"):
+        for name in ("tokenizer", "prompts", "prompt", "output", "system_prompt", "trace", "revision"):
             check_string(name, getattr(self, name), optional=True)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("chat_template", self.chat_template, CHAT_TEMPLATES)
@@ -90,7 +96,7 @@ class InferConfig:
             raise ValueError(f"stream ({self.stream!r}) must be one of auto, true, false")
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise ValueError(f"device ({self.device!r}) must be one of auto, cpu, cuda, cuda:N")
-        for name, kind in (("d2o", D2OConfig), ("sampling", SamplingConfig)):
+        for name, kind in (("d2o", D2OConfig), *_SECTIONS.items()):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, not {type(getattr(self, name)).__name__}")
         if self.prompts is not None and self.prompt is not None:
@@ -110,8 +116,9 @@ class InferConfig:
             raise ValueError("model is missing: name a folder or a hub model")
         if not isinstance(values.get("d2o"), D2OConfig):
             values["d2o"] = D2OConfig.from_dict({} if values.get("d2o") is None else values["d2o"])
-        if not isinstance(values.get("sampling"), SamplingConfig):
-            values["sampling"] = build(SamplingConfig, {} if values.get("sampling") is None else values["sampling"])
+        for name, kind in _SECTIONS.items():
+            if not isinstance(values.get(name), kind):
+                values[name] = build(kind, {} if values.get(name) is None else values[name])
         return build(cls, values)
 
     @classmethod
@@ -128,7 +135,7 @@ class InferConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values; `from_dict` is its inverse."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**values, "d2o": self.d2o.to_dict(), "sampling": self.sampling.to_dict()}
+        return {**values, **{name: values[name].to_dict() for name in ("d2o", *_SECTIONS)}}
 
 
 def _forget_replaced_size(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class ParallelConfig:
         tp_engine: who shards the weights: `deepspeed` (AutoTP) or `transformers` (its own plan).
         sp_prefill: how a prompt that is spread over `sp` ranks attends: `ulysses` (all-to-all to head shards),
             `allgather` (keys and values gathered head by head), `ring` (they travel around), or `auto`: `ulysses` where
-            every rank gets a KV head, else `allgather`.
+            every rank gets a KV head, else `allgather`, or `ring` for prompts of which one gathered head is over 1 GiB.
         cache_layout: what a rank holds while decoding: `heads` (some KV heads, all their slots; needs `ulysses`),
             `sequence` (a part of the slots of every head), or `auto`: `heads` after `ulysses`, else `sequence`.
         merge_scope: `global`: an evicted token is merged into the nearest kept one on any rank, as on one device;

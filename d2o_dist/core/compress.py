@@ -43,18 +43,14 @@ def eviction_steps(
 
     kept = slots.take(selection.keep_idx, selection.keep_valid)
     valid = selection.evict_valid
-    num_evicted = valid.sum((1, 2)) * selection.evict_idx.shape[1]
     if config.merge == "none" or selection.keep_idx.shape[-1] == 0:
-        return kept, _count(state, state.threshold, torch.zeros_like(num_evicted), num_evicted)
+        return kept, count_dropped(valid, selection.evict_idx.shape[1], state)
 
     evicted = slots.take(selection.evict_idx, valid)
     similarity, target = nearest(evicted.keys, kept.keys, selection.is_target)
-    layer = read_reports((yield head_reports(similarity, valid.expand_as(similarity), config)))
-    threshold = update_threshold(state.threshold, layer, config)
-    merged = open_gate(similarity, valid, layer, threshold, config)
-    num_merged = merged.sum((1, 2))
-    kept = merge_into(kept, evicted, similarity, target, merged, config)
-    return kept, _count(state, threshold, num_merged, num_evicted - num_merged)
+    reports = yield head_reports(similarity, valid.expand_as(similarity), config)
+    merged, state = judge(similarity, valid, reports, state, config)
+    return merge_into(kept, evicted, similarity, target, merged, config), state
 
 
 def compress_layer(
@@ -89,6 +85,28 @@ def compress_layer(
             reports = steps.send(reports)
     except StopIteration as end:
         return end.value
+
+
+def judge(
+    similarity: Tensor, valid: Tensor, reports: Tensor, state: D2OState, config: D2OConfig
+) -> tuple[Tensor, D2OState]:
+    """Which evicted tokens of the heads at hand are merged, [B, h, E] bool, and the state after the eviction.
+
+    Args:
+        similarity: [B, h, E] cosine to the nearest target, of the heads at hand; valid: [B, 1, E] bool.
+        reports: [B, H, X] of all heads (`head_reports`).
+    """
+    layer = read_reports(reports)
+    threshold = update_threshold(state.threshold, layer, config)
+    merged = open_gate(similarity, valid, layer, threshold, config)
+    num_merged = merged.sum((1, 2))
+    return merged, _count(state, threshold, num_merged, valid.sum((1, 2)) * similarity.shape[1] - num_merged)
+
+
+def count_dropped(valid: Tensor, num_heads: int, state: D2OState) -> D2OState:
+    """The state after an eviction that merges nothing; valid: [B, 1, E] bool, evicted from each of the heads."""
+    num_evicted = valid.sum((1, 2)) * num_heads
+    return _count(state, state.threshold, torch.zeros_like(num_evicted), num_evicted)
 
 
 def _count(state: D2OState, threshold: Tensor | None, num_merged: Tensor, num_dropped: Tensor) -> D2OState:

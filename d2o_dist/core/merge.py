@@ -6,6 +6,7 @@ Shape legend: B rows, Hkv key/value heads, K kept slots, E evicted tokens, D hea
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,6 +60,91 @@ def _scatter(target: Tensor, weights: Tensor, num_kept: int) -> Tensor:
     return out.scatter_add_(2, target, weights)
 
 
+@dataclass(frozen=True)
+class MergeSums:
+    """What evicted tokens bring to each kept slot; the sums of several shards of evicted tokens add up.
+
+    Attributes:
+        count, weight: [B, Hkv, K] number and total weight of the tokens merged into the slot.
+        keys, values: [B, Hkv, K, D] weighted sums; `keys` is None where the rule leaves keys as they are.
+    """
+
+    count: Tensor
+    weight: Tensor
+    keys: Tensor | None
+    values: Tensor
+
+    def pack(self) -> Tensor:
+        """[B, Hkv, K, X], to be added up between ranks."""
+        wide = [self.count.unsqueeze(-1), self.weight.unsqueeze(-1), self.values]
+        return torch.cat(wide if self.keys is None else [*wide, self.keys], -1)
+
+    def unpack(self, packed: Tensor) -> MergeSums:
+        """The sums in a tensor that `pack` of sums like these made, perhaps with another K."""
+        dim = self.values.shape[-1]
+        keys = None if self.keys is None else packed[..., 2 + dim :]
+        return MergeSums(packed[..., 0], packed[..., 1], keys, packed[..., 2 : 2 + dim])
+
+
+def merge_sums(
+    evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, config: D2OConfig, num_kept: int
+) -> MergeSums:
+    """The weighted sums of the gated evicted tokens at their targets, in the statistics' dtype.
+
+    Args:
+        evicted: [B, Hkv, E, ...].
+        similarity, target: [B, Hkv, E], from `nearest_kept`; merged: [B, Hkv, E] bool, from `open_gate`.
+        num_kept: K, slots that targets point into.
+    """
+    dtype = stats_dtype(evicted.keys.dtype)
+    target = target.masked_fill(~merged, 0)
+    if config.merge == "mass":
+        weight = evicted.rates * merged
+    elif config.merge == "released":
+        weight = similarity.masked_fill(~merged, 0)
+    else:
+        weight = similarity.masked_fill(~merged, -torch.inf).exp()
+
+    def rows(tensor: Tensor) -> Tensor:
+        return _scatter_rows(target, weight.unsqueeze(-1) * tensor.to(dtype), num_kept)
+
+    with_keys = config.merge in ("keys_values", "released")
+    return MergeSums(
+        count=_scatter(target, merged.to(dtype), num_kept),
+        weight=_scatter(target, weight, num_kept),
+        keys=rows(evicted.keys) if with_keys else None,
+        values=rows(evicted.values),
+    )
+
+
+def apply_merge(kept: Slots, sums: MergeSums, config: D2OConfig) -> Slots:
+    """Kept slots [B, Hkv, K, ...] with the sums folded in; a slot into which nothing is merged keeps its bits."""
+    dtype = stats_dtype(kept.keys.dtype)
+    touched = sums.count > 0
+
+    def average(own_weight: Tensor | float, total: Tensor, old: Tensor, added: Tensor) -> Tensor:
+        """`(own_weight * old + added) / total`, where anything was merged."""
+        own = own_weight.unsqueeze(-1) if isinstance(own_weight, Tensor) else own_weight
+        mean = (own * old.to(dtype) + added) / total.unsqueeze(-1)
+        return torch.where(touched.unsqueeze(-1), mean.to(old.dtype), old)
+
+    if config.merge == "mass":
+        own = kept.rates.clamp_min(torch.finfo(dtype).tiny)
+        mass = own + sums.weight
+        log_mass = (kept.log_mass + (mass / own).log()).clamp_max(config.max_log_mass)
+        return kept.replace(
+            values=average(own, mass, kept.values, sums.values),
+            rates=torch.where(touched, mass, kept.rates),
+            log_mass=torch.where(touched, log_mass, kept.log_mass),
+        )
+    # The released rule takes the mean with the slot itself, the others a softmax over cosines, the own one being 1.
+    own_weight, total = (1.0, 1 + sums.count) if config.merge == "released" else (math.e, math.e + sums.weight)
+    kept = kept.replace(values=average(own_weight, total, kept.values, sums.values))
+    if sums.keys is None:
+        return kept
+    return kept.replace(keys=average(own_weight, total, kept.keys, sums.keys))
+
+
 def merge_into(
     kept: Slots, evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, config: D2OConfig
 ) -> Slots:
@@ -74,39 +160,5 @@ def merge_into(
     """
     if config.merge == "none":
         return kept
-    dtype = stats_dtype(kept.keys.dtype)
-    num_kept = kept.positions.shape[-1]
-    target = target.masked_fill(~merged, 0)
-    touched = _scatter(target, merged.to(dtype), num_kept) > 0
-
-    def average(own_weight: Tensor | float, weight: Tensor, total: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """`(own_weight * old + sum weight * new) / total`, where anything was merged."""
-        added = _scatter_rows(target, weight.unsqueeze(-1) * new.to(dtype), num_kept)
-        own = own_weight.unsqueeze(-1) if isinstance(own_weight, Tensor) else own_weight
-        mean = (own * old.to(dtype) + added) / total.unsqueeze(-1)
-        return torch.where(touched.unsqueeze(-1), mean.to(old.dtype), old)
-
-    if config.merge == "mass":
-        tiny = torch.finfo(dtype).tiny
-        own = kept.rates.clamp_min(tiny)
-        weight = evicted.rates * merged
-        mass = own + _scatter(target, weight, num_kept)
-        log_mass = (kept.log_mass + (mass / own).log()).clamp_max(config.max_log_mass)
-        return kept.replace(
-            values=average(own, weight, mass, kept.values, evicted.values),
-            rates=torch.where(touched, mass, kept.rates),
-            log_mass=torch.where(touched, log_mass, kept.log_mass),
-        )
-
-    if config.merge == "released":
-        own_weight = 1.0
-        weight = similarity.masked_fill(~merged, 0)
-        total = 1 + _scatter(target, merged.to(dtype), num_kept)
-    else:
-        own_weight = math.e
-        weight = similarity.masked_fill(~merged, -torch.inf).exp()
-        total = math.e + _scatter(target, weight, num_kept)
-    values = average(own_weight, weight, total, kept.values, evicted.values)
-    if config.merge == "values":
-        return kept.replace(values=values)
-    return kept.replace(keys=average(own_weight, weight, total, kept.keys, evicted.keys), values=values)
+    sums = merge_sums(evicted, similarity, target, merged, config, kept.positions.shape[-1])
+    return apply_merge(kept, sums, config)

@@ -43,8 +43,12 @@ def column_sum_variance(column_sums: Tensor) -> Tensor:
 
     The mean is exactly 1 by construction, so deviations are taken from 1: shards can add theirs up.
     """
-    num_tokens = column_sums.shape[-1]
-    return (column_sums - 1).square().sum(-1) / max(num_tokens - 1, 1)
+    return squared_deviations(column_sums) / max(column_sums.shape[-1] - 1, 1)
+
+
+def squared_deviations(column_sums: Tensor) -> Tensor:
+    """Sum over tokens of the squared deviation from the mean of 1: [..., Hq, T] -> [..., Hq]; adds up over shards."""
+    return (column_sums - 1).square().sum(-1)
 
 
 def layer_dispersions(variances: Tensor, rule: str) -> Tensor:

@@ -8,7 +8,9 @@ from statistics import fmean, median
 from typing import Any
 
 from d2o_dist.cache.report import CacheReport
+from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.demo.question import Question
 from d2o_dist.engine.encode import Request
@@ -34,14 +36,20 @@ class Answer:
 
 
 def answer_all(
-    model: Any, tokenizer: Any, questions: Sequence[Question], methods: dict[str, D2OConfig], max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    methods: dict[str, D2OConfig],
+    max_new_tokens: int,
+    mesh: ParallelMesh,
+    parallel: ParallelConfig,
 ) -> Iterator[Answer]:
-    """Every question with every method, one after the other, greedily."""
+    """Every question with every method, one after the other, greedily; on all ranks of the mesh together."""
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, ignore_eos=True)
     for question in questions:
         ids = tuple(tokenizer(question.prompt)["input_ids"])
         for name, config in methods.items():
-            session = Session(model, config)
+            session = Session(model, config, mesh, parallel)
             request = Request(index=0, id=name, input_ids=ids, max_new_tokens=max_new_tokens)
             result = generate(session, [request], sampling, tokenizer)[0]
             yield Answer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from d2o_dist.engine.encode import Request
 from d2o_dist.engine.sampling import Sampler
 from d2o_dist.engine.session import RowUsage, Session, left_pad
 from d2o_dist.engine.text import TextStream, decode_tokens
+from d2o_dist.engine.trace import Trace
 
 
 @dataclass
@@ -94,6 +96,8 @@ def generate(
     pad_id: int = 0,
     chunk: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_prefill: Callable[[], None] | None = None,
+    trace: Trace | None = None,
 ) -> list[Generated]:
     """Run one batch to its end; the results are in the order of the requests.
 
@@ -102,13 +106,18 @@ def generate(
         eos_ids: ids that end a row, unless `sampling.ignore_eos`.
         chunk: prompt tokens of one forward; None: all at once.
         on_text: called with every new piece of text; for a batch of one row.
+        on_prefill: called when the prompts are read and compressed.
+        trace: told of every decode step.
     """
     eos_ids = frozenset() if sampling.ignore_eos else eos_ids
     prompts = [request.input_ids for request in requests]
     rows = [_Row(request, tokenizer, on_text) for request in requests]
     began = time.perf_counter()
     sampler = Sampler(sampling, [request.index for request in requests], prompts, session.device)
-    tokens = sampler.pick(session.prefill(*left_pad(prompts, pad_id), chunk))
+    logits = session.prefill(*left_pad(prompts, pad_id), chunk)
+    if on_prefill is not None:
+        on_prefill()
+    tokens = sampler.pick(logits)
     first = time.perf_counter()
     batch = list(rows)
     while True:
@@ -128,4 +137,6 @@ def generate(
             live = [True] * len(batch)
         # A finished row that stays is fed padding, which the cache does not store.
         fed = [token if goes_on else pad_id for token, goes_on in zip(tokens, live, strict=True)]
-        tokens = sampler.pick(session.decode(fed, live))
+        with nullcontext() if trace is None else trace.step():
+            logits = session.decode(fed, live)
+        tokens = sampler.pick(logits)

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from d2o_dist.comm.launch import read_environment
+from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
+from d2o_dist.engine.agreement import agreed
 from d2o_dist.integrations.hf.guards import ATTENTION_NAME, text_config
+from d2o_dist.integrations.tensor_parallel import shard_model
 
 
 def load_config(config: InferConfig) -> Any:
@@ -32,34 +36,49 @@ def load_tokenizer(config: InferConfig) -> Any:
     return _load("tokenizer", AutoTokenizer, config.tokenizer or config.model, **hub)
 
 
-def load_model(config: InferConfig) -> Any:
+def load_model(config: InferConfig, mesh: ParallelMesh | None = None) -> Any:
     """The model with its weights, on its device, in evaluation mode, attending through `d2o`.
 
+    Args:
+        mesh: with tp > 1 every rank reads the whole checkpoint and keeps its shard; every rank of the mesh calls.
+
     Raises:
-        ValueError: the weights are missing or do not fit the configuration.
+        ValueError: the weights are missing or do not fit the configuration, on this rank or another.
     """
-    device = pick_device(config.device)
+    mesh = ParallelMesh.local() if mesh is None else mesh
+    # Sharding is collective: either all ranks have the weights, or none goes on.
+    with agreed(mesh):
+        device = pick_device(config.device)
+        model = _load_whole(config, device)
+    return shard_model(model, mesh, config.parallel, device).eval().requires_grad_(False)
+
+
+def _load_whole(config: InferConfig, device: torch.device) -> Any:
+    """The whole model on the CPU, in the dtype for `device`."""
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if dtype == "auto" and device.type == "cpu" and load_config(config).dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
-    model = _load(
+    return _load(
         "weights", AutoModelForCausalLM, config.model, dtype=dtype, attn_implementation=ATTENTION_NAME, **_hub(config)
     )
-    return model.to(device).eval().requires_grad_(False)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means.
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means; of several ranks, each has the GPU of its local rank.
 
     Raises:
-        ValueError: a CUDA device that this machine does not have.
+        ValueError: a CUDA device that this machine does not have, or one by number for several ranks.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if count else "cpu"
-    device = torch.device(name)
+    device, launch = torch.device(name), read_environment()
+    if device.type == "cuda" and launch.world_size > 1:
+        if device.index is not None:
+            raise ValueError(f"device ({name}) is one GPU for {launch.world_size} ranks: use auto or cuda")
+        device = torch.device("cuda", launch.local_rank)
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device ({name}) is not there: this machine has {count} CUDA devices")
+        raise ValueError(f"device ({device}) is not there: this machine has {count} CUDA devices")
     return device
 
 

@@ -65,15 +65,12 @@ def to_line(record: Record) -> str:
     return line + "\n"
 
 
-def check_output(output: str | None, overwrite: bool) -> None:
-    """Refuse, before any work, an output that could not be written or that would replace earlier results.
+def check_file(path: Path, overwrite: bool) -> None:
+    """Refuse a path that could not be written or that would replace earlier results; its folder is made.
 
     Raises:
         ValueError: the file exists and `overwrite` is false, it is a folder, or its folder cannot be made or written.
     """
-    if output in (None, "-"):
-        return
-    path = Path(output)
     if path.is_dir():
         raise ValueError(f"output {path} is a folder; name a file in it")
     if path.exists() and path.stat().st_size and not overwrite:

@@ -1,82 +1,45 @@
-"""A whole inference run: everything that can be wrong is found first, then the weights are loaded, then batches run."""
+"""A whole inference run on one rank of any number: the weights are loaded, batches run, results are joined."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from d2o_dist.cache.report import CacheReport
+from d2o_dist.comm.collectives import Collectives
+from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
+from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.batching import make_batches
-from d2o_dist.engine.encode import BadRow, ModelLimits, Request, encode_rows
+from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
-from d2o_dist.engine.prompts import read_prompts, repeated_ids
-from d2o_dist.engine.records import Record, RecordWriter, check_output, error_record, make_record
+from d2o_dist.engine.output import clear_parts, join_parts, open_writer
+from d2o_dist.engine.plan import Plan
+from d2o_dist.engine.records import Record, error_record, make_record
 from d2o_dist.engine.session import Session
 from d2o_dist.engine.summary import Summary, summarise
-from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.engine.trace import Trace
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do.
-
-    Attributes:
-        requests, bad_rows: rows that will be run, and rows that cannot be.
-        tokenizer: loaded already; warnings: what the user should know before the run.
-    """
-
-    requests: list[Request]
-    bad_rows: list[BadRow]
-    tokenizer: Any
-    warnings: list[str]
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the input."""
-        return len(self.requests) + len(self.bad_rows)
-
-
-def prepare(config: InferConfig) -> Plan:
-    """Read and check everything that needs no weights.
-
-    Raises:
-        ValueError: a file that is missing or in the way, a model that cannot be compressed, a budget its layers cannot
-            have, a device that is not there, streaming of several prompts. What is wrong with one row is not raised.
-    """
-    rows = read_prompts(config.prompts, config.prompt)
-    if config.stream is True and len(rows) != 1:
-        raise ValueError(f"stream (true) shows one prompt, but there are {len(rows)}")
-    check_output(config.output, config.overwrite)
-    loading.pick_device(config.device)
-    model_config = loading.load_config(config)
-    # An empty cache costs nothing, and refuses what it cannot serve.
-    D2OCache(config=model_config, d2o=config.d2o)
-    tokenizer = loading.load_tokenizer(config)
-    limits = ModelLimits(loading.max_positions(model_config), loading.vocab_size(model_config))
-    encoded = encode_rows(rows, tokenizer, config, limits)
-    warnings = [f"{len(repeated)} ids are used more than once, such as {next(iter(repeated))!r}: tell rows apart by "
-                "their index" for repeated in [repeated_ids(rows)] if repeated]  # fmt: skip
-    return Plan(
-        requests=[row for row in encoded if isinstance(row, Request)],
-        bad_rows=[row for row in encoded if isinstance(row, BadRow)],
-        tokenizer=tokenizer,
-        warnings=warnings,
-    )
+class BatchError(RuntimeError):
+    """A batch failed on one of the ranks that hold it; `__cause__` says how."""
 
 
 class Runner:
-    """Runs the requests of a plan, batch after batch.
+    """Runs the requests of a plan, batch after batch. All ranks that hold one request call it together.
 
     Args:
         on_text: called with pieces of text as they come; on_report: with a batch's cache report when it is done.
         log: called with a line about something that went wrong and was dealt with.
+
+    Attributes:
+        rank_bytes: buffers of the cache on this rank after the prefill of its largest batch.
     """
 
     def __init__(
@@ -84,7 +47,9 @@ class Runner:
         config: InferConfig,
         model: Any,
         tokenizer: Any,
+        mesh: ParallelMesh,
         *,
+        trace: Trace | None = None,
         on_text: Callable[[str], None] | None = None,
         on_report: Callable[[CacheReport], None] | None = None,
         log: Callable[[str], None] = lambda line: None,
@@ -92,12 +57,29 @@ class Runner:
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
+        self.mesh = mesh
+        self.parallel = config.parallel if mesh.world_size > 1 else None
         self.eos_ids = loading.eos_ids(model, tokenizer)
         self.pad_id = loading.pad_id(tokenizer)
+        self.rank_bytes = 0
+        self._trace = trace
         self._on_text, self._on_report, self._log = on_text, on_report, log
 
     def run_batch(self, batch: Sequence[Request]) -> list[Record]:
-        """The records of one batch. If it fails as a whole, its rows are tried one by one; never an exception."""
+        """The records of one batch. If it fails as a whole, its rows are tried one by one.
+
+        Where several ranks hold a request nothing is tried again: they may have failed at different points, and would
+        wait for each other. The error is raised, and ends the job.
+
+        Raises:
+            BatchError: only where several ranks hold a request.
+        """
+        if self.mesh.axis("request").size > 1:
+            try:
+                return self._run(batch)
+            except Exception as error:
+                rows = ", ".join(str(request.index) for request in batch)
+                raise BatchError(f"the batch of rows {rows} failed: {type(error).__name__}: {error}") from error
         records, error = self._try(batch)
         if error is None:
             return records
@@ -109,58 +91,103 @@ class Runner:
 
     def _try(self, batch: Sequence[Request]) -> tuple[list[Record], str | None]:
         try:
-            session = Session(self.model, self.config.d2o)
-            results = generate(
-                session, batch, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
-                chunk=self.config.prefill_chunk, on_text=self._on_text,
-            )  # fmt: skip
-            if self._on_report is not None:
-                self._on_report(session.cache.report())
-            return [make_record(request, result) for request, result in zip(batch, results, strict=True)], None
+            return self._run(batch), None
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
         # Out of the except block, so that the traceback lets go of the failed batch's tensors before the next try.
-        session = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [], message
 
+    def _run(self, batch: Sequence[Request]) -> list[Record]:
+        counter = None if self._trace is None else self._trace.counter
+        session = Session(self.model, self.config.d2o, self.mesh, self.parallel, counter)
+
+        def note_size() -> None:
+            self.rank_bytes = max(self.rank_bytes, session.rank_bytes)
+
+        results = generate(
+            session, batch, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
+            chunk=self.config.prefill_chunk, on_text=self._on_text, on_prefill=note_size, trace=self._trace,
+        )  # fmt: skip
+        if self._on_report is not None:
+            self._on_report(session.cache.report())
+        return [make_record(request, result) for request, result in zip(batch, results, strict=True)]
+
 
 def run(
     config: InferConfig,
     plan: Plan,
+    mesh: ParallelMesh | None = None,
     *,
     on_text: Callable[[str], None] | None = None,
     on_report: Callable[[CacheReport], None] | None = None,
     on_rows: Callable[[int], None] = lambda count: None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Summary:
-    """Load the weights, run the plan and write the records; an interruption keeps what is written.
+    """Load the weights, run the plan and write the records; an interruption or a failure keeps what is written.
+
+    Every rank of the mesh calls it together, and gets the summary of the whole run.
 
     Args:
         on_text, on_report, log: see `Runner`; with `on_text` nothing else goes to standard output.
-        on_rows: called with the number of rows that were just written.
+        on_rows: called on the ranks that lead a replica with the number of rows, of all replicas, that were written
+            since the last call.
 
     Raises:
         ValueError: the weights cannot be loaded. Nothing is written then, and no earlier output is replaced.
     """
+    mesh = ParallelMesh.local() if mesh is None else mesh
+    trace = None if config.trace is None else Trace(config.trace, mesh)
     runner = None
     if plan.requests:
-        model = loading.load_model(config)
-        runner = Runner(config, model, plan.tokenizer, on_text=on_text, on_report=on_report, log=log)
-    lengths = [len(request.input_ids) for request in plan.requests]
-    batches = make_batches(lengths, config.max_batch_size, config.max_batch_tokens)
-    interrupted, began = False, time.perf_counter()
-    with RecordWriter(config.output, quiet=on_text is not None) as writer:
+        model = loading.load_model(config, mesh)
+        runner = Runner(
+            config, model, plan.tokenizer, mesh, trace=trace, on_text=on_text, on_report=on_report, log=log
+        )  # fmt: skip
+    clear_parts(config.output, mesh)
+    queue = WorkQueue(mesh, len(batches := _batches(config, plan, mesh.dp)))
+    interrupted, shown, began = False, 0, time.perf_counter()
+
+    def write(records: Sequence[Record]) -> None:
+        nonlocal shown
+        writer.write(records)
+        if mesh.leads_request:
+            done = queue.finish(len(records))
+            on_rows(done - shown)
+            shown = done
+
+    with open_writer(config.output, mesh, quiet=on_text is not None) as writer:
         try:
-            writer.write(error_record(row) for row in plan.bad_rows)
-            on_rows(len(plan.bad_rows))
-            for places in batches:
-                writer.write(runner.run_batch([plan.requests[place] for place in places]))
-                on_rows(len(places))
+            if mesh.rank == 0:
+                write([error_record(row) for row in plan.bad_rows])
+            while (number := queue.claim()) is not None:
+                write(runner.run_batch([plan.requests[place] for place in batches[number]]))
+            queue.wait(plan.num_rows)
+            on_rows(plan.num_rows - shown if mesh.rank == 0 else 0)
         except KeyboardInterrupt:
+            if mesh.world_size > 1:
+                raise  # only this rank knows of it; what is written stays in part files
             interrupted = True
         wall_s = time.perf_counter() - began
-        writer.sort()
-        return summarise(writer.records, plan.num_rows, wall_s, interrupted=interrupted)
+        if mesh.dp == 1:
+            writer.sort()
+    if trace is not None:
+        trace.write()
+        log(str(trace))
+    with agreed(mesh):
+        records = writer.records
+        if mesh.dp > 1 and mesh.rank == 0:
+            records = join_parts(config.output, mesh.dp, plan.num_rows)
+    world = Collectives(mesh.axis("world"))
+    rank_bytes = world.all_gather_object(0 if runner is None else runner.rank_bytes)
+    summary = summarise(records, plan.num_rows, wall_s, rank_bytes=rank_bytes, interrupted=interrupted)
+    return world.broadcast_object(summary)
+
+
+def _batches(config: InferConfig, plan: Plan, replicas: int) -> list[list[int]]:
+    """Places of requests, batch by batch, longest first; small enough that every replica has something to do."""
+    lengths = [len(request.input_ids) for request in plan.requests]
+    fair = -(-len(lengths) // replicas)
+    return make_batches(lengths, max(1, min(config.max_batch_size, fair)), config.max_batch_tokens)

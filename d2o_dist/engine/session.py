@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.integrations.hf import D2OCache
 
 
 @dataclass(frozen=True)
 class RowUsage:
-    """What the cache holds for one row. `achieved_keep_ratio` leaves sliding-window layers out, the bytes do not."""
+    """What the cache holds for one row, on all ranks that share it.
+
+    `achieved_keep_ratio` leaves sliding-window layers out, the bytes do not.
+    """
 
     achieved_keep_ratio: float
     held_bytes: int
@@ -53,15 +59,24 @@ class Session:
     Args:
         model: loaded with `attn_implementation="d2o"`, in evaluation mode.
         d2o: how the cache is compressed.
+        mesh, parallel, counter: see `D2OCache`. Every rank that shares the batch makes the same calls with the same
+            arguments, and gets the same results.
 
     Attributes:
         cache: the batch's `D2OCache`.
         prefill_s, finalize_s: seconds spent in the two; None before.
     """
 
-    def __init__(self, model: Any, d2o: D2OConfig) -> None:
+    def __init__(
+        self,
+        model: Any,
+        d2o: D2OConfig,
+        mesh: ParallelMesh | None = None,
+        parallel: ParallelConfig | None = None,
+        counter: TrafficCounter | None = None,
+    ) -> None:
         self.model = model
-        self.cache = D2OCache(config=model.config, d2o=d2o)
+        self.cache = D2OCache(config=model.config, d2o=d2o, mesh=mesh, parallel=parallel, counter=counter)
         self.prefill_s: float | None = None
         self.finalize_s: float | None = None
 
@@ -71,17 +86,18 @@ class Session:
         return self.model.device
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
-        """Read the prompts and compress them: [B, T] -> next-token logits [B, V].
+        """Read the prompts, or the next turn of each, and compress them: [B, T] -> next-token logits [B, V].
 
         Args:
             attention_mask: [B, T], 0 marks padding, which is on the left.
             chunk: columns of one forward, at least 2; None: all at once. Bounds the memory of activations.
 
         Raises:
-            ValueError: a second prefill, a chunk below 2, a row that ends in padding or has no token.
+            ValueError: a chunk below 2, a row that ends in padding or has no token, a later turn of one column.
         """
-        if self.cache.get_seq_length():
-            raise ValueError("a session reads its prompts once: make a new one")
+        seen = self.cache.compressed.num_seen
+        if seen and input_ids.shape[1] < 2:
+            raise ValueError("a later turn needs at least 2 tokens (1 was given): one token is a decode step")
         if chunk is not None and chunk < 2:
             raise ValueError(f"chunk ({chunk}) must be at least 2")
         if not bool(attention_mask[:, -1].all()) or bool((attention_mask.diff(dim=1) < 0).any()):
@@ -89,10 +105,15 @@ class Session:
         began = self._now()
         padded = not bool(attention_mask.all())
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0).to(self.device)
+        if seen:
+            positions = positions + torch.tensor(seen, device=self.device)[:, None]
         ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
         start = 0
         for end in chunk_ends(ids.shape[1], chunk):
-            logits = self._forward(ids[:, start:end], positions[:, start:end], mask[:, :end] if padded else None)
+            if self.cache.ranks.deals_tokens:
+                logits = self._shared_forward(ids[:, start:end], mask[:, start:end])
+            else:
+                logits = self._forward(ids[:, start:end], positions[:, start:end], mask[:, :end] if padded else None)
             start = end
         read = self._now()
         self.cache.finalize()
@@ -121,9 +142,9 @@ class Session:
         """What the cache holds for one row now, and what an uncompressed one would."""
         seen = self.cache.compressed.num_seen[row]
         held_tokens = seen_tokens = held_bytes = full_bytes = 0
+        heads = self.cache.compressed.num_kv_heads
         for layer, window in zip(self.cache.layers, self.cache.compressed.windows, strict=True):
-            _, heads, _, dim = layer.keys.shape
-            token_bytes = 2 * heads * dim * layer.keys.element_size()
+            token_bytes = 2 * heads * layer.keys.shape[3] * layer.keys.element_size()
             held = layer.kv_len[row]
             held_bytes += held * token_bytes
             if window is None:
@@ -132,6 +153,22 @@ class Session:
             else:
                 full_bytes += min(seen, window - 1) * token_bytes
         return RowUsage(held_tokens / seen_tokens if seen_tokens else 1.0, held_bytes, full_bytes)
+
+    @property
+    def rank_bytes(self) -> int:
+        """Bytes of all buffers of the cache on this rank: room to grow, positions and statistics included."""
+        return sum(layer.store.num_allocated_bytes for layer in self.cache.compressed.layers)
+
+    def _shared_forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """A chunk that the sequence ranks share: [B, n] -> the logits of each row's last token [B, V], on all ranks."""
+        part = self.cache.deal(ids, mask)
+        logits = self.model(**part, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        ranks, maps = self.cache.ranks, self.cache.compressed.dealt.maps
+        owners = [one.owner(one.length - 1) if one.length else 0 for one in maps]
+        mine = torch.tensor(owners, device=logits.device) == ranks.sp.rank
+        with ranks.counter.phase("prefill"):
+            # One owner each, the others add zeros: the same bits on all ranks.
+            return ranks.sp.all_reduce(torch.where(mine[:, None], logits, 0))
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         out = self.model(

@@ -22,6 +22,8 @@ class Summary:
         median_time_to_first_token_s, median_tokens_per_s: over rows.
         mean_keep_ratio: achieved, over rows.
         held_bytes, full_bytes: keys and values of all rows, each when it ended, and what full caches would have held.
+        rank_bytes: by rank, the buffers of the cache after the prefill of its largest batch: room to grow, positions
+            and statistics included.
     """
 
     num_ok: int
@@ -35,6 +37,7 @@ class Summary:
     mean_keep_ratio: float | None
     held_bytes: int
     full_bytes: int
+    rank_bytes: tuple[int, ...]
     interrupted: bool = False
 
     @property
@@ -48,7 +51,7 @@ class Summary:
 
     def __str__(self) -> str:
         missing = f", {self.num_missing} not reached (interrupted)" if self.interrupted else ""
-        return "\n".join([
+        lines = [
             f"rows: {self.num_ok} ok, {self.num_failed} failed{missing}",
             f"tokens: {self.num_prompt_tokens} prompt, {self.num_new_tokens} new in {self.wall_s:.2f} s "
             f"({_show(self.new_tokens_per_s)} new tokens/s, all rows together)",
@@ -56,10 +59,16 @@ class Summary:
             f"tokens/s of a row: {_show(self.median_tokens_per_s)} (median)",
             f"keep ratio: {_show(self.mean_keep_ratio, 4)} achieved (mean); "
             f"bytes: {self.held_bytes / 2**20:.2f} MiB held of {self.full_bytes / 2**20:.2f} MiB full",
-        ])  # fmt: skip
+        ]  # fmt: skip
+        if len(self.rank_bytes) > 1:
+            low, high = min(self.rank_bytes) / 2**20, max(self.rank_bytes) / 2**20
+            lines.append(f"largest batch: {low:.2f} to {high:.2f} MiB of cache on each of {len(self.rank_bytes)} ranks")
+        return "\n".join(lines)
 
 
-def summarise(records: Sequence[Record], num_rows: int, wall_s: float, *, interrupted: bool = False) -> Summary:
+def summarise(
+    records: Sequence[Record], num_rows: int, wall_s: float, *, rank_bytes: Sequence[int], interrupted: bool = False
+) -> Summary:
     """The summary of the records of a run over `num_rows` rows."""
     good = [record for record in records if record["error"] is None]
 
@@ -78,6 +87,7 @@ def summarise(records: Sequence[Record], num_rows: int, wall_s: float, *, interr
         mean_keep_ratio=fmean(known("achieved_keep_ratio")) if good else None,
         held_bytes=sum(known("held_bytes")),
         full_bytes=sum(known("full_bytes")),
+        rank_bytes=tuple(rank_bytes),
         interrupted=interrupted,
     )
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from d2o_dist.cache.sequence import CompressedCache
-from d2o_dist.comm import Collectives, TrafficCounter, build_mesh
+from d2o_dist.comm import ParallelMesh, TrafficCounter, build_mesh
+from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config import D2OConfig
+from d2o_dist.config.parallel import ParallelConfig
 from tests.ranks import run_ranks
 
 LAYERS, STEPS = 3, 40
@@ -21,11 +23,11 @@ PRESETS = {
 SHAPES = [(2, 4, 2), (3, 6, 3), (4, 8, 4), (2, 4, 4), (1, 4, 2)]
 
 
-def run(preset: str, shape, rank: int, world: int, gather, ragged: bool):
+def run(preset: str, shape, rank: int, world: int, ranks: RequestRanks | None, ragged: bool):
     """Prefill and decode on this rank's heads; tokens are the same on all ranks. What is kept and put out."""
     _, num_heads, num_kv_heads = shape
     config = D2OConfig.preset(preset, **{"keep_ratio": 0.4, "min_layer_tokens": 8, **PRESETS[preset]})
-    cache = CompressedCache(config, [None] * LAYERS, gather)
+    cache = CompressedCache(config, [None] * LAYERS, ranks)
     generator = torch.Generator().manual_seed(num_heads)
     mask = None
     if ragged:
@@ -55,8 +57,9 @@ def run(preset: str, shape, rank: int, world: int, gather, ragged: bool):
 
 def on_rank(rank: int, world: int, preset: str, shape, ragged: bool):
     counter = TrafficCounter()
-    comm = Collectives(build_mesh(dp=1, sp=1, tp=world).axis("tp"), counter)
-    result = run(preset, shape, rank, world, lambda tensor: comm.all_gather(tensor, 1), ragged)
+    mesh, parallel = build_mesh(dp=1, sp=1, tp=world), ParallelConfig(tp=world)
+    ranks = RequestRanks(mesh, parallel, shape[2] // world, counter=counter)
+    result = run(preset, shape, rank, world, ranks, ragged)
     return result, counter.total().calls
 
 
@@ -65,7 +68,7 @@ def on_rank(rank: int, world: int, preset: str, shape, ragged: bool):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_ranks_that_share_the_heads_decide_as_one_process(preset, shape):
     world, ragged = shape[0], shape[1] == 6
-    expected = run(preset, shape, 0, 1, lambda tensor: tensor, ragged)
+    expected = run(preset, shape, 0, 1, None, ragged)
     results = run_ranks(world, on_rank, preset, shape, ragged)
     for name in ("positions", "values", "keys", "outs"):
         for number, whole in enumerate(expected[name]):
@@ -85,11 +88,14 @@ def test_ranks_that_share_the_heads_decide_as_one_process(preset, shape):
 def test_exchanges_are_one_a_model_for_the_budgets_and_one_an_eviction():
     calls = []
 
-    def gather(tensor: torch.Tensor) -> torch.Tensor:
-        calls.append(tuple(tensor.shape))
-        return tensor
+    class Recorder(RequestRanks):
+        def gather_query_heads(self, tensor: torch.Tensor) -> torch.Tensor:
+            calls.append(tuple(tensor.shape))
+            return tensor
 
-    run("d2o", (1, 4, 2), 0, 1, gather, False)
+        gather_kv_heads = gather_query_heads
+
+    run("d2o", (1, 4, 2), 0, 1, Recorder(ParallelMesh.local(), ParallelConfig(), 2), False)
     budgets, *evictions = calls
     assert budgets == (2, 4, LAYERS)
     # finalize goes layer by layer; while decoding one exchange carries the layers that are due together.

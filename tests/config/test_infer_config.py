@@ -48,6 +48,7 @@ def test_yaml_and_overrides(tmp_path):
 
 def test_to_dict_is_undone_by_from_dict():
     values = {"model": "m", "d2o": {"preset": "paper", "keep_tokens": 64}, "sampling": {"stop": ["a", "b"]}}
+    values |= {"parallel": {"tp": 2, "merge_scope": "local", "sp": 4}, "trace": "t"}
     config = InferConfig.from_dict(values)
     assert InferConfig.from_dict(config.to_dict()) == config
 
@@ -71,6 +72,10 @@ def test_sections_that_are_null_are_the_defaults(tmp_path):
         ("d2o.keep_ration=0.1", 'D2OConfig has no field "keep_ration". Did you mean "keep_ratio"'),
         ("d2o.keep_ratio=1.5", r"keep_ratio \(1.5\) must be in \(0, 1\]"),
         ("d2o=5", "must be a mapping of fields, not int"),
+        ("parallel=5", "ParallelConfig must be given as a mapping of fields, not int"),
+        ("parallel.pp=2", 'ParallelConfig has no field "pp"'),
+        ("parallel.tp=0", r"tp \(0\) must be at least 1"),
+        ("trace=5", r"trace \(5\) must be a non-empty string or null"),
         ("sampling=5", "SamplingConfig must be given as a mapping of fields, not int"),
         ("sampling.temperature=-1", r"temperature \(-1\) must be at least 0"),
         ("sampling.temperature=hot", r"temperature \('hot'\) must be a finite number"),

@@ -8,7 +8,8 @@ import pytest
 
 from d2o_dist.engine.encode import BadRow
 from d2o_dist.engine.loop import Generated
-from d2o_dist.engine.records import FIELDS, RecordWriter, check_output, error_record, make_record, to_line
+from d2o_dist.engine.output import check_output
+from d2o_dist.engine.records import FIELDS, RecordWriter, error_record, make_record, to_line
 from d2o_dist.engine.session import RowUsage
 from d2o_dist.engine.summary import summarise
 from tests.engine.tiny import request
@@ -79,7 +80,7 @@ def test_outputs_that_are_refused(tmp_path):
 
 def test_summary():
     records = [good(0, 1.0, 10.0, 0.1), good(1, 3.0, None, 0.3), error_record(BadRow(2, "x", "bad"))]
-    summary = summarise(records, 5, 4.0, interrupted=True)
+    summary = summarise(records, 5, 4.0, rank_bytes=[60], interrupted=True)
     assert (summary.num_ok, summary.num_failed, summary.num_missing) == (2, 1, 2)
     assert (summary.num_prompt_tokens, summary.num_new_tokens, summary.new_tokens_per_s) == (6, 4, 1.0)
     assert (summary.median_time_to_first_token_s, summary.median_tokens_per_s) == (2.0, 10.0)
@@ -90,5 +91,5 @@ def test_summary():
 
 
 def test_a_summary_of_nothing():
-    summary = summarise([], 0, 0.0)
+    summary = summarise([], 0, 0.0, rank_bytes=[0])
     assert summary.median_tokens_per_s is None and "rows: 0 ok, 0 failed" in str(summary)

@@ -10,7 +10,8 @@ import torch
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine import runner as running
-from d2o_dist.engine.runner import prepare, run
+from d2o_dist.engine.plan import prepare
+from d2o_dist.engine.runner import run
 from tests.engine.tiny import MAX_POSITIONS, make_folder, make_tokenizer
 
 WORDS = "the quick brown fox jumps over the lazy dog and folds the rest into a cache".split()
@@ -72,7 +73,7 @@ def test_bad_rows_beside_good_ones(folder, tmp_path):
 
 
 def test_without_a_good_row_no_weights_are_loaded(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "load_model", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("loaded"))
     config = make_config(folder, tmp_path, [{"id": "bad"}])
     assert run(config, prepare(config)).num_failed == 1
 
@@ -148,7 +149,7 @@ def test_what_the_user_did_not_foresee_keeps_what_is_written(folder, tmp_path, m
     ],
 )
 def test_refusals_before_any_weight_is_loaded(folder, tmp_path, monkeypatch, fields, message):
-    monkeypatch.setattr(loading, "load_model", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         prepare(make_config(folder, tmp_path, ROWS, **fields))
 

@@ -156,5 +156,31 @@ def test_refusals(model):
             session.prefill(ids, bad)
     with torch.inference_mode():
         session.prefill(ids, mask)
-    with pytest.raises(ValueError, match="reads its prompts once"):
-        session.prefill(ids, mask)
+    with pytest.raises(ValueError, match=r"a later turn needs at least 2 tokens \(1 was given\)"):
+        session.prefill(ids[:, :1], mask[:, :1])
+
+
+@torch.inference_mode()
+def test_a_later_turn_is_that_of_the_model(model):
+    """Through the session as through the model with the cache by hand."""
+    ids, more = tokens(2, 30), tokens(2, 11, seed=1)
+    session, cache = Session(model, PRESETS["d2o"]), D2OCache(config=model.config, d2o=PRESETS["d2o"])
+    session.prefill(ids, torch.ones_like(ids))
+    model(ids, past_key_values=cache)
+    for _ in range(3):
+        session.decode([5, 6])
+        model(torch.tensor([[5], [6]]), past_key_values=cache)
+    expected = model(more, past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(session.prefill(more, torch.ones_like(more), 4), expected)
+    assert session.cache.get_seq_length() == 44
+
+
+@torch.inference_mode()
+def test_a_dealt_prompt_on_one_rank_is_the_prompt(model):
+    """`deal` works without other ranks too: code written for many runs on one."""
+    ids, mask = left_padded(RAGGED)
+    session, cache = Session(model, PRESETS["d2o"]), D2OCache(config=model.config, d2o=PRESETS["d2o"])
+    expected = session.prefill(ids, mask)
+    torch.testing.assert_close(model(**cache.deal(ids, mask), past_key_values=cache).logits[:, -1], expected)
+    cache.finalize()
+    assert cache.report().to_dict() == session.cache.report().to_dict()

@@ -104,6 +104,44 @@ def test_num_last(num_last):
     assert_near(sums.sum(-1), torch.full((2, 8), float(min(num_last, 33))), torch.float64)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 8, 50])
+@pytest.mark.parametrize("start", [(0, 0), (9, 4), (3, 11), (0, 60)], ids=str)
+@pytest.mark.parametrize("window", [None, 6])
+def test_query_stride(stride, start, window):
+    q, k, _ = inputs((8, 4), 33, 4, torch.float64, batch=1)
+    lse = make(1, 8, 33, seed=3).abs() + 4
+    kwargs = dict(q_start=start[0], k_start=start[1], window=window, query_stride=stride)
+    assert_near(column_sums(q, k, lse, SCALE, **kwargs), oracle(q, k, lse, **kwargs), torch.float64)
+
+
+@pytest.mark.parametrize("blocks", TINY.values(), ids=TINY)
+def test_strided_blocks(blocks):
+    """Blocks whose queries are far apart: the diagonal crosses many blocks of keys."""
+    q, k, _ = inputs((8, 4), 33, 140, torch.float64, batch=1)
+    lse = make(1, 8, 33, seed=3).abs() + 4
+    sums = blocked_column_sums(
+        q, k, lse, SCALE, q_start=7, k_start=2, q_step=5, bias=None, causal=True, window=31, blocks=blocks
+    )
+    sparse_q, sparse_lse = q.new_zeros(1, 8, 165, 16), lse.new_full((1, 8, 165), torch.inf)
+    sparse_q[:, :, ::5], sparse_lse[:, :, ::5] = q, lse
+    assert_near(sums, oracle(sparse_q, k, sparse_lse, q_start=7, k_start=2, window=31), torch.float64)
+
+
+def test_strided_chunks_add_up_to_the_whole():
+    q, k, lse = inputs((8, 2), 65, 0, torch.float64)
+    whole = column_sums(q, k, lse, SCALE, query_stride=8)
+    parts = [
+        column_sums(q[:, :, a:b], k, lse[:, :, a:b], SCALE, q_start=a, query_stride=8)
+        for a, b in ((0, 5), (5, 30), (30, 65))
+    ]
+    torch.testing.assert_close(sum(parts), whole, atol=1e-12, rtol=0)
+    assert_near(whole.sum(-1), torch.full((2, 8), 8.0), torch.float64)
+    with pytest.raises(ValueError, match=r"query_stride \(8\).*num_last \(3\)"):
+        column_sums(q, k, lse, SCALE, query_stride=8, num_last=3)
+    with pytest.raises(ValueError, match=r"query_stride \(0\)"):
+        column_sums(q, k, lse, SCALE, query_stride=0)
+
+
 def test_invariant_over_a_window():
     q, k, lse = inputs((8, 2), 130, 45, torch.float64, window=20)
     sums = column_sums(q, k, lse, SCALE, q_start=45, window=20)

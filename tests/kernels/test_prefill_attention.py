@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from d2o_dist.kernels.prefill_attention import naive_prefill_attention, prefill_attention
+from d2o_dist.kernels.prefill_attention import cross_attention, naive_prefill_attention, prefill_attention
 from d2o_dist.kernels.prefill_attention.cpu import cpu_prefill_attention
-from d2o_dist.kernels.prefill_attention.torch_blocked import blocked_prefill_attention
+from d2o_dist.kernels.prefill_attention.torch_blocked import blocked_cross_attention, blocked_prefill_attention
 from tests.kernels.helpers import DTYPE_IDS, DTYPES, HEADS, HEADS_IDS, assert_near, make
 
 PATHS = {"cpu": cpu_prefill_attention, "blocked": blocked_prefill_attention}
@@ -73,6 +73,27 @@ def test_no_queries(path):
     assert out.shape == (2, 4, 0, 16) and lse.shape == (2, 4, 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("tq, q_start", [(1, 0), (33, 0), (40, 21)])
+def test_bias(dtype, window, tq, q_start):
+    q, k, v = inputs((8, 2), q_start, tq, dtype)
+    bias = make(2, 2, q_start + tq, seed=4).float()
+    check(prefill_attention, q, k, v, q_start=q_start, window=window, bias=bias)
+
+
+def test_keys_of_no_mass_are_not_seen():
+    q, k, v = inputs((8, 2), 0, 33, torch.float64)
+    bias = make(2, 2, 33, seed=4)
+    bias[:, :, :5], bias[:, :, ::3] = -torch.inf, -torch.inf
+    expected, expected_lse = naive_prefill_attention(q, k, v, 0.3, bias=bias)
+    k[:, :, :5], v[:, :, ::3] = torch.nan, torch.nan
+    out, lse = prefill_attention(q, k, v, 0.3, bias=bias)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-12, rtol=0)
+    assert not out[:, :, :5].any() and bool((lse[:, :, :5] == -torch.inf).all())
+
+
 def test_transposed_inputs():
     """As models make them: [B, T, H, D] seen as [B, H, T, D]."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs((8, 2), 9, 33, torch.float64))
@@ -99,3 +120,26 @@ def test_errors_name_both_numbers():
         prefill_attention(q, k, v, 0.3)
     with pytest.raises(ValueError, match=r"\(3\).*\(2\)"):
         prefill_attention(q[:, :3], k, v, 0.3, q_start=3)
+    with pytest.raises(ValueError, match=r"bias \(2, 2, 7\).*\(2, 2, 8\)"):
+        prefill_attention(q, k, v, 0.3, q_start=3, bias=torch.zeros(2, 2, 7))
+
+
+@pytest.mark.parametrize("path", [cross_attention, blocked_cross_attention], ids=["by device", "blocked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "tq", "tk"), [((4, 2), 7, 33), ((6, 2), 130, 1), ((3, 3), 1, 200)], ids=str)
+def test_cross_attention(path, dtype, heads, tq, tk):
+    """Every query over every key: the last rows of a causal attention whose queries come after all keys."""
+    generator = torch.Generator().manual_seed(tq)
+    q, k, v = (
+        torch.randn(2, count, length, 16, generator=generator, dtype=torch.float32).to(dtype)
+        for count, length in ((heads[0], tq), (heads[1], tk), (heads[1], tk))
+    )
+    out, lse = path(q, k, v, 0.3)
+    group = heads[0] // heads[1]
+    logits = q.double() @ k.double().repeat_interleave(group, 1).mT * 0.3
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    wanted = logits.softmax(-1) @ v.double().repeat_interleave(group, 1)
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match=r"number of keys \(0\) must be at least 1"):
+        cross_attention(q, k[:, :, :0], v[:, :, :0], 0.3)

@@ -24,7 +24,7 @@ def inputs(batch, heads, length, past, dim, dtype, sharpness=1.0):
 @pytest.mark.parametrize("length, past", [(1, 0), (7, 0), (33, 0), (130, 0), (1, 40), (45, 31)])
 def test_equals_the_oracle(monkeypatch, dtype, heads, length, past):
     # Small blocks, so that there are several, the last of another size.
-    monkeypatch.setattr(cpu, "block_queries", lambda group, num_keys, heads: 16)
+    monkeypatch.setattr(cpu, "block_queries", lambda group, num_keys, head_dim: 16)
     q, k, v = inputs(2, heads, length, past, 16, dtype)
     found = scored_prefill_attention(q, k, v, 0.25, q_start=past)
     expected = naive_scored_prefill_attention(q.double(), k.double(), v.double(), 0.25, q_start=past)
@@ -43,6 +43,17 @@ def test_equals_the_two_passes_on_peaked_attention():
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sums, column_sums(q, k, expected_lse, 0.2), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_strided_sums_are_scaled_up(dtype):
+    q, k, v = inputs(2, (6, 2), 96, 40, 16, dtype)
+    found = scored_prefill_attention(q, k, v, 0.25, q_start=40, query_stride=8)
+    expected = naive_scored_prefill_attention(q.double(), k.double(), v.double(), 0.25, q_start=40, query_stride=8)
+    for name, one, two in zip(("out", "lse", "sums"), found, expected, strict=True):
+        limit = TOLERANCES[dtype] if name == "out" else 5e-4 if dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(one.double(), two, rtol=limit, atol=limit, msg=name)
+    torch.testing.assert_close(found[2].sum(-1), torch.full_like(found[2][..., 0], 96.0), rtol=1e-3, atol=0)
 
 
 def test_an_empty_chunk_and_strided_inputs():
@@ -65,5 +76,6 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_working_memory_is_bounded():
     for num_keys in (100, 8192, 32768, 1 << 20):
         for group in (1, 4, 7):
-            rows = cpu.block_queries(group, num_keys, 2) * group
-            assert rows <= 1024 and 2 * rows * num_keys <= max(1 << 23, 2 * 128 * num_keys)
+            for head_dim in (64, 128):
+                rows = cpu.block_queries(group, num_keys, head_dim) * group
+                assert rows <= 512 and rows * num_keys <= max(1 << 22, 128 * num_keys)

@@ -5,6 +5,7 @@ Shape legend: B rows, Hkv key/value heads, S slots, n tokens of a chunk, D head 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -14,13 +15,19 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from d2o_dist.cache.report import CacheReport, make_report
 from d2o_dist.cache.sequence import CompressedCache
+from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.integrations.hf.attention import CACHE_TAG
 from d2o_dist.integrations.hf.guards import check_attention, layer_windows, text_config
+from d2o_dist.integrations.hf.heads import request_ranks
 
 
 class D2OLayer(CacheLayerMixin):
     """A view of one layer of a `D2OCache`. Read the slots here; the cache itself does the work.
+
+    Where ranks share the request the tensors are this rank's, and `kv_len` counts the slots of all ranks.
 
     Attributes:
         keys, values: [B, Hkv, S, D]; positions: [B, Hkv, S] int64, -1 on an unused slot.
@@ -57,7 +64,7 @@ class D2OLayer(CacheLayerMixin):
     @property
     def kv_len(self) -> list[int]:
         """Slots held by each row."""
-        return list(self._cache.layers[self.index].store.kv_len) if self._cache.layers else []
+        return list(self._cache.layers[self.index].kv_len) if self._cache.layers else []
 
     @property
     def threshold(self) -> Tensor | None:
@@ -104,18 +111,31 @@ class D2OCache(Cache):
     Args:
         config: the model's configuration (`model.config`).
         d2o: how to compress; `D2OConfig()` by default.
+        mesh: the ranks that share the request; this process alone by default. With tensor ranks the model must be
+            sharded over `mesh.axis("tp")`, and every rank must make the same calls. With sequence ranks a prompt is
+            read by `model(**cache.deal(input_ids, attention_mask), past_key_values=cache)`.
+        parallel: how they share it; by default as `ParallelConfig` has it, with the sizes of the mesh.
+        counter: where the traffic between ranks is counted.
 
     Raises:
-        ValueError: a model whose attention is not `d2o`, that has layers of an unsupported kind, or a budget that
-            this model's layers cannot have.
+        ValueError: a model whose attention is not `d2o`, that has layers of an unsupported kind, a budget that
+            this model's layers cannot have, or heads that the ranks cannot share.
     """
 
-    def __init__(self, config: Any, d2o: D2OConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        d2o: D2OConfig | None = None,
+        mesh: ParallelMesh | None = None,
+        parallel: ParallelConfig | None = None,
+        counter: TrafficCounter | None = None,
+    ) -> None:
         if d2o is not None and not isinstance(d2o, D2OConfig):
             raise ValueError(f"d2o must be a D2OConfig, not {type(d2o).__name__}")
         self.model_config = text_config(config)
         check_attention(self.model_config)
-        self.compressed = CompressedCache(d2o or D2OConfig(), layer_windows(self.model_config))
+        self.ranks = request_ranks(self.model_config, mesh, parallel, counter)
+        self.compressed = CompressedCache(d2o or D2OConfig(), layer_windows(self.model_config), self.ranks)
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._pending: int | None = None
         self._shape: tuple[Any, ...] | None = None
@@ -165,7 +185,7 @@ class D2OCache(Cache):
             )
         self._shape = shape
         held = self.layers[layer_idx].keys
-        if held is not None and (held.shape[1], held.shape[3]) != (heads, dim):
+        if held is not None and not self.ranks.deals_tokens and (held.shape[1], held.shape[3]) != (heads, dim):
             raise ValueError(
                 f"layer {layer_idx} has {heads} KV heads of dim {dim}, but the cache holds {held.shape[1]} of dim "
                 f"{held.shape[3]}: the model changed. Make a new cache"
@@ -183,6 +203,47 @@ class D2OCache(Cache):
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
         # Detached: a slot must not keep the graph of the forward that made it alive. The tag is gone too.
         return self.compressed.attend(layer, query, key.detach(), value.detach(), scale, mask)
+
+    def with_config(self, d2o: D2OConfig) -> D2OCache:
+        """A copy of a cache that has read a prompt and compressed nothing yet, to be compressed as `d2o` says.
+
+        For several configurations on one prompt: what is read under one serves the others, if it gathered what they
+        need (`selection="mixed"` gathers everything).
+
+        Raises:
+            ValueError: the cache was finalized, has seen nothing, or lacks statistics that `d2o` needs.
+        """
+        copied = copy.deepcopy(self)
+        copied.compressed.adopt(d2o)
+        return copied
+
+    # ---- prompts that ranks share --------------------------------------------------------------------------------
+
+    def deal(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """This rank's part of a chunk of prompt, as arguments of the model's forward, which must follow.
+
+        Every rank of the request calls it with the same whole chunk. In the part of a row its tokens are the last
+        columns; outputs of the columns before them mean nothing.
+
+        Args:
+            input_ids: [B, n] int64; attention_mask: [B, n] of this chunk alone, 0 marks padding; None: no padding.
+
+        Raises:
+            ValueError: a chunk without a token, or of another batch size than the cache's.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask {tuple(mask.shape)} must have input_ids' shape {tuple(input_ids.shape)}")
+        deal = self.compressed.deal(mask.bool().sum(1).tolist())
+        ids = input_ids.new_zeros(input_ids.shape[0], deal.width)
+        positions = torch.zeros_like(ids)
+        seen = self.compressed.num_seen or [0] * len(ids)
+        for row, one in enumerate(deal.maps):
+            mine = one.indices(deal.rank, ids.device)
+            here = slice(deal.width - len(mine), None)
+            ids[row, here] = input_ids[row, mask[row].bool().nonzero().flatten()[mine]]
+            positions[row, here] = seen[row] + mine
+        return {"input_ids": ids, "position_ids": positions}
 
     # ---- what generate asks --------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.column_sums.naive import naive_column_sums
 from d2o_dist.kernels.column_sums.torch_blocked import blocked_column_sums
 from d2o_dist.kernels.common import check_queries_keys
@@ -21,13 +22,16 @@ def column_sums(
     causal: bool = True,
     window: int | None = None,
     num_last: int | None = None,
+    query_stride: int = 1,
 ) -> Tensor:
     """c[h, j] = sum over queries i that see key j of exp(scale * q_i . k_j + bias_j - lse_i): [B, Hq, Tk], acc dtype.
 
     q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; lse [B, Hq, Tq] natural log, of the whole attention (keys of other shards and
     `bias` included). Query i has index q_start + i, key j has k_start + j. bias [B, Hkv, Tk] is added to the logits of
     a key (log_mass). causal: key index <= query index. window (needs causal): also key index > query index - window,
-    and must be the window of the lse. num_last: only the last so many queries (all if there are fewer).
+    and must be the window of the lse. num_last: only the last so many queries (all if there are fewer). query_stride:
+    only queries whose index is one less than a multiple of it, so that chunks and shards of a prompt choose as the
+    whole does; their plain sum, not scaled up. At most one of num_last and query_stride.
 
     Rows whose lse is infinite (no key, or padding) and keys whose bias is -inf contribute 0, whatever their q or k
     hold. Not differentiable: scores are statistics. Working memory is bounded (about 32 MiB on a CPU), whatever T.
@@ -44,6 +48,14 @@ def column_sums(
             raise ValueError(f"num_last ({num_last}) must be at least 0")
         skipped = max(0, q.shape[2] - num_last)
         q, lse, q_start = q[:, :, skipped:], lse[:, :, skipped:], q_start + skipped
-    return blocked_column_sums(
-        q, k, lse, scale, q_start=q_start, k_start=k_start, bias=bias, causal=causal, window=window
+    if query_stride != 1:
+        if query_stride < 1 or num_last is not None:
+            raise ValueError(f"query_stride ({query_stride}) must be at least 1 and excludes num_last ({num_last})")
+        first = (-1 - q_start) % query_stride
+        q, lse, q_start = q[:, :, first::query_stride], lse[:, :, first::query_stride], q_start + first
+    path = blocked_column_sums
+    if takes_triton(q, k, head_dim=q.shape[3]) and q.numel() and k.numel():
+        from d2o_dist.kernels.column_sums.triton import triton_column_sums as path
+    return path(
+        q, k, lse, scale, q_start=q_start, k_start=k_start, q_step=query_stride, bias=bias, causal=causal, window=window
     )

@@ -26,15 +26,17 @@ class Blocks:
     converted_keys: int
 
 
-def plan_blocks(device: torch.device, num_kv_heads: int, group: int, num_queries: int, num_keys: int) -> Blocks:
+def plan_blocks(
+    device: torch.device, num_kv_heads: int, group: int, num_queries: int, num_keys: int, step: int = 1
+) -> Blocks:
     """CPU: one KV head a thread, 256K logits (1 MiB in float32) each, within the caches: a batched matmul over heads
     runs without a barrier inside. Elsewhere 8M logits, for occupancy.
     """
     cpu = device.type == "cpu"
     threads = torch.get_num_threads() if cpu else 1
     budget, rows = (threads << 18, 512) if cpu else (1 << 23, 8192)
-    # At most 512 queries: what a block computes above the diagonal is wasted, about queries / T of the work.
-    queries = min(num_queries, 512, max(1, rows // group))
+    # At most 512 queries: what a block computes above the diagonal is wasted, about queries * step / T of the work.
+    queries = min(num_queries, max(64, 512 // step), max(1, rows // group))
     keys = min(num_keys, 512 if cpu else max(512, budget // (group * queries)))
     # Short prompts and few queries (num_last): several heads at once, or the calls would cost more than the work.
     heads = min(num_kv_heads, max(1, budget // (group * queries * keys)))
@@ -50,17 +52,21 @@ def blocked_column_sums(
     *,
     q_start: int,
     k_start: int,
+    q_step: int = 1,
     bias: Tensor | None,
     causal: bool,
     window: int | None,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """As `column_sums`: q [B, Hq, Tq, D], k [B, Hkv, Tk, D], lse [B, Hq, Tq], bias [B, Hkv, Tk] -> [B, Hq, Tk]."""
+    """As `column_sums`: q [B, Hq, Tq, D], k [B, Hkv, Tk, D], lse [B, Hq, Tq], bias [B, Hkv, Tk] -> [B, Hq, Tk].
+
+    Query i has index q_start + i * q_step.
+    """
     group = group_size(q.shape[1], k.shape[1])
     sums = torch.zeros(*q.shape[:2], k.shape[2], dtype=acc_dtype(q.dtype), device=q.device)
     if q.numel() == 0 or k.numel() == 0:
         return sums
-    blocks = blocks or plan_blocks(q.device, k.shape[1], group, q.shape[2], k.shape[2])
+    blocks = blocks or plan_blocks(q.device, k.shape[1], group, q.shape[2], k.shape[2], q_step)
     scratch = _Scratch(blocks, group, q.shape[3] + (1 if bias is None else 2), sums)
     for row in range(q.shape[0]):
         for head in range(0, k.shape[1], blocks.heads):
@@ -73,6 +79,7 @@ def blocked_column_sums(
                 sums[row].unflatten(0, (-1, group))[kv],
                 scale,
                 q_start - k_start,
+                q_step,
                 causal,
                 window,
                 blocks,
@@ -108,6 +115,7 @@ def _sum_heads(
     sums: Tensor,
     scale: float,
     shift: int,
+    step: int,
     causal: bool,
     window: int | None,
     blocks: Blocks,
@@ -115,37 +123,60 @@ def _sum_heads(
 ) -> None:
     """Adds to sums [n, G, Tk]; q [n, G, Tq, D], k [n, Tk, D], lse [n, G, Tq], bias [n, Tk].
 
-    Query i sees key j <= i + shift.
+    Query i sees key j <= i * step + shift.
     """
     heads, group, num_queries, _ = q.shape
     num_keys = k.shape[1]
     for first in range(0, num_keys, blocks.converted_keys):
         end = min(first + blocks.converted_keys, num_keys)
         # Queries that see some key of [first, end).
-        query_begin = max(0, first - shift) if causal else 0
-        query_end = num_queries if window is None else min(num_queries, end - 1 + window - shift)
+        query_begin = max(0, -((shift - first) // step)) if causal else 0
+        query_end = num_queries if window is None else min(num_queries, -((shift - end + 1 - window) // step))
         if query_begin >= query_end:
             continue
         keys = _extended_keys(k[:, first:end], None if bias is None else bias[:, first:end], scratch)
         for i0 in range(query_begin, query_end, blocks.queries):
             i1 = min(i0 + blocks.queries, query_end)
             queries = _extended_queries(q[:, :, i0:i1], lse[:, :, i0:i1], scale, scratch)
-            key_begin = first if window is None else max(first, i0 + shift - window + 1)
-            key_end = min(end, i1 + shift) if causal else end
+            low, high = i0 * step + shift, (i1 - 1) * step + shift  # what the first and the last query see
+            key_begin = first if window is None else max(first, low - window + 1)
+            key_end = min(end, high + 1) if causal else end
             for j0 in range(key_begin, key_end, blocks.keys):
                 j1 = min(j0 + blocks.keys, key_end)
                 logits = scratch.cut(scratch.logits, heads, group * (i1 - i0), j1 - j0)
                 torch.bmm(queries, keys[:, j0 - first : j1 - first].mT, out=logits)
                 probs = logits.exp2_().view(heads, group, i1 - i0, j1 - j0)
                 # Hidden pairs are zeroed after exp2, by assignment: their values (even inf or NaN) never matter.
-                if causal and j1 - 1 > i0 + shift:
-                    probs.tril_(i0 + shift - j0)
-                if window is not None and j0 <= i1 - 1 + shift - window:
-                    probs.triu_(i0 + shift - j0 - window + 1)
+                if causal and j1 - 1 > low:
+                    _hide_later(probs, low - j0, step)
+                if window is not None and j0 <= high - window:
+                    _hide_earlier(probs, low - j0 - window, step)
                 partial = scratch.cut(scratch.partial, heads, group, j1 - j0)
                 sums[:, :, j0:j1] += torch.sum(probs, 2, out=partial)
     if bias is not None:
         sums.masked_fill_((bias == -torch.inf).unsqueeze(1), 0)  # exact, even against NaN queries
+
+
+def _hide_later(probs: Tensor, last: int, step: int) -> None:
+    """Zero what row i of [..., rows, cols] sees behind column last + i * step."""
+    if step == 1:
+        probs.tril_(last)
+    else:
+        probs.masked_fill_(_columns_ahead(probs, step) > last, 0)
+
+
+def _hide_earlier(probs: Tensor, last: int, step: int) -> None:
+    """Zero what row i of [..., rows, cols] sees up to column last + i * step."""
+    if step == 1:
+        probs.triu_(last + 1)
+    else:
+        probs.masked_fill_(_columns_ahead(probs, step) <= last, 0)
+
+
+def _columns_ahead(probs: Tensor, step: int) -> Tensor:
+    """column - row * step: [rows, cols]."""
+    rows, cols = (torch.arange(size, device=probs.device) for size in probs.shape[-2:])
+    return cols - step * rows.unsqueeze(1)
 
 
 def _extended_keys(k: Tensor, bias: Tensor | None, scratch: _Scratch) -> Tensor:

@@ -2,11 +2,13 @@
 
 from torch import Tensor
 
+from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.common import check_queries_keys
-from d2o_dist.kernels.decode_attention.naive import naive_decode_attention
-from d2o_dist.kernels.decode_attention.torch_blocked import blocked_decode_attention
+from d2o_dist.kernels.decode_attention.naive import naive_decode_attention, naive_decode_with_logits
+from d2o_dist.kernels.decode_attention.torch_blocked import blocked_decode_attention, blocked_decode_with_logits
+from d2o_dist.kernels.update_scores import slot_probabilities
 
-__all__ = ["decode_attention", "naive_decode_attention"]
+__all__ = ["decode_attention", "decode_with_logits", "naive_decode_attention", "naive_decode_with_logits"]
 
 
 def decode_attention(
@@ -24,6 +26,46 @@ def decode_attention(
     dtype: the slot's probabilities summed over the G query heads of the group).
     Invalid slots have probability 0 whatever they hold. No valid slot: out 0, lse -inf, probs 0.
     """
+    valid = _checked_valid(q, k, v, valid, log_mass)
+    if _takes_triton(q, k, v):
+        out, lse, logits = _triton(q, k, v, scale, valid=valid, log_mass=log_mass)
+        return out, lse, slot_probabilities(logits, lse, k.shape[1])
+    return blocked_decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass)
+
+
+def decode_with_logits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    valid: Tensor | None = None,
+    log_mass: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `decode_attention`, but the third is the logits [B, Hq, S]: acc dtype, log_mass included, -inf where invalid.
+
+    For ranks that hold parts of the slots: merge out and lse over ranks (`merge_partials`), then hand these logits and
+    the merged lse to `update_scores`. Also one kernel less where scores are updated in place anyway.
+    """
+    valid = _checked_valid(q, k, v, valid, log_mass)
+    path = _triton if _takes_triton(q, k, v) else blocked_decode_with_logits
+    return path(q, k, v, scale, valid=valid, log_mass=log_mass)
+
+
+def _takes_triton(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return takes_triton(q, k, v, head_dim=q.shape[-1]) and q.numel() > 0 and k.shape[2] > 0
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, scale: float, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
+    from d2o_dist.kernels.decode_attention.triton import triton_decode_attention
+
+    return triton_decode_attention(q, k, v, scale, **kwargs)
+
+
+def _checked_valid(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, log_mass: Tensor | None
+) -> Tensor | None:
+    """Raises ValueError where shapes do not fit; `valid` as [B, Hkv, S]."""
     if q.dim() != 3:
         raise ValueError(f"q must have 3 dims [B, Hq, D], got {q.dim()}")
     check_queries_keys(q.unsqueeze(2), k, v)
@@ -33,4 +75,4 @@ def decode_attention(
         raise ValueError(f"log_mass {tuple(log_mass.shape)} must have k's shape {tuple(k.shape[:3])}")
     if valid is not None and valid.dim() == 2:
         valid = valid.unsqueeze(1).expand(k.shape[:3])
-    return blocked_decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass)
+    return valid

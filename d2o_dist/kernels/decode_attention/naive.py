@@ -37,3 +37,27 @@ def naive_decode_attention(
             out[b, h] = weights @ v[b, g, slots].to(acc)
             probs[b, g, slots] += weights
     return out.to(q.dtype), lse, probs
+
+
+def naive_decode_with_logits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    valid: Tensor | None = None,
+    log_mass: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `decode_with_logits`: -> (out [B, Hq, D], lse [B, Hq], logits [B, Hq, S])."""
+    acc, group = acc_dtype(q.dtype), q.shape[1] // k.shape[1]
+    logits = torch.full((*q.shape[:2], k.shape[2]), -torch.inf, dtype=acc, device=q.device)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            g = h // group
+            row = k[b, g].to(acc) @ q[b, h].to(acc) * scale
+            if log_mass is not None:
+                row = row + log_mass[b, g].to(acc)
+            if valid is not None:
+                row = row.masked_fill(~(valid[b] if valid.dim() == 2 else valid[b, g]), -torch.inf)
+            logits[b, h] = row
+    return *naive_decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass)[:2], logits

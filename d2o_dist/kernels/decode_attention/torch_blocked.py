@@ -17,12 +17,29 @@ def blocked_decode_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_attention`, valid [B, Hkv, S]: -> (out [B, Hq, D], lse [B, Hq], probs [B, Hkv, S])."""
+    out, lse, _, probs = _attend(q, k, v, scale, valid, log_mass)
+    return out, lse, probs.sum(2)
+
+
+def blocked_decode_with_logits(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `decode_with_logits`, valid [B, Hkv, S]: -> (out [B, Hq, D], lse [B, Hq], logits [B, Hq, S])."""
+    out, lse, logits, _ = _attend(q, k, v, scale, valid, log_mass)
+    return out, lse, (logits * LN_2).flatten(1, 2)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [B, Hq, D], lse [B, Hq], logits in units of log2 and probabilities [B, Hkv, G, S]."""
     batch, num_heads, head_dim = q.shape
     num_kv_heads, num_slots, acc = k.shape[1], k.shape[2], acc_dtype(q.dtype)
     group = group_size(num_heads, num_kv_heads)
     if q.numel() == 0 or num_slots == 0:
         lse = torch.full((batch, num_heads), -torch.inf, dtype=acc, device=q.device)
-        return torch.zeros_like(q), lse, torch.zeros(k.shape[:3], dtype=acc, device=q.device)
+        nothing = torch.zeros(batch, num_kv_heads, group, num_slots, dtype=acc, device=q.device)
+        return torch.zeros_like(q), lse, nothing, nothing
     queries = (q.to(acc) * (scale * LOG2_E)).view(batch, num_kv_heads, group, head_dim)
     spans = _spans(k, acc)
     parts = [queries @ k[:, :, a:b].to(acc).mT for a, b in spans]
@@ -38,7 +55,7 @@ def blocked_decode_attention(
     lse = (top + torch.log2(total)).squeeze(-1) * LN_2
     probs = weights / torch.where(total == 0, torch.ones_like(total), total)
     out = _weighted_values(probs, v, valid, spans)
-    return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, num_heads), probs.sum(2)
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, num_heads), logits, probs
 
 
 def _spans(k: Tensor, acc: torch.dtype) -> list[tuple[int, int]]:

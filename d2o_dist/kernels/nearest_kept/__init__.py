@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.nearest_kept.naive import naive_nearest_kept
 from d2o_dist.kernels.nearest_kept.torch_blocked import blocked_nearest_kept
 
@@ -21,4 +22,13 @@ def nearest_kept(evicted: Tensor, kept: Tensor, target_mask: Tensor | None = Non
         raise ValueError(f"dtype of evicted ({evicted.dtype}) must equal dtype of kept ({kept.dtype})")
     if target_mask is not None and target_mask.shape != kept.shape[:-1]:
         raise ValueError(f"target_mask {tuple(target_mask.shape)} must have kept's shape {tuple(kept.shape[:-1])}")
+    if takes_triton(evicted, kept, head_dim=evicted.shape[-1]) and evicted.numel() and kept.numel():
+        from d2o_dist.kernels.nearest_kept.triton import triton_nearest_kept
+
+        lead = evicted.shape[:-1]
+        rows = lead[:-1].numel()
+        evicted, kept = evicted.reshape(rows, *evicted.shape[-2:]), kept.reshape(rows, *kept.shape[-2:])
+        mask = None if target_mask is None else target_mask.reshape(rows, -1)
+        found = triton_nearest_kept(evicted, kept, mask)
+        return found[0].view(lead), found[1].view(lead)
     return blocked_nearest_kept(evicted, kept, target_mask)

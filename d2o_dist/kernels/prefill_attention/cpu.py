@@ -30,6 +30,12 @@ def cpu_prefill_attention(
     return out, lse.contiguous()  # the kernel lays lse out as [B, Tq, Hq]
 
 
+def cpu_cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `cross_attention`, on the CPU; Tq and Tk at least 1."""
+    out, lse = _flash(q, k, v, scale, causal=False)
+    return out, lse.contiguous()
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, mask: Tensor | None = None):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
 

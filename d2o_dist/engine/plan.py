@@ -1,0 +1,103 @@
+"""What a run will do, and everything that can be wrong with it, found before the weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.config.infer import InferConfig
+from d2o_dist.engine import model as loading
+from d2o_dist.engine.agreement import agreed
+from d2o_dist.engine.encode import BadRow, ModelLimits, Request, encode_rows
+from d2o_dist.engine.output import check_output, check_shared
+from d2o_dist.engine.prompts import read_prompts, repeated_ids
+from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.integrations.tensor_parallel import mark_replicas
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        requests, bad_rows: rows that will be run, and rows that cannot be.
+        tokenizer: loaded already; warnings: what the user should know before the run.
+    """
+
+    requests: list[Request]
+    bad_rows: list[BadRow]
+    tokenizer: Any
+    warnings: list[str]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the input."""
+        return len(self.requests) + len(self.bad_rows)
+
+    def notices(self) -> list[str]:
+        """What to tell the user before the run: the warnings, and the first bad rows."""
+        return [*self.warnings, *(f"row {bad.index} ({bad.id!r}): {bad.error}" for bad in self.bad_rows[:10])]
+
+
+def prepare(config: InferConfig, mesh: ParallelMesh | None = None) -> Plan:
+    """Read and check everything that needs no weights. Every rank of the mesh calls it together, and gets the same.
+
+    Raises:
+        ValueError: a file that is missing or in the way, a model that cannot be compressed or divided among the ranks,
+            a budget its layers cannot have, a device that is not there, streaming of several prompts; on whichever
+            rank. What is wrong with one row is not raised.
+    """
+    mesh = ParallelMesh.local() if mesh is None else mesh
+    with agreed(mesh) as same:
+        plan = _prepare(config, mesh)
+        same.add(config, plan.requests, plan.bad_rows)
+    check_shared(config.output, mesh)
+    return plan
+
+
+def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
+    rows = read_prompts(config.prompts, config.prompt)
+    if config.stream is True and len(rows) != 1:
+        raise ValueError(f"stream (true) shows one prompt, but there are {len(rows)}")
+    if config.stream is True and mesh.dp > 1:
+        raise ValueError(f"stream (true) shows the text of one replica, but there are {mesh.dp} (dp)")
+    if mesh.rank == 0:  # the output need not be reachable, nor be empty by the time others look
+        check_output(config.output, config.overwrite, mesh.dp)
+    if config.trace is not None:
+        _make_folder(Path(config.trace))
+    loading.pick_device(config.device)
+    model_config = loading.load_config(config)
+    mark_replicas(model_config, config.parallel)
+    # An empty cache costs nothing, and refuses what it cannot serve.
+    D2OCache(config=model_config, d2o=config.d2o, mesh=mesh, parallel=config.parallel)
+    limits = ModelLimits(loading.max_positions(model_config), loading.vocab_size(model_config))
+    _check_lengths(config, limits.max_positions)
+    tokenizer = loading.load_tokenizer(config)
+    encoded = encode_rows(rows, tokenizer, config, limits)
+    warnings = [f"{len(repeated)} ids are used more than once, such as {next(iter(repeated))!r}: tell rows apart by "
+                "their index" for repeated in [repeated_ids(rows)] if repeated]  # fmt: skip
+    return Plan(
+        requests=[row for row in encoded if isinstance(row, Request)],
+        bad_rows=[row for row in encoded if isinstance(row, BadRow)],
+        tokenizer=tokenizer,
+        warnings=warnings,
+    )
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"trace folder {path} cannot be made: {error}") from error
+
+
+def _check_lengths(config: InferConfig, max_positions: int | None) -> None:
+    """Refuse limits of the run that the model has no positions for; rows with limits of their own come later."""
+    prompt, new = config.max_prompt_tokens, config.sampling.max_new_tokens
+    if max_positions is not None and prompt is not None and prompt + new > max_positions:
+        raise ValueError(
+            f"max_prompt_tokens ({prompt}) and max_new_tokens ({new}) are together above the model's "
+            f"max_position_embeddings ({max_positions})"
+        )

@@ -1,0 +1,134 @@
+"""A whole evaluation on one rank of any number: run what is missing, and at the end make one set of results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2o_dist.comm import ParallelMesh
+from d2o_dist.comm.queue import WorkQueue
+from d2o_dist.config.evaluate import EvalConfig
+from d2o_dist.config.io import dump_yaml
+from d2o_dist.engine import model as loading
+from d2o_dist.engine.agreement import agreed
+from d2o_dist.eval.aggregate import summarise
+from d2o_dist.eval.plan import Plan
+from d2o_dist.eval.plots import draw
+from d2o_dist.eval.provenance import environment
+from d2o_dist.eval.runner import Runner, batches, pending
+from d2o_dist.eval.store import RankFile, merge_records, read_records
+from d2o_dist.eval.table import report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        folder: of the results; table: the Markdown report, on the rank that wrote it, else None.
+        num_results, num_missing: results of the plan that exist now, and that failed or were not reached.
+    """
+
+    folder: Path
+    table: str | None
+    num_results: int
+    num_missing: int
+    interrupted: bool = False
+
+
+def check_parallel(config: EvalConfig, world_size: int) -> int:
+    """The number of replicas.
+
+    Raises:
+        ValueError: the ranks are not dp x sp x tp, or a task cannot be run by several ranks that share a request.
+    """
+    parallel = config.parallel
+    for task in config.tasks:
+        if parallel.tp * parallel.sp > 1 and getattr(task, "continuation", None) == "chunk":
+            raise ValueError(
+                f"task {task.name}: continuation (chunk) needs a request on one rank, but tp is {parallel.tp} and sp "
+                f"{parallel.sp}: set continuation to decode"
+            )
+    return parallel.replicas(world_size)
+
+
+def evaluate(
+    plan: Plan,
+    mesh: ParallelMesh,
+    *,
+    on_start: Callable[[int], None] = lambda count: None,
+    on_results: Callable[[int], None] = lambda count: None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Load the weights, run the rows that have no result yet, and write the results of all.
+
+    Every rank calls it with the same plan. Replicas take the next batch when they are free. An interruption (Ctrl-C)
+    keeps what is written and makes no report.
+
+    Args:
+        on_start: called with the number of results that are missing.
+        on_results: called, on the ranks that lead a replica, with how many results of all replicas were just added.
+        log: called with lines about rows that failed.
+
+    Raises:
+        ValueError: the weights cannot be loaded, or the folder holds something that is not records.
+    """
+    config, folder = plan.config, Path(plan.config.output).expanduser()
+    with agreed(mesh) as same:
+        found = read_records(folder)
+        todo = pending(plan.jobs, plan.methods, found)
+        same.add([job.digest for job, _ in todo], [len(methods) for _, methods in todo])
+    on_start(sum(len(methods) for _, methods in todo))
+    if todo:
+        runner = Runner(plan, loading.load_model(config.infer(), mesh), mesh, log=log)
+        work = batches(todo, config.batch_size, config.max_batch_tokens)
+        queue, shown = WorkQueue(mesh, len(work)), 0
+        try:
+            with RankFile(folder, mesh.rank) if mesh.leads_request else nullcontext() as file:
+                while (number := queue.claim()) is not None:
+                    for records in runner.run_batch(work[number]):
+                        if file is not None:
+                            file.write(records)
+                            done = queue.finish(len(records))
+                            on_results(done - shown)
+                            shown = done
+        except KeyboardInterrupt:
+            if mesh.world_size > 1:
+                raise  # only this rank knows of it
+            return Outcome(folder, None, len(read_records(folder)), 0, interrupted=True)
+        # Rank 0 reads what the others have written: not before they have.
+        queue.wait(sum(len(methods) for _, methods in todo))
+    with agreed(mesh):
+        table = _write(plan, folder, mesh) if mesh.rank == 0 else None
+    # Nobody counts before the records are merged.
+    found = read_records(folder)
+    num_results = sum(job.key(method) in found for job in plan.jobs for method in plan.methods)
+    return Outcome(folder, table, num_results, len(plan.jobs) * len(plan.methods) - num_results)
+
+
+def _write(plan: Plan, folder: Path, mesh: ParallelMesh) -> str:
+    """Merge the records and write configuration, environment, metrics, table and pictures."""
+    found = read_records(folder)
+    order = {name: place for place, name in enumerate([task.name for task in plan.tasks])}
+    folder.mkdir(parents=True, exist_ok=True)
+    merge_records(folder, sorted(found.values(), key=lambda record: order.get(record["task"], len(order))))
+    around = environment(mesh.world_size)
+    summary = {**summarise(plan, found), "environment": around}
+    (folder / "config.yaml").write_text(dump_yaml(plan.config.to_dict()), encoding="utf-8")
+    _write_json(folder / "environment.json", around)
+    _write_json(folder / "metrics.json", summary)
+    table = report(summary, around)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    try:
+        draw(summary, folder)
+    except ImportError as error:
+        table += f"\nNo pictures: {error}.\n"
+    return table
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

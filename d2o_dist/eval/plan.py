@@ -1,0 +1,124 @@
+"""What an evaluation will do, found and checked before any weights are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from d2o_dist.comm import ParallelMesh
+from d2o_dist.config.evaluate import EvalConfig, Method
+from d2o_dist.engine import model as loading
+from d2o_dist.engine.agreement import agreed
+from d2o_dist.eval.encode import Encoded, Encoder
+from d2o_dist.eval.examples import Example, Passage, Task, Tools
+from d2o_dist.eval.tasks.registry import make_tasks
+from d2o_dist.eval.text import text_loader
+from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.integrations.tensor_parallel import check_tensor_parallel
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of one task.
+
+    Attributes:
+        index: place among all rows of the evaluation; encoded: None for a passage.
+        digest: of everything that its results depend on, the method aside.
+    """
+
+    index: int
+    task: Task
+    row: Example | Passage
+    encoded: Encoded | None
+    digest: str
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that are read before anything is generated or predicted."""
+        return self.row.num_prompt if self.encoded is None else len(self.encoded.ids)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens generated or predicted at most."""
+        return len(self.row.tokens) - self.row.num_prompt if self.encoded is None else self.row.max_new_tokens
+
+    def key(self, method: Method) -> str:
+        """Of one result: the same if and only if row, settings and method are the same."""
+        return digest([self.digest, method.d2o.to_dict()])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything but the weights."""
+
+    config: EvalConfig
+    tokenizer: Any
+    tasks: list[Task]
+    jobs: list[Job]
+    methods: list[Method]
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
+def prepare(
+    config: EvalConfig, named_texts: Mapping[str, Callable[[], str]], mesh: ParallelMesh | None = None
+) -> Plan:
+    """Read and check everything that needs no weights. Every rank of the mesh calls it together, and gets the same.
+
+    Args:
+        named_texts: texts that tasks may name instead of a path.
+
+    Raises:
+        ValueError: data that is missing or too short, a model that cannot be compressed or divided among the ranks, a
+            budget its layers cannot have, a row that does not fit the model; on whichever rank.
+    """
+    mesh = ParallelMesh.local() if mesh is None else mesh
+    with agreed(mesh) as same:
+        plan = _prepare(config, named_texts)
+        same.add([job.digest for job in plan.jobs], [method.label for method in plan.methods])
+    return plan
+
+
+def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -> Plan:
+    infer, methods = config.infer(), config.expand_methods()
+    loading.pick_device(config.device)
+    model_config = loading.load_config(infer)
+    config.parallel.resolve(check_tensor_parallel(model_config, config.parallel))
+    for method in methods:
+        # An empty cache costs nothing, and refuses what it cannot serve.
+        try:
+            D2OCache(config=model_config, d2o=method.d2o)
+        except ValueError as error:
+            raise ValueError(f"method {method.label}: {error}") from error
+    tokenizer = loading.load_tokenizer(infer)
+    positions = loading.max_positions(model_config)
+    encoder = Encoder(
+        tokenizer, chat_template=config.chat_template, system_prompt=config.system_prompt, max_positions=positions,
+        max_prompt_tokens=config.max_prompt_tokens, truncation=config.truncation,
+    )  # fmt: skip
+    tools = Tools(tokenizer, text_loader(named_texts), encoder.count, config.seed, positions)
+    tasks = make_tasks(config.tasks)
+    settings = {name: getattr(config, name) for name in ("model", "tokenizer", "dtype", "revision", "question")}
+    jobs: list[Job] = []
+    for task in tasks:
+        for row in task.rows(tools):
+            jobs.append(_make_job(len(jobs), task, row, encoder, settings))
+    return Plan(config, tokenizer, tasks, jobs, methods)
+
+
+def _make_job(index: int, task: Task, row: Example | Passage, encoder: Encoder, settings: dict[str, Any]) -> Job:
+    about: list[Any] = [settings, task.name, row.id, dict(task.definition)]
+    if isinstance(row, Passage):
+        return Job(index, task, row, None, digest([*about, row.tokens, row.num_prompt]))
+    try:
+        encoded = encoder.encode(row, task.uses_template)
+    except ValueError as error:
+        raise ValueError(f"task {task.name}: {error}") from error
+    about += [encoded.context, encoded.question, row.max_new_tokens, row.stop, row.answers]
+    return Job(index, task, row, encoded, digest(about))

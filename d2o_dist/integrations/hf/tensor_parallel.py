@@ -1,0 +1,139 @@
+"""Tensor parallelism of Hugging Face models: what divides, copies of KV heads, and sharding by transformers' own plan.
+
+The engines cut the projections of a layer into runs of whole heads: rank r of n holds query heads r Hq/n .. (r+1) Hq/n
+and KV heads r Hkv/n .. (r+1) Hkv/n. Where there are fewer KV heads than ranks, each is first repeated n / Hkv times in
+place, so that the same cut gives rank r a copy of head r // (n / Hkv): the one its query heads belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2o_dist.comm.adapters import to_device_mesh
+from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.integrations.hf.guards import text_config
+
+_HEAD_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def kv_replicas(config: Any, tp: int) -> int:
+    """How many of `tp` ranks share each KV head: 1 where there are enough of them.
+
+    Raises:
+        ValueError: query heads that do not divide among the ranks, or KV heads of which neither ranks nor heads are a
+            multiple.
+    """
+    config = text_config(config)
+    heads = config.num_attention_heads
+    kv_heads = num_kv_heads(config)
+    if heads % tp:
+        raise ValueError(f"num_attention_heads ({heads}) must be divisible by tp ({tp})")
+    if kv_heads % tp and tp % kv_heads:
+        raise ValueError(
+            f"num_key_value_heads ({kv_heads}) must be divisible by tp ({tp}), or tp by num_key_value_heads"
+        )
+    return max(1, tp // kv_heads)
+
+
+def num_kv_heads(config: Any) -> int:
+    """KV heads of the whole model; models without the field have one for each query head."""
+    config = text_config(config)
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def check_separate_projections(config: Any) -> None:
+    """Refuse models that pack queries, keys and values in one projection: no engine cuts those by heads.
+
+    Raises:
+        ValueError: the model has no plan of its own, or one that does not give each rank its own heads.
+    """
+    config = text_config(config)
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    found = {name.rsplit(".", 1)[-1]: style for name, style in plan.items() if ".self_attn." in name}
+    wrong = [name for name in _HEAD_PROJECTIONS if found.get(name) != "colwise"]
+    if wrong:
+        raise ValueError(
+            f"tp needs a model whose {', '.join(_HEAD_PROJECTIONS)} are separate, so that every rank has heads of its "
+            f"own; {config.model_type} has {', '.join(found) or 'no tensor parallel plan'}: use sp instead"
+        )
+
+
+def repeat_kv_heads(model: nn.Module, replicas: int) -> None:
+    """Repeat every KV head `replicas` times in place, so that Hkv x replicas heads compute what Hkv did.
+
+    Weights and biases of all `k_proj` and `v_proj`; norms per head (Qwen3) are shared by all heads as they are. The
+    configuration is changed too: `num_key_value_heads` counts the copies.
+    """
+    config = text_config(model.config)
+    old = num_kv_heads(config)
+    for module in model.modules():
+        if not all(isinstance(getattr(module, name, None), nn.Linear) for name in _HEAD_PROJECTIONS):
+            continue
+        for projection in (module.k_proj, module.v_proj):
+            for name, parameter in list(projection.named_parameters(recurse=False)):
+                heads = parameter.data.unflatten(0, (old, -1)).repeat_interleave(replicas, 0).flatten(0, 1)
+                setattr(projection, name, nn.Parameter(heads, requires_grad=parameter.requires_grad))
+            projection.out_features *= replicas
+        if hasattr(module, "num_key_value_groups"):
+            module.num_key_value_groups //= replicas
+    config.num_key_value_heads = old * replicas
+
+
+def check_version() -> None:
+    """Raises ValueError unless this version of transformers has what `shard_with_transformers` builds on."""
+    try:
+        from transformers.distributed import DistributedConfig  # noqa: F401
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"tp_engine (transformers) was written for transformers 5.23, and this version differs ({error}): use "
+            "tp_engine deepspeed"
+        ) from error
+
+
+def shard_with_transformers(model: Any, mesh: ParallelMesh, device: torch.device) -> Any:
+    """Keep this rank's shard of a loaded model, by the plan that transformers has for it; parameters become DTensors.
+
+    `from_pretrained(tp_plan=...)` would make a mesh of its own over all ranks. Here the plan is applied to loaded
+    weights, on the tp axis of a mesh that may have other axes: nothing is sent.
+
+    Args:
+        model: on the CPU; device: where its shard goes.
+    """
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    settings = DistributedConfig(tp_size=mesh.tp, tp_plan="auto")
+    plan, _, _ = model._resolve_parallel_plans(settings)
+    model._tp_size = mesh.tp
+    with _untied(model):
+        model = apply_tensor_parallelism(model, to_device_mesh(mesh, "tp", device.type), plan)
+    return model.to(device)
+
+
+@contextmanager
+def _untied(model: nn.Module) -> Iterator[None]:
+    """Weights that two modules share (embedding and output head) as two, and one again where both are cut alike.
+
+    The plan names each, and a shared parameter answers to one name only.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+    shared = [places for places in owners.values() if len(places) > 1]
+    for (first, name), *others in shared:
+        shared_weight = getattr(first, name)
+        for module, other in others:
+            setattr(module, other, nn.Parameter(shared_weight.data, shared_weight.requires_grad))
+    yield
+    for (first, name), *others in shared:
+        kept = getattr(first, name)
+        for module, other in others:
+            if getattr(getattr(module, other), "placements", None) == getattr(kept, "placements", None):
+                setattr(module, other, kept)

@@ -1,0 +1,77 @@
+"""What a decode step adds to scores and rates, from the logits it kept and the final lse. K is not read again.
+
+With sequence shards the lse is that of all shards: each then updates its own slots, and nothing more is exchanged.
+"""
+
+from torch import Tensor
+
+from d2o_dist.kernels.backend import takes_triton
+from d2o_dist.kernels.common import group_size
+from d2o_dist.kernels.update_scores.naive import naive_update_scores
+from d2o_dist.kernels.update_scores.torch_ops import torch_slot_probabilities, torch_update_scores
+
+__all__ = ["naive_update_scores", "slot_probabilities", "update_scores"]
+
+
+def slot_probabilities(logits: Tensor, lse: Tensor, num_kv_heads: int) -> Tensor:
+    """exp(logits - lse), summed over the query heads of a group: [B, Hq, S] and [B, Hq] -> [B, Hkv, S] in acc dtype.
+
+    Slots whose logit is -inf, and heads whose lse is -inf, give 0.
+    """
+    _check(logits, lse, num_kv_heads)
+    if takes_triton(logits, lse) and logits.numel():
+        from d2o_dist.kernels.update_scores.triton import triton_update_scores
+
+        return triton_update_scores(
+            logits, lse, num_kv_heads, scores=None, rates=None, newest=None, decay=0.0, present=None, with_probs=True
+        )
+    return torch_slot_probabilities(logits, lse, num_kv_heads)
+
+
+def update_scores(
+    logits: Tensor,
+    lse: Tensor,
+    scores: Tensor | None = None,
+    rates: Tensor | None = None,
+    *,
+    newest: Tensor | None = None,
+    rate_window: int = 32,
+    present: Tensor | None = None,
+) -> None:
+    """In place: scores += p; rates <- (1 - 1/rate_window) rates + p / rate_window, and p itself at the newest slot.
+
+    Args:
+        logits: [B, Hq, S] of this step, natural units, log_mass included, -inf on slots that are not live.
+        lse: [B, Hq], over all slots of all shards. p [B, Hkv, S] is `slot_probabilities(logits, lse)`.
+        scores, rates: [B, Hkv, S] float32 (float64 for float64 logits), any strides, or None; not both None.
+        newest: [B] int64, the slot of the token of this step, outside [0, S) where it is elsewhere; needed by rates.
+        present: [B] bool; rows that took no step change nothing.
+
+    Raises:
+        ValueError: shapes that do not fit, or nothing to update.
+    """
+    if scores is None and rates is None:
+        raise ValueError("update_scores needs scores, rates or both")
+    for name, x in (("scores", scores), ("rates", rates)):
+        if x is not None and (x.shape[0], x.shape[2]) != (logits.shape[0], logits.shape[2]):
+            raise ValueError(f"{name} {tuple(x.shape)} must be [B, Hkv, S] of logits {tuple(logits.shape)}")
+    num_kv_heads = (scores if scores is not None else rates).shape[1]
+    _check(logits, lse, num_kv_heads)
+    if rates is not None and (newest is None or newest.shape != logits.shape[:1]):
+        shape = None if newest is None else tuple(newest.shape)
+        raise ValueError(f"rates need newest, one slot for each of {logits.shape[0]} rows, not {shape}")
+    if takes_triton(logits, lse) and logits.numel():
+        from d2o_dist.kernels.update_scores.triton import triton_update_scores
+
+        triton_update_scores(
+            logits, lse, num_kv_heads, scores=scores, rates=rates, newest=newest, decay=1 / rate_window,
+            present=present, with_probs=False,
+        )  # fmt: skip
+        return
+    torch_update_scores(logits, lse, scores, rates, newest=newest, rate_window=rate_window, present=present)
+
+
+def _check(logits: Tensor, lse: Tensor, num_kv_heads: int) -> None:
+    if lse.shape != logits.shape[:2]:
+        raise ValueError(f"lse {tuple(lse.shape)} must have the shape of logits {tuple(logits.shape)} without slots")
+    group_size(logits.shape[1], num_kv_heads)

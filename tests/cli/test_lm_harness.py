@@ -1,0 +1,27 @@
+"""The launcher of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from d2o_dist.cli import lm_harness
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_the_script_folder_hides_no_package(monkeypatch):
+    # `launch/evaluate.py` would be what the harness finds when it imports the package `evaluate`.
+    monkeypatch.setattr(sys, "argv", [str(REPO / "launch" / "lm_harness.py"), "run"])
+    monkeypatch.setattr(sys, "path", [str(REPO / "launch"), "", *sys.path])
+    lm_harness.forget_script_folder()
+    assert str(REPO / "launch") not in sys.path and "" in sys.path
+    assert not (REPO / "launch" / "lm_eval.py").exists()
+
+
+def test_without_the_harness_it_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert lm_harness.main() == 2
+    assert "this needs lm-eval (pip install lm-eval)" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""Part files of several replicas and the file they become."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from d2o_dist.comm import ParallelMesh, build_mesh
+from d2o_dist.engine.output import check_output, check_shared, clear_parts, join_parts, open_writer, part_path
+from d2o_dist.engine.records import to_line
+from tests.ranks import run_ranks
+
+
+def write_parts(output, *parts):
+    for replica, indices in enumerate(parts):
+        # U+2028 ends a line for Python's splitlines, but not for JSON.
+        lines = [to_line({"index": index, "text": f"{index}\u2028x"}) for index in indices]
+        part_path(output, replica).write_text("".join(lines), encoding="utf-8")
+
+
+def test_parts_are_joined_in_the_order_of_the_input(tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_text("old\n")
+    write_parts(output, [4, 0], [], [3, 1, 2])
+    records = join_parts(str(output), 3, 5)
+    lines = output.read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in lines[:-1]] == records and lines[-1] == ""
+    assert [record["index"] for record in records] == [0, 1, 2, 3, 4] and records[3]["text"] == "3\u2028x"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "expected", "message"),
+    [
+        (3, 3, "out.jsonl.part-2 cannot be seen by rank 0: .* file system that all machines share"),
+        (2, 4, r"the part files of .*out.jsonl hold 3 rows, not 4"),
+    ],
+)
+def test_what_is_missing_is_said_and_nothing_is_lost(tmp_path, replicas, expected, message):
+    output = tmp_path / "out.jsonl"
+    write_parts(output, [0], [1, 2])
+    with pytest.raises(ValueError, match=message):
+        join_parts(str(output), replicas, expected)
+    assert not output.exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_parts_of_an_unfinished_run_are_not_overwritten_unasked(tmp_path):
+    output = tmp_path / "out.jsonl"
+    write_parts(output, [0], [1])
+    for replicas in (1, 2):
+        with pytest.raises(ValueError, match="out.jsonl.part-0 holds results of a run that did not end"):
+            check_output(str(output), False, replicas)
+    check_output(str(output), True, 2)
+    clear_parts(str(output), ParallelMesh.local())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", [None, "-"])
+def test_several_replicas_need_a_file(output, tmp_path):
+    check_output(output, False)
+    with pytest.raises(ValueError, match=r"2 replicas \(dp\) write their results to part files: name an output file"):
+        check_output(output, False, 2)
+    with pytest.raises(ValueError, match="/dev/null is not a regular file"):
+        check_output("/dev/null", False, 2)
+    check_output("/dev/null", False)
+
+
+def shared(rank, world, folders):
+    mesh = build_mesh(dp=world)
+    try:
+        check_shared(f"{folders[rank]}/new/out.jsonl", mesh, patience_s=0.2)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("apart", [False, True])
+def test_replicas_on_machines_that_share_no_files_are_refused(tmp_path, apart):
+    folders = [tmp_path / "a", tmp_path / ("b" if apart else "a")]
+    found = run_ranks(2, shared, [str(folder) for folder in folders])
+    assert found[0] == found[1]
+    if apart:
+        assert "out.jsonl.probe-1 cannot be seen by rank 0" in found[0] and "all machines share" in found[0]
+    else:
+        assert found[0] is None
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_one_replica_writes_the_output_itself(tmp_path):
+    with open_writer(str(tmp_path / "out.jsonl"), ParallelMesh.local()) as writer:
+        writer.write([{"index": 0}])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]

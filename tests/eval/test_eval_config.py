@@ -1,0 +1,88 @@
+"""`EvalConfig`: YAML in and out, methods at budgets, and what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.config.evaluate import EvalConfig
+from d2o_dist.config.io import dump_yaml
+
+REPO = Path(__file__).resolve().parents[2]
+BASE = {"model": "m", "output": "o", "tasks": [{"kind": "needle", "lengths": [128]}], "keep_ratios": [0.5, 0.2]}
+CONFIGS = sorted((REPO / "configs").glob("eval_*.yaml"))
+
+
+def make(**values) -> EvalConfig:
+    return EvalConfig.from_dict({**BASE, **values})
+
+
+def test_round_trip(tmp_path):
+    tasks = [
+        {"kind": "needle", "lengths": [128, 256], "depths": 3},
+        {"kind": "ruler", "lengths": 1000, "tasks": ["vt", "cwe"]},
+        {"kind": "longbench", "data": "folder", "tasks": "all", "samples": 3},
+        {"kind": "perplexity", "lengths": [64]},
+        {"kind": "fidelity", "lengths": [64], "continuation": "decode"},
+    ]
+    config = make(
+        tasks=tasks, methods=["mass", {"name": "x", "preset": "mass", "heavy_fraction": 0.3}], parallel={"dp": 2}
+    )
+    assert config.tasks[0].depths == (0.0, 0.5, 1.0) and len(config.tasks[2].tasks) == 21
+    assert EvalConfig.from_dict(config.to_dict()) == config
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_yaml(config.to_dict()))
+    assert EvalConfig.load(path) == config
+    assert EvalConfig.load(path, [("keep_ratios", [0.1]), ("parallel.dp", None)]).keep_ratios == (0.1,)
+
+
+def test_full_comes_first_and_every_method_runs_at_every_budget():
+    methods = make(methods=["full", "h2o", {"name": "x", "preset": "mass", "tail_fraction": 0.2}], keep_tokens=[64])
+    expanded = methods.expand_methods()
+    assert [method.label for method in expanded] == [
+        "full", "h2o@50%", "h2o@20%", "h2o@64 tokens", "x@50%", "x@20%", "x@64 tokens",
+    ]  # fmt: skip
+    assert expanded[0].d2o == D2OConfig.preset("full")
+    assert expanded[3].d2o == D2OConfig.preset("h2o", keep_tokens=64)
+    assert expanded[5].d2o == D2OConfig.preset("mass", keep_ratio=0.2, tail_fraction=0.2)
+    assert [method.label for method in make(methods=[], keep_ratios=[]).expand_methods()] == ["full"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"tasks": []}, "tasks .* must be a list of at least one task"),
+        ({"tasks": [{"kind": "neelde", "lengths": [99]}]}, 'Did you mean "needle"'),
+        ({"tasks": [{"kind": "needle"}]}, "a task of kind needle needs lengths"),
+        ({"tasks": [{"kind": "needle", "lengths": [10]}]}, r"lengths \(10\) must be at least 64"),
+        ({"tasks": [{"kind": "needle", "lengths": [99], "depths": [1.5]}]}, r"depths has 1.5; a depth must be in"),
+        ({"tasks": [{"kind": "needle", "lengths": [99], "fact": "a"}]}, "fact, question and answer belong together"),
+        ({"tasks": [{"kind": "needle", "lengths": [99], "depth": 2}]}, 'no field "depth". Did you mean "depths"'),
+        ({"tasks": [{"kind": "ruler", "lengths": [999], "tasks": ["vtt"]}]}, 'Did you mean "vt"'),
+        ({"tasks": [{"kind": "ruler", "lengths": [999], "tasks": "all"}]}, "qa_1 needs qa_1_file"),
+        ({"tasks": [{"kind": "longbench", "data": "x", "tasks": "lc"}]}, 'Did you mean "lcc"'),
+        ({"tasks": BASE["tasks"] * 2}, '2 tasks have the name "needle"'),
+        ({"keep_ratios": []}, "keep_ratios and keep_tokens are both empty"),
+        ({"keep_ratios": [1.2]}, r"method d2o at 120%: keep_ratio \(1.2\) must be in \(0, 1\]"),
+        ({"methods": ["snapkvv"]}, 'Did you mean "snapkv"'),
+        ({"methods": [{"preset": "mass"}]}, "a method's name"),
+        ({"methods": [{"name": "x", "keep_ratio": 0.1}]}, "method x sets keep_ratio: budgets are given once"),
+        ({"methods": [{"name": "x", "prest": "mass"}]}, 'method x at 50%: .*no field "prest"'),
+        ({"methods": [{"name": "full", "preset": "mass"}]}, 'the method "full" is the uncompressed cache'),
+        ({"question": "seen"}, "question .* must be one of visible, hidden"),
+        ({"batch_sizes": 3}, 'Did you mean "batch_size"'),
+        ({"parallel": {"dpp": 2}}, 'ParallelConfig has no field "dpp"'),
+        ({"model": None}, "model is missing"),
+        ({"dtype": "float8"}, "dtype"),
+    ],
+)  # fmt: skip
+def test_refusals(values, words):
+    with pytest.raises(ValueError, match=words):
+        make(**values)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path):
+    assert EvalConfig.load(path).expand_methods()[0].name == "full"

@@ -1,0 +1,224 @@
+"""Whole evaluations on a tiny model: results, resuming, failures, several ranks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from d2o_dist.comm import ParallelMesh, build_mesh
+from d2o_dist.config.evaluate import EvalConfig
+from d2o_dist.eval import runner as runner_module
+from d2o_dist.eval.evaluate import check_parallel, evaluate
+from d2o_dist.eval.plan import Plan, prepare
+from d2o_dist.eval.reading import Reading
+from d2o_dist.eval.store import RankFile, read_records
+from tests.engine.tiny import make_folder
+from tests.eval.parts import TEXT
+from tests.ranks import run_ranks
+
+TASKS = [
+    {"kind": "needle", "lengths": [200, 260], "depths": 2, "max_new_tokens": 6},
+    {"kind": "fidelity", "lengths": [100], "num_scored": 20, "samples": 3},
+    {"kind": "ruler", "name": "r", "lengths": [400], "tasks": "fwe", "samples": 2},
+]
+SMALL = {"min_layer_tokens": 8}
+METHODS = [{"name": "mass", "preset": "mass", **SMALL}, {"name": "h2o", "preset": "h2o", **SMALL}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(make_folder(tmp_path_factory.mktemp("model"), template=False, max_position_embeddings=512))
+
+
+def plan_of(folder: str, output, **values) -> Plan:
+    values = {"model": folder, "output": str(output), "device": "cpu", "tasks": TASKS, "methods": METHODS,
+              "keep_ratios": [0.3], **values}  # fmt: skip
+    return prepare(EvalConfig.from_dict(values), {"essays": lambda: TEXT})
+
+
+def run(plan: Plan, **kwargs):
+    return evaluate(plan, ParallelMesh.local(), **kwargs)
+
+
+def comparable(path) -> dict:
+    """Records by task, row and method, without what may differ between runs."""
+    found = {}
+    for record in read_records(path).values():
+        record = {key: value for key, value in record.items() if not key.startswith("rank")}
+        if record["scores"]:
+            record["scores"] = {name: round(value, 9) for name, value in record["scores"].items()}
+        found[record["task"], record["row"], record["method"]] = record
+    return found
+
+
+@pytest.fixture(scope="module")
+def done(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("results")
+    plan = plan_of(folder, output)
+    counted: list[int] = []
+    outcome = run(plan, on_results=counted.append)
+    return plan, outcome, output, counted
+
+
+def test_everything_is_there(done):
+    plan, outcome, output, counted = done
+    assert len(plan.jobs) == 4 + 3 + 2 and outcome.num_results == sum(counted) == 27 and outcome.num_missing == 0
+    names = {path.name for path in output.iterdir()}
+    assert names >= {"predictions.jsonl", "metrics.json", "config.yaml", "environment.json", "table.md"}
+    assert "heatmap-needle-30pct.png" in names and not [name for name in names if "rank" in name]
+    config = EvalConfig.from_dict(yaml.safe_load((output / "config.yaml").read_text()))
+    assert config == plan.config
+    environment = json.loads((output / "environment.json").read_text())
+    assert environment["packages"]["torch"] and environment["ranks"] == 1
+
+
+def test_records_and_metrics_agree(done):
+    plan, outcome, output, _ = done
+    records = list(read_records(output).values())
+    assert {record["method"] for record in records} == {"full", "mass", "h2o"}
+    for record in records:
+        ratio = record["held_bytes"] / record["full_bytes"]
+        assert ratio == pytest.approx(record["achieved_keep_ratio"])
+        assert ratio == 1 if record["method"] == "full" else ratio == pytest.approx(0.3, abs=0.01)
+    metrics = json.loads((output / "metrics.json").read_text())["tasks"]
+    assert list(metrics) == ["needle", "fidelity", "r/fwe"]
+    full, mass, _ = metrics["fidelity"]["methods"]
+    assert full["scores"]["kl"] == {"mean": 0.0, "se": 0.0} and full["scores"]["top1"]["mean"] == 1
+    values = [
+        record["scores"]["kl"] for record in records if record["task"] == "fidelity" and record["method"] == "mass"
+    ]
+    assert mass["n"] == 3 and mass["scores"]["kl"]["mean"] == pytest.approx(sum(values) / 3) and min(values) > 0
+    assert len(metrics["needle"]["methods"][1]["cells"]) == 4
+    assert {cell["length"] for cell in metrics["needle"]["methods"][1]["by"]["length"]} == {200, 260}
+    assert "| mass | 30% | 0.3" in outcome.table and "## r\n\n| method | budget | average |" in outcome.table
+
+
+def test_finished_rows_are_not_run_again(done, folder, tmp_path, monkeypatch):
+    plan, _, output, _ = done
+    lines = (output / "predictions.jsonl").read_text().splitlines()
+    (tmp_path / "predictions.jsonl").write_text("\n".join(lines[:10]) + "\n")
+    # What a killed run leaves: a rank's file whose last line is broken.
+    (tmp_path / "predictions.rank0003.jsonl").write_text("\n".join(lines[10:14]) + "\n" + lines[14][:40])
+    counted: list[int] = []
+    again = plan_of(folder, tmp_path)
+    outcome = run(again, on_results=counted.append)
+    assert sum(counted) == 27 - 14 and outcome.num_results == 27
+    assert comparable(tmp_path) == comparable(output)
+    monkeypatch.setattr(runner_module.Runner, "run_batch", None)
+    assert run(again).num_results == 27
+    # Another budget is another result; the old ones stay.
+    monkeypatch.undo()
+    counted.clear()
+    run(plan_of(folder, tmp_path, keep_ratios=[0.3, 0.6], tasks=TASKS[1:2]), on_results=counted.append)
+    assert sum(counted) == 3 * 2 and len(read_records(tmp_path)) == 27 + 6
+
+
+def test_batches_change_nothing(done, folder, tmp_path):
+    *_, output, _ = done
+    run(plan_of(folder, tmp_path, batch_size=3, prefill_chunk=64))
+    assert comparable(tmp_path) == comparable(output)
+
+
+def test_hidden_questions_are_other_results(done, folder, tmp_path):
+    *_, output, _ = done
+    run(plan_of(folder, tmp_path, question="hidden", tasks=TASKS[:1]))
+    visible, hidden = comparable(output), comparable(tmp_path)
+    assert {record["text"] for key, record in hidden.items() if key[2] == "full"} == {
+        record["text"] for key, record in visible.items() if key[0] == "needle" and key[2] == "full"
+    }
+    differs = [key for key in hidden if key[2] != "full" and hidden[key]["held_bytes"] != visible[key]["held_bytes"]]
+    assert len(differs) == 8  # the question's own tokens do not count towards the budget
+    assert not {record["key"] for record in hidden.values()} & {record["key"] for record in visible.values()}
+
+
+def test_one_failing_method_does_not_stop_the_others(folder, tmp_path, monkeypatch):
+    start = Reading.start
+
+    def fail_for_h2o(self, config, questions=None):
+        if config.keep_ratio == 0.3 and config.selection == "cumulative":
+            raise RuntimeError("out of something")
+        return start(self, config, questions)
+
+    monkeypatch.setattr(Reading, "start", fail_for_h2o)
+    log: list[str] = []
+    plan = plan_of(folder, tmp_path, tasks=TASKS[1:2], methods=[METHODS[1], METHODS[0]], batch_size=2)
+    outcome = run(plan, log=log.append)
+    assert outcome.num_missing == 3 and outcome.num_results == 6
+    assert "a batch of 2 rows of fidelity failed (RuntimeError: out of something)" in log[0]
+    assert sum("h2o@30%: RuntimeError: out of something" in line for line in log) == 3
+    assert "Incomplete, of 3 rows: h2o@30% 0." in outcome.table
+    monkeypatch.undo()
+    counted: list[int] = []
+    assert run(plan, on_results=counted.append).num_missing == 0
+    assert sum(counted) == 3
+
+
+def test_an_interruption_keeps_what_is_written(folder, tmp_path):
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    plan = plan_of(folder, tmp_path, tasks=TASKS[:1])
+    outcome = run(plan, on_results=stop)
+    assert outcome.interrupted and outcome.table is None and len(read_records(tmp_path)) == 1
+    assert run(plan).num_missing == 0
+
+
+def rank_evaluates(rank: int, world: int, folder: str, output: str, tasks: list, parallel: dict) -> tuple[int, bool]:
+    outcome = evaluate(plan_of(folder, output, tasks=tasks, parallel=parallel), build_mesh(dp=world))
+    return outcome.num_results, outcome.table is not None
+
+
+@pytest.mark.multirank
+def test_replicas_share_the_rows(done, folder, tmp_path):
+    *_, output, _ = done
+    found = run_ranks(2, rank_evaluates, folder, str(tmp_path), TASKS[1:2], {}, timeout_s=300)
+    assert found == [(9, True), (9, False)]
+    assert comparable(tmp_path) == {key: record for key, record in comparable(output).items() if key[0] == "fidelity"}
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("question", ["visible", "hidden"])
+def test_ranks_that_share_a_request_find_what_one_finds(folder, tmp_path, question):
+    tasks = [{**TASKS[0], "lengths": [200], "depths": 1}, {**TASKS[1], "continuation": "decode", "samples": 1}]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    run(plan_of(folder, alone, tasks=tasks, question=question))
+    found = run_ranks(2, rank_asks, folder, str(shared), tasks, question, timeout_s=300)
+    assert found == [6, 6]
+    assert comparable(shared) == comparable(alone)
+
+
+def rank_asks(rank: int, world: int, folder: str, output: str, tasks: list, question: str) -> int:
+    plan = plan_of(folder, output, tasks=tasks, question=question, parallel={"sp": 2})
+    return evaluate(plan, build_mesh(1, 2, 1)).num_results
+
+
+def test_parallel_checks(folder, tmp_path):
+    def config(task=TASKS[0], **parallel) -> EvalConfig:
+        return plan_of(folder, tmp_path, tasks=[task], parallel=parallel).config
+
+    assert check_parallel(config(), 4) == 4 and check_parallel(config(dp=2), 2) == 2
+    with pytest.raises(ValueError, match=r"world size \(3\) must equal dp \(2\)"):
+        check_parallel(config(dp=2), 3)
+    values = {"model": folder, "output": "o", "tasks": TASKS[1:2], "methods": [], "parallel": {"sp": 2}}
+    with pytest.raises(ValueError, match=r"task fidelity: continuation \(chunk\) needs a request on one rank"):
+        check_parallel(EvalConfig.from_dict(values), 2)
+
+
+def test_what_is_wrong_is_found_before_the_weights(folder, tmp_path):
+    with pytest.raises(ValueError, match="method mass@30%: protected_layers has 9, but the model has 2 layers"):
+        plan_of(folder, tmp_path, methods=[{"name": "mass", "preset": "mass", "protected_layers": [9]}])
+    with pytest.raises(ValueError, match="task needle: row 260-0-0: the prompt has .* above the limit of 200"):
+        plan_of(folder, tmp_path, tasks=TASKS[:1], max_prompt_tokens=200, truncation="error")
+    with pytest.raises(ValueError, match="does not exist"):
+        plan_of(folder, tmp_path, tasks=[{**TASKS[0], "haystack": "nowhere.txt"}])
+
+
+def test_a_broken_merged_file_is_an_error(tmp_path):
+    with RankFile(tmp_path, 0) as file:
+        file.write([{"key": "a", "error": None}, {"key": "b", "error": "x"}])
+    assert list(read_records(tmp_path)) == ["a"]
+    (tmp_path / "predictions.jsonl").write_text('{"key": "c", "error": null}\nnope\n')
+    with pytest.raises(ValueError, match="predictions.jsonl line 2 is not a record"):
+        read_records(tmp_path)

@@ -1,0 +1,113 @@
+"""Calls of real shapes, on meta tensors, for `tests.kernels.compiling`: what Llama-3-8B and Qwen2.5-7B would launch."""
+
+from __future__ import annotations
+
+import torch
+
+MODELS = {"llama3_8b": (32, 8, 128), "qwen25_7b": (28, 4, 128)}
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _column_sums(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16, **options):
+    def call():
+        from d2o_dist.kernels.column_sums.triton import triton_column_sums
+
+        length = 32768
+        defaults = dict(q_start=0, k_start=0, q_step=1, bias=None, causal=True, window=None)
+        if options.pop("with_bias", False):
+            defaults["bias"] = _meta(1, kv_heads, length, dtype=torch.float32)
+        q, k = _meta(1, heads, length, dim, dtype=dtype), _meta(1, kv_heads, length, dim, dtype=dtype)
+        triton_column_sums(q, k, _meta(1, heads, length, dtype=torch.float32), 0.1, **(defaults | options))
+
+    return call
+
+
+def _prefill(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16, *, bias=False, **options):
+    def call():
+        from d2o_dist.kernels.prefill_attention.triton import triton_prefill_attention
+
+        length, queries = 32768, 4096
+        q, k = _meta(1, heads, queries, dim, dtype=dtype), _meta(1, kv_heads, length, dim, dtype=dtype)
+        mass = _meta(1, kv_heads, length, dtype=torch.float32) if bias else None
+        defaults = dict(q_start=length - queries, window=None, bias=mass)
+        triton_prefill_attention(q, k, k, 0.1, **(defaults | options))
+
+    return call
+
+
+def _decode(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16, *, masked=True):
+    def call():
+        from d2o_dist.kernels.decode_attention.triton import triton_decode_attention
+
+        rows = (1, kv_heads, 6568)
+        k = _meta(*rows, dim, dtype=dtype)
+        valid = _meta(*rows, dtype=torch.bool) if masked else None
+        mass = _meta(*rows, dtype=torch.float32) if masked else None
+        triton_decode_attention(_meta(1, heads, dim, dtype=dtype), k, k, 0.1, valid=valid, log_mass=mass)
+
+    return call
+
+
+def _update_scores(heads: int, kv_heads: int):
+    def call():
+        from d2o_dist.kernels.update_scores.triton import triton_update_scores
+
+        rows = [_meta(1, kv_heads, 6568, dtype=torch.float32) for _ in range(2)]
+        logits, lse = _meta(1, heads, 6568, dtype=torch.float32), _meta(1, heads, dtype=torch.float32)
+        newest, present = _meta(1, dtype=torch.int64), _meta(1, dtype=torch.bool)
+        options = dict(scores=rows[0], rates=rows[1], newest=newest, decay=1 / 32, present=present, with_probs=False)
+        triton_update_scores(logits, lse, kv_heads, **options)
+
+    return call
+
+
+def _nearest(kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16):
+    def call():
+        from d2o_dist.kernels.nearest_kept.triton import triton_nearest_kept
+
+        evicted, kept = _meta(kv_heads, 26214, dim, dtype=dtype), _meta(kv_heads, 6554, dim, dtype=dtype)
+        triton_nearest_kept(evicted, kept, _meta(kv_heads, 6554, dtype=torch.bool))
+
+    return call
+
+
+def _merge(kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16):
+    def call():
+        from d2o_dist.kernels.merge_into.triton import triton_merge_into
+
+        kept, evicted = _meta(1, kv_heads, 6554, dim, dtype=dtype), _meta(1, kv_heads, 26214, dim, dtype=dtype)
+        weight, own = (_meta(1, kv_heads, size, dtype=torch.float32) for size in (26214, 6554))
+        target, merged = (_meta(1, kv_heads, 26214, dtype=kind) for kind in (torch.int64, torch.bool))
+        triton_merge_into((kept, kept), (evicted, evicted), weight, target, merged, own, weight)
+
+    return call
+
+
+CASES = {}
+for _name, _shape in MODELS.items():
+    CASES[f"column_sums-{_name}"] = _column_sums(*_shape)
+    CASES[f"prefill-{_name}"] = _prefill(*_shape)
+    CASES[f"prefill-{_name}-bias"] = _prefill(*_shape, bias=True)
+    CASES[f"decode-{_name}"] = _decode(*_shape)
+    CASES[f"update_scores-{_name}"] = _update_scores(*_shape[:2])
+    CASES[f"nearest-{_name}"] = _nearest(*_shape[1:])
+    CASES[f"merge-{_name}"] = _merge(*_shape[1:])
+for _dim in (64, 80, 96, 256):
+    CASES[f"column_sums-dim{_dim}"] = _column_sums(8, 2, _dim)
+    CASES[f"prefill-dim{_dim}"] = _prefill(8, 2, _dim)
+    CASES[f"decode-dim{_dim}"] = _decode(8, 2, _dim, masked=False)
+    CASES[f"nearest-dim{_dim}"] = _nearest(2, _dim)
+    CASES[f"merge-dim{_dim}"] = _merge(2, _dim)
+for _op, _call in (("decode", _decode(32, 8, 128, torch.float32)), ("nearest", _nearest(8, 128, torch.float32))):
+    CASES[f"{_op}-float32"] = _call
+CASES["decode-float32-dim256"] = _decode(8, 2, 256, torch.float32)
+CASES["nearest-float32-dim256"] = _nearest(2, 256, torch.float32)
+CASES["prefill-window"] = _prefill(32, 8, 128, window=4096)
+CASES["prefill-float32"] = _prefill(32, 8, 128, torch.float32)
+CASES["prefill-float32-dim256"] = _prefill(8, 2, 256, torch.float32)
+CASES["column_sums-float32"] = _column_sums(32, 8, 128, torch.float32)
+CASES["column_sums-float32-dim256"] = _column_sums(8, 2, 256, torch.float32)
+CASES["column_sums-bias-window"] = _column_sums(32, 8, 128, with_bias=True, window=4096)

@@ -1,0 +1,118 @@
+"""Any tp x sp, any scheme and layout: kept positions, budgets, thresholds and tokens are those of one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from d2o_dist.config.parallel import ParallelConfig
+from tests.ranks import run_ranks
+from tests.sharded.play import Play, assert_same, on_rank, play
+
+pytestmark = pytest.mark.multirank
+
+LAYOUTS = {
+    "heads": {"sp_prefill": "ulysses", "cache_layout": "heads"},
+    "moved": {"sp_prefill": "ulysses", "cache_layout": "sequence"},
+    "allgather": {"sp_prefill": "allgather"},
+    "ring": {"sp_prefill": "ring"},
+}
+WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4}
+_wanted: dict[str, dict] = {}
+
+
+def check(one: Play, parallel: ParallelConfig, tolerance: float = 1e-10) -> list[dict]:
+    """Run on the ranks, compare every rank's account with one process; the ranks' traffic."""
+    if repr(one) not in _wanted:
+        _wanted[repr(one)] = play(one)
+    wanted = _wanted[repr(one)]
+    # Both engines leave state behind: DTensor's caches outlive the process groups that they name.
+    results = run_ranks(parallel.sp * parallel.tp, on_rank, one, parallel, fresh=parallel.tp > 1)
+    for found, _ in results:
+        assert_same(found, wanted, tolerance)
+    return [traffic for _, traffic in results]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("tp", "sp"), [(1, 2), (1, 3), (1, 4), (2, 2)], ids=str)
+def test_meshes(tp, sp, layout):
+    """At least 64 decoded tokens, ragged prompts that the ranks do not divide."""
+    one = Play(lengths=(97, 61), steps=66, model=WIDE)
+    check(one, ParallelConfig(tp=tp, sp=sp, tp_engine="transformers", **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("engine", ["transformers", "deepspeed"])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_tensor_ranks(tp, heads, engine):
+    """As many KV heads as ranks, or more, or fewer: then each is copied, and the copies agree."""
+    model = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    one = Play(preset="mass", lengths=(61, 40), model=model)
+    check(one, ParallelConfig(tp=tp, tp_engine=engine, check_replicas=True))
+
+
+@pytest.mark.parametrize("layout", ["allgather", "ring"])
+def test_copied_heads_and_token_shards(layout):
+    one = Play(preset="mass", lengths=(61, 40), model={"num_key_value_heads": 1}, turn=(30, 19))
+    check(one, ParallelConfig(tp=2, sp=2, tp_engine="transformers", check_replicas=True, **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("preset", "d2o"),
+    [
+        ("paper", {}),
+        ("released", {"protected_layers": (0,)}),
+        ("mass", {"eviction_interval": 5}),
+        ("mass", {"merge_targets": "kept", "gate": "threshold"}),
+        ("snapkv", {}),
+        ("streaming", {}),
+        ("full", {}),
+        ("d2o", {"selection": "mixed", "merge": "values", "threshold_agg": "mean"}),
+        ("d2o", {"keep_ratio": None, "keep_tokens": 30, "eviction_interval": None}),
+    ],
+    ids=str,
+)
+def test_rules(preset, d2o, layout):
+    """Whatever ranks, gates and merges."""
+    check(Play(preset=preset, lengths=(90,), d2o=d2o), ParallelConfig(sp=2, **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("preset", ["d2o", "mass", "released"])
+def test_later_turns_and_rows_that_end(preset, layout):
+    """A second turn over what is held; one row ends, is fed padding, and leaves."""
+    extra = {"protected_layers": (0,)} if preset == "released" else {}
+    one = Play(preset=preset, lengths=(60, 33, 50), turn=(41, 50, 7), ends=(1,), steps=20, d2o=extra)
+    check(one, ParallelConfig(sp=2, **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prompts_in_chunks(layout):
+    check(Play(lengths=(61, 97), chunk=20, turn=(33, 40)), ParallelConfig(sp=2, **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lengths", [(1,), (2,), (5, 1)], ids=str)
+def test_prompts_shorter_than_the_ranks(lengths, layout):
+    """Some ranks have no token at all; then the cache grows on all of them."""
+    one = Play(lengths=lengths, model=WIDE, d2o={"keep_ratio": None, "keep_tokens": 12})
+    check(one, ParallelConfig(sp=3, **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama_mha", "mistral_sliding", "qwen2", "qwen3", "phi3", "gemma3"])
+def test_families(family, layout):
+    check(Play(family=family, lengths=(90, 71), turn=(20, 31), steps=25), ParallelConfig(sp=2, **LAYOUTS[layout]))
+
+
+def test_heads_that_the_ranks_do_not_divide():
+    """3 KV heads on 2 ranks: 2 and 1."""
+    model = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
+    for layout in ("heads", "moved"):
+        check(Play(lengths=(61, 97), model=model), ParallelConfig(sp=2, **LAYOUTS[layout]))
+
+
+def test_the_same_from_other_seeds_and_window_longer_than_the_text():
+    for seed in (1, 2):
+        one = Play(preset="mass", lengths=(25, 31), seed=seed, d2o={"rate_window": 64})
+        check(one, ParallelConfig(sp=3, sp_prefill="ring"))
