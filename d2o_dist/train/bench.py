@@ -33,7 +33,7 @@ from d2o_dist.train.log import peak_memory_bytes
 from d2o_dist.train.model import enable_activation_checkpointing
 from d2o_dist.train.objective import Objective
 from d2o_dist.train.rows import make_row
-from d2o_dist.train.ulysses import HeadExchange
+from d2o_dist.train.ulysses import GradientExchange
 
 OBJECTIVES = ("lm", "d2o_lm", "d2o_distill")
 CONTEXT_FRACTION = 0.75
@@ -54,7 +54,7 @@ def run_case(objective: str, length: int, checkpointing: bool, keep_ratio: float
     if checkpointing:
         enable_activation_checkpointing(model)
     local = ParallelMesh.local()
-    losses = Objective(model, HeadExchange(Collectives(local.axis("sp"))), DistillConfig(), loss_tile=1024)
+    losses = Objective(model, GradientExchange(Collectives(local.axis("sp"))), DistillConfig(), loss_tile=1024)
     engine = TorchEngine(losses, OptimizerConfig(), Collectives(local.axis("world")), None)
 
     def step(tokens: int) -> tuple[float, float]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from d2o_dist.cache.plans import on_full_layers
 from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
-from d2o_dist.compression.evict import GatherHeads, all_heads_at_hand, run_evictions
+from d2o_dist.compression.evict import GatherHeads, run_evictions
 from d2o_dist.config import D2OConfig
 from d2o_dist.core.budget import check_total
 from d2o_dist.core.compress import Nearest, eviction_steps
@@ -50,7 +51,7 @@ def compress_prompt(
     layers: Mapping[int, PromptLayer],
     config: D2OConfig,
     *,
-    gather_heads: GatherHeads = all_heads_at_hand,
+    gather_heads: GatherHeads = lambda reports: reports,
     nearest: Nearest = nearest_kept,
 ) -> Compressed:
     """Evict every full-attention layer of a prompt to its budget, as `finalize` does at inference.
@@ -58,7 +59,7 @@ def compress_prompt(
     Args:
         layers: of all layers of the model, with the heads at hand.
         config: `protected_layers` are layers of the model.
-        gather_heads: brings together what the heads of all ranks report.
+        gather_heads: brings together what the heads of all ranks report; all heads are here by default.
         nearest: what finds the nearest target of each evicted key; it is given detached keys.
 
     Raises:
@@ -70,16 +71,16 @@ def compress_prompt(
     num_tokens = next(iter(layers.values())).keys.shape[2]
     if not full:
         return Compressed(pasts, [], num_tokens)
-    protected = config.protected(len(layers))
-    config = config.replace(protected_layers=tuple(place for place, index in enumerate(full) if index in protected))
+    config = on_full_layers(config, [layers[index].window for index in sorted(layers)])
     check_total(config, len(full))
+    protected = config.protected(len(full))
     slots = _slot_budgets([layers[index] for index in full], num_tokens, config, gather_heads)
 
     def nearest_constant(evicted: Tensor, kept: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
         return nearest(evicted.detach(), kept.detach(), is_target)
 
     for place, index in enumerate(full):
-        if index in protected:
+        if place in protected:
             continue
         budget = [row[place] for row in slots]
         past = _evict_layer(layers[index], budget, config, gather_heads, nearest_constant)

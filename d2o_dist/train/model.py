@@ -14,7 +14,7 @@ from d2o_dist.engine.model import load_model, max_positions
 from d2o_dist.integrations.hf.guards import layer_windows, text_config
 from d2o_dist.train.attention import TRAINING_ATTENTION, register
 from d2o_dist.train.objective import Objective
-from d2o_dist.train.ulysses import HeadExchange, check_heads
+from d2o_dist.train.ulysses import GradientExchange, check_heads
 
 # What is applied to logits after the output layer: a tiled loss goes from hidden states to logits by that layer alone.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -97,4 +97,4 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
 
 def make_objective(model: Any, config: TrainConfig, mesh: ParallelMesh) -> Objective:
     """The model with the losses of a run."""
-    return Objective(model, HeadExchange(Collectives(mesh.axis("sp"))), config.distill, config.loss_tile)
+    return Objective(model, GradientExchange(Collectives(mesh.axis("sp"))), config.distill, config.loss_tile)

@@ -21,7 +21,7 @@ from d2o_dist.train.attention import PASS_KEYWORD
 from d2o_dist.train.compress import Compressed, compress_prompt
 from d2o_dist.train.losses import IGNORED, distill_loss, lm_loss
 from d2o_dist.train.passes import ContinuationPass, Pass, PlainPass, PromptLayer, PromptPass, full_pasts
-from d2o_dist.train.ulysses import HeadExchange
+from d2o_dist.train.ulysses import GradientExchange
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Objective(nn.Module):
         loss_tile: tokens whose logits exist at once.
     """
 
-    def __init__(self, model: nn.Module, exchange: HeadExchange, distill: DistillConfig, loss_tile: int) -> None:
+    def __init__(self, model: nn.Module, exchange: GradientExchange, distill: DistillConfig, loss_tile: int) -> None:
         super().__init__()
         self.model = model
         self.exchange = exchange

@@ -23,7 +23,7 @@ from d2o_dist.integrations.hf.packed import by_document
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.prefill_attention import prefill_attention
 from d2o_dist.train.past import Past, attend_past, window_past
-from d2o_dist.train.ulysses import HeadExchange
+from d2o_dist.train.ulysses import GradientExchange
 
 
 class Pass(Protocol):
@@ -40,7 +40,7 @@ class PlainPass:
         documents: per row the lengths of its documents, of all ranks' tokens; None: a row is one document.
     """
 
-    def __init__(self, exchange: HeadExchange, documents: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(self, exchange: GradientExchange, documents: Sequence[Sequence[int]] | None = None) -> None:
         self.exchange = exchange
         self.documents = documents
 
@@ -84,7 +84,7 @@ class PromptPass:
         layers: filled by the forward, by layer.
     """
 
-    def __init__(self, exchange: HeadExchange, config: D2OConfig | None) -> None:
+    def __init__(self, exchange: GradientExchange, config: D2OConfig | None) -> None:
         self.exchange = exchange
         self.config = config
         self.layers: dict[int, PromptLayer] = {}
@@ -121,7 +121,7 @@ class ContinuationPass:
         pasts: what is left of the prompt, by layer.
     """
 
-    def __init__(self, exchange: HeadExchange, pasts: Mapping[int, Past]) -> None:
+    def __init__(self, exchange: GradientExchange, pasts: Mapping[int, Past]) -> None:
         self.exchange = exchange
         self.pasts = pasts
 

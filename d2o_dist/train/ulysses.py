@@ -43,7 +43,7 @@ def check_heads(num_heads: int, num_kv_heads: int, sp: int, *, compressed: bool)
         raise ValueError(f"num_key_value_heads ({num_kv_heads}) must be divisible by sp ({sp}){also}")
 
 
-class HeadExchange:
+class GradientExchange:
     """Moves a layer's queries, keys and values between the two ways to share them. Nothing is sent at size 1.
 
     Args:

@@ -9,12 +9,12 @@ from d2o_dist.config.distill import DistillConfig
 from d2o_dist.train.attention import register
 from d2o_dist.train.losses import IGNORED
 from d2o_dist.train.objective import Objective, Part
-from d2o_dist.train.ulysses import HeadExchange
+from d2o_dist.train.ulysses import GradientExchange
 from tests.models import tiny_model, tokens
 
 
-def exchange(mesh: ParallelMesh | None = None) -> HeadExchange:
-    return HeadExchange(Collectives((mesh or ParallelMesh.local()).axis("sp")))
+def exchange(mesh: ParallelMesh | None = None) -> GradientExchange:
+    return GradientExchange(Collectives((mesh or ParallelMesh.local()).axis("sp")))
 
 
 def tiny_objective(family="llama", mesh=None, distill=None, tile=7, **overrides) -> Objective:
