@@ -14,6 +14,7 @@ from d2o_dist.config.io import build, check_choice, did_you_mean, dump_yaml, loa
 ALLOCATIONS = ("dynamic", "uniform", "pyramid")
 DISPERSIONS = ("layers_minmax", "heads_minmax", "raw", "log_zscore")
 SELECTIONS = ("cumulative", "window", "mixed", "recent")
+SELECTION_POOL_SIDES = ("both", "after")
 MERGES = ("keys_values", "values", "none", "mass", "released")
 MERGE_TARGETS = ("kept", "tail")
 GATES = ("threshold", "quantile")
@@ -55,7 +56,9 @@ class D2OConfig:
         num_sink_tokens: first tokens of the sequence, never evicted.
         selection: `cumulative` (accumulated attention), `window` (attention of the last queries, max-pooled over
             neighbours at finalize), `mixed` (both), `recent` (newest first: a plain sliding window with sinks).
-        selection_pool: neighbours the rate is max-pooled over; odd.
+        selection_pool: neighbours the rate is max-pooled over, the token itself among them; odd.
+        selection_pool_side: `both`: as many of them before the token as after it; `after`: those before it, so that the
+            `selection_pool - 1` tokens after a peak of attention are kept with it, and none before it.
         rate_window: prompt queries that the rates are averaged over, and the decay of their average while decoding.
 
     What happens to evicted tokens:
@@ -88,6 +91,7 @@ class D2OConfig:
     num_sink_tokens: int = 4
     selection: str = "cumulative"
     selection_pool: int = 7
+    selection_pool_side: str = "both"
     rate_window: int = 32
     merge: str = "keys_values"
     merge_targets: str = "kept"
@@ -225,6 +229,7 @@ class D2OConfig:
         check_choice("allocation", self.allocation, ALLOCATIONS)
         check_choice("dispersion", self.dispersion, DISPERSIONS)
         check_choice("selection", self.selection, SELECTIONS)
+        check_choice("selection_pool_side", self.selection_pool_side, SELECTION_POOL_SIDES)
         check_choice("merge", self.merge, MERGES)
         check_choice("merge_targets", self.merge_targets, MERGE_TARGETS)
         check_choice("gate", self.gate, GATES)
@@ -279,6 +284,16 @@ class D2OConfig:
 
 
 _BASELINE = {"allocation": "uniform", "merge": "none"}
+_MASS = {
+    "selection": "window",
+    "dispersion": "log_zscore",
+    "dispersion_sign": 1,
+    "temperature": 3.3,
+    "heavy_fraction": 0.8,
+    "merge": "mass",
+    "merge_targets": "tail",
+    "gate": "quantile",
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "d2o": {},
@@ -293,16 +308,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eviction_interval": 1,
         "merge": "released",
     },
-    "mass": {
-        "selection": "window",
-        "dispersion": "log_zscore",
-        "dispersion_sign": 1,
-        "temperature": 3.3,
-        "heavy_fraction": 0.8,
-        "merge": "mass",
-        "merge_targets": "tail",
-        "gate": "quantile",
-    },
+    "mass": _MASS,
+    "span": {**_MASS, "selection_pool": 15, "selection_pool_side": "after"},
     "full": {**_BASELINE, "keep_ratio": 1.0, "eviction_interval": None},
     "streaming": {**_BASELINE, "selection": "recent"},
     "h2o": {**_BASELINE, "heavy_fraction": 0.5},

@@ -34,21 +34,28 @@ class Selection:
     is_target: Tensor
 
 
-def max_pool_positions(rates: Tensor, positions: Tensor, width: int) -> Tensor:
-    """Maximum of `rates` over the live slots whose position is within `width // 2`. All [B, Hkv, S], in order.
+def max_pool_positions(rates: Tensor, positions: Tensor, width: int, side: str = "both") -> Tensor:
+    """Maximum of `rates` over the live slots near by, `width` positions with the slot's own. All [B, Hkv, S], in order.
 
     Before anything is evicted this is a plain max pooling; later, neighbours that are gone do not count.
+
+    Args:
+        side: `both`: half of them before the slot and half after it; `after`: all of them before it, so that what
+            follows a peak ranks with the peak.
     """
+    before, after = (width - 1, 0) if side == "after" else (width // 2, width // 2)
     pooled = rates
     slots = rates.shape[-1]
-    for shift in range(1, min(width // 2, slots - 1) + 1):
+    for shift in range(1, min(max(before, after), slots - 1) + 1):
         apart = positions[..., shift:] - positions[..., :-shift]
-        near = (apart <= width // 2) & (positions[..., shift:] >= 0)
-        later = torch.where(near, rates[..., shift:], -torch.inf)
-        earlier = torch.where(near, rates[..., :-shift], -torch.inf)
+        live = positions[..., shift:] >= 0
         pooled = pooled.clone() if pooled is rates else pooled
-        pooled[..., :-shift] = torch.maximum(pooled[..., :-shift], later)
-        pooled[..., shift:] = torch.maximum(pooled[..., shift:], earlier)
+        if shift <= after:
+            later = torch.where(live & (apart <= after), rates[..., shift:], -torch.inf)
+            pooled[..., :-shift] = torch.maximum(pooled[..., :-shift], later)
+        if shift <= before:
+            earlier = torch.where(live & (apart <= before), rates[..., :-shift], -torch.inf)
+            pooled[..., shift:] = torch.maximum(pooled[..., shift:], earlier)
     return pooled
 
 
@@ -63,7 +70,9 @@ def rank_scores(slots: Slots, config: D2OConfig, *, finalize: bool, num_seen_tok
         return slots.scores
     if config.selection == "recent":
         return slots.positions.to(slots.scores.dtype)
-    rates = max_pool_positions(slots.rates, slots.positions, config.selection_pool) if finalize else slots.rates
+    rates = slots.rates
+    if finalize:
+        rates = max_pool_positions(rates, slots.positions, config.selection_pool, config.selection_pool_side)
     if config.selection == "window":
         return rates
     assert config.selection == "mixed", config.selection

@@ -15,7 +15,10 @@ def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: floa
         count = len(head["p"])
         rank = []
         for i, position in enumerate(head["p"]):
-            near = [head["r"][j] for j, p in enumerate(head["p"]) if abs(p - position) <= config.selection_pool // 2]
+            back, ahead = config.selection_pool // 2, config.selection_pool // 2
+            if config.selection_pool_side == "after":
+                back, ahead = config.selection_pool - 1, 0
+            near = [head["r"][j] for j, p in enumerate(head["p"]) if -back <= p - position <= ahead]
             rate = max(near) if finalize else head["r"][i]
             rank.append(
                 {"cumulative": head["s"][i], "window": rate, "recent": float(position),

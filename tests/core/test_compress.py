@@ -24,6 +24,7 @@ RULES = {
     "tail": {"merge_targets": "tail", "tail_fraction": 0.4},
     "mixed": {"merge": "mass", "selection": "mixed"},
     "recent": {"selection": "recent"},
+    "after": {"selection": "window", "selection_pool": 5, "selection_pool_side": "after"},
 }
 
 

@@ -14,6 +14,7 @@ CASES = {
     "paper": ("paper", {}),
     "released": ("released", {"protected_layers": (0,)}),
     "mass": ("mass", {}),
+    "span": ("span", {}),
     "h2o": ("h2o", {}),
     "snapkv": ("snapkv", {}),
     "pyramidkv": ("pyramidkv", {}),

@@ -52,6 +52,7 @@ class OracleConfig:
     num_sink_tokens: int = 4
     selection: str = "cumulative"  # cumulative | window | mixed | recent
     selection_pool: int = 7
+    selection_pool_side: str = "both"  # both | after (the neighbours lie before a token)
     merge: str = "keys_values"  # none | values | keys_values | mass | released
     merge_targets: str = "kept"  # kept | tail (read by merge: mass)
     tail_fraction: float = 0.1
@@ -436,6 +437,8 @@ class OracleCache:
             # "max-pooled over selection_pool (7) neighbouring positions at finalize". READING: over all live slots,
             # sinks and recent tokens too, by distance in POSITION (a later turn's slots have gaps).
             below, above = config.selection_pool // 2, (config.selection_pool - 1) // 2
+            if config.selection_pool_side == "after":
+                below, above = config.selection_pool - 1, 0
             rates = [max(t.rate for t in slots if -below <= t.position - s.position <= above) for s in slots]
         if config.selection == "window":
             return rates
