@@ -22,6 +22,7 @@ from d2o_dist.comm.shard import Contiguous, Zigzag
 from d2o_dist.compression.agree import check_agreement
 from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
 from d2o_dist.compression.evict import run_evictions
+from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.compression.shard_evict import evict_shards
 from d2o_dist.compression.shard_finalize import finalize_shard
 from d2o_dist.config.d2o import D2OConfig
@@ -381,7 +382,7 @@ class CompressedCache:
     def _steps(self, layer: FullLayer, budget: LayerBudget, *, finalize: bool) -> EvictionSteps:
         return eviction_steps(
             layer.store.slots, budget, layer.state, self.config, finalize=finalize,
-            num_seen_tokens=self._seen(layer), nearest=nearest_kept,
+            num_seen_tokens=self._seen(layer), nearest=nearest_kept, merge=merge_evicted,
         )  # fmt: skip
 
     def _seen(self, layer: FullLayer | ShardedLayer) -> Tensor:

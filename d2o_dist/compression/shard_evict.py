@@ -18,9 +18,9 @@ from torch import Tensor
 
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.level import count_held
+from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.config.d2o import D2OConfig, floor_tokens
 from d2o_dist.core.compress import Nearest, count_dropped, judge
-from d2o_dist.core.merge import merge_into
 from d2o_dist.core.select import compact, rank_scores
 from d2o_dist.core.threshold import head_reports
 from d2o_dist.core.types import D2OState, Slots
@@ -130,7 +130,7 @@ def evict_shards(
     everyone = ranks.gather_kv_heads(torch.cat(reports, -1)).split([one.shape[-1] for one in reports], -1)
     for number, (job, pick) in enumerate(zip(jobs, picked, strict=True)):
         merged, state = judge(similarities[number], pick.valid, everyone[number], job.state, config)
-        slots = merge_into(
+        slots = merge_evicted(
             kept[number], victims[number], similarities[number], found[number][1], merged & takes[number], config
         )
         results.append(ShardEviction(slots, pick.held, pick.positions, state))

@@ -15,6 +15,8 @@ from d2o_dist.core.types import D2OState, LayerBudget, Slots
 
 # Finds the nearest target of each evicted key; the contract of `core.merge.nearest_kept`.
 Nearest = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Folds evicted tokens into kept ones; the contract of `core.merge.merge_into`.
+Merge = Callable[[Slots, Slots, Tensor, Tensor, Tensor, D2OConfig], Slots]
 # Yields the reports [B, h, X] of the heads at hand, is sent those of all heads, returns slots and state.
 EvictionSteps = Generator[Tensor, Tensor, tuple[Slots, D2OState]]
 
@@ -28,6 +30,7 @@ def eviction_steps(
     finalize: bool = True,
     num_seen_tokens: Tensor | None = None,
     nearest: Nearest = nearest_kept,
+    merge: Merge = merge_into,
 ) -> EvictionSteps:
     """`compress_layer` that stops where it must hear from the KV heads of other ranks (once, if it merges at all).
 
@@ -50,7 +53,7 @@ def eviction_steps(
     similarity, target = nearest(evicted.keys, kept.keys, selection.is_target)
     reports = yield head_reports(similarity, valid.expand_as(similarity), config)
     merged, state = judge(similarity, valid, reports, state, config)
-    return merge_into(kept, evicted, similarity, target, merged, config), state
+    return merge(kept, evicted, similarity, target, merged, config), state
 
 
 def compress_layer(

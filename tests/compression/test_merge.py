@@ -1,0 +1,48 @@
+"""Merging by the kernel against `core.merge`, under every rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2o_dist.compression.merge import merge_evicted
+from d2o_dist.config import D2OConfig
+from d2o_dist.core.merge import merge_into
+from d2o_dist.core.types import Slots, stats_dtype
+
+
+def slots(batch: int, heads: int, count: int, dtype: torch.dtype, seed: int) -> Slots:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, batch, heads, count, 8, generator=generator, dtype=torch.float64).to(dtype)
+    positions = torch.arange(count).expand(batch, heads, count)
+    scores, rates, log_mass = torch.rand(3, batch, heads, count, generator=generator, dtype=torch.float64).to(
+        stats_dtype(dtype)
+    )
+    return Slots(keys, values, positions, scores, rates, log_mass)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", ["keys_values", "values", "mass", "released", "none"])
+@pytest.mark.parametrize("num_evicted", [0, 1, 40])
+def test_equals_the_core(rule, num_evicted, dtype):
+    """Several evicted tokens a target, targets that take nothing, tokens that are not merged and hold rubbish."""
+    config = D2OConfig(merge=rule)
+    kept, evicted = slots(2, 3, 11, dtype, 1), slots(2, 3, num_evicted, dtype, 2)
+    generator = torch.Generator().manual_seed(3)
+    shape = (2, 3, num_evicted)
+    similarity = torch.rand(shape, generator=generator, dtype=torch.float64).to(stats_dtype(dtype))
+    target = torch.randint(0, 9, shape, generator=generator)
+    merged = torch.rand(shape, generator=generator) > 0.4
+    similarity[~merged] = -torch.inf
+    found = merge_evicted(kept, evicted, similarity, target, merged, config)
+    wanted = merge_into(kept, evicted, similarity, target, merged, config)
+    exact = dtype == torch.float64
+    for name in ("keys", "values", "rates", "log_mass", "scores", "positions"):
+        mine, theirs = getattr(found, name), getattr(wanted, name)
+        # In bfloat16 the two orders of addition may round to neighbours.
+        bound = 1e-12 if exact else 1e-2 if mine.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound)
+    untouched = torch.ones(2, 3, 11, dtype=torch.bool)
+    untouched.scatter_reduce_(2, target, ~merged, "amin")
+    assert torch.equal(found.values[untouched], kept.values[untouched])
+    assert torch.equal(found.keys[untouched], kept.keys[untouched])
