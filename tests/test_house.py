@@ -28,7 +28,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # lowest first; neighbours on one floor
     ("integrations",),
     ("engine",),
     (PACKAGE_ROOT,),
-    ("eval", "train", "bench", "demo"),
+    ("eval", "bench", "demo"),
+    ("train",),
     ("cli",),
 )
 FLOOR_OF = {unit: number for number, floor in enumerate(FLOORS) for unit in floor}

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
+from d2o_dist.cli.evaluate import load_essays
 from d2o_dist.comm import build_mesh, init_distributed, run_guarded
+from d2o_dist.config.eval_tasks import ESSAYS
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.config.overrides import parse_override
 from d2o_dist.config.train import TrainConfig
@@ -51,7 +53,8 @@ def run_ranks(config: TrainConfig) -> None:
     device = pick_device(config.device if launch.launcher == "none" or on_cpu else str(launch.device))
     if config.engine.name == "deepspeed" and launch.launcher == "none":
         raise ValueError('engine.name "deepspeed" needs a launcher: deepspeed launch/train.py, or torchrun')
-    state = train(prepare(config, build_mesh(dp=launch.world_size // config.sp, sp=config.sp), device))
+    mesh = build_mesh(dp=launch.world_size // config.sp, sp=config.sp)
+    state = train(prepare(config, mesh, device, {ESSAYS: load_essays}))
     if launch.rank == 0:
         print(f"done: {state.step} steps; the model is in {config.output}/model", file=sys.stderr)
 

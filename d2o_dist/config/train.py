@@ -11,6 +11,7 @@ from typing import Any
 from d2o_dist.config.checks import check_bool, check_int, check_number, check_string
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.distill import DistillConfig
+from d2o_dist.config.eval_tasks import TASK_CONFIGS, TaskConfig, task_from_dict, task_to_dict
 from d2o_dist.config.io import build, check_choice, load_yaml, refuse_unknown
 from d2o_dist.config.overrides import apply_overrides
 from d2o_dist.config.sampling import MAX_SEED
@@ -54,7 +55,9 @@ class TrainConfig:
         loss_tile: tokens whose logits exist at once.
         seed: of the data's order, the ratios and dropout.
         log_every, eval_every, save_every: in steps; null: never (the last step is always saved).
-        eval_ratios: keep ratios that held-out rows are measured at.
+        eval_ratios: keep ratios that held-out rows and tasks are measured at.
+        eval_tasks: tasks of an evaluation (needle, fidelity, ...; mappings with a `kind`) that are run every
+            `eval_every` steps too, with the full cache and under `d2o` at each of `eval_ratios`.
         resume: go on from the last checkpoint in `output`, if there is one.
     """
 
@@ -86,6 +89,7 @@ class TrainConfig:
     eval_every: int | None = None
     save_every: int | None = None
     eval_ratios: tuple[float, ...] = (0.1, 0.2)
+    eval_tasks: tuple[TaskConfig, ...] = ()
     resume: bool = True
 
     def __post_init__(self) -> None:
@@ -111,8 +115,18 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "lora" and value is None):
                 raise ValueError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+        self._check_tasks()
         self._check_compression()
         self._check_sharding()
+
+    def _check_tasks(self) -> None:
+        if not isinstance(self.eval_tasks, (list, tuple)):
+            raise ValueError(f"eval_tasks ({self.eval_tasks!r}) must be a list of tasks")
+        kinds = tuple(TASK_CONFIGS.values())
+        tasks = tuple(task if isinstance(task, kinds) else task_from_dict(task) for task in self.eval_tasks)
+        object.__setattr__(self, "eval_tasks", tasks)
+        if tasks and self.eval_every is None:
+            raise ValueError(f"eval_tasks has {len(tasks)} tasks, but eval_every is null: say how often to run them")
 
     def _check_compression(self) -> None:
         if len(self.keep_ratio) != 2 or self.keep_ratio[0] > self.keep_ratio[1]:
@@ -195,7 +209,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values; `from_dict` is its inverse."""
-        values = plain(self) | {"d2o": self.d2o.to_dict()}
+        values = plain(self) | {"d2o": self.d2o.to_dict(), "eval_tasks": [task_to_dict(t) for t in self.eval_tasks]}
         parts = {name: getattr(self, name) for name in _PARTS}
         return values | {name: None if part is None else plain(part) for name, part in parts.items()}
 

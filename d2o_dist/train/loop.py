@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch
 from d2o_dist.comm import Collectives, ParallelMesh
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.engine.model import load_config, load_tokenizer
+from d2o_dist.eval.plan import Plan
 from d2o_dist.train.batches import Batch, StepOrder, make_batch
 from d2o_dist.train.checkpoints import Checkpoints, RunState
 from d2o_dist.train.documents import load_documents
@@ -23,6 +26,7 @@ from d2o_dist.train.measure import headline, measure
 from d2o_dist.train.model import check_trainable, load_trainable, make_objective
 from d2o_dist.train.rows import PackedRows, WindowRows
 from d2o_dist.train.schedule import drawn_ratio, learning_rate, torch_seed
+from d2o_dist.train.tasks import plan_tasks, run_tasks
 
 Rows = PackedRows | WindowRows
 
@@ -38,6 +42,7 @@ class Run:
     order: StepOrder
     train: Rows
     validation: Rows | None
+    tasks: Plan | None
     tokenizer: Any
     checkpoints: Checkpoints
     log: RunLog
@@ -53,8 +58,16 @@ class Run:
         return Path(self.config.output).expanduser()
 
 
-def prepare(config: TrainConfig, mesh: ParallelMesh, device: torch.device) -> Run:
+def prepare(
+    config: TrainConfig,
+    mesh: ParallelMesh,
+    device: torch.device,
+    named_texts: Mapping[str, Callable[[], str]] = MappingProxyType({}),
+) -> Run:
     """Check, read the data, load the model, and go to where an earlier run stopped. Called by all ranks.
+
+    Args:
+        named_texts: texts that `eval_tasks` may name instead of a path.
 
     Raises:
         ValueError: anything in the configuration, the data or the model that does not fit, before weights are loaded
@@ -68,6 +81,7 @@ def prepare(config: TrainConfig, mesh: ParallelMesh, device: torch.device) -> Ru
     if mesh.rank == 0:
         Path(config.output).expanduser().mkdir(parents=True, exist_ok=True)
     train, validation = _read_rows(config, tokenizer, world)
+    tasks = plan_tasks(config, named_texts)
     order = StepOrder(len(train), config.seed, config.global_batch_size, config.micro_batch_size, mesh.dp, mesh.dp_rank)
     checkpoints = Checkpoints(Path(config.output).expanduser() / "checkpoints", world)
     last = checkpoints.find()
@@ -78,7 +92,7 @@ def prepare(config: TrainConfig, mesh: ParallelMesh, device: torch.device) -> Ru
     engine = make_engine(config, mesh, device, micro_steps, last)
     if last is not None:
         engine.load(last)
-    return Run(config, mesh, device, engine, order, train, validation, tokenizer, checkpoints, log, state)
+    return Run(config, mesh, device, engine, order, train, validation, tasks, tokenizer, checkpoints, log, state)
 
 
 def make_engine(
@@ -103,7 +117,7 @@ def train(run: Run) -> RunState:
         FloatingPointError: a loss that is not finite, on all ranks alike.
     """
     config = run.config
-    if run.state.step == 0 and run.validation is not None and config.eval_every is not None:
+    if run.state.step == 0 and config.eval_every is not None:
         _measure(run, 0)
     while run.state.step < config.steps:
         step = run.state.step
@@ -112,7 +126,7 @@ def train(run: Run) -> RunState:
             run.log.record("train", {"step": step + 1, **record})
         done, last = step + 1, step + 1 == config.steps
         measured = None
-        if run.validation is not None and config.eval_every is not None and (done % config.eval_every == 0 or last):
+        if config.eval_every is not None and (done % config.eval_every == 0 or last):
             measured = _measure(run, done)
         is_best = measured is not None and (run.state.best is None or measured < run.state.best)
         run.state = RunState(done, measured if is_best else run.state.best, measured, run.state.facts)
@@ -177,10 +191,15 @@ def _sum_over_ranks(run: Run, values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, total.tolist(), strict=True))
 
 
-def _measure(run: Run, step: int) -> float:
-    measures = measure(run.engine, run.validation, run.config, run.mesh, run.device)
-    run.log.record("eval", {"step": step, **measures})
-    return headline(measures, run.config)
+def _measure(run: Run, step: int) -> float | None:
+    """Held-out rows and tasks, whichever there are; what checkpoints are compared by, None without held-out rows."""
+    held_out = None
+    if run.validation is not None:
+        held_out = measure(run.engine, run.validation, run.config, run.mesh, run.device)
+    tasks = {} if run.tasks is None else run_tasks(run.engine, run.tasks)
+    if held_out or tasks:
+        run.log.record("eval", {"step": step, **(held_out or {}), **tasks})
+    return None if held_out is None else headline(held_out, run.config)
 
 
 def _read_rows(config: TrainConfig, tokenizer: Any, world: Collectives) -> tuple[Rows, Rows | None]:
