@@ -5,12 +5,11 @@ Shape legend: B rows, Hq query heads, Hkv key/value heads, n tokens of a chunk, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from d2o_dist.attention.prefill import chunk_attention, prompt_rates
+from d2o_dist.cache.query_window import QueryWindow
 from d2o_dist.cache.rows import Rows, is_uniform, live_mask
 from d2o_dist.cache.store import SlotStore
 from d2o_dist.comm.request import RequestRanks
@@ -19,15 +18,6 @@ from d2o_dist.core.statistics import RATE_FLOOR, group_sum, squared_deviations
 from d2o_dist.core.types import D2OState, stats_dtype
 from d2o_dist.kernels.decode_attention import decode_attention
 from d2o_dist.kernels.prefill_attention import prefill_attention
-
-
-@dataclass
-class QueryWindow:
-    """The last queries of the running prefill and their lse, per row: [Hq, <= rate_window, D] and [Hq, ...]."""
-
-    queries: list[Tensor]
-    lse: list[Tensor]
-    scale: float
 
 
 class FullLayer:
@@ -85,19 +75,11 @@ class FullLayer:
             if self._column_sums is not None:
                 self._column_sums[group, :, here] += sums
         if config.needs_rates:
-            self._remember(group, q, lse, scale)
-        return out
-
-    def _remember(self, group: slice, q: Tensor, lse: Tensor, scale: float) -> None:
-        """Keep the last `rate_window` queries of each row; copies, so that the chunk itself can be freed."""
-        rows = range(*group.indices(len(self.store.kv_len)))
-        if self._window is None:
             batch = len(self.store.kv_len)
-            self._window = QueryWindow([q.new_empty(q.shape[1], 0, q.shape[3])] * batch, [lse[0, :, :0]] * batch, scale)
-        last, window = self.config.rate_window, self._window
-        for local, row in enumerate(rows):
-            window.queries[row] = torch.cat([window.queries[row], q[local, :, -last:]], 1)[:, -last:].clone()
-            window.lse[row] = torch.cat([window.lse[row], lse[local, :, -last:]], 1)[:, -last:].clone()
+            if self._window is None:
+                self._window = QueryWindow(batch, config.rate_window, q, lse, scale)
+            self._window.add(range(*group.indices(batch)), q, lse, [torch.arange(start, here.stop)] * q.shape[0])
+        return out
 
     def _grow_column_sums(self, q: Tensor) -> None:
         if not (self._first_prefill and self.config.needs_column_sums):
@@ -167,9 +149,7 @@ class FullLayer:
         if not config.needs_rates:
             self._window = None
         elif self._window is not None:
-            last = config.rate_window
-            self._window.queries = [queries[:, -last:] for queries in self._window.queries]
-            self._window.lse = [lse[:, -last:] for lse in self._window.lse]
+            self._window.shrink(config.rate_window)
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
@@ -179,8 +159,7 @@ class FullLayer:
         if self.slot_budgets is not None:
             self.slot_budgets = [self.slot_budgets[row] for row in host]
         if self._window is not None:
-            self._window.queries = [self._window.queries[row] for row in host]
-            self._window.lse = [self._window.lse[row] for row in host]
+            self._window.select_rows(host)
         if self._column_sums is not None:
             self._column_sums = self._column_sums.index_select(0, index.to(self._column_sums.device))
 

@@ -17,6 +17,7 @@ from d2o_dist.attention.prefill import shard_rates
 from d2o_dist.attention.ring import ring_attention
 from d2o_dist.attention.shard import ShardView
 from d2o_dist.cache.layer import FullLayer
+from d2o_dist.cache.query_window import QueryWindow
 from d2o_dist.cache.rows import Rows, is_uniform
 from d2o_dist.cache.store import GROWTH, SlotStore
 from d2o_dist.comm.deal import Deal, Placement
@@ -57,16 +58,6 @@ class DealtChunk:
         return slice(self.deal.width - self.deal.local_counts()[row], self.deal.width)
 
 
-@dataclass
-class _LastQueries:
-    """This rank's last queries of the running prefill, their lse and their positions, per row."""
-
-    queries: list[Tensor]
-    lse: list[Tensor]
-    positions: list[Tensor]
-    scale: float
-
-
 class ShardedLayer:
     """A layer that attends to everything before it, and is compressed.
 
@@ -86,7 +77,7 @@ class ShardedLayer:
         self.state = D2OState()
         # Slots of every rank when the running prefill began, and now: the fullest rank's.
         self._past = self._width = 0
-        self._last: _LastQueries | None = None
+        self._window: QueryWindow | None = None
         self._column_sums: Tensor | None = None  # [B, Hq, W], of the first prefill
         self._first_prefill = True
         # Most slots that a head has here, if tokens go where there are fewest: what a layer without a budget needs.
@@ -181,8 +172,11 @@ class ShardedLayer:
                 if self._column_sums is not None:
                     self._column_sums[group] += sums
             if config.needs_rates:
-                tokens = deal.maps[row].indices(deal.rank)
-                self._remember(range(*group.indices(q.shape[0])), queries, lse, tokens, num_seen, scale)
+                rows, batch = range(*group.indices(q.shape[0])), q.shape[0]
+                if self._window is None:
+                    self._window = QueryWindow(batch, config.rate_window, q, lse, scale)
+                mine = deal.maps[row].indices(deal.rank)
+                self._window.add(rows, queries, lse, [num_seen[one] + mine for one in rows])
         return out
 
     def _rings(self, k: Tensor, width: int) -> bool:
@@ -206,24 +200,6 @@ class ShardedLayer:
             grown[:, :, : self._column_sums.shape[-1]] = self._column_sums
         self._column_sums = grown
 
-    def _remember(
-        self, rows: range, q: Tensor, lse: Tensor, tokens: Tensor, num_seen: list[int], scale: float
-    ) -> None:
-        """Keep this rank's last `rate_window` queries of each row; copies, so that the chunk itself can be freed.
-
-        Args:
-            tokens: which tokens of the chunk the queries are; num_seen: per row the tokens before the chunk.
-        """
-        batch, last = len(self.kv_len), self.config.rate_window
-        if self._last is None:
-            none = q.new_empty(q.shape[1], 0, q.shape[3])
-            self._last = _LastQueries([none] * batch, [lse[0, :, :0]] * batch, [tokens[:0]] * batch, scale)
-        kept = self._last
-        for local, row in enumerate(rows):
-            kept.queries[row] = torch.cat([kept.queries[row], q[local, :, -last:]], 1)[:, -last:].clone()
-            kept.lse[row] = torch.cat([kept.lse[row], lse[local, :, -last:]], 1)[:, -last:].clone()
-            kept.positions[row] = torch.cat([kept.positions[row], tokens[-last:] + num_seen[row]])[-last:]
-
     def squared_deviations(self, row: int) -> Tensor:
         """[Hq] sum of the squared deviations of the row's column sums over this rank's tokens, of the first prefill."""
         assert self._column_sums is not None
@@ -231,12 +207,12 @@ class ShardedLayer:
 
     def finish_prefill(self) -> None:
         """Turn the last queries of this prefill into the rates of all slots, and free what only a prefill needs."""
-        if self._last is not None:
-            self._set_rates(self._last)
-        self._last = self._column_sums = None
+        if self._window is not None:
+            self._set_rates(self._window)
+        self._window = self._column_sums = None
         self._first_prefill = False
 
-    def _set_rates(self, mine: _LastQueries) -> None:
+    def _set_rates(self, mine: QueryWindow) -> None:
         sp, last = self.ranks.sp, self.config.rate_window
         slots, dtype = self.store.slots, self.store.slots.rates.dtype
         heads, dim = mine.queries[0].shape[0], mine.queries[0].shape[2]
@@ -248,7 +224,7 @@ class ShardedLayer:
             count = mine.queries[row].shape[1]
             packed[row, :, :count, :dim] = mine.queries[row].to(dtype)
             packed[row, :, :count, dim] = mine.lse[row]
-            packed[row, :, :count, dim + 1] = mine.positions[row].to(packed)
+            packed[row, :, :count, dim + 1] = mine.tokens[row].to(packed)
         everyone = sp.all_gather(packed, 2)
         for row in range(batch):
             positions = everyone[row, 0, :, -1].long()
@@ -374,12 +350,9 @@ class ShardedLayer:
             self._column_sums = None
             self.store.slots.scores.zero_()
         if not config.needs_rates:
-            self._last = None
-        elif self._last is not None:
-            last = config.rate_window
-            for name in ("queries", "lse"):
-                setattr(self._last, name, [part[:, -last:] for part in getattr(self._last, name)])
-            self._last.positions = [part[-last:] for part in self._last.positions]
+            self._window = None
+        elif self._window is not None:
+            self._window.shrink(config.rate_window)
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
@@ -394,9 +367,8 @@ class ShardedLayer:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
-        if self._last is not None:
-            for name in ("queries", "lse", "positions"):
-                setattr(self._last, name, [getattr(self._last, name)[row] for row in host])
+        if self._window is not None:
+            self._window.select_rows(host)
 
 
 def _put(buffer: Tensor, column: Tensor, mine: Tensor, value: Tensor) -> None:

@@ -1,0 +1,51 @@
+"""The last queries of a running prefill, from which rates are measured when it ends.
+
+Shape legend: B rows, b rows of a group, Hq query heads, n queries, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class QueryWindow:
+    """Per row the last `size` queries, their lse, and which tokens they are.
+
+    Attributes:
+        queries, lse, tokens: B tensors each, [Hq, <= size, D], [Hq, <= size] and [<= size] int64, oldest first.
+        scale: of their logits.
+    """
+
+    def __init__(self, batch: int, size: int, q: Tensor, lse: Tensor, scale: float) -> None:
+        self.size, self.scale = size, scale
+        self.queries: list[Tensor] = [q.new_empty(q.shape[1], 0, q.shape[3])] * batch
+        self.lse: list[Tensor] = [lse[0, :, :0]] * batch
+        self.tokens: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * batch
+
+    def add(self, rows: range, q: Tensor, lse: Tensor, tokens: Sequence[Tensor]) -> None:
+        """A group's newest queries; copies, so that the chunk itself can be freed.
+
+        Args:
+            rows: which rows of the batch the group is; q: [b, Hq, n, D]; lse: [b, Hq, n]; tokens: b of [n].
+        """
+        last = self.size
+        for local, row in enumerate(rows):
+            self.queries[row] = torch.cat([self.queries[row], q[local, :, -last:]], 1)[:, -last:].clone()
+            self.lse[row] = torch.cat([self.lse[row], lse[local, :, -last:]], 1)[:, -last:].clone()
+            self.tokens[row] = torch.cat([self.tokens[row], tokens[local][-last:]])[-last:]
+
+    def shrink(self, size: int) -> None:
+        """Keep fewer of them."""
+        self.size = size
+        self.queries = [queries[:, -size:] for queries in self.queries]
+        self.lse = [lse[:, -size:] for lse in self.lse]
+        self.tokens = [tokens[-size:] for tokens in self.tokens]
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Rows in this order, repeated where repeated."""
+        self.queries = [self.queries[row] for row in rows]
+        self.lse = [self.lse[row] for row in rows]
+        self.tokens = [self.tokens[row] for row in rows]
