@@ -22,6 +22,7 @@ from d2o_dist.comm import (
     read_environment,
     run_guarded,
 )
+from tests.ports import free_port
 from tests.ranks import run_ranks
 
 REPO = Path(__file__).resolve().parents[2]
@@ -204,6 +205,7 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2
 def test_a_real_job_ends_within_a_minute(tmp_path, launcher, how):
     if launcher is DEEPSPEED:
         pytest.importorskip("deepspeed")
+        launcher = [*launcher, "--master_port", free_port()]  # its default is the same for every job
     script = tmp_path / "job.py"
     script.write_text(JOB)
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}

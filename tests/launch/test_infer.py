@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.tiny import make_folder
+from tests.ports import free_port
 
 pytestmark = pytest.mark.multirank
 REPO = Path(__file__).resolve().parents[2]
@@ -72,12 +72,6 @@ def test_torchrun_gives_the_text_of_one_process_and_one_rank_speaks(job, alone):
         traffic = json.loads((job / "trace" / f"traffic-rank{rank}.json").read_text())
         assert traffic["sp"] == [rank, 2] and set(traffic["traffic"]) >= {"prefill", "finalize", "decode"}
         assert "traceEvents" in json.loads((job / "trace" / f"decode-rank{rank}.json").read_text())
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def test_deepspeed_gives_the_text_of_one_process(job, alone):

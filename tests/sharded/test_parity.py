@@ -46,7 +46,7 @@ def test_meshes(tp, sp, layout):
 def test_tensor_ranks(tp, heads, engine):
     """As many KV heads as ranks, or more, or fewer: then each is copied, and the copies agree."""
     model = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
-    one = Play(preset="mass", lengths=(61, 40), model=model)
+    one = Play(preset="mass", lengths=(61, 40), steps=66, model=model)
     check(one, ParallelConfig(tp=tp, tp_engine=engine, check_replicas=True))
 
 
