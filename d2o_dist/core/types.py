@@ -58,11 +58,13 @@ class Slots:
     def take(self, index: Tensor, valid: Tensor) -> Slots:
         """The slots at `index` [B, Hkv, K] where `valid` [B, 1 or Hkv, K]; the others unused, with zeros."""
         valid = valid.expand_as(index)
+        row = torch.arange(index.shape[0], device=index.device)[:, None, None]
+        head = torch.arange(index.shape[1], device=index.device)[:, None]
 
         def pick(tensor: Tensor) -> Tensor:
             if tensor.dim() == 4:
-                wide = index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1])
-                return tensor.gather(2, wide).masked_fill_(~valid.unsqueeze(-1), 0)
+                # Whole rows at once: a gather would look up every element by itself.
+                return tensor[row, head, index].masked_fill_(~valid.unsqueeze(-1), 0)
             return tensor.gather(2, index).masked_fill_(~valid, 0)
 
         taken = self.map(pick)
