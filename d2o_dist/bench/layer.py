@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from d2o_dist.compression.evict import run_evictions
+from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import compress_layer, eviction_steps
 from d2o_dist.core.types import D2OState, LayerBudget, Slots, stats_dtype
@@ -80,8 +81,9 @@ class DecodeLayer:
         seen = torch.tensor([self.seen], device=self.slots.positions.device)
         # The slots are in order of position already, so unlike `compress_layer` this does not copy them to make sure.
         steps = eviction_steps(
-            self.slots, self.budget, self.state, self.config, finalize=False, num_seen_tokens=seen, nearest=nearest_kept
-        )
+            self.slots, self.budget, self.state, self.config, finalize=False, num_seen_tokens=seen,
+            nearest=nearest_kept, merge=merge_evicted,
+        )  # fmt: skip
         ((kept, self.state),) = run_evictions([steps], lambda reports: reports)  # all heads are here
         self.held = kept.positions.shape[-1]
         for name in ("keys", "values", "positions", "scores", "rates", "log_mass"):
