@@ -14,11 +14,6 @@ from d2o_dist.core.types import D2OState, Slots
 GatherHeads = Callable[[Tensor], Tensor]
 
 
-def all_heads_at_hand(tensor: Tensor) -> Tensor:
-    """The `GatherHeads` of a rank that holds every head."""
-    return tensor
-
-
 def run_evictions(layers: Sequence[EvictionSteps], gather_heads: GatherHeads) -> list[tuple[Slots, D2OState]]:
     """Drive the evictions of several layers; what they ask of other ranks goes into one gather.
 

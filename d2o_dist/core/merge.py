@@ -60,6 +60,33 @@ def _scatter(target: Tensor, weights: Tensor, num_kept: int) -> Tensor:
     return out.scatter_add_(2, target, weights)
 
 
+def merges_keys(config: D2OConfig) -> bool:
+    """Whether keys are averaged as well as values."""
+    return config.merge in ("keys_values", "released")
+
+
+def evicted_weight(evicted: Slots, similarity: Tensor, config: D2OConfig) -> Tensor:
+    """[B, Hkv, E] what an evicted token weighs at its target, if it is merged."""
+    if config.merge == "mass":
+        return evicted.rates
+    return similarity if config.merge == "released" else similarity.exp()
+
+
+def own_weight(kept: Slots, config: D2OConfig) -> Tensor | float:
+    """What a kept slot itself weighs: [B, Hkv, K], or one number for all (`exp(1)`: its cosine to itself is 1)."""
+    if config.merge == "mass":
+        return kept.rates.clamp_min(torch.finfo(kept.rates.dtype).tiny)
+    return 1.0 if config.merge == "released" else math.e
+
+
+def add_mass(kept: Slots, total: Tensor, touched: Tensor, config: D2OConfig) -> Slots:
+    """Slots [B, Hkv, K] that draw the attention `total` of all they stand for, where `touched`."""
+    log_mass = (kept.log_mass + (total / own_weight(kept, config)).log()).clamp_max(config.max_log_mass)
+    return kept.replace(
+        rates=torch.where(touched, total, kept.rates), log_mass=torch.where(touched, log_mass, kept.log_mass)
+    )
+
+
 @dataclass(frozen=True)
 class MergeSums:
     """What evicted tokens bring to each kept slot; the sums of several shards of evicted tokens add up.
@@ -98,21 +125,15 @@ def merge_sums(
     """
     dtype = stats_dtype(evicted.keys.dtype)
     target = target.masked_fill(~merged, 0)
-    if config.merge == "mass":
-        weight = evicted.rates * merged
-    elif config.merge == "released":
-        weight = similarity.masked_fill(~merged, 0)
-    else:
-        weight = similarity.masked_fill(~merged, -torch.inf).exp()
+    weight = evicted_weight(evicted, similarity, config).masked_fill(~merged, 0)
 
     def rows(tensor: Tensor) -> Tensor:
         return _scatter_rows(target, weight.unsqueeze(-1) * tensor.to(dtype), num_kept)
 
-    with_keys = config.merge in ("keys_values", "released")
     return MergeSums(
         count=_scatter(target, merged.to(dtype), num_kept),
         weight=_scatter(target, weight, num_kept),
-        keys=rows(evicted.keys) if with_keys else None,
+        keys=rows(evicted.keys) if merges_keys(config) else None,
         values=rows(evicted.values),
     )
 
@@ -128,21 +149,15 @@ def apply_merge(kept: Slots, sums: MergeSums, config: D2OConfig) -> Slots:
         mean = (own * old.to(dtype) + added) / total.unsqueeze(-1)
         return torch.where(touched.unsqueeze(-1), mean.to(old.dtype), old)
 
+    own = own_weight(kept, config)
+    # The released rule takes the mean of all that meet, whatever their weights.
+    total = own + (sums.count if config.merge == "released" else sums.weight)
     if config.merge == "mass":
-        own = kept.rates.clamp_min(torch.finfo(dtype).tiny)
-        mass = own + sums.weight
-        log_mass = (kept.log_mass + (mass / own).log()).clamp_max(config.max_log_mass)
-        return kept.replace(
-            values=average(own, mass, kept.values, sums.values),
-            rates=torch.where(touched, mass, kept.rates),
-            log_mass=torch.where(touched, log_mass, kept.log_mass),
-        )
-    # The released rule takes the mean with the slot itself, the others a softmax over cosines, the own one being 1.
-    own_weight, total = (1.0, 1 + sums.count) if config.merge == "released" else (math.e, math.e + sums.weight)
-    kept = kept.replace(values=average(own_weight, total, kept.values, sums.values))
+        kept = add_mass(kept, total, touched, config)
+    kept = kept.replace(values=average(own, total, kept.values, sums.values))
     if sums.keys is None:
         return kept
-    return kept.replace(keys=average(own_weight, total, kept.keys, sums.keys))
+    return kept.replace(keys=average(own, total, kept.keys, sums.keys))
 
 
 def merge_into(

@@ -12,6 +12,7 @@ from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.engine.model import load_model
 from d2o_dist.eval.plan import prepare as prepare_evaluation
 from d2o_dist.eval.runner import Runner
+from d2o_dist.train.loop import train
 from d2o_dist.train.tasks import run_tasks
 from tests.eval.parts import TEXT
 from tests.ranks import run_ranks
@@ -78,6 +79,16 @@ def test_figures_are_those_of_the_exported_model(inputs, name, changes):
     bound = 0.05 if name == "lora" else 1e-4
     for label, value in wanted.items():
         assert last[label] == pytest.approx(value, rel=bound, abs=1e-5)
+
+
+def test_figures_of_merged_lora_are_exactly_those_of_the_export(inputs):
+    """With the additions merged as the export merges them there is no other rounding, and no other figure."""
+    config = config_of(inputs, "merged", lora={"rank": 2}, eval_every=10)
+    run = start(config)
+    train(run)
+    run.engine.objective.model.merge_adapter()
+    wanted = evaluated(inputs, run.output / "model")
+    assert run_tasks(run.engine, run.tasks) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 def test_without_held_out_rows(inputs):
