@@ -9,7 +9,7 @@ from d2o_dist import D2OCache, D2OConfig
 from d2o_dist.comm import build_mesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.integrations.tensor_parallel import shard_model
-from tests.models import left_padded, tiny_model
+from tests.models import left_padded, tiny_model, tokens
 from tests.ranks import run_ranks
 
 SETTINGS = {
@@ -45,3 +45,25 @@ def test_generate_on_tensor_ranks(setting):
     wanted = generate(setting)
     for found in run_ranks(2, on_rank, setting, fresh=True):
         assert found == wanted
+
+
+@torch.no_grad()
+def by_hand(mesh=None) -> torch.Tensor:
+    """The loop of docs/sharding.md: a dealt prompt, then one token at a time, position ids left to the model."""
+    model, ids = tiny_model(), tokens(1, 101)
+    cache = D2OCache(config=model.config, d2o=D2OConfig(keep_ratio=0.2), mesh=mesh)
+    model(**cache.deal(ids), past_key_values=cache)
+    cache.finalize()
+    steps = [model(torch.tensor([[5 + step]]), past_key_values=cache).logits for step in range(20)]
+    return torch.cat(steps, 1)
+
+
+def by_hand_on_rank(rank: int, world: int) -> torch.Tensor:
+    return by_hand(build_mesh(sp=world))
+
+
+@pytest.mark.multirank
+def test_the_documented_loop_on_sequence_ranks():
+    wanted = by_hand()
+    for found in run_ranks(3, by_hand_on_rank):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # the models' norms are float32
