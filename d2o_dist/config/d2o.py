@@ -70,6 +70,8 @@ class D2OConfig:
         drop_quantile: share of evicted tokens that `gate="quantile"` drops.
         ema_beta: weight of the newest eviction in the moving threshold.
         threshold_agg: what an eviction adds to the threshold: `max` (paper) or `mean` of the similarities.
+        self_weight: with `merge` `keys_values` or `values`, what a kept token weighs beside the `exp(cosine)` of those
+            merged into it; `e` (the paper) is the weight of its own cosine of 1.
         max_log_mass: bound on the log of the mass a merged slot may stand for.
 
     While decoding:
@@ -100,6 +102,7 @@ class D2OConfig:
     drop_quantile: float = 0.25
     ema_beta: float = 0.7
     threshold_agg: str = "max"
+    self_weight: float = math.e
     max_log_mass: float = 3.0
     eviction_interval: int | None = 16
 
@@ -210,7 +213,7 @@ class D2OConfig:
 
         for name in ("temperature", "pyramid_beta", "min_layer_ratio", "heavy_fraction", "tail_fraction"):
             number(name)
-        for name in ("drop_quantile", "ema_beta", "max_log_mass"):
+        for name in ("drop_quantile", "ema_beta", "self_weight", "max_log_mass"):
             number(name)
         for name in ("dispersion_sign", "min_layer_tokens", "num_sink_tokens", "selection_pool", "rate_window"):
             number(name, integer=True)
@@ -254,6 +257,7 @@ class D2OConfig:
             ("tail_fraction", 0 < self.tail_fraction <= 1, "in (0, 1]"),
             ("drop_quantile", 0 <= self.drop_quantile < 1, "in [0, 1)"),
             ("ema_beta", 0 <= self.ema_beta <= 1, "in [0, 1]"),
+            ("self_weight", self.self_weight > 0, "above 0"),
             ("max_log_mass", self.max_log_mass >= 0, "at least 0"),
             ("eviction_interval", self.eviction_interval is None or self.eviction_interval >= 1, "at least 1, or null"),
         ]

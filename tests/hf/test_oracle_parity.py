@@ -25,6 +25,7 @@ CASES = {
     "tokens": ("d2o", {"keep_tokens": 21}),
     "uneven": ("d2o", {"dispersion_sign": 1, "temperature": 0.2, "min_layer_ratio": 0.1}),
     "protected": ("d2o", {"keep_ratio": 0.6, "protected_layers": (0, -1)}),
+    "own": ("d2o", {"self_weight": 9.0, "eviction_interval": 4}),
     "mean": ("d2o", {"threshold_agg": "mean", "ema_beta": 0.3, "eviction_interval": 1, "heavy_fraction": 0.5}),
 }
 

@@ -60,6 +60,7 @@ class OracleConfig:
     drop_quantile: float = 0.25
     rate_window: int = 32
     max_log_mass: float = 3.0
+    self_weight: float = math.e
     ema_beta: float = 0.7
     threshold_agg: str = "max"  # max | mean
     eviction_interval: int | None = 16  # None: never evict while decoding
@@ -552,10 +553,11 @@ class OracleCache:
             return
         # "k_j <- (e*k_j + sum exp(u_i) k_i) / (e + sum exp(u_i)), the same for v_j ... Position and score of j stay".
         weights = [math.exp(u) for u in similarity]
-        total = math.e + sum(weights)
-        target.value = (math.e * target.value + sum(w * s.value for w, s in zip(weights, sources, strict=True))) / total
+        own = config.self_weight
+        total = own + sum(weights)
+        target.value = (own * target.value + sum(w * s.value for w, s in zip(weights, sources, strict=True))) / total
         if config.merge == "keys_values":
-            target.key = (math.e * target.key + sum(w * s.key for w, s in zip(weights, sources, strict=True))) / total
+            target.key = (own * target.key + sum(w * s.key for w, s in zip(weights, sources, strict=True))) / total
 
     # -- looking at it ------------------------------------------------------------------------------------------------
 
