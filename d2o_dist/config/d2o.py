@@ -81,24 +81,24 @@ class D2OConfig:
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     allocation: str = "dynamic"
-    dispersion: str = "layers_minmax"
-    dispersion_sign: int = -1
-    temperature: float = 1.0
+    dispersion: str = "log_zscore"
+    dispersion_sign: int = 1
+    temperature: float = 3.3
     pyramid_beta: float = 20.0
     exact_total: bool = True
     min_layer_ratio: float = 0.01
     min_layer_tokens: int = 32
     protected_layers: tuple[int, ...] = ()
-    heavy_fraction: float = 0.75
+    heavy_fraction: float = 0.8
     num_sink_tokens: int = 4
-    selection: str = "cumulative"
-    selection_pool: int = 7
-    selection_pool_side: str = "both"
+    selection: str = "window"
+    selection_pool: int = 15
+    selection_pool_side: str = "after"
     rate_window: int = 32
-    merge: str = "keys_values"
-    merge_targets: str = "kept"
+    merge: str = "mass"
+    merge_targets: str = "tail"
     tail_fraction: float = 0.1
-    gate: str = "threshold"
+    gate: str = "quantile"
     drop_quantile: float = 0.25
     ema_beta: float = 0.7
     threshold_agg: str = "max"
@@ -287,8 +287,23 @@ class D2OConfig:
             )
 
 
-_BASELINE = {"allocation": "uniform", "merge": "none"}
+# Every preset but the default names each field in which it differs from it, so that a better default changes no other
+# preset. The paper's rules, with dispersions that do not depend on the prompt's length:
+_PAPER = {
+    "dispersion": "layers_minmax",
+    "dispersion_sign": -1,
+    "temperature": 1.0,
+    "heavy_fraction": 0.75,
+    "selection": "cumulative",
+    "selection_pool": 7,
+    "selection_pool_side": "both",
+    "merge": "keys_values",
+    "merge_targets": "kept",
+    "gate": "threshold",
+}
+_BASELINE = {**_PAPER, "allocation": "uniform", "merge": "none"}
 _MASS = {
+    **_PAPER,
     "selection": "window",
     "dispersion": "log_zscore",
     "dispersion_sign": 1,
@@ -301,8 +316,10 @@ _MASS = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "d2o": {},
-    "paper": {"dispersion": "raw", "eviction_interval": 1},
+    "paper": {**_PAPER, "dispersion": "raw", "eviction_interval": 1},
+    "paper_minmax": _PAPER,
     "released": {
+        **_PAPER,
         "dispersion": "heads_minmax",
         "exact_total": False,
         "protected_layers": (0, 1, -1),

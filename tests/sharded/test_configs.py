@@ -15,6 +15,7 @@ GATHERS = D2OConfig(keep_ratio=0.9, selection="mixed", allocation="uniform", mer
 SIZE = {"keep_ratio": 0.4, "min_layer_tokens": 8}
 CONFIGS = [
     D2OConfig.preset("d2o", **SIZE),
+    D2OConfig.preset("paper_minmax", **SIZE),
     D2OConfig.preset("mass", **SIZE),
     D2OConfig.preset("snapkv", **SIZE, rate_window=16),
     D2OConfig.preset("streaming", **SIZE),

@@ -70,8 +70,9 @@ def test_copied_heads_and_token_shards(layout):
         ("h2o", {}),
         ("streaming", {}),
         ("full", {}),
-        ("d2o", {"selection": "mixed", "merge": "values", "threshold_agg": "mean"}),
-        ("d2o", {"keep_ratio": None, "keep_tokens": 30, "eviction_interval": None}),
+        ("paper_minmax", {}),
+        ("paper_minmax", {"selection": "mixed", "merge": "values", "threshold_agg": "mean"}),
+        ("paper_minmax", {"keep_ratio": None, "keep_tokens": 30, "eviction_interval": None}),
     ],
     ids=str,
 )
@@ -81,7 +82,7 @@ def test_rules(preset, d2o, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("preset", ["d2o", "mass", "released"])
+@pytest.mark.parametrize("preset", ["d2o", "paper_minmax", "released"])
 def test_later_turns_and_rows_that_end(preset, layout):
     """A second turn over what is held; one row ends, is fed padding, and leaves."""
     extra = {"protected_layers": (0,)} if preset == "released" else {}
