@@ -313,6 +313,7 @@ _MASS = {
     "merge_targets": "tail",
     "gate": "quantile",
 }
+_SPAN = {**_MASS, "selection_pool": 15, "selection_pool_side": "after"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "d2o": {},
@@ -330,7 +331,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "merge": "released",
     },
     "mass": _MASS,
-    "span": {**_MASS, "selection_pool": 15, "selection_pool_side": "after"},
+    "span": _SPAN,
+    "lean": {**_SPAN, "allocation": "uniform"},
     "full": {**_BASELINE, "keep_ratio": 1.0, "eviction_interval": None},
     "streaming": {**_BASELINE, "selection": "recent"},
     "h2o": {**_BASELINE, "heavy_fraction": 0.5},

@@ -65,7 +65,7 @@ class EvalConfig:
     model: str
     output: str
     tasks: tuple[TaskConfig, ...]
-    methods: tuple[Mapping[str, Any], ...] = ("d2o", "mass")
+    methods: tuple[Mapping[str, Any], ...] = ("d2o", "snapkv")
     keep_ratios: tuple[float, ...] = ()
     keep_tokens: tuple[int, ...] = ()
     reference: str | None = None
