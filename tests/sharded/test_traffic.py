@@ -19,7 +19,7 @@ from tests.sharded.play import Play, assert_same, on_rank, play
 
 pytestmark = pytest.mark.multirank
 SEQUENCE = {"sp_prefill": "allgather"}
-LAYERS = 4
+LAYERS, KV_HEADS = 4, 2
 
 
 def decode_traffic(length: int, steps: int, preset: str = "d2o", **parallel) -> dict[str, dict[str, int]]:
@@ -38,13 +38,23 @@ def decode_traffic(length: int, steps: int, preset: str = "d2o", **parallel) -> 
 def test_collectives_of_a_token_do_not_depend_on_the_context():
     """One blocking collective a layer; evictions of the whole model in 3, once in 16 tokens: below 0.3 a token."""
     steps = 64
-    short, long = decode_traffic(100, steps), decode_traffic(800, steps)
+    short, long = (decode_traffic(length, steps, "paper_minmax") for length in (100, 800))
     assert short == long
     assert short["decode"]["calls"] == steps * LAYERS
     assert short["evict"]["calls"] == 3 * steps // 16
     assert short["evict"]["calls"] / steps < 0.3
     assert decode_traffic(100, steps, merge_scope="local")["evict"]["calls"] == 2 * steps // 16
     assert decode_traffic(100, steps, "h2o")["evict"]["calls"] == steps // 16
+
+
+def test_only_the_tail_makes_evictions_send_more_at_a_longer_context():
+    """Each rank offers as many slots as the tail has, 24 bytes each: a tenth of the budget more."""
+    steps = 64
+    short, long = decode_traffic(100, steps), decode_traffic(800, steps)
+    assert short["decode"] == long["decode"] and short["evict"]["calls"] == long["evict"]["calls"] == 3 * steps // 16
+    longer_tail = Play().config.tail_fraction * Play().config.keep_ratio * 700
+    added = long["evict"]["bytes"] - short["evict"]["bytes"]
+    assert 0 < added <= 24 * longer_tail * KV_HEADS * LAYERS * steps // 16
 
 
 def test_tensor_ranks_add_one_collective_an_eviction():
@@ -71,7 +81,7 @@ def test_shards_are_level(layout):
 
 def test_merging_within_a_shard_keeps_the_same_tokens_of_the_prompt():
     """`merge_scope: local` selects as `global` does, and sends less; what is merged into what differs."""
-    one = Play(lengths=(120,), steps=0)
+    one = Play(preset="paper_minmax", lengths=(120,), steps=0)
     wanted = play(one)
     for found, traffic in run_ranks(3, on_rank, one, ParallelConfig(sp=3, merge_scope="local", **SEQUENCE)):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found["first"], wanted["first"], strict=True))
