@@ -32,27 +32,36 @@ def obstacle(model_config: Any, device: torch.device, ranks: RequestRanks) -> st
     return None
 
 
-def graph_recorder(
-    mode: str, model_config: Any, device: torch.device, ranks: RequestRanks
-) -> CudaGraphRecorder | None:
-    """What records decode steps, or None where Python runs them; which it is, and why, is logged once.
+def check_graph(mode: str, model_config: Any, device: torch.device, ranks: RequestRanks) -> str | None:
+    """The obstacle, or None.
 
     Args:
         mode: `auto`, `always` or `never`.
 
     Raises:
-        ValueError: `always` where it is impossible.
+        ValueError: `always` where there is one.
     """
+    reason = obstacle(model_config, device, ranks)
+    if mode == "always" and reason is not None:
+        raise ValueError(f"decode_graph (always) is impossible: {reason}")
+    return reason
+
+
+def graph_recorder(
+    mode: str, model_config: Any, device: torch.device, ranks: RequestRanks
+) -> CudaGraphRecorder | None:
+    """What records decode steps, or None where Python runs them. Which it is, and why, is logged once.
+
+    Args, Raises: as `check_graph`.
+    """
+    reason = check_graph(mode, model_config, device, ranks)
     if mode == "never":
         return None
-    reason = obstacle(model_config, device, ranks)
-    if reason is None:
-        _say(logging.INFO, "decode steps are CUDA graphs")
-        return CudaGraphRecorder(device)
-    if mode == "always":
-        raise ValueError(f'decode_graph is "always", but decode steps cannot be CUDA graphs: {reason}')
-    _say(logging.INFO, f"decode steps are run by Python, not as a CUDA graph: {reason}")
-    return None
+    if reason is not None:
+        _say(f"decode steps are run by Python, not as a CUDA graph: {reason}")
+        return None
+    _say("decode steps are CUDA graphs")
+    return CudaGraphRecorder(device)
 
 
 class CudaGraphRecorder:
@@ -119,5 +128,5 @@ class CudaGraphRecorder:
 
 
 @cache
-def _say(level: int, message: str) -> None:
-    _logger.log(level, message)
+def _say(message: str) -> None:
+    _logger.info(message)

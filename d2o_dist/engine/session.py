@@ -95,6 +95,11 @@ class Session:
         """Where the model takes its input."""
         return self.model.device
 
+    @property
+    def num_replayed(self) -> int:
+        """Decode steps that were replays of a CUDA graph."""
+        return 0 if self._stepper is None else self._stepper.num_replayed
+
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
         """Read the prompts, or the next turn of each, and compress them: [B, T] -> next-token logits [B, V].
 

@@ -11,7 +11,9 @@ import torch
 
 import d2o_dist.cache.layer
 from d2o_dist import D2OCache, D2OConfig
+from d2o_dist.bench.checks import decode_graph
 from d2o_dist.config.sampling import SamplingConfig
+from d2o_dist.engine import session as session_module
 from d2o_dist.engine.cuda_graph import graph_recorder, obstacle
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session, left_pad
@@ -299,6 +301,23 @@ def test_nothing_outlives_the_session():
     assert [one() for one in left] == [None] * 3
 
 
+class Stale(TapeRecorder):
+    """Replays nothing."""
+
+    def record(self, run):
+        kept = run()
+        return lambda: kept
+
+
+@pytest.mark.parametrize("recorder", [TapeRecorder, Stale])
+def test_what_a_gpu_will_check(monkeypatch, recorder):
+    """The check itself, with the tape in place of CUDA graphs; and that it notices replays that do nothing."""
+    monkeypatch.setattr(session_module, "graph_recorder", lambda mode, *_: None if mode == "never" else recorder())
+    result = decode_graph.run(decode_graph.Case("mass", torch.float32, lengths=(40, 23)), "cpu")
+    assert result.is_right == (recorder is TapeRecorder), result.errors
+    assert len(result.errors) == 3 + 4 * 6
+
+
 # ---- where CUDA graphs are possible --------------------------------------------------------------------------------
 
 
@@ -311,7 +330,7 @@ def test_obstacles_are_named():
     assert "dynamic" in obstacle(dynamic, gpu, ranks)
     assert graph_recorder("auto", model.config, cpu, ranks) is None
     assert graph_recorder("never", model.config, gpu, ranks) is None
-    with pytest.raises(ValueError, match='decode_graph is "always", but .* the model is on cpu'):
+    with pytest.raises(ValueError, match=r"decode_graph \(always\) is impossible: the model is on cpu"):
         Session(model, PRESETS["mass"], decode_graph="always")
 
 
