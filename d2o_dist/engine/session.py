@@ -84,9 +84,8 @@ class Session:
     ) -> None:
         self.model = model
         self.cache = D2OCache(config=model.config, d2o=d2o, mesh=mesh, parallel=parallel, counter=counter)
-        self._recorder = graph_recorder(decode_graph, model.config, self.device, self.cache.ranks)
-        self._required = decode_graph == "always"
-        self._stepper: Stepper | None = None
+        recorder = graph_recorder(decode_graph, model.config, self.device, self.cache.ranks)
+        self._stepper = Stepper(model, recorder, required=decode_graph == "always")
         self.prefill_s: float | None = None
         self.finalize_s: float | None = None
 
@@ -98,7 +97,7 @@ class Session:
     @property
     def num_replayed(self) -> int:
         """Decode steps that were replays of a CUDA graph."""
-        return 0 if self._stepper is None else self._stepper.num_replayed
+        return self._stepper.num_replayed
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
         """Read the prompts, or the next turn of each, and compress them: [B, T] -> next-token logits [B, V].
@@ -141,9 +140,7 @@ class Session:
         Args:
             live: rows that go on. The others hold no more tokens, and their logits mean nothing. None: all go on.
         """
-        if self._stepper is None:
-            self._stepper = Stepper(self.model, self.cache, self._recorder, required=self._required)
-        return self._stepper.step(tokens, live)
+        return self._stepper.step(self.cache, tokens, live)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch, in this order; the memory of the others is freed."""

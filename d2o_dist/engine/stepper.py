@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache as once
 from typing import Any, Protocol
 
 import torch
@@ -29,12 +30,12 @@ class Recorder(Protocol):
 
 
 class Stepper:
-    """The decode steps of one model and cache.
+    """The decode steps of one model, over one cache or several in turn.
 
     With a recorder, the first step of a kind is run by Python to warm up, the second is recorded, and it and those that
-    follow are replays. A step is of another kind when the cache's buffers moved, the batch changed, a later turn was
-    read, or a row ended for the first time: then the recording is let go of, and the next one made. Evictions are
-    between steps, and never recorded.
+    follow are replays. A step is of another kind when the cache is another or its buffers moved, the batch changed, a
+    later turn was read, or a row ended for the first time: then the recording is let go of, and the next one made.
+    Evictions are between steps, and never recorded.
 
     Args:
         recorder: None runs every step by Python.
@@ -45,15 +46,14 @@ class Stepper:
         num_replayed: steps that were replays.
     """
 
-    def __init__(self, model: Any, cache: D2OCache, recorder: Recorder | None, *, required: bool = False) -> None:
-        self._model, self._cache = model, cache
-        self._recorder, self._required = recorder, required
+    def __init__(self, model: Any, recorder: Recorder | None, *, required: bool = False) -> None:
+        self._model, self._recorder, self._required = model, recorder, required
         self._ids: Tensor | None = None
         self._warm: DecodeStep | None = None
         self._replay: Callable[[], Tensor] | None = None
         self.num_replayed = 0
 
-    def step(self, tokens: Sequence[int] | Tensor, present: Sequence[bool] | None = None) -> Tensor:
+    def step(self, cache: D2OCache, tokens: Sequence[int] | Tensor, present: Sequence[bool] | None = None) -> Tensor:
         """The rows' newest tokens [B] -> next-token logits [B, V].
 
         Args:
@@ -62,38 +62,38 @@ class Stepper:
         Raises:
             ValueError: the forward cannot be recorded, and must be.
         """
-        step = self._cache.begin_step(present)
+        step = cache.begin_step(present)
         ids = torch.as_tensor(tokens)[:, None]
         if self._recorder is None:
-            logits = self._run(ids.to(step.positions.device), step)
+            logits = self._run(cache, ids.to(step.positions.device), step)
         else:
-            logits = self._recorded(ids, step)
-        self._cache.end_step()
+            logits = self._recorded(cache, ids, step)
+        cache.end_step()
         return logits
 
-    def _recorded(self, ids: Tensor, step: DecodeStep) -> Tensor:
+    def _recorded(self, cache: D2OCache, ids: Tensor, step: DecodeStep) -> Tensor:
         if self._warm is not step:
             # Let go of the old recording and its memory before a new one is made.
             self._warm, self._replay = step, None
             self._ids = ids.to(step.positions.device, copy=True)
-            logits, obstacle = self._recorder.warm_up(lambda: self._run(self._ids, step))
+            logits, obstacle = self._recorder.warm_up(lambda: self._run(cache, self._ids, step))
             if obstacle is not None:
                 self._give_up(obstacle)
             return logits
         self._ids.copy_(ids)
         if self._replay is None:
             try:
-                self._replay = self._recorder.record(lambda: self._run(self._ids, step))
+                self._replay = self._recorder.record(lambda: self._run(cache, self._ids, step))
             except Exception:
-                self._cache.abandon_step()
+                cache.abandon_step()
                 raise
         self.num_replayed += 1
         # Whoever takes the logits may keep them; the next replay writes its own into the same memory.
         return self._replay().clone()
 
-    def _run(self, ids: Tensor, step: DecodeStep) -> Tensor:
+    def _run(self, cache: D2OCache, ids: Tensor, step: DecodeStep) -> Tensor:
         out = self._model(
-            input_ids=ids, position_ids=step.positions[:, None], past_key_values=self._cache, use_cache=True,
+            input_ids=ids, position_ids=step.positions[:, None], past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
         return out.logits[:, -1]
@@ -101,5 +101,11 @@ class Stepper:
     def _give_up(self, obstacle: str) -> None:
         if self._required:
             raise ValueError(f"a decode step of this model cannot be recorded: {obstacle}")
-        _logger.warning("decode steps are run by Python, not as a CUDA graph: %s", obstacle)
+        _warn(f"decode steps are run by Python, not as a CUDA graph: {obstacle}")
         self._recorder = None
+
+
+@once
+def _warn(message: str) -> None:
+    """Once, however many batches it is true of."""
+    _logger.warning(message)

@@ -59,7 +59,7 @@ def test_memory_goes_with_the_session():
         with torch.inference_mode():
             for token in range(2, 8):
                 session.decode([token])
-        dead.append(weakref.ref(session._recorder))
+        dead.append(weakref.ref(session._stepper._recorder))
 
     dead: list = []
     run()

@@ -47,10 +47,15 @@ def prompts_of(lengths: list[int], seed: int = 1) -> list[list[int]]:
 def pair(model, config, lengths):
     """Two sessions that read the same prompts: run by Python, and recorded. And their first logits."""
     plain, taped = Session(model, config), Session(model, config)
-    taped._recorder = TapeRecorder()
+    record_by(taped, TapeRecorder())
     first = [session.prefill(*left_pad(prompts_of(lengths), 0)) for session in (plain, taped)]
     assert torch.equal(*first)
     return plain, taped, first[0]
+
+
+def record_by(session: Session, recorder, required: bool = False) -> None:
+    """Give a session on a CPU something that records its steps."""
+    session._stepper = Stepper(session.model, recorder, required=required)
 
 
 def assert_same(plain: Session, taped: Session) -> None:
@@ -91,7 +96,7 @@ def test_replays_are_the_steps_of_python(family, preset, batch):
         logits = go_on(plain, taped, logits, 1)
         assert_same(plain, taped)
     assert taped._stepper.num_replayed == steps - 1
-    assert (taped._recorder.num_warm, taped._recorder.num_recorded) == (1, 1)
+    assert (taped._stepper._recorder.num_warm, taped._stepper._recorder.num_recorded) == (1, 1)
     if preset != "full":
         heads = plain.cache.compressed.num_kv_heads
         gone = sum(layer.num_merged + layer.num_dropped for layer in plain.cache.report().layers)
@@ -121,7 +126,7 @@ def test_layers_that_grow_are_recorded_again(monkeypatch):
     plain, taped, logits = pair(tiny_model(), PRESETS["released"], [40, 31])
     go_on(plain, taped, logits, 30)
     assert_same(plain, taped)
-    recorder = taped._recorder
+    recorder = taped._stepper._recorder
     assert recorder.num_warm == recorder.num_recorded == 5 and taped._stepper.num_replayed == 25
 
 
@@ -132,12 +137,12 @@ def test_rows_that_end():
     # Another row ends: the same recording serves.
     logits = go_on(plain, taped, logits, INTERVAL + 3, [True, False, True, False])
     assert_same(plain, taped)
-    assert taped._recorder.num_recorded == 2
+    assert taped._stepper._recorder.num_recorded == 2
     for session in (plain, taped):
         session.keep_rows([0, 2])
     logits = go_on(plain, taped, logits[[0, 2]], 2 * INTERVAL)
     assert_same(plain, taped)
-    assert taped._recorder.num_recorded == 3
+    assert taped._stepper._recorder.num_recorded == 3
 
 
 def test_later_turns():
@@ -153,7 +158,7 @@ def test_later_turns():
     assert torch.equal(*turn)
     go_on(plain, taped, turn[0], INTERVAL + 4)
     assert_same(plain, taped)
-    assert taped._recorder.num_recorded == 3
+    assert taped._stepper._recorder.num_recorded == 3
 
 
 def test_a_copy_of_the_cache_goes_its_own_way():
@@ -162,7 +167,6 @@ def test_a_copy_of_the_cache_goes_its_own_way():
     kept = [copy.deepcopy(session.cache) for session in (plain, taped)]
     go_on(plain, taped, logits, INTERVAL)
     plain.cache, taped.cache = kept
-    plain._stepper = taped._stepper = None
     go_on(plain, taped, logits, INTERVAL + 1)
     assert_same(plain, taped)
 
@@ -178,7 +182,7 @@ def test_generate_is_the_same(preset):
     sampling = SamplingConfig(temperature=1.2, top_p=0.95, seed=7)
     for recorder in (None, TapeRecorder()):
         session = Session(model, PRESETS[preset])
-        session._recorder = recorder
+        record_by(session, recorder)
         found.append(generate(session, requests, sampling, Numbers()))
     assert [row.tokens for row in found[0]] == [row.tokens for row in found[1]]
     assert [row.usage for row in found[0]] == [row.usage for row in found[1]]
@@ -227,9 +231,9 @@ def test_a_number_kept_in_python_is_found():
 class Refusing(TapeRecorder):
     """Finds an obstacle in the warm-up, or fails in the middle of a recording."""
 
-    def __init__(self, found: str | None, after: int = 0) -> None:
+    def __init__(self, found: str | None, after: int = 0, model=None) -> None:
         super().__init__()
-        self.found, self.after = found, after
+        self.found, self.after, self.model = found, after, model
 
     def warm_up(self, run):
         return super().warm_up(run)[0], self.found
@@ -245,9 +249,12 @@ class Refusing(TapeRecorder):
 
 def test_an_obstacle_in_the_warm_up_is_told_once(caplog):
     plain, taped, logits = pair(tiny_model(), PRESETS["mass"], BATCHES["ragged"])
-    taped._recorder = Refusing("its forward waits")
+    record_by(taped, Refusing("its forward waits"))
     with caplog.at_level(logging.WARNING):
-        go_on(plain, taped, logits, 2 * INTERVAL)
+        logits = go_on(plain, taped, logits, 2 * INTERVAL)
+        # In the next batch it is no news.
+        record_by(taped, Refusing("its forward waits"))
+        go_on(plain, taped, logits, 2)
     assert_same(plain, taped)
     assert [record.message for record in caplog.records] == [
         "decode steps are run by Python, not as a CUDA graph: its forward waits"
@@ -257,7 +264,7 @@ def test_an_obstacle_in_the_warm_up_is_told_once(caplog):
 
 def test_an_obstacle_is_an_error_where_graphs_are_required():
     _, taped, logits = pair(tiny_model(), PRESETS["mass"], BATCHES["one"])
-    taped._recorder, taped._required = Refusing("its forward waits"), True
+    record_by(taped, Refusing("its forward waits"), required=True)
     with pytest.raises(ValueError, match="cannot be recorded: its forward waits"):
         taped.decode([3])
 
@@ -266,8 +273,7 @@ def test_an_obstacle_is_an_error_where_graphs_are_required():
 def test_a_recording_that_breaks_off_leaves_the_cache_as_it_was(after):
     model = tiny_model()
     plain, taped, logits = pair(model, PRESETS["mass"], BATCHES["ragged"])
-    taped._recorder = Refusing(None, after)
-    taped._recorder.model = model
+    record_by(taped, Refusing(None, after, model))
     logits = go_on(plain, taped, logits, 1)
     chosen = logits.argmax(-1).tolist()
     with pytest.raises(RuntimeError, match="not permitted"):
@@ -296,7 +302,7 @@ def test_nothing_outlives_the_session():
     _, taped, logits = pair(model, PRESETS["mass"], BATCHES["one"])
     for token in range(2, 6):
         taped.decode([token])
-    left = [weakref.ref(taped._recorder), weakref.ref(taped._stepper), weakref.ref(taped.cache)]
+    left = [weakref.ref(one) for one in (taped._stepper._recorder, taped._stepper, taped.cache)]
     del taped
     assert [one() for one in left] == [None] * 3
 
@@ -337,5 +343,4 @@ def test_obstacles_are_named():
 def test_a_stepper_without_recorder_takes_tensors():
     model = tiny_model()
     plain, other, logits = pair(model, PRESETS["mass"], BATCHES["ragged"])
-    stepper = Stepper(model, other.cache, None)
-    assert torch.equal(plain.decode([2, 3, 4]), stepper.step(torch.tensor([2, 3, 4])))
+    assert torch.equal(plain.decode([2, 3, 4]), Stepper(model, None).step(other.cache, torch.tensor([2, 3, 4])))
