@@ -238,7 +238,7 @@ class CompressedCache:
             if self._by_sequence:
                 for layer in self.layers:
                     layer.begin_prefill()
-        self.phase, self.step = "prefill", None
+        self.phase = "prefill"
 
     def _end(self, length: int) -> None:
         """After the last layer: count the tokens, and evict what is due."""
@@ -327,6 +327,7 @@ class CompressedCache:
             self._set_budgets()
             for layer in self.full_layers:
                 self.layers[layer].finish_prefill()
+            # Of this prefill's tokens a step from before it knows nothing.
             self.phase, self.step = "decode", None
             if self._by_sequence:
                 self._finalize_shards()
@@ -398,7 +399,7 @@ class CompressedCache:
             layer.store.reserve(capacity)
             return
         budget, kv_len = job
-        steps = [self._steps(layer, budget, finalize=True)]
+        steps = [self._steps(layer, budget, self._seen(layer), finalize=True)]
         [(slots, layer.state)] = run_evictions(steps, self._gather_reports)
         layer.store.replace(slots, kv_len, capacity)
         self._check({index: [layer.store.slots.positions]})
@@ -447,7 +448,7 @@ class CompressedCache:
                 layer.take_eviction(eviction, kv_len)
             self._check({job[0]: [one.victims, one.held] for job, one in zip(jobs, evictions, strict=True)})
             return True
-        steps = [self._steps(layer, budget, finalize=False) for _, layer, budget, _ in jobs]
+        steps = [self._steps(layer, budget, self.step.positions, finalize=False) for _, layer, budget, _ in jobs]
         results = run_evictions(steps, self._gather_reports)
         for (_, layer, _, kv_len), (slots, state) in zip(jobs, results, strict=True):
             layer.state = state
@@ -455,10 +456,10 @@ class CompressedCache:
         self._check({index: [layer.store.slots.positions] for index, layer, _, _ in jobs})
         return True
 
-    def _steps(self, layer: FullLayer, budget: LayerBudget, *, finalize: bool) -> EvictionSteps:
+    def _steps(self, layer: FullLayer, budget: LayerBudget, seen: Tensor, *, finalize: bool) -> EvictionSteps:
         return eviction_steps(
             layer.store.slots, budget, layer.state, self.config, finalize=finalize,
-            num_seen_tokens=self._seen(layer), nearest=nearest_kept, merge=merge_evicted,
+            num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted,
         )  # fmt: skip
 
     def _seen(self, layer: FullLayer | ShardedLayer) -> Tensor:
@@ -484,7 +485,6 @@ class CompressedCache:
         for row in host:
             if not 0 <= row < len(self.num_seen):
                 raise ValueError(f"row {row} was selected, but the cache has {len(self.num_seen)} rows")
-        self.step = None
         for layer in self.layers:
             layer.select_rows(index)
         if self._placement is not None:

@@ -12,7 +12,9 @@ import torch
 import d2o_dist.cache.layer
 from d2o_dist import D2OCache, D2OConfig
 from d2o_dist.bench.checks import decode_graph
+from d2o_dist.cache import sequence
 from d2o_dist.config.sampling import SamplingConfig
+from d2o_dist.core import merge as merging
 from d2o_dist.engine import session as session_module
 from d2o_dist.engine.cuda_graph import graph_recorder, obstacle
 from d2o_dist.engine.loop import generate
@@ -63,6 +65,7 @@ def assert_same(plain: Session, taped: Session) -> None:
     assert plain.cache.report().to_dict() == taped.cache.report().to_dict()
     for one, other in zip(plain.cache.layers, taped.cache.layers, strict=True):
         assert one.kv_len == other.kv_len
+        assert [row.max().item() + 1 for row in one.positions] == plain.cache.compressed.num_seen
         for name in FIELDS:
             left, right = getattr(one, name), getattr(other, name)
             live = one.positions >= 0
@@ -305,6 +308,27 @@ def test_nothing_outlives_the_session():
     left = [weakref.ref(one) for one in (taped._stepper._recorder, taped._stepper, taped.cache)]
     del taped
     assert [one() for one in left] == [None] * 3
+
+
+@pytest.mark.parametrize("preset", ["d2o", "mass", "released"])
+def test_an_eviction_asks_the_device_nothing(monkeypatch, preset):
+    """Beside what the kernels for a CPU ask: how many there are to keep and to evict follows from lengths. The first of
+    a batch brings the rows' budgets."""
+    monkeypatch.setattr(sequence, "nearest_kept", merging.nearest_kept)
+    monkeypatch.setattr(sequence, "merge_evicted", merging.merge_into)
+    plain, other, logits = pair(tiny_model(), PRESETS[preset], BATCHES["ragged"])
+    logits = go_on(plain, other, logits, INTERVAL)
+    evict, evictions = other.cache.compressed._evict, []
+
+    def watched_evict(slack):
+        with watched():
+            evictions.append(evict(slack))
+        return evictions[-1]
+
+    other.cache.compressed._evict = watched_evict
+    go_on(plain, other, logits, 2 * INTERVAL)
+    assert_same(plain, other)
+    assert sum(evictions) >= 2
 
 
 class Stale(TapeRecorder):
