@@ -65,7 +65,7 @@ def graph_recorder(
 
 
 class CudaGraphRecorder:
-    """Captures forwards as CUDA graphs, in a memory pool that is freed with it and its last replay.
+    """Captures forwards as CUDA graphs. Each has a memory pool of its own, which is freed with its replay.
 
     Args:
         device: where the model and the cache are.
@@ -74,7 +74,6 @@ class CudaGraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
         """Run it on the stream that will capture, where kernels are compiled and workspaces are made.
@@ -112,7 +111,7 @@ class CudaGraphRecorder:
         """
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=self._stream):
                 result = run()
         except Exception as error:
             raise RuntimeError(
