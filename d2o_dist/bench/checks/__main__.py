@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"device {args.device!r}: this machine has no CUDA device")
     checks = [check for check in all_checks() if args.op in (None, check.op)]
+    if args.device == "cpu":
+        checks = [check for check in checks if not check.needs_cuda]
     if args.skip:
         checks = [check for check in checks if args.skip not in check.name]
     wrong = 0
