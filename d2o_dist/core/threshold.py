@@ -24,11 +24,11 @@ class LayerSimilarity:
     """What all KV heads of a layer say about one eviction.
 
     Attributes:
-        total, count, peak: [B] sum, number and maximum of the similarities of tokens that have a target.
+        mean, count, peak: [B] mean, number and maximum of the similarities of tokens that have a target.
         every: [B, H, E] the similarities themselves; None where the gate needs no more than the sums.
     """
 
-    total: Tensor
+    mean: Tensor
     count: Tensor
     peak: Tensor
     every: Tensor | None
@@ -51,7 +51,10 @@ def head_reports(similarity: Tensor, valid: Tensor, config: D2OConfig) -> Tensor
 def read_reports(reports: Tensor) -> LayerSimilarity:
     """The reports [B, H, X] of all heads, in the order of the heads."""
     every = reports[..., _NUM_STATS:] if reports.shape[-1] > _NUM_STATS else None
-    return LayerSimilarity(reports[..., 0].sum(1), reports[..., 1].sum(1), reports[..., 2].amax(1), every)
+    count = reports[..., 1].sum(1)
+    # In float64, here and in `open_gate`: a token alone is not to miss the mean of itself by a last bit.
+    mean = (reports[..., 0].double().sum(1) / count.clamp_min(1)).to(reports.dtype)
+    return LayerSimilarity(mean, count, reports[..., 2].amax(1), every)
 
 
 def update_threshold(threshold: Tensor | float | None, layer: LayerSimilarity, config: D2OConfig) -> Tensor:
@@ -59,7 +62,7 @@ def update_threshold(threshold: Tensor | float | None, layer: LayerSimilarity, c
 
     First eviction of a row: the mean similarity. Later: `beta * agg + (1 - beta) * threshold`.
     """
-    mean = layer.total / layer.count.clamp_min(1)
+    mean = layer.mean
     old = torch.as_tensor(torch.nan if threshold is None else threshold, dtype=mean.dtype, device=mean.device)
     old = old.expand_as(mean)
     latest = layer.peak if config.threshold_agg == "max" else mean
@@ -90,7 +93,8 @@ def open_gate(
     """
     if config.merge == "released":
         # The published gate passes or drops a row of one token per head as a whole.
-        passes = layer.every.mean(1, keepdim=True) >= threshold[:, None, None]
+        mean = layer.every.double().mean(1, keepdim=True).to(threshold.dtype)
+        passes = mean >= threshold[:, None, None]
         return (valid & passes).expand_as(similarity)
     cut = quantile_cut(layer.every, valid, config.drop_quantile) if config.gate == "quantile" else threshold
     return valid & (similarity > -torch.inf) & (similarity >= cut[:, None, None])

@@ -194,3 +194,13 @@ def test_released_equals_the_published_step(heads, dim, length, heavy, recent):
         slots = append(slots, more.replace(keys=more.keys + common, scores=torch.zeros(1, heads, 1)))
         attention = torch.rand(heads, heavy + recent + 1, generator=generator)
         slots = slots.replace(scores=slots.scores + attention)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_token_alone_passes_the_mean_that_it_alone_makes(dtype):
+    """First eviction, one token a head: the released gate compares their mean with itself, in any batch."""
+    config = D2OConfig.preset("released")
+    for seed in range(40):
+        slots = random_slots([12, 15], 8, 8, seed=seed, dtype=dtype)
+        _, state = compress_layer(slots, LayerBudget(8, 3), D2OState(), config)
+        assert state.num_merged[0] == 8 and state.num_dropped[0] == 0
