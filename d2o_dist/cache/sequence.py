@@ -20,8 +20,8 @@ from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
 from d2o_dist.compression.agree import check_agreement
-from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
-from d2o_dist.compression.evict import run_evictions
+from d2o_dist.compression.budgets import eviction_budget, eviction_splits, row_log_weights, row_slots
+from d2o_dist.compression.evict import evict_in_place, may_evict_in_place, run_evictions
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.compression.shard_evict import evict_shards
 from d2o_dist.compression.shard_finalize import finalize_shard
@@ -351,10 +351,10 @@ class CompressedCache:
 
         All layers with one exchange between ranks, since little is held.
         """
-        jobs = []
+        jobs, in_place = [], may_evict_in_place(all_here=self.ranks.tp.size == 1 and not self.ranks.deals_tokens)
         for index in self.full_layers:
             layer = self.layers[index]
-            if layer.slot_budgets is not None:
+            if layer.slot_budgets is not None and not (in_place and self._evict_in_place(index, slack)):
                 job = eviction_budget(layer.slot_budgets, layer.kv_len, slack, self.config, self._device(layer))
                 if job is not None:
                     jobs.append((index, layer, *job))
@@ -378,6 +378,24 @@ class CompressedCache:
             layer.state = state
             layer.store.replace(slots, kv_len)
         self._check({index: [layer.store.slots.positions] for index, layer, _, _ in jobs})
+
+    def _evict_in_place(self, index: int, slack: int) -> bool:
+        """Whether one launch did all that is due in this layer."""
+        layer = self.layers[index]
+        splits = eviction_splits(layer.slot_budgets, layer.kv_len, slack, self.config)
+        if splits is None:
+            return False
+        heavy, recent, after = splits
+        state = evict_in_place(
+            layer.store.slots, layer.state, self.config, kv_len=layer.kv_len, heavy=heavy, recent=recent,
+            num_seen=self.num_seen,
+        )  # fmt: skip
+        if state is None:
+            return False
+        layer.state = state
+        layer.store.shrink(after)
+        self._check({index: [layer.store.slots.positions]})
+        return True
 
     def _steps(self, layer: FullLayer, budget: LayerBudget, *, finalize: bool) -> EvictionSteps:
         return eviction_steps(

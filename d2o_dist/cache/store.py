@@ -10,6 +10,7 @@ from torch import Tensor
 
 from d2o_dist.cache.rows import Rows
 from d2o_dist.core.types import Slots, stats_dtype
+from d2o_dist.kernels.backend import takes_cuda
 
 # Slots added at once when a layer that is never evicted outgrows its buffer while decoding.
 GROWTH = 256
@@ -70,6 +71,9 @@ class SlotStore:
             return
         self.reserve(max(self.kv_len), like=keys, slack=GROWTH if rows.length == 1 else 0)
         buffers = self._buffers
+        if rows.length == 1 and takes_cuda(buffers.keys, keys, values):
+            self._append_in_one_launch(keys[:, :, 0], values[:, :, 0], rows, start, num_seen)
+            return
         uniform = rows.index is None and min(start) == max(start) and min(num_seen) == max(num_seen)
         groups = [(slice(None), 0)] if uniform else [(slice(row, row + 1), row) for row in range(rows.batch)]
         for group, row in groups:
@@ -82,6 +86,16 @@ class SlotStore:
             )
             for statistic in (buffers.scores, buffers.rates, buffers.log_mass):
                 statistic[group, :, here] = 0
+
+    def _append_in_one_launch(
+        self, keys: Tensor, values: Tensor, rows: Rows, start: list[int], num_seen: list[int]
+    ) -> None:
+        from d2o_dist.kernels.cuda.append import cuda_append
+
+        # Rows without a token in this step point outside of the buffers.
+        index = [slot if count else -1 for slot, count in zip(start, rows.counts, strict=True)]
+        where = torch.tensor([index, num_seen], device=keys.device)
+        cuda_append(self._buffers, keys, values, *where.unbind(0))
 
     def _adopt(self, keys: Tensor, values: Tensor, num_seen: list[int]) -> None:
         """Take the first tokens as the buffers themselves, without a copy."""
@@ -114,6 +128,11 @@ class SlotStore:
             self._buffers = _unused(batch, heads, max(capacity, width), dim, slots.keys)
         _copy(self._buffers, slots, width)
         self._buffers.positions[:, :, width:] = -1
+        self.kv_len = list(kv_len)
+
+    def shrink(self, kv_len: list[int]) -> None:
+        """The buffers were compacted in place, and unused slots marked: from now on these many are in use."""
+        assert all(new <= old for new, old in zip(kv_len, self.kv_len, strict=True))
         self.kv_len = list(kv_len)
 
     def select_rows(self, index: Tensor) -> None:

@@ -1,14 +1,20 @@
-"""Evictions of many layers at once, with one exchange between the ranks that hold their heads."""
+"""Evictions of many layers at once, with one exchange between the ranks that hold their heads; or of one, in place."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import EvictionSteps
 from d2o_dist.core.types import D2OState, Slots
+from d2o_dist.kernels.backend import get_backend, takes_cuda
+
+_logger = logging.getLogger(__name__)
 
 # [B, h, X] of the heads at hand -> [B, H, X] of all heads, in the order of the heads; the same on every rank.
 GatherHeads = Callable[[Tensor], Tensor]
@@ -37,3 +43,47 @@ def run_evictions(layers: Sequence[EvictionSteps], gather_heads: GatherHeads) ->
             else:
                 raise AssertionError("an eviction asks other ranks once")
     return [results[number] for number in range(len(layers))]
+
+
+def may_evict_in_place(*, all_here: bool) -> bool:
+    """Whether `evict_in_place` is to be asked: the backend was chosen, and all heads and slots of a layer are here."""
+    if get_backend() == "cuda" and not all_here:
+        _left_to_others("heads or slots of a layer are spread over ranks")
+    return get_backend() == "cuda" and all_here
+
+
+@cache
+def _left_to_others(why: str) -> None:
+    _logger.warning("evictions are not served by CUDA C++, but as with backend 'auto': %s", why)
+
+
+def evict_in_place(
+    slots: Slots,
+    state: D2OState,
+    config: D2OConfig,
+    *,
+    kv_len: Sequence[int],
+    heavy: Sequence[int],
+    recent: Sequence[int],
+    num_seen: Sequence[int],
+) -> D2OState | None:
+    """One eviction while decoding, by CUDA C++ where that was chosen and serves these slots; None where it does not.
+
+    All KV heads of the layer must be in `slots`; nothing is asked of other ranks.
+
+    Args:
+        slots: [B, Hkv, S, ...] buffers, each row's in `[0, kv_len[row])` in order of position; they are written.
+        kv_len, heavy, recent, num_seen: of each row what it holds, what it may hold by score and as its newest
+            (`eviction_splits`), and the tokens it has seen.
+
+    Raises:
+        ValueError: more slots a head than the kernel evicts at once.
+    """
+    if not takes_cuda(slots.keys, slots.values):
+        return None
+    from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict, serves_eviction
+
+    if not serves_eviction(slots):
+        _left_to_others(f"rows of {slots.keys.shape[-1]} numbers in {slots.keys.dtype} are not whole words of 16 bytes")
+        return None
+    return cuda_evict(slots, EvictionRows(kv_len, heavy, recent, num_seen), state, config)
