@@ -122,17 +122,16 @@ class SlotStore:
         self._buffers = grown
 
     def replace(self, slots: Slots, kv_len: list[int], capacity: int | None = None) -> None:
-        """Hold these slots instead. With a `capacity` the buffers are made anew, else written in place."""
+        """Hold these slots instead. With a `capacity` the buffers are made anew, else written in place.
+
+        Slots that are views of the buffers lie where they belong.
+        """
         batch, heads, width, dim = slots.keys.shape
         if capacity is not None:
             self._buffers = _unused(batch, heads, max(capacity, width), dim, slots.keys)
-        _copy(self._buffers, slots, width)
+        if slots.keys.data_ptr() != self._buffers.keys.data_ptr():
+            _copy(self._buffers, slots, width)
         self._buffers.positions[:, :, width:] = -1
-        self.kv_len = list(kv_len)
-
-    def shrink(self, kv_len: list[int]) -> None:
-        """The buffers were compacted in place, and unused slots marked: from now on these many are in use."""
-        assert all(new <= old for new, old in zip(kv_len, self.kv_len, strict=True))
         self.kv_len = list(kv_len)
 
     def select_rows(self, index: Tensor) -> None:

@@ -61,6 +61,11 @@ def eviction_budget(
     if splits is None:
         return None
     heavy, recent, after = splits
+    return layer_budget(heavy, recent, device), after
+
+
+def layer_budget(heavy: Sequence[int], recent: Sequence[int], device: torch.device) -> LayerBudget:
+    """Of rows that may hold `heavy` by score and the `recent` newest; numbers where all rows have the same."""
     if len({*zip(heavy, recent, strict=True)}) == 1:
-        return LayerBudget(heavy[0], recent[0]), after
-    return LayerBudget(torch.tensor(heavy, device=device), torch.tensor(recent, device=device)), after
+        return LayerBudget(heavy[0], recent[0])
+    return LayerBudget(torch.tensor(heavy, device=device), torch.tensor(recent, device=device))

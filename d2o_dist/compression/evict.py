@@ -1,4 +1,4 @@
-"""Evictions of many layers at once, with one exchange between the ranks that hold their heads; or of one, in place."""
+"""Evictions of many layers at once, with one exchange between the ranks that hold their heads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import EvictionSteps
 from d2o_dist.core.types import D2OState, Slots
-from d2o_dist.kernels.backend import get_backend, takes_cuda
+from d2o_dist.kernels.backend import takes_cuda
 
 _logger = logging.getLogger(__name__)
 
@@ -45,19 +45,7 @@ def run_evictions(layers: Sequence[EvictionSteps], gather_heads: GatherHeads) ->
     return [results[number] for number in range(len(layers))]
 
 
-def may_evict_in_place(*, all_here: bool) -> bool:
-    """Whether `evict_in_place` is to be asked: the backend was chosen, and all heads and slots of a layer are here."""
-    if get_backend() == "cuda" and not all_here:
-        _left_to_others("heads or slots of a layer are spread over ranks")
-    return get_backend() == "cuda" and all_here
-
-
-@cache
-def _left_to_others(why: str) -> None:
-    _logger.warning("evictions are not served by CUDA C++, but as with backend 'auto': %s", why)
-
-
-def evict_in_place(
+def steps_in_place(
     slots: Slots,
     state: D2OState,
     config: D2OConfig,
@@ -66,24 +54,38 @@ def evict_in_place(
     heavy: Sequence[int],
     recent: Sequence[int],
     num_seen: Sequence[int],
-) -> D2OState | None:
-    """One eviction while decoding, by CUDA C++ where that was chosen and serves these slots; None where it does not.
-
-    All KV heads of the layer must be in `slots`; nothing is asked of other ranks.
+    all_heads_here: bool,
+) -> EvictionSteps | None:
+    """An eviction while decoding that writes `slots` and returns them; None unless CUDA C++ was chosen and serves them.
 
     Args:
-        slots: [B, Hkv, S, ...] buffers, each row's in `[0, kv_len[row])` in order of position; they are written.
+        slots: [B, h, S, ...] buffers, each row's in `[0, kv_len[row])` in order of position.
         kv_len, heavy, recent, num_seen: of each row what it holds, what it may hold by score and as its newest
             (`eviction_splits`), and the tokens it has seen.
+        all_heads_here: then nothing is asked of other ranks, and one launch does it all.
 
     Raises:
         ValueError: more slots a head than the kernel evicts at once.
     """
     if not takes_cuda(slots.keys, slots.values):
         return None
-    from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict, serves_eviction
+    from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict_over_ranks, serves_eviction
 
     if not serves_eviction(slots):
         _left_to_others(f"rows of {slots.keys.shape[-1]} numbers in {slots.keys.dtype} are not whole words of 16 bytes")
         return None
-    return cuda_evict(slots, EvictionRows(kv_len, heavy, recent, num_seen), state, config)
+    rows = EvictionRows(kv_len, heavy, recent, num_seen)
+    steps = _at_once if all_heads_here else cuda_evict_over_ranks
+    return steps(slots, rows, state, config)
+
+
+def _at_once(slots: Slots, rows, state: D2OState, config: D2OConfig) -> EvictionSteps:
+    from d2o_dist.kernels.cuda.evict import cuda_evict
+
+    return slots, cuda_evict(slots, rows, state, config)
+    yield  # it asks nothing, but is driven like those that do
+
+
+@cache
+def _left_to_others(why: str) -> None:
+    _logger.warning("evictions are not served by CUDA C++, but as with backend 'auto': %s", why)

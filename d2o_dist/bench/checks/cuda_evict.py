@@ -53,6 +53,8 @@ CASES = {
     "values": Case(rule={"merge": "values", "threshold_agg": "mean"}),
     "none": Case((40, 33), (20, 18), (5, 4), rule={"merge": "none"}),
     "released": Case(rule={"merge": "released", "ema_beta": 0.5, "threshold_agg": "mean"}, heads=4),
+    # Its gate compares a mean with a mean of the same numbers.
+    "released_one": Case((12, 30), (4, 12), (7, 17), rule={"merge": "released", "threshold_agg": "mean"}, heads=3),
     "mass": Case(rule={"merge": "mass", "selection": "window"}),
     "mass_tail": Case(
         (90, 70), (50, 45), (20, 9), rule=dict(merge="mass", selection="window", merge_targets="tail", gate="quantile")

@@ -5,6 +5,8 @@
 
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
+
+#include <atomic>
 #else
 #include <memory>
 #endif
@@ -23,6 +25,15 @@ D2O_API int d2o_struct_size(int which) {
 
 D2O_API int d2o_max_victims() { return kMaxVictims; }
 
+// The functions below run on this device. PyTorch has a CUDA runtime of its own, and this library has another.
+D2O_API int d2o_use_device(int device) {
+#ifdef __CUDACC__
+  return cudaSetDevice(device);
+#else
+  return device ? 1 : 0;
+#endif
+}
+
 // Bytes of workspace that an eviction needs, its parts being set.
 D2O_API int64_t d2o_evict_workspace(const EvictParams* params) {
   EvictParams p = *params;
@@ -37,9 +48,13 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) evict_kernel(const EvictParams p) {
   __shared__ EvictShared shared;
   const int items = p.batch * p.heads * p.num_parts;
-  for (int n = blockIdx.x; n < items; n += gridDim.x) evict_find<T>(p, item_of(p, n), shared.find);
-  cooperative_groups::this_grid().sync();
-  for (int n = blockIdx.x; n < items; n += gridDim.x) evict_apply<T>(p, item_of(p, n), shared.apply);
+  if (p.halves & kFind) {
+    for (int n = blockIdx.x; n < items; n += gridDim.x) evict_find<T>(p, item_of(p, n), shared.find);
+  }
+  if (p.halves == (kFind | kApply)) cooperative_groups::this_grid().sync();
+  if (p.halves & kApply) {
+    for (int n = blockIdx.x; n < items; n += gridDim.x) evict_apply<T>(p, item_of(p, n), shared.apply);
+  }
 }
 
 template <class T>
@@ -58,15 +73,19 @@ EvictKernel evict_kernel_of(const EvictParams& p) {
   return kernels[p.dtype];
 }
 
-// Blocks of the eviction that the current device runs at once.
+// Blocks of the eviction that the current device runs at once. Asked once a device and dtype.
 int resident_blocks(const EvictParams& p, int* blocks) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][3];
   int device = 0, processors = 0, each = 0;
   cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && device < kDevices && (*blocks = known[device][p.dtype])) return cudaSuccess;
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, evict_kernel_of(p), kThreads, 0);
   }
   *blocks = processors * each;
+  if (error == cudaSuccess && device < kDevices) known[device][p.dtype] = *blocks;
   return error;
 }
 
@@ -124,10 +143,10 @@ std::unique_ptr<Shared> fresh() {
 template <class T>
 void evict_blocks(const EvictParams& p) {
   const int items = p.batch * p.heads * p.num_parts;
-  for (int n = 0; n < items; ++n) {
+  for (int n = 0; n < items && p.halves & kFind; ++n) {
     evict_find<T>(p, item_of(p, scheduled(n, items)), fresh<EvictShared>()->find);
   }
-  for (int n = 0; n < items; ++n) {
+  for (int n = 0; n < items && p.halves & kApply; ++n) {
     evict_apply<T>(p, item_of(p, scheduled(n, items)), fresh<EvictShared>()->apply);
   }
 }
@@ -167,6 +186,6 @@ D2O_API int d2o_update_scores(const ScoreParams* p, void*) {
   return 0;
 }
 
-D2O_API const char* d2o_error_text(int) { return "no error is known to the host build"; }
+D2O_API const char* d2o_error_text(int) { return "the host build has one device"; }
 
 #endif

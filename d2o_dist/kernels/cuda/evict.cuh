@@ -1,7 +1,8 @@
 // One eviction of one layer while decoding, in place: two halves, and between them every block waits for every other.
 //
 // The first half chooses victims, finds their nearest targets and saves what others will overwrite; it writes to the
-// workspace only. The second reads the similarities of all heads, moves what stays, and merges.
+// workspace only. The second reads the similarities of all heads, moves what stays, and merges. Where some heads are on
+// other ranks the halves are two launches, and what is merged is decided between them.
 #pragma once
 
 #include "evict_merge.cuh"
@@ -49,11 +50,11 @@ D2O_FN void report_row(const EvictParams& p, const Item& item, const RowWork& wo
 template <class T>
 D2O_FN void evict_apply(const EvictParams& p, const Item& item, ApplyShared& shared) {
   const RowWork work(p, item.row);
-  const bool reports = item.head == 0 && item.part == 0;
+  const bool reports = item.head == 0 && item.part == 0 && !p.gated;
   Gate gate = {p.threshold_before ? p.threshold_before[item.row] : NAN, INFINITY};
   const Similarities similarities = {&p, item.row, work.victims};
   const bool merges = p.merge != kNone && work.victims > 0 && work.kept > 0;
-  if (merges) gate = judge_row(p, similarities, shared.judge);
+  if (merges && !p.gated) gate = judge_row(p, similarities, shared.judge);
   if (reports) {
     phase([&](int thread) {
       if (thread == 0) shared.judge.merged = 0;

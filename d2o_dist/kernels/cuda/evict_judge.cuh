@@ -42,14 +42,18 @@ struct Similarities {
   // Of the `number`-th of all heads' victims.
   D2O_FN float of(int number) const { return at(number / victims, number % victims); }
 
-  // Over heads, of the victims that have one rank in the order of positions (the released rule).
+  // Over heads, of the victims that have one rank in the order of positions (the released rule). In double, as the sum
+  // that the threshold is made of: of one victim a head both are the same mean, and the last bit must not close the gate.
   D2O_FN float mean(int victim) const {
-    float sum = 0.0f;
+    double sum = 0;
     for (int head = 0; head < params->heads; ++head) sum += at(head, victim);
-    return sum / static_cast<float>(params->heads);
+    return static_cast<float>(sum / params->heads);
   }
 
   D2O_FN bool passes(int head, int victim, const Gate& gate) const {
+    if (params->gated) {
+      return params->gated[(static_cast<int64_t>(row) * params->heads + head) * params->most_victims + victim];
+    }
     if (params->merge == kReleased) return mean(victim) >= gate.threshold;
     const float similarity = at(head, victim);
     return similarity > -INFINITY && similarity >= gate.cut;

@@ -11,6 +11,7 @@ namespace d2o {
 constexpr int kMaxVictims = 1024;
 
 enum Selection { kCumulative, kWindow, kMixed, kRecent };
+enum Halves { kFind = 1, kApply = 2 };
 enum Merge { kKeysValues, kValues, kMass, kReleased, kNone };
 
 // [B, H, C] or [B, H, C, D]; strides in elements, the last dim is contiguous.
@@ -30,6 +31,7 @@ struct EvictParams {
   float* threshold;              // [B], written
   const int64_t *merged_before, *dropped_before;  // [B], or null
   int64_t *merged, *dropped;                      // [B], written
+  const uint8_t* gated;  // [B, H, E]: which victims are merged, in order of position; or null: it is decided here
   // Carved out of one allocation by `carve`; see there.
   int* victims;
   char *victim_keys, *victim_values;
@@ -43,6 +45,7 @@ struct EvictParams {
   int32_t batch, heads, head_dim, item_size, dtype;
   int32_t most_held, most_victims, num_parts;
   int32_t selection, merge, tail_targets, by_quantile, threshold_by_max, num_sinks;
+  int32_t halves;    // kFind, kApply, or both
   int32_t schedule;  // of the host build
 };
 

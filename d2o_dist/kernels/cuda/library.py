@@ -74,7 +74,8 @@ def call(name: str, device: torch.device, *arguments: object) -> None:
     library = _library(device)
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        error = getattr(library, name)(*arguments)
+        error = library.d2o_use_device(torch.cuda.current_device() if device.type == "cuda" else 0)
+        error = error or getattr(library, name)(*arguments)
     if error:
         raise RuntimeError(f"{name}: {library.d2o_error_text(error).decode()} (error {error})")
 

@@ -34,7 +34,7 @@ class EvictParams(ctypes.Structure):
     _fields_ = [
         *_SLOTS,
         *((name, c_void_p) for name in ("rows", "threshold_before", "threshold")),
-        *((name, c_void_p) for name in ("merged_before", "dropped_before", "merged", "dropped")),
+        *((name, c_void_p) for name in ("merged_before", "dropped_before", "merged", "dropped", "gated")),
         # Set by the library itself.
         *((name, c_void_p) for name in ("victims", "victim_keys", "victim_values", "victim_rates", "nearest")),
         *((name, c_void_p) for name in ("halo_keys", "halo_values", "halo_positions", "halo_statistics")),
@@ -43,7 +43,7 @@ class EvictParams(ctypes.Structure):
         *((name, c_int32) for name in ("batch", "heads", "head_dim", "item_size", "dtype")),
         *((name, c_int32) for name in ("most_held", "most_victims", "num_parts")),
         *((name, c_int32) for name in ("selection", "merge", "tail_targets", "by_quantile", "threshold_by_max")),
-        *((name, c_int32) for name in ("num_sinks", "schedule")),
+        *((name, c_int32) for name in ("num_sinks", "halves", "schedule")),
     ]
 
 
