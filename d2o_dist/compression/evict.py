@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,9 +10,7 @@ from torch import Tensor
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import EvictionSteps
 from d2o_dist.core.types import D2OState, Slots
-from d2o_dist.kernels.backend import takes_cuda
-
-_logger = logging.getLogger(__name__)
+from d2o_dist.kernels.backend import cuda_leaves, takes_cuda
 
 # [B, h, X] of the heads at hand -> [B, H, X] of all heads, in the order of the heads; the same on every rank.
 GatherHeads = Callable[[Tensor], Tensor]
@@ -72,7 +68,8 @@ def steps_in_place(
     from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict_over_ranks, serves_eviction
 
     if not serves_eviction(slots):
-        _left_to_others(f"rows of {slots.keys.shape[-1]} numbers in {slots.keys.dtype} are not whole words of 16 bytes")
+        what = f"{slots.keys.shape[-1]} numbers in {slots.keys.dtype}"
+        cuda_leaves(f"evictions of keys and values of {what}, which are not whole words of 16 bytes")
         return None
     rows = EvictionRows(kv_len, heavy, recent, num_seen)
     steps = _at_once if all_heads_here else cuda_evict_over_ranks
@@ -84,8 +81,3 @@ def _at_once(slots: Slots, rows, state: D2OState, config: D2OConfig) -> Eviction
 
     return slots, cuda_evict(slots, rows, state, config)
     yield  # it asks nothing, but is driven like those that do
-
-
-@cache
-def _left_to_others(why: str) -> None:
-    _logger.warning("evictions are not served by CUDA C++, but as with backend 'auto': %s", why)

@@ -86,6 +86,12 @@ def takes_cuda(*tensors: Tensor) -> bool:
     return True
 
 
+def cuda_leaves(what: str) -> None:
+    """Where CUDA C++ was chosen, say once what it does not serve: that goes as with `auto`."""
+    if _chosen == "cuda":
+        _say(logging.WARNING, f"not served by CUDA C++, but as with backend 'auto': {what}")
+
+
 def wants_grad(*tensors: Tensor) -> bool:
     """Whether autograd would have to see this call; no kernel of ours has a backward."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

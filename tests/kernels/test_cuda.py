@@ -176,14 +176,16 @@ def test_a_model_decodes_as_with_the_other_backends(host, monkeypatch, name):
 
 
 @needs_compiler
-def test_a_whole_eviction_of_what_it_does_not_serve_is_left_to_others(on_cpu):
+def test_a_whole_eviction_of_what_it_does_not_serve_is_left_to_others(on_cpu, caplog):
     """Rows that are not whole words of sixteen bytes; float64."""
     assert serves_eviction(random_slots(9)) and not serves_eviction(random_slots(9, dim=6))
     assert not serves_eviction(random_slots(9, dim=12, dtype=torch.bfloat16))
     assert not serves_eviction(random_slots(9, dtype=torch.float64))
     assert not serves_eviction(random_slots(9).map(lambda x: x[:, :, ::2]).map(lambda x: x.transpose(0, -1)))
     lists = dict(kv_len=[9], heavy=[4], recent=[2], num_seen=[9], all_heads_here=True)
+    backend._say.cache_clear()
     assert steps_in_place(random_slots(9, dim=6), D2OState(), D2OConfig(), **lists) is None
+    assert [x.levelname for x in caplog.records if "6 numbers in torch.float32" in x.message] == ["WARNING"]
     assert steps_in_place(random_slots(9), D2OState(), D2OConfig(), **lists) is not None
     set_backend("torch")
     assert steps_in_place(random_slots(9), D2OState(), D2OConfig(), **lists) is None

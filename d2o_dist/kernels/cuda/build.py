@@ -22,7 +22,6 @@ TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=com
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 # Rows are moved as words of sixteen bytes and read as numbers.
 HOST_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror")
-SHARED_FLAGS = ("-shared", "-fvisibility=hidden")
 
 
 def find_nvcc() -> str | None:
@@ -48,7 +47,8 @@ def build(library: Path = LIBRARY) -> Path:
     if nvcc is None:
         raise FileNotFoundError("no nvcc: neither $CUDA_HOME, the path nor /usr/local/cuda has one")
     targets = [part for target in TARGETS for part in ("-gencode", target)]
-    shared = ("-shared", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+    # The targets at once, each by a process of its own.
+    shared = ("--threads", "0", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden")
     return _compile([nvcc, *NVCC_FLAGS, *targets, *shared, str(SOURCE)], library)
 
 
@@ -61,7 +61,8 @@ def build_host(library: Path) -> Path:
     compiler = find_host_compiler()
     if compiler is None:
         raise FileNotFoundError("no C++ compiler: neither $CXX nor the path has one")
-    return _compile([compiler, "-x", "c++", *HOST_FLAGS, *SHARED_FLAGS, "-fPIC", str(SOURCE)], library)
+    shared = ("-shared", "-fPIC", "-fvisibility=hidden")
+    return _compile([compiler, "-x", "c++", *HOST_FLAGS, *shared, str(SOURCE)], library)
 
 
 def _compile(command: Sequence[str], library: Path) -> Path:
