@@ -107,8 +107,9 @@ D2O_API int d2o_evict(const EvictParams* params, void* workspace, void* stream) 
   if (const int error = resident_blocks(p, &resident)) return error;
   const int items = p.batch * p.heads * p.num_parts;
   void* arguments[] = {&p};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<void*>(evict_kernel_of(p)), dim3(items < resident ? items : resident),
-                                     dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream));
+  const dim3 blocks(items < resident ? items : resident);
+  return cudaLaunchCooperativeKernel(reinterpret_cast<void*>(evict_kernel_of(p)), blocks, dim3(kThreads), arguments, 0,
+                                     static_cast<cudaStream_t>(stream));
 }
 
 D2O_API int d2o_append(const AppendParams* p, void* stream) {

@@ -21,7 +21,7 @@ TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=com
 # No contraction of a * b + c behind our back: both builds round alike, and a sum does not depend on the compiler.
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 # Rows are moved as words of sixteen bytes and read as numbers.
-HOST_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror")
+HOST_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra")
 
 
 def find_nvcc() -> str | None:

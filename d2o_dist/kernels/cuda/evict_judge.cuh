@@ -43,7 +43,7 @@ struct Similarities {
   D2O_FN float of(int number) const { return at(number / victims, number % victims); }
 
   // Over heads, of the victims that have one rank in the order of positions (the released rule). In double, as the sum
-  // that the threshold is made of: of one victim a head both are the same mean, and the last bit must not close the gate.
+  // that the threshold is made of: of one victim a head both are the same mean, and no last bit must close the gate.
   D2O_FN float mean(int victim) const {
     double sum = 0;
     for (int head = 0; head < params->heads; ++head) sum += at(head, victim);

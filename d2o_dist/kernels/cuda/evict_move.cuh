@@ -44,9 +44,9 @@ D2O_FN void save_halo(const EvictParams& p, const Item& item, const HaloRange& h
   phase([&](int thread) {
     const int size = halo.end - halo.begin;
     copy_rows(thread, size, words, [&](int n) { return row_of(p.keys, n); },
-                    [&](int n) { return reinterpret_cast<Wide*>(p.halo_keys) + (halo.first + n) * words; });
+              [&](int n) { return reinterpret_cast<Wide*>(p.halo_keys) + (halo.first + n) * words; });
     copy_rows(thread, size, words, [&](int n) { return row_of(p.values, n); },
-                    [&](int n) { return reinterpret_cast<Wide*>(p.halo_values) + (halo.first + n) * words; });
+              [&](int n) { return reinterpret_cast<Wide*>(p.halo_values) + (halo.first + n) * words; });
     for (int n = thread; n < size; n += kThreads) {
       const int slot = source_of(sorted, count, halo.begin + n);
       p.halo_positions[halo.first + n] = head_of<int64_t>(p.positions, item)[slot];
@@ -71,9 +71,9 @@ D2O_FN void save_victims(const EvictParams& p, const Item& item, const int* sort
     }
     if (p.merge == kNone) return;
     copy_rows(thread, mine, words, [&](int n) { return row_of(p.keys, n); },
-                    [&](int n) { return reinterpret_cast<Wide*>(p.victim_keys) + (first + number(n)) * words; });
+              [&](int n) { return reinterpret_cast<Wide*>(p.victim_keys) + (first + number(n)) * words; });
     copy_rows(thread, mine, words, [&](int n) { return row_of(p.values, n); },
-                    [&](int n) { return reinterpret_cast<Wide*>(p.victim_values) + (first + number(n)) * words; });
+              [&](int n) { return reinterpret_cast<Wide*>(p.victim_values) + (first + number(n)) * words; });
   });
 }
 
@@ -82,25 +82,25 @@ D2O_FN void move_rows(const EvictParams& p, const Item& item, const Range& range
   const int words = words_of(p);
   // Before the first victim nothing moves.
   const int begin = larger(range.begin, smaller(sorted[0], halo.begin));
-  // Wides, not rows, are shared out, so that any row length fills the threads; a row may lie in two tiles. A word is
+  // Words, not rows, are shared out, so that any row length fills the threads; a row may lie in two tiles. A word is
   // read before any later tile writes its place, since a tile writes no place above those that it reads.
-  const int64_t total = static_cast<int64_t>(halo.begin - begin) * words;
-  for (int64_t tile = 0; tile < total; tile += kThreads * kWords) {
+  const int total = (halo.begin - begin) * words;
+  for (int tile = 0; tile < total; tile += kThreads * kWords) {
     PerThread<Wide, kWords> key, value;
     phase([&](int thread) {
       for (int i = 0; i < kWords; ++i) {
-        const int64_t n = tile + i * kThreads + thread;
+        const int n = tile + i * kThreads + thread;
         if (n >= total) continue;
-        const int slot = source_of(sorted, count, begin + static_cast<int>(n / words));
+        const int slot = source_of(sorted, count, begin + n / words);
         key[thread][i] = words_at(p, p.keys, item, slot)[n % words];
         value[thread][i] = words_at(p, p.values, item, slot)[n % words];
       }
     });
     phase([&](int thread) {
       for (int i = 0; i < kWords; ++i) {
-        const int64_t n = tile + i * kThreads + thread;
+        const int n = tile + i * kThreads + thread;
         if (n >= total) continue;
-        const int place = begin + static_cast<int>(n / words);
+        const int place = begin + n / words;
         words_at(p, p.keys, item, place)[n % words] = key[thread][i];
         words_at(p, p.values, item, place)[n % words] = value[thread][i];
       }
@@ -109,11 +109,11 @@ D2O_FN void move_rows(const EvictParams& p, const Item& item, const Range& range
   phase([&](int thread) {
     const int size = halo.end - halo.begin;
     copy_rows(thread, size, words,
-                    [&](int n) { return reinterpret_cast<Wide*>(p.halo_keys) + (halo.first + n) * words; },
-                    [&](int n) { return words_at(p, p.keys, item, halo.begin + n); });
+              [&](int n) { return reinterpret_cast<Wide*>(p.halo_keys) + (halo.first + n) * words; },
+              [&](int n) { return words_at(p, p.keys, item, halo.begin + n); });
     copy_rows(thread, size, words,
-                    [&](int n) { return reinterpret_cast<Wide*>(p.halo_values) + (halo.first + n) * words; },
-                    [&](int n) { return words_at(p, p.values, item, halo.begin + n); });
+              [&](int n) { return reinterpret_cast<Wide*>(p.halo_values) + (halo.first + n) * words; },
+              [&](int n) { return words_at(p, p.values, item, halo.begin + n); });
   });
 }
 
