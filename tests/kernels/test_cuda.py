@@ -14,6 +14,7 @@ from d2o_dist.bench import cuda_step, layers
 from d2o_dist.bench.checks import cuda_checks, cuda_evict
 from d2o_dist.compression.evict import steps_in_place
 from d2o_dist.config import D2OConfig
+from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.types import D2OState, Slots
 from d2o_dist.kernels import backend
 from d2o_dist.kernels.backend import set_backend
@@ -23,7 +24,9 @@ from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict_over_ranks, ser
 from d2o_dist.kernels.cuda.evict import cuda_evict as evict
 from d2o_dist.kernels.cuda.library import Host, host_build
 from d2o_dist.kernels.update_scores import naive_update_scores, slot_probabilities, update_scores
+from tests.kernels.cuda_ranks import on_rank_in_cuda
 from tests.kernels.helpers import make
+from tests.ranks import run_ranks
 from tests.sharded.play import Play, assert_same, play
 from tests.test_house import REPO, imported, sources
 
@@ -62,7 +65,7 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(host, name):
     config = D2OConfig(**{"num_sink_tokens": 2, **case.rule})
     rows = EvictionRows(case.held, [x or n for x, n in zip(case.heavy, case.held, strict=True)], case.recent, case.held)
     for schedule in range(9):
-        slots = cuda_evict._buffers(case, torch.bfloat16, "cpu")
+        slots = cuda_evict.buffers_of(case, torch.bfloat16, "cpu")
         with host_build(Host(host, schedule)):
             state = evict(slots, rows, D2OState(), config, num_parts=4)
         found.append((*vars(slots).values(), *vars(state).values()))
@@ -131,6 +134,15 @@ def test_the_op_takes_it_where_it_was_chosen(on_cpu, monkeypatch):
     assert len(calls) == 2  # float64 is not for it
 
 
+def assert_plays_alike(found: dict, wanted: dict) -> None:
+    # Means of similarities are added up in another order.
+    for mine, theirs in zip(found["thresholds"], wanted["thresholds"], strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0, equal_nan=True)
+    assert_same(found | {"thresholds": wanted["thresholds"]}, wanted, tolerance=1e-3)
+
+
 PLAYS = {
     "d2o": Play(dtype=torch.float32),
     "ragged": Play(lengths=(61, 97, 30), dtype=torch.float32, ends=(1,)),
@@ -166,13 +178,26 @@ def test_a_model_decodes_as_with_the_other_backends(host, monkeypatch, name):
     with host_build(Host(host, 1)):
         set_backend("cuda")
         found = play(PLAYS[name])
-    # Means of similarities are added up in another order.
-    for mine, theirs in zip(found["thresholds"], wanted["thresholds"], strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0, equal_nan=True)
-    assert_same(found | {"thresholds": wanted["thresholds"]}, wanted, tolerance=1e-3)
+    assert_plays_alike(found, wanted)
     assert calls["append"] > 40 and calls["evict"] > 3
+
+
+@needs_compiler
+@pytest.mark.multirank
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(tp=2, tp_engine="transformers", check_replicas=True),
+        ParallelConfig(sp=2, sp_prefill="ulysses", cache_layout="heads", check_replicas=True),
+    ],
+    ids=["tp", "sp_by_heads"],
+)
+def test_ranks_that_share_the_heads_decode_as_one_process(host, parallel):
+    one = Play(preset="mass", lengths=(61, 40), dtype=torch.float32)
+    wanted = play(one)
+    for found, evictions in run_ranks(2, on_rank_in_cuda, one, parallel, host, fresh=True):
+        assert_plays_alike(found, wanted)
+        assert evictions > 3
 
 
 @needs_compiler
@@ -198,7 +223,7 @@ def test_heads_on_two_ranks_give_what_one_gives(on_cpu, name):
     case, dtype = cuda_evict.CASES[name], torch.float32
     config = D2OConfig(**{"num_sink_tokens": 2, **case.rule})
     rows = EvictionRows(case.held, [x or n for x, n in zip(case.heavy, case.held, strict=True)], case.recent, case.held)
-    whole, state = cuda_evict._buffers(case, dtype, "cpu"), D2OState()
+    whole, state = cuda_evict.buffers_of(case, dtype, "cpu"), D2OState()
     parts = [whole.map(lambda x: x[:, :1].clone()), whole.map(lambda x: x[:, 1:].clone())]
     states = [D2OState(), D2OState()]
     for number in range(2):
@@ -222,7 +247,7 @@ def test_heads_on_two_ranks_give_what_one_gives(on_cpu, name):
         # New tokens in the room that was freed: the same for both.
         for slots, first in ((whole, 0), (parts[0], 0), (parts[1], 1)):
             here = slice(first, first + slots.keys.shape[1])
-            fresh = cuda_evict._buffers(case, dtype, "cpu").map(lambda x, here=here: x[:, here])
+            fresh = cuda_evict.buffers_of(case, dtype, "cpu").map(lambda x, here=here: x[:, here])
             free = slots.positions < 0
             for name in ("keys", "values", "scores", "rates"):
                 old, new = getattr(slots, name), getattr(fresh, name)

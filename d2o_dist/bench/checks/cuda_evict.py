@@ -77,7 +77,7 @@ def run(case: Case, dtype: torch.dtype, device: str) -> Result:
     from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict
 
     config = D2OConfig(**{"num_sink_tokens": 2, **case.rule})
-    buffers, state = _buffers(case, dtype, device), D2OState()
+    buffers, state = buffers_of(case, dtype, device), D2OState()
     held = list(case.held)
     heavy = [x or (0 if y else n) for x, y, n in zip(case.heavy, case.recent, held, strict=True)]
     result = Result()
@@ -102,7 +102,7 @@ def run(case: Case, dtype: torch.dtype, device: str) -> Result:
     return result
 
 
-def _buffers(case: Case, dtype: torch.dtype, device: str) -> Slots:
+def buffers_of(case: Case, dtype: torch.dtype, device: str) -> Slots:
     """Rows in order of position, with gaps, room behind them, a key of norm 0, and similar keys, so that gates open."""
     capacity, shape = max(case.held) + 3, (len(case.held), case.heads, max(case.held) + 3)
     common = normal(len(case.held), case.heads, 1, case.head_dim, dtype=torch.float32, device="cpu", seed=9)
