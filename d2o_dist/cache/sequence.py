@@ -20,7 +20,7 @@ from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
 from d2o_dist.compression.agree import check_agreement
-from d2o_dist.compression.budgets import eviction_budget, eviction_splits, layer_budget, row_log_weights, row_slots
+from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
 from d2o_dist.compression.evict import run_evictions, steps_in_place
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.compression.shard_evict import evict_shards
@@ -355,7 +355,7 @@ class CompressedCache:
         for index in self.full_layers:
             layer = self.layers[index]
             if layer.slot_budgets is not None:
-                job = eviction_splits(layer.slot_budgets, layer.kv_len, slack, self.config)
+                job = eviction_budget(layer.slot_budgets, layer.kv_len, slack, self.config, self._device(layer))
                 if job is not None:
                     jobs.append((index, layer, *job))
         if not jobs:
@@ -363,31 +363,31 @@ class CompressedCache:
         if self._by_sequence:
             shards = [
                 layer.job([old - new for old, new in zip(layer.kv_len, kv_len, strict=True)], self.num_seen)
-                for _, layer, _, _, kv_len in jobs
+                for _, layer, _, kv_len in jobs
             ]
             evictions = evict_shards(
                 shards, self.config, self.ranks, num_seen_tokens=self._seen(jobs[0][1]), nearest=nearest_kept
             )
-            for (_, layer, _, _, kv_len), eviction in zip(jobs, evictions, strict=True):
+            for (_, layer, _, kv_len), eviction in zip(jobs, evictions, strict=True):
                 layer.take_eviction(eviction, kv_len)
             self._check({job[0]: [one.victims, one.held] for job, one in zip(jobs, evictions, strict=True)})
             return
-        steps = [self._decode_steps(layer, heavy, recent) for _, layer, heavy, recent, _ in jobs]
+        steps = [
+            self._steps_in_place(layer, kv_len) or self._steps(layer, budget, finalize=False)
+            for _, layer, budget, kv_len in jobs
+        ]
         results = run_evictions(steps, self._gather_reports)
-        for (_, layer, _, _, kv_len), (slots, state) in zip(jobs, results, strict=True):
+        for (_, layer, _, kv_len), (slots, state) in zip(jobs, results, strict=True):
             layer.state = state
             layer.store.replace(slots, kv_len)
-        self._check({index: [layer.store.slots.positions] for index, layer, *_ in jobs})
+        self._check({index: [layer.store.slots.positions] for index, layer, _, _ in jobs})
 
-    def _decode_steps(self, layer: FullLayer, heavy: list[int], recent: list[int]) -> EvictionSteps:
+    def _steps_in_place(self, layer: FullLayer, kv_len: list[int]) -> EvictionSteps | None:
         alone = self.ranks.tp.size == 1 and not self.ranks.deals_tokens
-        steps = steps_in_place(
-            layer.store.slots, layer.state, self.config, kv_len=layer.kv_len, heavy=heavy, recent=recent,
-            num_seen=self.num_seen, all_heads_here=alone,
+        return steps_in_place(
+            layer.store.slots, layer.state, self.config, held=layer.kv_len, kept=kv_len, num_seen=self.num_seen,
+            all_heads_here=alone,
         )  # fmt: skip
-        if steps is None:
-            return self._steps(layer, layer_budget(heavy, recent, self._device(layer)), finalize=False)
-        return steps
 
     def _steps(self, layer: FullLayer, budget: LayerBudget, *, finalize: bool) -> EvictionSteps:
         return eviction_steps(

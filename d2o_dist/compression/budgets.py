@@ -36,10 +36,10 @@ def row_slots(
     return layer_slots(log_weights, num_tokens, config)
 
 
-def eviction_splits(
-    slot_budgets: Sequence[int], kv_len: Sequence[int], slack: int, config: D2OConfig
-) -> tuple[list[int], list[int], list[int]] | None:
-    """Of each row what it may hold by score and as its newest, and what it then holds; None when no row is due.
+def eviction_budget(
+    slot_budgets: Sequence[int], kv_len: Sequence[int], slack: int, config: D2OConfig, device: torch.device
+) -> tuple[LayerBudget, list[int]] | None:
+    """The budget of the rows that are due for eviction and what each row holds after it; None when none is due.
 
     A row is due when it holds at least `slack` slots more than its budget (1 at finalize, the eviction interval while
     decoding). A row that is not due keeps all it has.
@@ -48,24 +48,8 @@ def eviction_splits(
     if not any(due):
         return None
     after = [slots if now else held for now, slots, held in zip(due, slot_budgets, kv_len, strict=True)]
+    if all(due) and min(after) == max(after):
+        return LayerBudget(*config.split(after[0])), after
     splits = [config.split(slots) if now else (slots, 0) for now, slots in zip(due, after, strict=True)]
-    heavy, recent = (list(column) for column in zip(*splits, strict=True))
-    return heavy, recent, after
-
-
-def eviction_budget(
-    slot_budgets: Sequence[int], kv_len: Sequence[int], slack: int, config: D2OConfig, device: torch.device
-) -> tuple[LayerBudget, list[int]] | None:
-    """The budget of the rows that are due for eviction and what each row holds after it; None when none is due."""
-    splits = eviction_splits(slot_budgets, kv_len, slack, config)
-    if splits is None:
-        return None
-    heavy, recent, after = splits
-    return layer_budget(heavy, recent, device), after
-
-
-def layer_budget(heavy: Sequence[int], recent: Sequence[int], device: torch.device) -> LayerBudget:
-    """Of rows that may hold `heavy` by score and the `recent` newest; numbers where all rows have the same."""
-    if len({*zip(heavy, recent, strict=True)}) == 1:
-        return LayerBudget(heavy[0], recent[0])
-    return LayerBudget(torch.tensor(heavy, device=device), torch.tensor(recent, device=device))
+    heavy, recent = zip(*splits, strict=True)
+    return LayerBudget(torch.tensor(heavy, device=device), torch.tensor(recent, device=device)), after

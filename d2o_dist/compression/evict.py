@@ -46,18 +46,16 @@ def steps_in_place(
     state: D2OState,
     config: D2OConfig,
     *,
-    kv_len: Sequence[int],
-    heavy: Sequence[int],
-    recent: Sequence[int],
+    held: Sequence[int],
+    kept: Sequence[int],
     num_seen: Sequence[int],
     all_heads_here: bool,
 ) -> EvictionSteps | None:
     """An eviction while decoding that writes `slots` and returns them; None unless CUDA C++ was chosen and serves them.
 
     Args:
-        slots: [B, h, S, ...] buffers, each row's in `[0, kv_len[row])` in order of position.
-        kv_len, heavy, recent, num_seen: of each row what it holds, what it may hold by score and as its newest
-            (`eviction_splits`), and the tokens it has seen.
+        slots: [B, h, S, ...] buffers, each row's in `[0, held[row])` in order of position.
+        held, kept, num_seen: slots of each row before and after, and the tokens that it has seen.
         all_heads_here: then nothing is asked of other ranks, and one launch does it all.
 
     Raises:
@@ -71,7 +69,8 @@ def steps_in_place(
         what = f"{slots.keys.shape[-1]} numbers in {slots.keys.dtype}"
         cuda_leaves(f"evictions of keys and values of {what}, which are not whole words of 16 bytes")
         return None
-    rows = EvictionRows(kv_len, heavy, recent, num_seen)
+    splits = [config.split(after) if after < before else (before, 0) for before, after in zip(held, kept, strict=True)]
+    rows = EvictionRows(held, *zip(*splits, strict=True), num_seen)
     steps = _at_once if all_heads_here else cuda_evict_over_ranks
     return steps(slots, rows, state, config)
 

@@ -207,7 +207,7 @@ def test_a_whole_eviction_of_what_it_does_not_serve_is_left_to_others(on_cpu, ca
     assert not serves_eviction(random_slots(9, dim=12, dtype=torch.bfloat16))
     assert not serves_eviction(random_slots(9, dtype=torch.float64))
     assert not serves_eviction(random_slots(9).map(lambda x: x[:, :, ::2]).map(lambda x: x.transpose(0, -1)))
-    lists = dict(kv_len=[9], heavy=[4], recent=[2], num_seen=[9], all_heads_here=True)
+    lists = dict(held=[9], kept=[6], num_seen=[9], all_heads_here=True)
     backend._say.cache_clear()
     assert steps_in_place(random_slots(9, dim=6), D2OState(), D2OConfig(), **lists) is None
     assert [x.levelname for x in caplog.records if "6 numbers in torch.float32" in x.message] == ["WARNING"]
