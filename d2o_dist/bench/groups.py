@@ -17,6 +17,7 @@ from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logi
 from d2o_dist.kernels.merge_into import merge_into, naive_merge_into
 from d2o_dist.kernels.nearest_kept import naive_nearest_kept, nearest_kept
 from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.kernels.scored_prefill import naive_scored_prefill_attention, scored_prefill_attention
 from d2o_dist.kernels.update_scores import update_scores
 
@@ -146,12 +147,16 @@ def decode_group(shape: Shape) -> Group:
     def attend_and_score() -> None:
         for (q, k, v), layer in zip(kept, layers["d2o"], strict=True):
             _, lse, logits = decode_with_logits(q[:, :, 0], k, v, shape.scale)
-            update_scores(logits, lse, layer.slots.scores[:, :, : shape.num_kept])
+            update_scores(logits, lse, layer.layer.store.slots.scores[:, :, : shape.num_kept])
 
     def steps(preset: str) -> None:
         for _ in range(interval):
             for (q, k, v), layer in zip(full, layers[preset], strict=True):
-                layer.step(q[:, :, 0], k[:, :, 0], v[:, :, 0])
+                layer.step(q, k[:, :, :1], v[:, :, :1])
+
+    def plain(preset: str) -> None:
+        for (q, k, v), layer in zip(full, layers[preset], strict=True):
+            layer.attend(q, k[:, :, :1], v[:, :, :1])
 
     def evict() -> None:
         for layer in layers["d2o"]:
@@ -172,6 +177,11 @@ def decode_group(shape: Shape) -> Group:
             ("attention and scores, CUDA graph", "SDPA, full cache, CUDA graph", 1 / 4),
         ]
     attending = list(cases)
+    cases |= {f"plain step, {preset}": lambda preset=preset: plain(preset) for preset in layers}
+    if shape.device != "cpu":
+        for preset in layers:
+            cases[f"plain step, {preset}, CUDA graph"] = captured(lambda preset=preset: plain(preset))
+            targets.append((f"plain step, {preset}, CUDA graph", "SDPA, kept slots, CUDA graph", 1.10))
     cases |= {f"whole step, {preset}": lambda preset=preset: steps(preset) for preset in layers}
     cases["one eviction"] = evict
     full_work = decode_work(shape.heads, shape.head_dim, shape.length, shape.dtype.itemsize)
@@ -197,13 +207,20 @@ def decode_gate(shape: Shape) -> Result:
     for name, got, expected in zip(("out", "lse", "logits"), (out, lse, logits), want, strict=True):
         result.near(name, got, expected, out_limit(shape.dtype) if name == "out" else STATISTICS_LIMIT)
     probs = (want[2] - want[1].unsqueeze(-1)).exp().unflatten(1, (shape.heads[1], -1)).sum(2)
-    scores, rates = torch.ones(2, *k.shape[:3], device=shape.device, dtype=logits.dtype)
-    newest = torch.tensor([GATE_LENGTH - 1], device=shape.device)
-    update_scores(logits, lse, scores, rates, newest=newest, rate_window=4)
     aged = 0.75 + probs / 4
     aged[:, :, -1] = probs[:, :, -1]
-    result.near("scores", scores, 1 + probs, STATISTICS_LIMIT)
-    result.near("rates", rates, aged, STATISTICS_LIMIT)
+    newest = torch.tensor([GATE_LENGTH - 1], device=shape.device)
+    valid = torch.ones(1, GATE_LENGTH, dtype=torch.bool, device=shape.device)
+    statistics = torch.ones(2, 2, *k.shape[:3], device=shape.device, dtype=logits.dtype)
+    update_scores(logits, lse, *statistics[0], newest=newest, rate_window=4)
+    scored = scored_decode(
+        q, k, v, shape.scale, valid=valid, newest=newest, log_mass=mass, scores=statistics[1, 0],
+        rates=statistics[1, 1], rate_window=4,
+    )  # fmt: skip
+    result.near("out of a step", scored, want[0], out_limit(shape.dtype))
+    for name, (scores, rates) in zip(("", " of a step"), statistics, strict=True):
+        result.near(f"scores{name}", scores, 1 + probs, STATISTICS_LIMIT)
+        result.near(f"rates{name}", rates, aged, STATISTICS_LIMIT)
     return result
 
 

@@ -3,19 +3,18 @@
 Shape legend: Hq/Hkv heads, S slots, D head dim; one row.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from d2o_dist.cache.layer import FullLayer
+from d2o_dist.cache.step import DecodeStep
+from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.evict import run_evictions
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import compress_layer, eviction_steps
 from d2o_dist.core.types import D2OState, LayerBudget, Slots, stats_dtype
-from d2o_dist.kernels.decode_attention import decode_with_logits
 from d2o_dist.kernels.nearest_kept import nearest_kept
-from d2o_dist.kernels.update_scores import update_scores
 
 
 def random_slots(num_kv_heads: int, num_slots: int, head_dim: int, dtype: torch.dtype, device: str) -> Slots:
@@ -34,69 +33,66 @@ def budget_of(num_slots: int, config: D2OConfig) -> LayerBudget:
     return LayerBudget(heavy, num_slots - heavy)
 
 
-@dataclass
 class DecodeLayer:
-    """A layer at its budget, with room for what gathers between evictions: append, attend, score, evict."""
+    """A layer of the cache at its budget, with room for what gathers between evictions: store, attend, score, evict."""
 
-    config: D2OConfig
-    slots: Slots
-    budget: LayerBudget
-    held: int
-    seen: int
-    state: D2OState
+    def __init__(self, config: D2OConfig, layer: FullLayer, seen: int) -> None:
+        self.layer, self._config, self._seen = layer, config, seen
+        (held,) = layer.kv_len
+        self._budget = budget_of(held, config)
+        self._step = DecodeStep([seen], [[held]], [layer.store.buffers], None)
 
     @classmethod
     def full(cls, config: D2OConfig, heads: tuple[int, int], seen: int, head_dim: int, dtype: torch.dtype, device: str):
         """As after the eviction of a prompt of `seen` tokens at `config.keep_ratio`."""
         held = int(config.keep_ratio * seen)
-        slots = random_slots(heads[1], held + config.eviction_interval, head_dim, dtype, device)
-        slots.positions[:, :, :held] = torch.linspace(0, seen - 1, held, dtype=torch.float64, device=device).long()
-        slots.positions[:, :, held:] = -1
-        return cls(config, slots, budget_of(held, config), held, seen, D2OState())
+        slots = random_slots(heads[1], held, head_dim, dtype, device)
+        positions = torch.linspace(0, seen - 1, held, dtype=torch.float64, device=device).long()
+        layer = FullLayer(1, config, RequestRanks.alone())
+        layer.store.replace(
+            slots.replace(positions=positions.expand_as(slots.positions)), [held], held + config.eviction_interval
+        )
+        return cls(config, layer, seen)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A step without its end: it can be captured, and repeated, since the next one writes the same slot."""
+        (step,) = self._step.begin()
+        return self.layer.decode(q, k, v, q.shape[-1] ** -0.5, step)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One token: q [1, Hq, D], k and v [1, Hkv, D] -> [1, Hq, D]. Every `eviction_interval` steps it evicts."""
-        slots, new = self.slots, self.held
-        slots.keys[:, :, new], slots.values[:, :, new], slots.positions[:, :, new] = k, v, self.seen
-        for statistic in (slots.scores, slots.rates, slots.log_mass):
-            statistic[:, :, new] = 0
-        self.held, self.seen = new + 1, self.seen + 1
-        live = slots.map(lambda x: x[:, :, : self.held])
-        log_mass = live.log_mass if self.config.merge == "mass" else None
-        out, lse, logits = decode_with_logits(q, live.keys, live.values, q.shape[-1] ** -0.5, log_mass=log_mass)
-        update_scores(
-            logits,
-            lse,
-            live.scores if self.config.needs_column_sums else None,
-            live.rates if self.config.needs_rates else None,
-            newest=torch.full((1,), new, device=q.device),
-            rate_window=self.config.rate_window,
-        )
-        if self.held == slots.positions.shape[-1]:
+        """One token: q [1, Hq, 1, D], k and v [1, Hkv, 1, D] -> [1, Hq, 1, D]. An eviction where one is due."""
+        out = self.attend(q, k, v)
+        self._step.end()
+        self._count(1)
+        if self.layer.kv_len[0] == self.layer.store.capacity:
             self.evict()
         return out
 
+    def _count(self, tokens: int) -> None:
+        self.layer.advance([tokens])
+        self._seen += tokens
+
     def evict(self) -> None:
         """Down to the budget, in place."""
-        seen = torch.tensor([self.seen], device=self.slots.positions.device)
+        store, layer = self.layer.store, self.layer
+        seen = torch.tensor([self._seen], device=store.buffers.positions.device)
         # The slots are in order of position already, so unlike `compress_layer` this does not copy them to make sure.
         steps = eviction_steps(
-            self.slots, self.budget, self.state, self.config, finalize=False, num_seen_tokens=seen,
+            store.slots, self._budget, layer.state, self._config, finalize=False, num_seen_tokens=seen,
             nearest=nearest_kept, merge=merge_evicted,
         )  # fmt: skip
-        ((kept, self.state),) = run_evictions([steps], lambda reports: reports)  # all heads are here
-        self.held = kept.positions.shape[-1]
-        for name in ("keys", "values", "positions", "scores", "rates", "log_mass"):
-            getattr(self.slots, name)[:, :, : self.held] = getattr(kept, name)
-        self.slots.positions[:, :, self.held :] = -1
+        ((kept, layer.state),) = run_evictions([steps], lambda reports: reports)  # all heads are here
+        store.replace(kept, [kept.positions.shape[-1]])
+        self._step.hold([layer.kv_len])
 
     def fill(self) -> None:
         """Take what lies in the free slots for the newest tokens, so that an eviction is due."""
-        count = self.slots.positions.shape[-1] - self.held
-        self.slots.positions[:, :, self.held :] = torch.arange(
-            self.seen, self.seen + count, device=self.slots.positions.device
-        )
-        self.held, self.seen = self.held + count, self.seen + count
+        store = self.layer.store
+        free = slice(self.layer.kv_len[0], store.capacity)
+        count = free.stop - free.start
+        positions = store.buffers.positions
+        positions[:, :, free] = torch.arange(self._seen, self._seen + count, device=positions.device)
+        self._count(count)
 
 
 def finalize_layer(slots: Slots, config: D2OConfig) -> Slots:

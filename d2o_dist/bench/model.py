@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Cache,
@@ -24,9 +25,13 @@ from transformers import (
 
 from d2o_dist import D2OCache, D2OConfig
 from d2o_dist.bench.timing import machine, markdown_table, write_report
+from d2o_dist.config.infer import DECODE_GRAPHS
+from d2o_dist.engine.cuda_graph import graph_recorder
+from d2o_dist.engine.stepper import Stepper
 
 GATE_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 GATE_LENGTH = 65
+WARM = 2
 
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama3-8b": lambda: LlamaConfig(
@@ -99,8 +104,13 @@ def check_gate(model: PreTrainedModel, device: str) -> float:
 
 
 @torch.inference_mode()
-def measure(model: PreTrainedModel, preset: str, keep_ratio: float, batch: int, length: int, steps: int) -> dict:
-    """Seconds to the first token (compression included), tokens/s after it, and bytes."""
+def measure(
+    model: PreTrainedModel, preset: str, keep_ratio: float, batch: int, length: int, steps: int, decode_graph: str
+) -> dict:
+    """Seconds to the first token (compression included), tokens/s after it, and bytes.
+
+    The first `WARM` decode steps are not timed: a CUDA graph is captured in the second.
+    """
     device = model.device
     cache = new_cache(model, preset, keep_ratio)
     ids = torch.randint(model.config.vocab_size, (batch, length), device=device)
@@ -112,8 +122,11 @@ def measure(model: PreTrainedModel, preset: str, keep_ratio: float, batch: int, 
     if preset != "sdpa":
         cache.finalize()
     first = _now(on_gpu)
-    for _ in range(steps):
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+    step = decode_step(model, cache, decode_graph)
+    for number in range(WARM + steps):
+        if number == WARM:
+            warm = _now(on_gpu)
+        token = step(token)
     end = _now(on_gpu)
     held = (
         cache.report().held_bytes
@@ -123,10 +136,18 @@ def measure(model: PreTrainedModel, preset: str, keep_ratio: float, batch: int, 
     peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if on_gpu else "not measured"
     return {
         "first token, s": f"{first - start:.3f}",
-        "tokens/s": f"{batch * steps / (end - first):.2f}",
+        "tokens/s": f"{batch * steps / (end - warm):.2f}",
         "KV cache, MiB": f"{held / 2**20:.1f}",
         "peak, GiB": peak,
     }
+
+
+def decode_step(model: PreTrainedModel, cache: Cache, decode_graph: str) -> Callable[[Tensor], Tensor]:
+    """The newest tokens [B, 1] -> the next ones; with a D2OCache as a session does it."""
+    if not isinstance(cache, D2OCache):
+        return lambda token: model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+    stepper = Stepper(model, graph_recorder(decode_graph, model.config, model.device, cache.ranks))
+    return lambda token: stepper.step(cache, token[:, 0]).argmax(-1, keepdim=True)
 
 
 def _now(on_gpu: bool) -> float:
@@ -144,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--presets", default="sdpa,full,d2o,mass", help="sdpa is transformers' own cache")
     parser.add_argument("--keep-ratio", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=64, help="decoded tokens a row")
+    parser.add_argument(
+        "--decode-graph", default="auto", choices=DECODE_GRAPHS, help="whether steps of a D2OCache are CUDA graphs"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="write dated JSON and Markdown here")
@@ -152,14 +176,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"device {args.device!r}: this machine has no CUDA device")
     model = build_model(args.model, args.layers, getattr(torch, args.dtype), args.device)
     facts = {**machine(), "dtype": args.dtype, "layers": model.config.num_hidden_layers, "keep_ratio": args.keep_ratio}
-    facts |= {"steps": args.steps, "error of logits": check_gate(model, args.device)}
+    facts |= {"steps": args.steps, "decode graph": args.decode_graph, "error of logits": check_gate(model, args.device)}
     rows = []
     for batch in (int(x) for x in args.batches.split(",")):
         for preset in args.presets.split(","):
-            measure(model, preset, args.keep_ratio, 1, min(args.length, 256), 2)  # warm-up: kernels are compiled
+            measure(model, preset, args.keep_ratio, 1, min(args.length, 256), 2, "never")  # kernels are compiled
             row = {"model": args.model, "T": args.length, "batch": batch, "cache": preset}
+            sizes = (args.keep_ratio, batch, args.length, args.steps)
             try:
-                rows.append(row | measure(model, preset, args.keep_ratio, batch, args.length, args.steps))
+                rows.append(row | measure(model, preset, *sizes, args.decode_graph))
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 rows.append(row | dict.fromkeys(("first token, s", "tokens/s", "KV cache, MiB"), "out of memory"))

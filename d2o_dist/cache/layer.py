@@ -10,14 +10,15 @@ from torch import Tensor
 
 from d2o_dist.attention.prefill import chunk_attention, prompt_rates
 from d2o_dist.cache.query_window import QueryWindow
-from d2o_dist.cache.rows import Rows, is_uniform, live_mask
-from d2o_dist.cache.store import SlotStore
+from d2o_dist.cache.rows import Rows, is_uniform
+from d2o_dist.cache.step import LayerStep
+from d2o_dist.cache.store import GROWTH, SlotStore
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.statistics import RATE_FLOOR, group_sum, squared_deviations
 from d2o_dist.core.types import D2OState, stats_dtype
-from d2o_dist.kernels.decode_attention import decode_attention
 from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.kernels.scored_decode import scored_decode
 
 
 class FullLayer:
@@ -90,31 +91,34 @@ class FullLayer:
             grown[:, :, : self._column_sums.shape[-1]] = self._column_sums
         self._column_sums = grown
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
-        """Append one token a row, attend over all live slots, and score them by what they got: [B, Hq, 1, D]."""
-        config = self.config
-        self.store.append(k, v, rows, num_seen)
-        slots, kv_len = self.store.slots, self.store.kv_len
-        device = q.device
-        valid = live_mask(kv_len, slots.positions.shape[-1], device)
-        log_mass = slots.log_mass if config.merge == "mass" else None
-        out, _, probs = decode_attention(q[:, :, 0], slots.keys, slots.values, scale, valid=valid, log_mass=log_mass)
-        if rows.index is not None:
-            present = torch.tensor(rows.counts, device=device).bool()
-            out = out * present[:, None, None]
-            probs = probs * present[:, None, None]
-        if config.needs_column_sums or config.needs_rates:
-            probs = self.ranks.sum_replicas(probs)
-        if config.needs_column_sums:
-            slots.scores.add_(probs)
-        if config.needs_rates:
-            decay = 1 / config.rate_window
-            newest = torch.tensor(kv_len, device=device)[:, None, None] - 1
-            is_new = torch.arange(slots.rates.shape[-1], device=device) == newest
-            aged = slots.rates * (1 - decay) + probs * decay
-            fresh = torch.where(is_new, probs, aged)
-            slots.rates.copy_(fresh if rows.index is None else torch.where(present[:, None, None], fresh, slots.rates))
+    def make_room(self) -> None:
+        """Before a decode step. A layer with a budget has room for all that comes before its next eviction."""
+        self.store.reserve(max(self.kv_len) + 1, slack=GROWTH)
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: LayerStep) -> Tensor:
+        """Store one token a row, attend over all live slots, and score them by what they got: [B, Hq, 1, D].
+
+        On the device only; `advance` counts the tokens on the host.
+        """
+        config, buffers = self.config, self.store.buffers
+        self.store.put(k, v, step.slot, step.position)
+        out = scored_decode(
+            q[:, :, 0], buffers.keys, buffers.values, scale,
+            valid=step.live(self.store.capacity),
+            newest=step.slot,
+            log_mass=buffers.log_mass if config.merge == "mass" else None,
+            scores=buffers.scores if config.needs_column_sums else None,
+            rates=buffers.rates if config.needs_rates else None,
+            rate_window=config.rate_window,
+            present=step.present,
+            total=None if self.ranks.kv_replicas == 1 else self.ranks.sum_replicas,
+        )  # fmt: skip
         return out.unsqueeze(2)
+
+    def advance(self, counts: list[int]) -> bool:
+        """Count what each row took in a decode step; whether slots moved (never: evictions are the cache's)."""
+        self.store.advance(counts)
+        return False
 
     # ---- what finalize reads ------------------------------------------------------------------------------------
 
@@ -208,19 +212,28 @@ class WindowLayer:
         self._trim()
         return out
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
-        """Append one token a row and attend over the window: [B, Hq, 1, D]."""
-        self.store.append(k, v, rows, num_seen)
-        slots, kv_len = self.store.slots, self.store.kv_len
-        slot = torch.arange(slots.positions.shape[-1], device=q.device)
-        end = torch.tensor(kv_len, device=q.device)[:, None]
-        valid = (slot < end) & (slot >= end - self.window)
-        out, _, _ = decode_attention(q[:, :, 0], slots.keys, slots.values, scale, valid=valid)
-        if rows.index is not None:
-            out = out * torch.tensor(rows.counts, device=q.device)[:, None, None]
-        if max(kv_len) >= self.window + self.SLACK:
-            self._trim()
+    def make_room(self) -> None:
+        """Before a decode step: room for one token, and for some more while the buffers are short of the window's."""
+        needed, most = max(self.kv_len) + 1, self.window + self.SLACK
+        self.store.reserve(needed, slack=max(0, min(GROWTH, most - needed)))
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: LayerStep) -> Tensor:
+        """Store one token a row and attend over the window: [B, Hq, 1, D]. As `FullLayer.decode`."""
+        buffers, capacity = self.store.buffers, self.store.capacity
+        self.store.put(k, v, step.slot, step.position)
+        valid = step.live(capacity) & (step.columns[:capacity] >= (step.stop - self.window)[:, None])
+        out = scored_decode(
+            q[:, :, 0], buffers.keys, buffers.values, scale, valid=valid, newest=step.slot, present=step.present
+        )
         return out.unsqueeze(2)
+
+    def advance(self, counts: list[int]) -> bool:
+        """Count what each row took in a decode step; whether slots moved, to the front of the buffers."""
+        self.store.advance(counts)
+        due = max(self.kv_len) >= self.window + self.SLACK
+        if due:
+            self._trim()
+        return due
 
     def _trim(self) -> None:
         """Keep the last `window - 1` tokens of each row: what the next query sees beside itself."""
@@ -234,7 +247,8 @@ class WindowLayer:
         first = torch.tensor([n - m for n, m in zip(self.store.kv_len, kept, strict=True)], device=device)
         valid = slot < torch.tensor(kept, device=device)[:, None, None]
         index = ((first[:, None, None] + slot) * valid).expand(-1, slots.positions.shape[1], -1)
-        self.store.replace(slots.take(index, valid), kept, capacity=self.window + self.SLACK)
+        capacity = self.window + self.SLACK
+        self.store.replace(slots.take(index, valid), kept, None if self.store.capacity == capacity else capacity)
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""

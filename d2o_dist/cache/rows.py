@@ -66,10 +66,3 @@ class Rows:
 def is_uniform(counts: list[int]) -> bool:
     """Whether all rows have the same number."""
     return all(count == counts[0] for count in counts)
-
-
-def live_mask(kv_len: list[int], width: int, device: torch.device) -> Tensor | None:
-    """[B, width] bool: slots in use; None when all of them are."""
-    if all(count == width for count in kv_len):
-        return None
-    return torch.arange(width, device=device) < torch.tensor(kv_len, device=device)[:, None]

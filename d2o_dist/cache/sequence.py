@@ -16,6 +16,7 @@ from d2o_dist.cache.plans import RowPlan, on_full_layers
 from d2o_dist.cache.rows import Rows
 from d2o_dist.cache.sharded import DealtChunk, ShardedLayer
 from d2o_dist.cache.sharded_window import ShardedWindowLayer
+from d2o_dist.cache.step import DecodeStep, LayerStep
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
@@ -45,6 +46,7 @@ class CompressedCache:
         num_seen_columns: columns seen, padding included: what a padded batch's masks and ids are indexed by.
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
         dealt: the chunk that was dealt last, if any.
+        step: what decode steps read and advance on the device; None while there are none.
 
     Raises:
         ValueError: protected layers or minima that exceed the total.
@@ -72,6 +74,9 @@ class CompressedCache:
         self._deal_waits = False
         self._placement: Placement | None = None
         self._forward: DealtChunk | HeadExchange | None = None
+        self.step: DecodeStep | None = None
+        self._layer_steps: list[LayerStep] | None = None
+        self._step_announced = False
         # Whether every rank holds a part of the slots of every head, rather than all slots of some heads.
         self._by_sequence = self.ranks.deals_tokens and self.ranks.parallel.sp_prefill != "ulysses"
 
@@ -144,7 +149,7 @@ class CompressedCache:
             q: [B, Hq, n, D]; k, v: [B, Hkv, n, D], after RoPE; n = 1 after a prefill is a decode step. Of a chunk that
                 was dealt: this rank's part.
             mask: 2D [B, >= n], its last n columns are this chunk's; 0 marks padding. None: no padding. Of a chunk that
-                was dealt it is not read: the deal says which columns are tokens.
+                was dealt, and of a step that was announced, it is not read.
 
         Returns:
             [B, Hq, n, D] in the dtype of q; zeros at padding.
@@ -171,11 +176,13 @@ class CompressedCache:
         if isinstance(forward, HeadExchange):
             out = layer.prefill(*forward.to_heads(q, k, v), scale, self._rows, self.num_seen)
             return forward.to_tokens(out)
-        step = layer.decode if self.phase == "decode" else layer.prefill
+        if self._layer_steps is None:
+            return layer.prefill(q, k, v, scale, self._rows, self.num_seen)
+        step = self._layer_steps[self._next_layer]
         if not ranks.deals_tokens or self._by_sequence:
-            return step(q, k, v, scale, self._rows, self.num_seen)
+            return layer.decode(q, k, v, scale, step)
         mine = (ranks.my_heads(tensor) for tensor in (q, k, v))
-        return ranks.join_heads(step(*mine, scale, self._rows, self.num_seen))
+        return ranks.join_heads(layer.decode(*mine, scale, step))
 
     def _begin(self, k: Tensor, mask: Tensor | None) -> None:
         """Settle the phase and the rows of this forward."""
@@ -195,12 +202,17 @@ class CompressedCache:
         if not self.layers:
             self.num_seen = [0] * batch
             self.layers = [self._make_layer(batch, window) for window in self.windows]
+        self._forward = self._layer_steps = None
         # A prompt of one token is a prefill; so is anything before the first token was seen.
         if length == 1 and self.num_seen_columns > 0 and deal is None:
-            self.finalize()
-        else:
-            self._begin_prefill(batch)
-        self._forward = None
+            if not self._step_announced:
+                rows = Rows.of(batch, length, mask)
+                self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
+            self._layer_steps = self.step.begin()
+            return
+        if self._step_announced:
+            raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
+        self._begin_prefill(batch)
         if deal is None or not self.ranks.deals_tokens:
             self._rows = Rows.of(batch, length, mask if deal is None else deal.mask())
             return
@@ -231,12 +243,75 @@ class CompressedCache:
     def _end(self, length: int) -> None:
         """After the last layer: count the tokens, and evict what is due."""
         self._next_layer = 0
+        if self._layer_steps is not None:
+            self.step.end()
+            self._layer_steps = None
+            if not self._step_announced:
+                self._close_step()
+            return
         self.num_seen = [old + new for old, new in zip(self.num_seen, self._rows.counts, strict=True)]
         self.num_seen_columns += length if self._forward is None else self._rows.length
         self._rows = self._forward = None
-        if self.phase == "decode" and self.config.eviction_interval is not None:
+
+    # ---- one decode step -----------------------------------------------------------------------------------------
+
+    def begin_step(self, present: Sequence[bool] | None = None) -> DecodeStep:
+        """Announce a decode step: do what the host must before it, an end of the prefill included.
+
+        The forward that follows works on the device only. It may be recorded and, while `begin_step` returns the same
+        object, be replaced by a replay of the recording. `end_step` must follow either.
+
+        Args:
+            present: rows that take a token; None: all of them. Masks of the forward are not read.
+
+        Raises:
+            ValueError: nothing was read yet, other rows than the cache has, or another step is open.
+        """
+        if self.in_forward or self._step_announced:
+            raise ValueError("a decode step was announced in the middle of another forward or step")
+        if not self.num_seen_columns:
+            raise ValueError("a decode step was announced before any token was seen")
+        if present is not None and len(present) != len(self.num_seen):
+            raise ValueError(f"a step of {len(present)} rows was announced, but the cache has {len(self.num_seen)}")
+        self._open_step(present)
+        self._step_announced = True
+        return self.step
+
+    def end_step(self) -> None:
+        """After the forward or the replay of an announced step: count the tokens, and evict what is due."""
+        assert self._step_announced and not self.in_forward
+        self._step_announced = False
+        self._close_step()
+
+    def abandon_step(self) -> None:
+        """Take back an announced step whose forward was recorded and not run, as far as it came."""
+        self._step_announced, self._next_layer, self._layer_steps = False, 0, None
+
+    def _open_step(self, present: Sequence[bool] | None) -> None:
+        self.finalize()
+        for layer in self.layers:
+            layer.make_room()
+        if present is not None and all(present):
+            present = None
+        if self.step is None or not self.step.fits([layer.store.buffers for layer in self.layers], present):
+            self.step = DecodeStep(
+                self.num_seen,
+                [layer.kv_len for layer in self.layers],
+                [layer.store.buffers for layer in self.layers],
+                present,
+            )
+        self.step.choose(present)
+
+    def _close_step(self) -> None:
+        counts = self.step.counts
+        moved = [layer.advance(counts) for layer in self.layers]
+        self.num_seen = [old + new for old, new in zip(self.num_seen, counts, strict=True)]
+        self.num_seen_columns += 1
+        if self.config.eviction_interval is not None:
             with self.ranks.counter.phase("evict"):
-                self._evict(self.config.eviction_interval)
+                moved.append(self._evict(self.config.eviction_interval))
+        if any(moved):
+            self.step.hold([layer.kv_len for layer in self.layers])
 
     # ---- compression ---------------------------------------------------------------------------------------------
 
@@ -252,7 +327,8 @@ class CompressedCache:
             self._set_budgets()
             for layer in self.full_layers:
                 self.layers[layer].finish_prefill()
-            self.phase = "decode"
+            # Of this prefill's tokens a step from before it knows nothing.
+            self.phase, self.step = "decode", None
             if self._by_sequence:
                 self._finalize_shards()
             else:
@@ -323,7 +399,7 @@ class CompressedCache:
             layer.store.reserve(capacity)
             return
         budget, kv_len = job
-        steps = [self._steps(layer, budget, finalize=True)]
+        steps = [self._steps(layer, budget, self._seen(layer), finalize=True)]
         [(slots, layer.state)] = run_evictions(steps, self._gather_reports)
         layer.store.replace(slots, kv_len, capacity)
         self._check({index: [layer.store.slots.positions]})
@@ -346,10 +422,10 @@ class CompressedCache:
             layer.settle(shard, state, kv_len, self.num_seen)
             self._check({index: [shard.positions, shard.held]})
 
-    def _evict(self, slack: int) -> None:
+    def _evict(self, slack: int) -> bool:
         """While decoding: evict the rows of all layers that hold `slack` slots or more over their budget.
 
-        All layers with one exchange between ranks, since little is held.
+        All layers with one exchange between ranks, since little is held. Returns whether any row was due.
         """
         jobs = []
         for index in self.full_layers:
@@ -359,7 +435,7 @@ class CompressedCache:
                 if job is not None:
                     jobs.append((index, layer, *job))
         if not jobs:
-            return
+            return False
         if self._by_sequence:
             shards = [
                 layer.job([old - new for old, new in zip(layer.kv_len, kv_len, strict=True)], self.num_seen)
@@ -371,9 +447,9 @@ class CompressedCache:
             for (_, layer, _, kv_len), eviction in zip(jobs, evictions, strict=True):
                 layer.take_eviction(eviction, kv_len)
             self._check({job[0]: [one.victims, one.held] for job, one in zip(jobs, evictions, strict=True)})
-            return
+            return True
         steps = [
-            self._steps_in_place(layer, kv_len) or self._steps(layer, budget, finalize=False)
+            self._steps_in_place(layer, kv_len) or self._steps(layer, budget, self.step.positions, finalize=False)
             for _, layer, budget, kv_len in jobs
         ]
         results = run_evictions(steps, self._gather_reports)
@@ -381,6 +457,7 @@ class CompressedCache:
             layer.state = state
             layer.store.replace(slots, kv_len)
         self._check({index: [layer.store.slots.positions] for index, layer, _, _ in jobs})
+        return True
 
     def _steps_in_place(self, layer: FullLayer, kv_len: list[int]) -> EvictionSteps | None:
         alone = self.ranks.tp.size == 1 and not self.ranks.deals_tokens
@@ -389,10 +466,10 @@ class CompressedCache:
             all_heads_here=alone,
         )  # fmt: skip
 
-    def _steps(self, layer: FullLayer, budget: LayerBudget, *, finalize: bool) -> EvictionSteps:
+    def _steps(self, layer: FullLayer, budget: LayerBudget, seen: Tensor, *, finalize: bool) -> EvictionSteps:
         return eviction_steps(
             layer.store.slots, budget, layer.state, self.config, finalize=finalize,
-            num_seen_tokens=self._seen(layer), nearest=nearest_kept, merge=merge_evicted,
+            num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted,
         )  # fmt: skip
 
     def _seen(self, layer: FullLayer | ShardedLayer) -> Tensor:

@@ -19,6 +19,7 @@ from d2o_dist.attention.shard import ShardView
 from d2o_dist.cache.layer import FullLayer
 from d2o_dist.cache.query_window import QueryWindow
 from d2o_dist.cache.rows import Rows, is_uniform
+from d2o_dist.cache.step import LayerStep
 from d2o_dist.cache.store import GROWTH, SlotStore
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
@@ -284,20 +285,18 @@ class ShardedLayer:
 
     # ---- decode --------------------------------------------------------------------------------------------------
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: LayerStep) -> Tensor:
         """Add one token a row where there is most room, attend over all ranks' slots, and score this rank's."""
         config, ranks, device = self.config, self.ranks, q.device
-        self._make_room()
-        present = torch.tensor(rows.counts, device=device).bool()[:, None]
+        present = (step.position >= 0)[:, None]
         target = self.held.argmin(-1)  # of equal ones the first: the lowest rank
         mine = (target == ranks.sp.rank) & present
         column = self.held[..., ranks.sp.rank].clone()
         slots = self.store.slots
         _put(slots.keys, column, mine, k)
         _put(slots.values, column, mine, v)
-        _put(slots.positions, column, mine, torch.tensor(num_seen, device=device)[:, None, None])
+        _put(slots.positions, column, mine, step.position[:, None, None])
         self.held.scatter_add_(-1, target.unsqueeze(-1), present.expand_as(target).long().unsqueeze(-1))
-        self.kv_len = [old + new for old, new in zip(self.kv_len, rows.counts, strict=True)]
 
         slot = torch.arange(slots.positions.shape[-1], device=device)
         valid = slot < self.held[..., ranks.sp.rank, None]
@@ -305,7 +304,7 @@ class ShardedLayer:
         out, probs = sharded_decode_attention(
             ranks.sp, q[:, :, 0], slots.keys, slots.values, scale, valid=valid, log_mass=log_mass
         )
-        if rows.index is not None:
+        if step.present is not None:
             out, probs = out * present.unsqueeze(-1), probs * present.unsqueeze(-1)
         if config.needs_column_sums or config.needs_rates:
             probs = ranks.sum_replicas(probs)
@@ -318,7 +317,12 @@ class ShardedLayer:
             slots.rates.copy_(torch.where(present.unsqueeze(-1), fresh, slots.rates))
         return out.unsqueeze(2)
 
-    def _make_room(self) -> None:
+    def advance(self, counts: list[int]) -> bool:
+        """Count what each row took in a decode step; whether slots moved (never)."""
+        self.kv_len = [old + new for old, new in zip(self.kv_len, counts, strict=True)]
+        return False
+
+    def make_room(self) -> None:
         """A layer with a budget has room for all that may come before its next eviction; others grow."""
         needed = max(self._peak, -(-(max(self.kv_len) + 1) // self.ranks.sp.size))
         if needed > self.store.capacity:

@@ -19,6 +19,8 @@ GROWTH = 256
 class SlotStore:
     """Slots of all rows, each row's in `[0, kv_len[row])` by ascending position.
 
+    What lies beyond is free: position -1, statistics 0, keys and values finite (zeros, or what lay there before).
+
     Attributes:
         kv_len: slots in use by each row (by each of its heads). On the host: it follows from lengths alone.
     """
@@ -39,6 +41,11 @@ class SlotStore:
             return None
         width = max(self.kv_len)
         return self._buffers.map(lambda tensor: tensor[:, :, :width])
+
+    @property
+    def buffers(self) -> Slots | None:
+        """All slots, in use or not, [B, Hkv, C, ...]; None before the first token."""
+        return self._buffers
 
     @property
     def num_bytes(self) -> int:
@@ -69,11 +76,8 @@ class SlotStore:
         if self._buffers is None and rows.index is None:
             self._adopt(keys, values, num_seen)
             return
-        self.reserve(max(self.kv_len), like=keys, slack=GROWTH if rows.length == 1 else 0)
+        self.reserve(max(self.kv_len), like=keys)
         buffers = self._buffers
-        if rows.length == 1 and takes_cuda(buffers.keys, keys, values):
-            self._append_in_one_launch(keys[:, :, 0], values[:, :, 0], rows, start, num_seen)
-            return
         uniform = rows.index is None and min(start) == max(start) and min(num_seen) == max(num_seen)
         groups = [(slice(None), 0)] if uniform else [(slice(row, row + 1), row) for row in range(rows.batch)]
         for group, row in groups:
@@ -87,15 +91,27 @@ class SlotStore:
             for statistic in (buffers.scores, buffers.rates, buffers.log_mass):
                 statistic[group, :, here] = 0
 
-    def _append_in_one_launch(
-        self, keys: Tensor, values: Tensor, rows: Rows, start: list[int], num_seen: list[int]
-    ) -> None:
-        from d2o_dist.kernels.cuda.append import cuda_append
+    def put(self, keys: Tensor, values: Tensor, slot: Tensor, position: Tensor) -> None:
+        """Write one token a row [B, Hkv, 1, D] into a free slot. Nothing moves; `advance` counts them.
 
-        # Rows without a token in this step point outside of the buffers.
-        index = [slot if count else -1 for slot, count in zip(start, rows.counts, strict=True)]
-        where = torch.tensor([index, num_seen], device=keys.device)
-        cuda_append(self._buffers, keys, values, *where.unbind(0))
+        Args:
+            slot: [B] int64 < capacity; position: [B] int64, -1 for a row whose slot stays free.
+        """
+        buffers = self._buffers
+        if takes_cuda(buffers.keys, keys, values):
+            from d2o_dist.kernels.cuda.append import cuda_append
+
+            cuda_append(buffers, keys[:, :, 0], values[:, :, 0], slot, position)
+            return
+        index = slot[:, None, None].expand(-1, keys.shape[1], 1)
+        buffers.positions.scatter_(2, index, position[:, None, None].expand_as(index))
+        index = index.unsqueeze(-1).expand_as(keys)
+        buffers.keys.scatter_(2, index, keys)
+        buffers.values.scatter_(2, index, values)
+
+    def advance(self, counts: list[int]) -> None:
+        """Count tokens that were `put`."""
+        self.kv_len = [old + new for old, new in zip(self.kv_len, counts, strict=True)]
 
     def _adopt(self, keys: Tensor, values: Tensor, num_seen: list[int]) -> None:
         """Take the first tokens as the buffers themselves, without a copy."""
@@ -131,7 +147,10 @@ class SlotStore:
             self._buffers = _unused(batch, heads, max(capacity, width), dim, slots.keys)
         if slots.keys.data_ptr() != self._buffers.keys.data_ptr():
             _copy(self._buffers, slots, width)
-        self._buffers.positions[:, :, width:] = -1
+        free = self._buffers.map(lambda tensor: tensor[:, :, width:])
+        free.positions.fill_(-1)
+        for statistic in (free.scores, free.rates, free.log_mass):
+            statistic.zero_()
         self.kv_len = list(kv_len)
 
     def select_rows(self, index: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,8 +49,15 @@ def eviction_budget(
     if not any(due):
         return None
     after = [slots if now else held for now, slots, held in zip(due, slot_budgets, kv_len, strict=True)]
+    sizes = (max(after), max(held - left for held, left in zip(kv_len, after, strict=True)))
     if all(due) and min(after) == max(after):
-        return LayerBudget(*config.split(after[0])), after
+        return LayerBudget(*config.split(after[0]), *sizes), after
     splits = [config.split(slots) if now else (slots, 0) for now, slots in zip(due, after, strict=True)]
     heavy, recent = zip(*splits, strict=True)
-    return LayerBudget(torch.tensor(heavy, device=device), torch.tensor(recent, device=device)), after
+    return LayerBudget(_counts(heavy, device), _counts(recent, device), *sizes), after
+
+
+@lru_cache(maxsize=1024)
+def _counts(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """[B] int64, to be read only. Evictions of one batch ask for the same again and again, and a copy would wait."""
+    return torch.tensor(values, device=device)

@@ -18,6 +18,7 @@ from d2o_dist.config.sampling import SamplingConfig
 
 DTYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 CHAT_TEMPLATES = ("auto", "never", "always")
+DECODE_GRAPHS = ("auto", "always", "never")
 TRUNCATIONS = ("error", "middle", "left")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _SECTIONS = {"sampling": SamplingConfig, "parallel": ParallelConfig}
@@ -46,6 +47,8 @@ class InferConfig:
         max_batch_size: rows of one batch at most.
         max_batch_tokens: prompt tokens of one batch at most, padding included; a longer row runs alone.
         prefill_chunk: prompt tokens of one forward; null: the whole prompt at once.
+        decode_graph: whether decode steps are CUDA graphs, captured once and replayed: `auto` (where that is
+            possible), `always` (an error where it is not), `never`.
         max_prompt_tokens: longest prompt, in tokens; null: what the model's positions leave beside `max_new_tokens`.
         truncation: what happens to a longer prompt: `error`, `middle` (keep both ends), `left` (keep the end).
         stream: show the text of a single prompt as it comes: true, false, or `auto` (on a terminal).
@@ -69,6 +72,7 @@ class InferConfig:
     max_batch_size: int = 8
     max_batch_tokens: int = 65536
     prefill_chunk: int | None = None
+    decode_graph: str = "auto"
     max_prompt_tokens: int | None = None
     truncation: str = "error"
     stream: str | bool = "auto"
@@ -82,6 +86,7 @@ class InferConfig:
             check_string(name, getattr(self, name), optional=True)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("chat_template", self.chat_template, CHAT_TEMPLATES)
+        check_choice("decode_graph", self.decode_graph, DECODE_GRAPHS)
         check_choice("truncation", self.truncation, TRUNCATIONS)
         check_int("max_batch_size", self.max_batch_size, low=1)
         check_int("max_batch_tokens", self.max_batch_tokens, low=1)

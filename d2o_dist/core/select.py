@@ -103,7 +103,7 @@ def select(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig
     num_heavy, num_recent = (x[:, None, None] for x in budget.rows(batch, device))
     kv_len = slots.kv_len[:, None, None]
     surplus = (kv_len - num_heavy - num_recent).clamp_min(0)
-    num_evicted = int(surplus.max())
+    num_evicted = int(surplus.max()) if budget.most_evicted is None else budget.most_evicted
     if num_evicted == 0:
         return None
 
@@ -129,7 +129,7 @@ def select(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig
     elif config.merge == "mass":
         is_target = keep & ~sink
 
-    num_kept = int((kv_len - surplus).max())
+    num_kept = int((kv_len - surplus).max()) if budget.most_kept is None else budget.most_kept
     keep_idx = compact(keep, num_kept)
     keep_valid = torch.arange(num_kept, device=device) < kv_len - surplus
     return Selection(

@@ -81,10 +81,15 @@ class LayerBudget:
     """How many slots a layer may hold: `num_heavy` (sinks included) by score and the `num_recent` newest.
 
     Both are ints, or int64 tensors [B] when rows differ.
+
+    most_kept, most_evicted: what the fullest row holds after an eviction, and the most that a row loses, where the host
+    knows them; the device is asked otherwise.
     """
 
     num_heavy: int | Tensor
     num_recent: int | Tensor
+    most_kept: int | None = None
+    most_evicted: int | None = None
 
     @property
     def num_slots(self) -> int | Tensor:
@@ -95,7 +100,9 @@ class LayerBudget:
         """`(num_heavy, num_recent)` as int64 tensors [B]."""
 
         def expand(value: int | Tensor) -> Tensor:
-            return torch.as_tensor(value, dtype=torch.int64, device=device).expand(batch)
+            if isinstance(value, Tensor):
+                return value.to(device=device, dtype=torch.int64).expand(batch)
+            return torch.full((batch,), value, dtype=torch.int64, device=device)
 
         return expand(self.num_heavy), expand(self.num_recent)
 

@@ -10,6 +10,7 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
+from d2o_dist.engine.cuda_graph import check_graph
 from d2o_dist.engine.encode import BadRow, ModelLimits, Request, encode_rows
 from d2o_dist.engine.output import check_output, check_shared
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
@@ -46,8 +47,8 @@ def prepare(config: InferConfig, mesh: ParallelMesh | None = None) -> Plan:
 
     Raises:
         ValueError: a file that is missing or in the way, a model that cannot be compressed or divided among the ranks,
-            a budget its layers cannot have, a device that is not there, streaming of several prompts; on whichever
-            rank. What is wrong with one row is not raised.
+            a budget its layers cannot have, a device that is not there, CUDA graphs that are impossible, streaming of
+            several prompts; on whichever rank. What is wrong with one row is not raised.
     """
     mesh = ParallelMesh.local() if mesh is None else mesh
     with agreed(mesh) as same:
@@ -67,17 +68,20 @@ def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
         check_output(config.output, config.overwrite, mesh.dp)
     if config.trace is not None:
         _make_folder(Path(config.trace))
-    loading.pick_device(config.device)
+    device = loading.pick_device(config.device)
     model_config = loading.load_config(config)
     mark_replicas(model_config, config.parallel)
     # An empty cache costs nothing, and refuses what it cannot serve.
-    D2OCache(config=model_config, d2o=config.d2o, mesh=mesh, parallel=config.parallel)
+    cache = D2OCache(config=model_config, d2o=config.d2o, mesh=mesh, parallel=config.parallel)
+    no_graph = check_graph(config.decode_graph, model_config, device, cache.ranks)
     limits = ModelLimits(loading.max_positions(model_config), loading.vocab_size(model_config))
     _check_lengths(config, limits.max_positions)
     tokenizer = loading.load_tokenizer(config)
     encoded = encode_rows(rows, tokenizer, config, limits)
     warnings = [f"{len(repeated)} ids are used more than once, such as {next(iter(repeated))!r}: tell rows apart by "
                 "their index" for repeated in [repeated_ids(rows)] if repeated]  # fmt: skip
+    if no_graph and config.decode_graph == "auto" and device.type == "cuda":
+        warnings.append(f"decode steps are run by Python, not as a CUDA graph: {no_graph}")
     return Plan(
         requests=[row for row in encoded if isinstance(row, Request)],
         bad_rows=[row for row in encoded if isinstance(row, BadRow)],

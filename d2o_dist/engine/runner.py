@@ -102,7 +102,9 @@ class Runner:
 
     def _run(self, batch: Sequence[Request]) -> list[Record]:
         counter = None if self._trace is None else self._trace.counter
-        session = Session(self.model, self.config.d2o, self.mesh, self.parallel, counter)
+        session = Session(
+            self.model, self.config.d2o, self.mesh, self.parallel, counter, decode_graph=self.config.decode_graph
+        )
 
         def note_size() -> None:
             self.rank_bytes = max(self.rank_bytes, session.rank_bytes)

@@ -17,6 +17,8 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.engine.cuda_graph import graph_recorder
+from d2o_dist.engine.stepper import Stepper
 from d2o_dist.integrations.hf import D2OCache
 
 
@@ -61,6 +63,10 @@ class Session:
         d2o: how the cache is compressed.
         mesh, parallel, counter: see `D2OCache`. Every rank that shares the batch makes the same calls with the same
             arguments, and gets the same results.
+        decode_graph: whether decode steps are CUDA graphs: `auto` (where that is possible), `always`, `never`.
+
+    Raises:
+        ValueError: what `D2OCache` refuses; `always` where it is impossible.
 
     Attributes:
         cache: the batch's `D2OCache`.
@@ -74,9 +80,12 @@ class Session:
         mesh: ParallelMesh | None = None,
         parallel: ParallelConfig | None = None,
         counter: TrafficCounter | None = None,
+        decode_graph: str = "auto",
     ) -> None:
         self.model = model
         self.cache = D2OCache(config=model.config, d2o=d2o, mesh=mesh, parallel=parallel, counter=counter)
+        recorder = graph_recorder(decode_graph, model.config, self.device, self.cache.ranks)
+        self._stepper = Stepper(model, recorder, required=decode_graph == "always")
         self.prefill_s: float | None = None
         self.finalize_s: float | None = None
 
@@ -84,6 +93,11 @@ class Session:
     def device(self) -> torch.device:
         """Where the model takes its input."""
         return self.model.device
+
+    @property
+    def num_replayed(self) -> int:
+        """Decode steps that were replays of a CUDA graph."""
+        return self._stepper.num_replayed
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
         """Read the prompts, or the next turn of each, and compress them: [B, T] -> next-token logits [B, V].
@@ -120,19 +134,13 @@ class Session:
         self.prefill_s, self.finalize_s = read - began, self._now() - read
         return logits
 
-    def decode(self, tokens: Sequence[int], live: Sequence[bool] | None = None) -> Tensor:
+    def decode(self, tokens: Sequence[int] | Tensor, live: Sequence[bool] | None = None) -> Tensor:
         """One step: the rows' newest tokens, B of them -> next-token logits [B, V].
 
         Args:
             live: rows that go on. The others hold no more tokens, and their logits mean nothing. None: all go on.
         """
-        mask = None
-        if live is not None and not all(live):
-            # The cache asks only which of the new columns are padding; what came before it knows.
-            mask = torch.tensor(live, device=self.device)[:, None].long()
-        ids = torch.tensor(tokens, device=self.device)[:, None]
-        positions = torch.tensor(self.cache.compressed.num_seen, device=self.device)[:, None]
-        return self._forward(ids, positions, mask)
+        return self._stepper.step(self.cache, tokens, live)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch, in this order; the memory of the others is freed."""

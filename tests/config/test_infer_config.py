@@ -93,6 +93,8 @@ def test_sections_that_are_null_are_the_defaults(tmp_path):
         ("dtype=bf16", r"dtype \('bf16'\) must be one of auto, bfloat16.*Did you mean"),
         ("device=gpu", r"device \('gpu'\) must be one of auto, cpu, cuda, cuda:N"),
         ("chat_template=sometimes", r"chat_template \('sometimes'\) must be one of auto, never, always"),
+        ("decode_graph=on", r"decode_graph \(True\) must be one of auto, always, never"),
+        ("decode_graph=ever", r"decode_graph \('ever'\) must be one of auto, always, never"),
         ("truncation=right", r"truncation \('right'\) must be one of error, middle, left"),
         ("stream=maybe", r"stream \('maybe'\) must be one of auto, true, false"),
         ("max_batch_size=0", r"max_batch_size \(0\) must be at least 1"),

@@ -9,6 +9,7 @@ import torch
 
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
+from d2o_dist.engine import plan
 from d2o_dist.engine import runner as running
 from d2o_dist.engine.plan import prepare
 from d2o_dist.engine.runner import run
@@ -145,6 +146,7 @@ def test_what_the_user_did_not_foresee_keeps_what_is_written(folder, tmp_path, m
         ({"device": "cuda:77"}, r"device \(cuda:77\) is not there: this machine has \d+ CUDA devices"),
         ({"stream": True}, r"stream \(true\) shows one prompt, but there are 7"),
         ({"d2o": {"keep_ratio": 0.2, "protected_layers": [0]}}, "the 1 protected layers and min_layer_ratio"),
+        ({"decode_graph": "always", "device": "cpu"}, r"decode_graph \(always\) is impossible: the model is on cpu"),
         ({"d2o": {"protected_layers": [9]}}, "protected_layers has 9, but the model has 2 layers"),
     ],
 )
@@ -152,6 +154,16 @@ def test_refusals_before_any_weight_is_loaded(folder, tmp_path, monkeypatch, fie
     monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         prepare(make_config(folder, tmp_path, ROWS, **fields))
+
+
+def test_no_graph_on_a_gpu_is_told(folder, tmp_path, monkeypatch):
+    """On a CPU nobody expects one."""
+    told = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(loading, "pick_device", lambda name, device=device: torch.device(device))
+        monkeypatch.setattr(plan, "check_graph", lambda *args: "reasons")
+        told[device] = prepare(make_config(folder, tmp_path, ROWS)).warnings
+    assert told == {"cpu": [], "cuda": ["decode steps are run by Python, not as a CUDA graph: reasons"]}
 
 
 def test_folders_that_lack_something(folder, tmp_path):

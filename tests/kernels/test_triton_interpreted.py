@@ -11,7 +11,8 @@ import torch
 from d2o_dist.bench.checks import all_checks
 from d2o_dist.bench.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Result
 
-OPS = sorted({check.op for check in all_checks()})
+INTERPRETED = [check for check in all_checks() if not check.needs_cuda]
+OPS = sorted({check.op for check in INTERPRETED})
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -22,7 +23,7 @@ def test_kernels_equal_their_oracles(op):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
     assert [outcome for outcome in outcomes if not outcome["right"]] == [], done.stderr
-    expected = [check.name for check in all_checks() if check.op == op and "-float16" not in check.name]
+    expected = [check.name for check in INTERPRETED if check.op == op and "-float16" not in check.name]
     assert [outcome["name"] for outcome in outcomes] == expected
     assert done.returncode == 0, done.stderr
 

@@ -1,6 +1,9 @@
 """Every kernel against its oracle, on awkward shapes: run on a GPU by `gpu_check`, and by the tests without one.
 
 The kernels' own files are imported when a check runs, so listing checks needs neither Triton nor a library.
+And CUDA graphs of decode steps beside the steps themselves, which need a GPU.
+
+The kernels' own files are imported when a check runs, so listing checks needs no Triton.
 """
 
 from d2o_dist.bench.checks import (
@@ -8,6 +11,7 @@ from d2o_dist.bench.checks import (
     cuda_append,
     cuda_evict,
     decode,
+    decode_graph,
     dispatch,
     merge_into,
     nearest_kept,
@@ -20,8 +24,8 @@ __all__ = ["Check", "Result", "all_checks", "cuda_checks"]
 
 
 def all_checks() -> list[Check]:
-    """Those of Triton kernels, op by op; names are unique."""
-    modules = (prefill, column_sums, decode, update_scores, nearest_kept, merge_into, dispatch)
+    """All of them, op by op; names are unique."""
+    modules = (prefill, column_sums, decode, update_scores, nearest_kept, merge_into, dispatch, decode_graph)
     return [check for module in modules for check in module.checks()]
 
 

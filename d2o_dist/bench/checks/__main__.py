@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"device {args.device!r}: this machine has no CUDA device")
     checks = all_checks() if args.op is None else [check for check in known if check.op == args.op]
+    if args.device == "cpu":
+        checks = [check for check in checks if not check.needs_cuda]
     if args.skip:
         checks = [check for check in checks if args.skip not in check.name]
     wrong = 0

@@ -37,11 +37,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Check:
-    """`run(device)` computes one case with the kernel and with the oracle."""
+    """`run(device)` computes one case with the kernel and with the oracle. needs_cuda: it cannot be interpreted."""
 
     op: str
     name: str
     run: Callable[[str], Result]
+    needs_cuda: bool = False
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from d2o_dist.cache.report import CacheReport, make_report
 from d2o_dist.cache.sequence import CompressedCache
+from d2o_dist.cache.step import DecodeStep
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.d2o import D2OConfig
@@ -184,7 +186,8 @@ class D2OCache(Cache):
                 "or the batch changed. Make a new cache (or select rows with batch_select_indices)"
             )
         self._shape = shape
-        held = self.layers[layer_idx].keys
+        buffers = self.compressed.layers[layer_idx].store.buffers if self.compressed.layers else None
+        held = None if buffers is None else buffers.keys
         if held is not None and not self.ranks.deals_tokens and (held.shape[1], held.shape[3]) != (heads, dim):
             raise ValueError(
                 f"layer {layer_idx} has {heads} KV heads of dim {dim}, but the cache holds {held.shape[1]} of dim "
@@ -216,6 +219,24 @@ class D2OCache(Cache):
         copied = copy.deepcopy(self)
         copied.compressed.adopt(d2o)
         return copied
+
+    # ---- decode steps that are recorded --------------------------------------------------------------------------
+
+    def begin_step(self, present: Sequence[bool] | None = None) -> DecodeStep:
+        """Announce a decode step; the model's forward, or a replay of one, and `end_step` must follow.
+
+        See `CompressedCache.begin_step`. A forward without it is a decode step all the same.
+        """
+        return self.compressed.begin_step(present)
+
+    def end_step(self) -> None:
+        """After the forward or the replay of an announced step: count its tokens, and evict what is due."""
+        self.compressed.end_step()
+
+    def abandon_step(self) -> None:
+        """Take back an announced step whose forward was recorded, not run, and broken off."""
+        self._pending = None
+        self.compressed.abandon_step()
 
     # ---- prompts that ranks share --------------------------------------------------------------------------------
 

@@ -49,6 +49,13 @@ def layer_windows(config: Any) -> list[int | None]:
     return [window if kind == SLIDING else None for kind in types]
 
 
+def rope_types(config: Any) -> set[str]:
+    """Kinds of rotary embedding of the decoder's layers, such as `default` or `dynamic`."""
+    rules = getattr(text_config(config), "rope_parameters", None) or {}
+    found = [rules, *(rule for rule in rules.values() if isinstance(rule, dict))]
+    return {rule["rope_type"] for rule in found if "rope_type" in rule}
+
+
 def check_attention(config: Any) -> None:
     """Refuse a model whose attention is not `d2o`.
 

@@ -19,18 +19,20 @@ def decode_attention(
     *,
     valid: Tensor | None = None,
     log_mass: Tensor | None = None,
+    finite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, Hq, D]; k, v [B, Hkv, S, D]; valid [B, S] or [B, Hkv, S] bool; log_mass [B, Hkv, S], added to the logits.
 
     Returns (out [B, Hq, D] in q.dtype, lse [B, Hq] acc dtype, natural log, log_mass included, probs [B, Hkv, S] acc
     dtype: the slot's probabilities summed over the G query heads of the group).
-    Invalid slots have probability 0 whatever they hold. No valid slot: out 0, lse -inf, probs 0.
+    Invalid slots have probability 0 whatever they hold. No valid slot: out 0, lse -inf, probs 0. `finite`: the caller
+    vouches that the values of invalid slots are finite numbers, and nothing looks whether they are.
     """
     valid = _checked_valid(q, k, v, valid, log_mass)
     if _takes_triton(q, k, v):
         out, lse, logits = _triton(q, k, v, scale, valid=valid, log_mass=log_mass)
         return out, lse, slot_probabilities(logits, lse, k.shape[1])
-    return blocked_decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass)
+    return blocked_decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass, finite=finite)
 
 
 def decode_with_logits(

@@ -15,10 +15,17 @@ CONVERTED_ELEMENTS = 1 << 18  # of K or V at a time: 1 MiB in float32
 
 
 def blocked_decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    valid: Tensor | None,
+    log_mass: Tensor | None,
+    finite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_attention`, valid [B, Hkv, S]: -> (out [B, Hq, D], lse [B, Hq], probs [B, Hkv, S])."""
-    out, lse, _, probs = _attend(q, k, v, scale, valid, log_mass)
+    out, lse, _, probs = _attend(q, k, v, scale, valid, log_mass, finite)
     return out, lse, probs.sum(2)
 
 
@@ -26,12 +33,12 @@ def blocked_decode_with_logits(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_with_logits`, valid [B, Hkv, S]: -> (out [B, Hq, D], lse [B, Hq], logits [B, Hq, S])."""
-    out, lse, logits, _ = _attend(q, k, v, scale, valid, log_mass)
+    out, lse, logits, _ = _attend(q, k, v, scale, valid, log_mass, finite=False)
     return out, lse, (logits * LN_2).flatten(1, 2)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | None, log_mass: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | None, log_mass: Tensor | None, finite: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, Hq, D], lse [B, Hq], logits in units of log2 and probabilities [B, Hkv, G, S]."""
     batch, num_heads, head_dim = q.shape
@@ -59,7 +66,7 @@ def _attend(
     total = weights.sum(-1, keepdim=True)
     lse = (top + torch.log2(total)).squeeze(-1) * LN_2
     probs = weights / torch.where(total == 0, torch.ones_like(total), total)
-    out = _weighted_values(probs, v, valid, spans, scratch)
+    out = _weighted_values(probs, v, None if finite else valid, spans, scratch)
     return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, num_heads), logits, probs
 
 

@@ -51,7 +51,9 @@ def merge_into(
         if x is not None and x.shape != weight.shape:
             raise ValueError(f"{name} {tuple(x.shape)} must have the shape of weight {tuple(weight.shape)}")
     dtype, rows = acc_dtype(kept[0].dtype), kept[0].shape[:3]
-    own = torch.as_tensor(own, dtype=dtype, device=kept[0].device).expand(rows)
+    # A number is filled in, not copied: a copy would wait for the device.
+    own = own.to(dtype) if isinstance(own, Tensor) else torch.full((), own, dtype=dtype, device=kept[0].device)
+    own = own.expand(rows)
     weight = weight.to(dtype)
     share = weight if share is None else share.to(dtype)
     if takes_triton(*kept, *evicted, head_dim=kept[0].shape[3]) and weight.numel() and own.numel():

@@ -9,9 +9,13 @@ from torch import Tensor
 from d2o_dist.kernels.backend import takes_cuda, takes_triton
 from d2o_dist.kernels.common import group_size
 from d2o_dist.kernels.update_scores.naive import naive_update_scores
-from d2o_dist.kernels.update_scores.torch_ops import torch_slot_probabilities, torch_update_scores
+from d2o_dist.kernels.update_scores.torch_ops import (
+    add_probabilities,
+    torch_slot_probabilities,
+    torch_update_scores,
+)
 
-__all__ = ["naive_update_scores", "slot_probabilities", "update_scores"]
+__all__ = ["add_probabilities", "naive_update_scores", "slot_probabilities", "update_scores"]
 
 
 def slot_probabilities(logits: Tensor, lse: Tensor, num_kv_heads: int) -> Tensor:

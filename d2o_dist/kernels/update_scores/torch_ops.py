@@ -26,6 +26,20 @@ def torch_update_scores(
 ) -> None:
     """As `update_scores`."""
     probs = torch_slot_probabilities(logits, lse, (scores if scores is not None else rates).shape[1])
+    add_probabilities(probs, scores, rates, newest=newest, rate_window=rate_window, present=present)
+
+
+@torch.no_grad()
+def add_probabilities(
+    probs: Tensor,
+    scores: Tensor | None,
+    rates: Tensor | None,
+    *,
+    newest: Tensor | None,
+    rate_window: int,
+    present: Tensor | None,
+) -> None:
+    """As `update_scores`, from the slots' probabilities [B, Hkv, S] themselves, which it may overwrite."""
     if present is not None:
         probs *= present[:, None, None]
     if scores is not None:

@@ -1,0 +1,111 @@
+"""Decode steps of one batch: run by Python, or recorded once and replayed for as long as nothing they touch moves.
+
+Shape legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache as once
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from d2o_dist.cache.step import DecodeStep
+from d2o_dist.integrations.hf import D2OCache
+
+_logger = logging.getLogger(__name__)
+
+
+class Recorder(Protocol):
+    """Records what a forward does to memory, so that it can be done again without Python."""
+
+    def warm_up(self, run: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
+        """Run it as it is: its result, and what in it cannot be recorded, or None."""
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What replays it, and returns its result, in the same memory each time. Recording itself changes nothing."""
+
+
+class Stepper:
+    """The decode steps of one model, over one cache or several in turn.
+
+    With a recorder, the first step of a kind is run by Python to warm up, the second is recorded, and it and those that
+    follow are replays. A step is of another kind when the cache is another or its buffers moved, the batch changed, a
+    later turn was read, or a row ended for the first time: then the recording is let go of, and the next one made.
+    Evictions are between steps, and never recorded.
+
+    Args:
+        recorder: None runs every step by Python.
+        required: whether a forward that cannot be recorded is an error. Otherwise steps then run by Python, and a
+            warning says why.
+
+    Attributes:
+        num_replayed: steps that were replays.
+    """
+
+    def __init__(self, model: Any, recorder: Recorder | None, *, required: bool = False) -> None:
+        self._model, self._recorder, self._required = model, recorder, required
+        self._ids: Tensor | None = None
+        self._warm: DecodeStep | None = None
+        self._replay: Callable[[], Tensor] | None = None
+        self.num_replayed = 0
+
+    def step(self, cache: D2OCache, tokens: Sequence[int] | Tensor, present: Sequence[bool] | None = None) -> Tensor:
+        """The rows' newest tokens [B] -> next-token logits [B, V].
+
+        Args:
+            present: rows that go on. The others hold no more tokens, and their logits mean nothing. None: all go on.
+
+        Raises:
+            ValueError: the forward cannot be recorded, and must be.
+        """
+        step = cache.begin_step(present)
+        ids = torch.as_tensor(tokens)[:, None]
+        if self._recorder is None:
+            logits = self._run(cache, ids.to(step.positions.device), step)
+        else:
+            logits = self._recorded(cache, ids, step)
+        cache.end_step()
+        return logits
+
+    def _recorded(self, cache: D2OCache, ids: Tensor, step: DecodeStep) -> Tensor:
+        if self._warm is not step:
+            # Let go of the old recording and its memory before a new one is made.
+            self._warm, self._replay = step, None
+            self._ids = ids.to(step.positions.device, copy=True)
+            logits, obstacle = self._recorder.warm_up(lambda: self._run(cache, self._ids, step))
+            if obstacle is not None:
+                self._give_up(obstacle)
+            return logits
+        self._ids.copy_(ids)
+        if self._replay is None:
+            try:
+                self._replay = self._recorder.record(lambda: self._run(cache, self._ids, step))
+            except Exception:
+                cache.abandon_step()
+                raise
+        self.num_replayed += 1
+        # Whoever takes the logits may keep them; the next replay writes its own into the same memory.
+        return self._replay().clone()
+
+    def _run(self, cache: D2OCache, ids: Tensor, step: DecodeStep) -> Tensor:
+        out = self._model(
+            input_ids=ids, position_ids=step.positions[:, None], past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        return out.logits[:, -1]
+
+    def _give_up(self, obstacle: str) -> None:
+        if self._required:
+            raise ValueError(f"a decode step of this model cannot be recorded: {obstacle}")
+        _warn(f"decode steps are run by Python, not as a CUDA graph: {obstacle}")
+        self._recorder = None
+
+
+@once
+def _warn(message: str) -> None:
+    """Once, however many batches it is true of."""
+    _logger.warning(message)

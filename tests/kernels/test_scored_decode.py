@@ -1,0 +1,57 @@
+"""One decode step of a layer against its oracle; what unused slots hold must be finite, but may be anything else."""
+
+import pytest
+import torch
+
+from d2o_dist.kernels.scored_decode import naive_scored_decode, scored_decode
+from tests.kernels.helpers import DTYPE_IDS, DTYPES, HEADS, HEADS_IDS, assert_near, make
+
+
+def case(heads, dtype, slots=37, dim=16):
+    """Three rows that hold 21, 1 and all but one of their slots; the new token of each is the last."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    q = make(3, heads[0], dim, dtype=dtype)
+    k, v = (make(3, heads[1], slots, dim, dtype=dtype, seed=s) for s in (1, 2))
+    newest = torch.tensor([20, 0, slots - 2])
+    valid = torch.arange(slots) <= newest[:, None]
+    for x in (k, v):
+        x.masked_fill_(~valid[:, None, :, None], 1e4)
+    statistics = [make(3, heads[1], slots, dtype=exact, seed=s).abs() * valid.unsqueeze(1) for s in (3, 4, 5)]
+    return (q, k, v, 0.3), dict(valid=valid, newest=newest), statistics
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("heads", HEADS, ids=HEADS_IDS)
+@pytest.mark.parametrize("parts", ["", "s", "r", "srm"])
+@pytest.mark.parametrize("absent", [False, True], ids=["all", "absent"])
+def test_equals_naive(dtype, heads, parts, absent):
+    tensors, options, (scores, rates, mass) = case(heads, dtype)
+    options |= dict(log_mass=mass if "m" in parts else None, rate_window=8)
+    options["present"] = torch.tensor([True, False, True]) if absent else None
+    kept = {"scores": scores if "s" in parts else None, "rates": rates if "r" in parts else None}
+    expected = {name: None if x is None else x.clone() for name, x in kept.items()}
+    out = scored_decode(*tensors, **options, **kept)
+    wide = [x.double() if isinstance(x, torch.Tensor) else x for x in tensors]
+    assert out.dtype == dtype
+    assert_near(out, naive_scored_decode(*wide, **options, **expected), dtype)
+    for name, want in expected.items():
+        if want is not None:
+            assert_near(kept[name], want, want.dtype)
+            assert not kept[name].masked_select(~options["valid"].unsqueeze(1)).any()
+    if absent:
+        assert not out[1].any()
+        assert "s" not in parts or torch.equal(scores[1], case(heads, dtype)[2][0][1])
+
+
+def test_probabilities_may_be_completed_by_others():
+    """Two holders of one KV head, each with some of its query heads: together they score what one would."""
+    (q, k, v, scale), options, (scores, rates, _) = case((8, 2), torch.float64)
+    whole = [scores.clone(), rates.clone()]
+    scored_decode(q, k, v, scale, scores=whole[0], rates=whole[1], **options)
+    halves = [q.unflatten(1, (2, 4))[:, :, part].flatten(1, 2) for part in (slice(0, 2), slice(2, 4))]
+    probs = []
+    for half in halves:
+        scored_decode(half, k, v, scale, scores=scores.clone(), total=lambda x: probs.append(x.clone()) or x, **options)
+    scored_decode(halves[0], k, v, scale, scores=scores, rates=rates, total=lambda x: probs[0] + probs[1], **options)
+    torch.testing.assert_close(scores, whole[0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(rates, whole[1], atol=1e-12, rtol=0)
