@@ -2,9 +2,12 @@
 
     python -m d2o_dist.bench.gpu_check
 
-Needs a checkout, torch with CUDA, triton and transformers. Prints a table of checks, one of times and one of targets,
-and writes them, dated, as JSON and Markdown. The checks of an op and a group of timings are processes of their own,
-so that a kernel that fails, hangs or corrupts its CUDA context hides no other: what it said is in the report.
+Needs a checkout, torch with CUDA, triton and transformers. CUDA C++ (backend `cuda`, which nothing takes by itself) is
+checked and timed too where its library is built or nvcc can build it; else it is said to be left out.
+
+Prints a table of checks, one of times and one of targets, and writes them, dated, as JSON and Markdown. The checks of
+an op and a group of timings are processes of their own, so that a kernel that fails, hangs or corrupts its CUDA context
+hides no other: what it said is in the report.
 
 Exit status: 0 if all was right and timed; 1 if anything was wrong, failed or ran out of time; 2 without a CUDA device.
 """
@@ -22,10 +25,11 @@ from pathlib import Path
 
 import torch
 
-from d2o_dist.bench.checks import all_checks
+from d2o_dist.bench.checks import all_checks, cuda_checks
 from d2o_dist.bench.groups import GROUPS
 from d2o_dist.bench.timing import machine, markdown_table, write_report
 from d2o_dist.kernels.backend import has_triton
+from d2o_dist.kernels.cuda.build import LIBRARY, build, find_nvcc
 
 LIMIT_SECONDS = 450
 # Arguments of `bench.layers`: a layer of each model at 32K tokens. Eight copies of a kept cache are more than L2 holds.
@@ -63,7 +67,7 @@ def run_checks(ops: Sequence[str], device: str, deadline: float) -> tuple[list[d
     for op, (output, failure) in zip(ops, results, strict=True):
         found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         wrong = [outcome for outcome in found if not outcome["right"]]
-        expected = sum(check.op == op for check in all_checks())
+        expected = sum(check.op == op for check in (*all_checks(), *cuda_checks()))
         share, nearest = max(
             (
                 (error / limit if limit else error, f"{outcome['name']}, {name}: {error:.1e} of {limit:.0e}")
@@ -77,6 +81,19 @@ def run_checks(ops: Sequence[str], device: str, deadline: float) -> tuple[list[d
         if failure and not (wrong and len(found) == expected):
             problems.append(f"{op}, after {len(found)} of {expected} checks: {failure}")
     return rows, problems
+
+
+def cuda_library() -> tuple[str, str | None]:
+    """What became of the library of CUDA kernels, which begins with `built` where it is there; and what failed."""
+    if LIBRARY.exists():
+        return "built before", None
+    if find_nvcc() is None:
+        return "left out: it is not built, and there is no nvcc", None
+    try:
+        build()
+    except RuntimeError as error:
+        return "left out: it cannot be built", str(error)
+    return "built now", None
 
 
 def run_timings(
@@ -115,15 +132,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     facts = {**machine(), "capability": torch.cuda.get_device_capability(), "cuda": torch.version.cuda}
     facts["triton"] = importlib.metadata.version("triton")
+    facts["CUDA C++"], failure = cuda_library()
+    with_cuda = facts["CUDA C++"].startswith("built")
     print(*(f"{key}: {value}" for key, value in facts.items()), "", sep="\n", flush=True)
     # Checks may not take all the time that timing needs.
-    ops = sorted({check.op for check in all_checks()})
+    ops = sorted({check.op for check in (*all_checks(), *(cuda_checks() if with_cuda else ()))})
     rows, problems = run_checks(ops, "cuda", start + 0.6 * args.limit)
+    problems += [failure] if failure else []
     facts["seconds of checks"] = round(time.monotonic() - start, 1)
     print(markdown_table(rows), flush=True)
     times, targets = [], []
     if not args.checks_only:
-        times, targets, more = run_timings(LAYERS, list(GROUPS), "cuda", start + args.limit)
+        groups = [*GROUPS, "cuda"] if with_cuda else list(GROUPS)
+        times, targets, more = run_timings(LAYERS, groups, "cuda", start + args.limit)
         problems += more
     facts["seconds"] = round(time.monotonic() - start, 1)
     for table in filter(None, (times, targets)):

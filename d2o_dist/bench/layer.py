@@ -37,9 +37,9 @@ class DecodeLayer:
     """A layer of the cache at its budget, with room for what gathers between evictions: store, attend, score, evict."""
 
     def __init__(self, config: D2OConfig, layer: FullLayer, seen: int) -> None:
-        self.layer, self._config, self._seen = layer, config, seen
+        self.layer, self.config, self.seen = layer, config, seen
         (held,) = layer.kv_len
-        self._budget = budget_of(held, config)
+        self.budget = budget_of(held, config)
         self._step = DecodeStep([seen], [[held]], [layer.store.buffers], None)
 
     @classmethod
@@ -70,15 +70,15 @@ class DecodeLayer:
 
     def _count(self, tokens: int) -> None:
         self.layer.advance([tokens])
-        self._seen += tokens
+        self.seen += tokens
 
     def evict(self) -> None:
         """Down to the budget, in place."""
         store, layer = self.layer.store, self.layer
-        seen = torch.tensor([self._seen], device=store.buffers.positions.device)
+        seen = torch.tensor([self.seen], device=store.buffers.positions.device)
         # The slots are in order of position already, so unlike `compress_layer` this does not copy them to make sure.
         steps = eviction_steps(
-            store.slots, self._budget, layer.state, self._config, finalize=False, num_seen_tokens=seen,
+            store.slots, self.budget, layer.state, self.config, finalize=False, num_seen_tokens=seen,
             nearest=nearest_kept, merge=merge_evicted,
         )  # fmt: skip
         ((kept, layer.state),) = run_evictions([steps], lambda reports: reports)  # all heads are here
@@ -91,7 +91,7 @@ class DecodeLayer:
         free = slice(self.layer.kv_len[0], store.capacity)
         count = free.stop - free.start
         positions = store.buffers.positions
-        positions[:, :, free] = torch.arange(self._seen, self._seen + count, device=positions.device)
+        positions[:, :, free] = torch.arange(self.seen, self.seen + count, device=positions.device)
         self._count(count)
 
 

@@ -22,7 +22,7 @@ from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
 from d2o_dist.compression.agree import check_agreement
 from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
-from d2o_dist.compression.evict import run_evictions
+from d2o_dist.compression.evict import run_evictions, steps_in_place
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.compression.shard_evict import evict_shards
 from d2o_dist.compression.shard_finalize import finalize_shard
@@ -448,13 +448,23 @@ class CompressedCache:
                 layer.take_eviction(eviction, kv_len)
             self._check({job[0]: [one.victims, one.held] for job, one in zip(jobs, evictions, strict=True)})
             return True
-        steps = [self._steps(layer, budget, self.step.positions, finalize=False) for _, layer, budget, _ in jobs]
+        steps = [
+            self._steps_in_place(layer, kv_len) or self._steps(layer, budget, self.step.positions, finalize=False)
+            for _, layer, budget, kv_len in jobs
+        ]
         results = run_evictions(steps, self._gather_reports)
         for (_, layer, _, kv_len), (slots, state) in zip(jobs, results, strict=True):
             layer.state = state
             layer.store.replace(slots, kv_len)
         self._check({index: [layer.store.slots.positions] for index, layer, _, _ in jobs})
         return True
+
+    def _steps_in_place(self, layer: FullLayer, kv_len: list[int]) -> EvictionSteps | None:
+        alone = self.ranks.tp.size == 1 and not self.ranks.deals_tokens
+        return steps_in_place(
+            layer.store.slots, layer.state, self.config, held=layer.kv_len, kept=kv_len, num_seen=self.num_seen,
+            all_heads_here=alone,
+        )  # fmt: skip
 
     def _steps(self, layer: FullLayer, budget: LayerBudget, seen: Tensor, *, finalize: bool) -> EvictionSteps:
         return eviction_steps(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from d2o_dist.cache.rows import Rows
 from d2o_dist.core.types import Slots, stats_dtype
+from d2o_dist.kernels.backend import takes_cuda
 
 # Slots added at once when a layer that is never evicted outgrows its buffer while decoding.
 GROWTH = 256
@@ -97,6 +98,11 @@ class SlotStore:
             slot: [B] int64 < capacity; position: [B] int64, -1 for a row whose slot stays free.
         """
         buffers = self._buffers
+        if takes_cuda(buffers.keys, keys, values):
+            from d2o_dist.kernels.cuda.append import cuda_append
+
+            cuda_append(buffers, keys[:, :, 0], values[:, :, 0], slot, position)
+            return
         index = slot[:, None, None].expand(-1, keys.shape[1], 1)
         buffers.positions.scatter_(2, index, position[:, None, None].expand_as(index))
         index = index.unsqueeze(-1).expand_as(keys)
@@ -132,11 +138,15 @@ class SlotStore:
         self._buffers = grown
 
     def replace(self, slots: Slots, kv_len: list[int], capacity: int | None = None) -> None:
-        """Hold these slots instead. With a `capacity` the buffers are made anew, else written in place."""
+        """Hold these slots instead. With a `capacity` the buffers are made anew, else written in place.
+
+        Slots that are views of the buffers lie where they belong.
+        """
         batch, heads, width, dim = slots.keys.shape
         if capacity is not None:
             self._buffers = _unused(batch, heads, max(capacity, width), dim, slots.keys)
-        _copy(self._buffers, slots, width)
+        if slots.keys.data_ptr() != self._buffers.keys.data_ptr():
+            _copy(self._buffers, slots, width)
         free = self._buffers.map(lambda tensor: tensor[:, :, width:])
         free.positions.fill_(-1)
         for statistic in (free.scores, free.rates, free.log_mass):

@@ -24,6 +24,7 @@ from d2o_dist.core.compress import Nearest, count_dropped, judge
 from d2o_dist.core.select import compact, rank_scores
 from d2o_dist.core.threshold import head_reports
 from d2o_dist.core.types import D2OState, Slots
+from d2o_dist.kernels.backend import cuda_leaves
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def evict_shards(
     Every rank of the request must call it with the same layers. Collectives over sp: 1 without merging, 3 with
     `merge_scope: global`, 2 with `local`; one more over tp if there are tensor ranks.
     """
+    cuda_leaves("evictions of heads whose slots are spread over ranks")
     picked = _pick_victims(jobs, config, ranks, num_seen_tokens)
     results = []
     if config.merge == "none":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2o_dist.kernels.launch import is_interpreted
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "cuda")
 # What a block of a kernel holds in registers and shared memory ends here.
 MAX_HEAD_DIM = 256
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,17 +21,27 @@ _chosen = "auto"
 def set_backend(name: str) -> None:
     """`auto`: by device and dtype. `torch`: no kernel of our own. `triton`: our kernels also where PyTorch has one.
 
-    Under TRITON_INTERPRET=1 `triton` takes CPU tensors too.
+    `cuda`: as `auto`, with CUDA C++ (`kernels.cuda`) for a decode step besides its attention; never taken by `auto`.
+    Under TRITON_INTERPRET=1 `triton` takes CPU tensors too; within `kernels.cuda.library.host_build`, `cuda` does.
 
     Raises:
-        ValueError: another name, or `triton` without Triton.
+        ValueError: another name, `triton` without Triton, or `cuda` whose library is not built.
     """
     global _chosen
     if name not in BACKENDS:
         raise ValueError(f"backend ({name!r}) must be one of {', '.join(BACKENDS)}")
     if name == "triton" and not has_triton():
         raise ValueError("backend 'triton' needs the package triton, which is not installed")
+    if name == "cuda":
+        _require_cuda()
     _chosen = name
+
+
+def _require_cuda() -> None:
+    from d2o_dist.kernels.cuda.library import BUILD, has_host_build, is_built
+
+    if not is_built() and not has_host_build():
+        raise ValueError(f"backend 'cuda' needs its library, which is not built: {BUILD}")
 
 
 def get_backend() -> str:
@@ -62,6 +72,24 @@ def takes_triton(*tensors: Tensor, head_dim: int = 1) -> bool:
         return False
     _say(logging.INFO, "CUDA tensors are served by Triton kernels")
     return True
+
+
+def takes_cuda(*tensors: Tensor) -> bool:
+    """Whether CUDA C++ serves these tensors (all of one device): chosen, device and dtype suit, no gradient wanted."""
+    if _chosen != "cuda" or tensors[0].dtype not in TRITON_DTYPES or wants_grad(*tensors):
+        return False
+    from d2o_dist.kernels.cuda.library import has_host_build
+
+    if tensors[0].device.type != "cuda" and not has_host_build():
+        return False
+    _say(logging.INFO, "decode steps are served by CUDA C++ kernels, besides their attention")
+    return True
+
+
+def cuda_leaves(what: str) -> None:
+    """Where CUDA C++ was chosen, say once what it does not serve: that goes as with `auto`."""
+    if _chosen == "cuda":
+        _say(logging.WARNING, f"not served by CUDA C++, but as with backend 'auto': {what}")
 
 
 def wants_grad(*tensors: Tensor) -> bool:

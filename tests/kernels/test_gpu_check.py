@@ -42,6 +42,21 @@ def test_a_failure_hides_nothing(monkeypatch):
     assert "after 0 of 4 checks: exit status 2" in problem and "TRITON_INTERPRET=1" in problem
 
 
+def test_cuda_is_built_or_left_out_in_words(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(gpu_check, "find_nvcc", lambda: None)
+    assert gpu_check.cuda_library() == ("left out: it is not built, and there is no nvcc", None)
+    monkeypatch.setattr(gpu_check, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(gpu_check, "build", lambda: None)
+    assert gpu_check.cuda_library() == ("built now", None)
+
+    def fails():
+        raise RuntimeError("nvcc: exit status 1")
+
+    monkeypatch.setattr(gpu_check, "build", fails)
+    assert gpu_check.cuda_library() == ("left out: it cannot be built", "nvcc: exit status 1")
+
+
 def test_no_time_left_is_a_problem():
     rows, problems = gpu_check.run_checks(["update_scores"], "cpu", time.monotonic() - 1)
     assert rows[0]["right"] == 0 and "no time left" in problems[0]
@@ -68,6 +83,7 @@ def test_main_reports_problems_and_fails(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_check, "run_checks", lambda *a: ([{"op": "x", "right": 0}], ["x one: wrong"]))
+    monkeypatch.setattr(gpu_check, "cuda_library", lambda: ("left out", None))
     monkeypatch.setattr(gpu_check, "run_timings", lambda *a: ([], [], ["decode: failed"]))
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     assert "2 problems" in capsys.readouterr().out

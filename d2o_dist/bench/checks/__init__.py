@@ -1,12 +1,13 @@
-"""Every Triton kernel against its oracle, on awkward shapes: run on a GPU by `gpu_check`, interpreted by the tests.
+"""Every kernel against its oracle, on awkward shapes: run on a GPU by `gpu_check`, and by the tests without one.
 
+The kernels' own files are imported when a check runs, so listing checks needs neither Triton nor a library.
 And CUDA graphs of decode steps beside the steps themselves, which need a GPU.
-
-The kernels' own files are imported when a check runs, so listing checks needs no Triton.
 """
 
 from d2o_dist.bench.checks import (
     column_sums,
+    cuda_append,
+    cuda_evict,
     decode,
     decode_graph,
     dispatch,
@@ -17,10 +18,15 @@ from d2o_dist.bench.checks import (
 )
 from d2o_dist.bench.checks.common import Check, Result
 
-__all__ = ["Check", "Result", "all_checks"]
+__all__ = ["Check", "Result", "all_checks", "cuda_checks"]
 
 
 def all_checks() -> list[Check]:
     """All of them, op by op; names are unique."""
     modules = (prefill, column_sums, decode, update_scores, nearest_kept, merge_into, dispatch, decode_graph)
     return [check for module in modules for check in module.checks()]
+
+
+def cuda_checks() -> list[Check]:
+    """Those of kernels in CUDA C++; names are unique. On a CPU they need `kernels.cuda.library.host_build`."""
+    return [*cuda_append.checks(), *update_scores.cuda_checks(), *cuda_evict.checks()]

@@ -1,7 +1,8 @@
-"""Run the checks of one op, or of all, and print a JSON line for each: on a GPU, or interpreted on a CPU.
+"""Run the checks of one op, or of all of Triton's, and print a JSON line for each: on a GPU, or interpreted on a CPU.
 
 python -m d2o_dist.bench.checks --op decode_attention
 TRITON_INTERPRET=1 python -m d2o_dist.bench.checks --device cpu
+python -m d2o_dist.bench.checks --op cuda_evict     # what backend 'cuda' adds, by the library that was built
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from d2o_dist.bench.checks import Check, all_checks
+from d2o_dist.bench.checks import Check, all_checks, cuda_checks
 from d2o_dist.kernels.launch import is_interpreted
 
 
@@ -28,17 +29,20 @@ def outcomes(checks: Sequence[Check], device: str) -> Iterator[dict[str, object]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    ops = sorted({check.op for check in all_checks()})
+    known = [*all_checks(), *cuda_checks()]
+    ops = sorted({check.op for check in known})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=ops, help="only this one")
     parser.add_argument("--skip", default="", help="leave out names that contain this, such as float16")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
+    if args.device == "cpu" and args.op in {check.op for check in cuda_checks()}:
+        parser.error(f"{args.op} needs a GPU here; tests/kernels/test_cuda.py runs it on a CPU")
     if args.device == "cpu" and not is_interpreted():
         parser.error("on a CPU kernels only run interpreted: set TRITON_INTERPRET=1")
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"device {args.device!r}: this machine has no CUDA device")
-    checks = [check for check in all_checks() if args.op in (None, check.op)]
+    checks = all_checks() if args.op is None else [check for check in known if check.op == args.op]
     if args.device == "cpu":
         checks = [check for check in checks if not check.needs_cuda]
     if args.skip:

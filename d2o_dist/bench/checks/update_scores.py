@@ -1,4 +1,4 @@
-"""Checks of the kernel that updates scores and rates."""
+"""Checks of the kernels that update scores and rates: Triton's, and that in CUDA C++."""
 
 import torch
 
@@ -19,8 +19,19 @@ def checks() -> list[Check]:
     return [Check("update_scores", name, lambda device, case=case: run(*case, device)) for name, case in CASES.items()]
 
 
-def run(num_heads: int, num_kv_heads: int, num_slots: int, parts: str, device: str) -> Result:
-    from d2o_dist.kernels.update_scores.triton import triton_update_scores
+def cuda_checks() -> list[Check]:
+    """Each case, in CUDA C++."""
+    return [
+        Check("cuda_update_scores", name, lambda device, case=case: run(*case, device, in_cuda=True))
+        for name, case in CASES.items()
+    ]
+
+
+def run(num_heads: int, num_kv_heads: int, num_slots: int, parts: str, device: str, *, in_cuda: bool = False) -> Result:
+    if in_cuda:
+        from d2o_dist.kernels.cuda.update_scores import cuda_update_scores as kernel
+    else:
+        from d2o_dist.kernels.update_scores.triton import triton_update_scores as kernel
 
     batch, room = 3, 5
     logits = normal(batch, num_heads, num_slots, dtype=torch.float32, device=device) * 3
@@ -35,7 +46,7 @@ def run(num_heads: int, num_kv_heads: int, num_slots: int, parts: str, device: s
     before = on_cpu(logits, lse, *(x if x is None else x.clone() for x in (scores, rates)), newest, present)
     rest = [x[:, :, num_slots:].clone() for x in statistics]
     with poisoned():
-        probs = triton_update_scores(
+        probs = kernel(
             logits, lse, num_kv_heads, scores=scores, rates=rates, newest=newest, decay=1 / 16, present=present,
             with_probs=True,
         )  # fmt: skip

@@ -3,9 +3,10 @@
 With sequence shards the lse is that of all shards: each then updates its own slots, and nothing more is exchanged.
 """
 
+import torch
 from torch import Tensor
 
-from d2o_dist.kernels.backend import takes_triton
+from d2o_dist.kernels.backend import takes_cuda, takes_triton
 from d2o_dist.kernels.common import group_size
 from d2o_dist.kernels.update_scores.naive import naive_update_scores
 from d2o_dist.kernels.update_scores.torch_ops import (
@@ -23,10 +24,8 @@ def slot_probabilities(logits: Tensor, lse: Tensor, num_kv_heads: int) -> Tensor
     Slots whose logit is -inf, and heads whose lse is -inf, give 0.
     """
     _check(logits, lse, num_kv_heads)
-    if takes_triton(logits, lse) and logits.numel():
-        from d2o_dist.kernels.update_scores.triton import triton_update_scores
-
-        return triton_update_scores(
+    if (kernel := _kernel(logits, lse)) is not None:
+        return kernel(
             logits, lse, num_kv_heads, scores=None, rates=None, newest=None, decay=0.0, present=None, with_probs=True
         )
     return torch_slot_probabilities(logits, lse, num_kv_heads)
@@ -64,15 +63,28 @@ def update_scores(
     if rates is not None and (newest is None or newest.shape != logits.shape[:1]):
         shape = None if newest is None else tuple(newest.shape)
         raise ValueError(f"rates need newest, one slot for each of {logits.shape[0]} rows, not {shape}")
-    if takes_triton(logits, lse) and logits.numel():
-        from d2o_dist.kernels.update_scores.triton import triton_update_scores
-
-        triton_update_scores(
+    if (kernel := _kernel(logits, lse)) is not None:
+        kernel(
             logits, lse, num_kv_heads, scores=scores, rates=rates, newest=newest, decay=1 / rate_window,
             present=present, with_probs=False,
         )  # fmt: skip
         return
     torch_update_scores(logits, lse, scores, rates, newest=newest, rate_window=rate_window, present=present)
+
+
+def _kernel(logits: Tensor, lse: Tensor):
+    """The kernel that serves these, or None."""
+    if logits.numel() == 0:
+        return None
+    if takes_cuda(logits, lse) and logits.dtype == lse.dtype == torch.float32:
+        from d2o_dist.kernels.cuda.update_scores import cuda_update_scores
+
+        return cuda_update_scores
+    if takes_triton(logits, lse):
+        from d2o_dist.kernels.update_scores.triton import triton_update_scores
+
+        return triton_update_scores
+    return None
 
 
 def _check(logits: Tensor, lse: Tensor, num_kv_heads: int) -> None:
