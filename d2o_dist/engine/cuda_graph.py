@@ -47,9 +47,7 @@ def check_graph(mode: str, model_config: Any, device: torch.device, ranks: Reque
     return reason
 
 
-def graph_recorder(
-    mode: str, model_config: Any, device: torch.device, ranks: RequestRanks
-) -> CudaGraphRecorder | None:
+def graph_recorder(mode: str, model_config: Any, device: torch.device, ranks: RequestRanks) -> CudaGraphRecorder | None:
     """What records decode steps, or None where Python runs them. Which it is, and why, is logged once.
 
     Args, Raises: as `check_graph`.

@@ -12,6 +12,7 @@ from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logi
 from d2o_dist.kernels.merge_into import merge_into
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.kernels.scored_prefill import scored_prefill_attention
 from d2o_dist.kernels.update_scores import slot_probabilities, update_scores
 
@@ -86,6 +87,18 @@ def _update_scores(device: str) -> tuple[Tensor, ...]:
     return slot_probabilities(logits, lse, 2), scores, rates
 
 
+def _scored_decode(device: str) -> tuple[Tensor, ...]:
+    q, k, v = _prompt(device)
+    newest, present = torch.tensor([50, 11], device=device), torch.tensor([True, False], device=device)
+    valid, mass = torch.arange(64, device=device) <= newest[:, None], k[..., 0].float().abs()
+    found = []
+    for more in ({}, {"present": present, "log_mass": mass}):
+        scores, rates = torch.ones(2, 2, 2, 64, device=device)
+        statistics = {"scores": scores, "rates": rates, "rate_window": 8}
+        found += [scored_decode(q[:, :, 0], k, v, 0.2, valid=valid, newest=newest, **statistics, **more), scores, rates]
+    return tuple(found)
+
+
 def _nearest_kept(device: str) -> tuple[Tensor, ...]:
     _, evicted, kept = _prompt(device)
     many = [normal(2, size, 16, dtype=DTYPE, device=device, seed=size) for size in (2100, 2000)]
@@ -121,6 +134,7 @@ CASES = (
     _scored_prefill,
     _decode_attention,
     _update_scores,
+    _scored_decode,
     _nearest_kept,
     _merge_into,
 )

@@ -24,7 +24,5 @@ def naive_scored_decode(
     """As `scored_decode`."""
     out, lse, logits = naive_decode_with_logits(q, k, v, scale, valid=valid, log_mass=log_mass)
     if scores is not None or rates is not None:
-        naive_update_scores(
-            logits, lse, scores, rates, newest=newest, rate_window=rate_window, present=present
-        )
+        naive_update_scores(logits, lse, scores, rates, newest=newest, rate_window=rate_window, present=present)
     return out if present is None else torch.where(present[:, None, None], out, 0)
