@@ -143,3 +143,17 @@ def test_cross_attention(path, dtype, heads, tq, tk):
     torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=tolerance, atol=tolerance)
     with pytest.raises(ValueError, match=r"number of keys \(0\) must be at least 1"):
         cross_attention(q, k[:, :, :0], v[:, :, :0], 0.3)
+    # With a bias; keys of no mass are not seen, whatever they hold.
+    bias = make(2, heads[1], tk, seed=4).float()
+    bias[:, :, 1::3] = -torch.inf
+    bias[1, 0] = -torch.inf
+    k[:, :, 1::3], v[:, :, 1::3] = torch.nan, torch.nan
+    out, lse = path(q, k, v, 0.3, bias=bias)
+    clean = [x.double().nan_to_num().repeat_interleave(group, 1) for x in (k, v)]
+    logits = q.double() @ clean[0].mT * 0.3 + bias.double().repeat_interleave(group, 1).unsqueeze(2)
+    wanted = logits.softmax(-1).nan_to_num() @ clean[1]
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=tolerance, atol=tolerance)
+    assert not out[1, :group].any() and bool((lse[1, :group] == -torch.inf).all())
+    with pytest.raises(ValueError, match=rf"bias \(2, {heads[1]}, {tk + 1}\).*\(2, {heads[1]}, {tk}\)"):
+        cross_attention(q, k, v, 0.3, bias=torch.zeros(2, heads[1], tk + 1))

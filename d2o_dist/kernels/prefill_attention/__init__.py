@@ -44,8 +44,7 @@ def prefill_attention(
         raise ValueError(f"window ({window}) must be at least 1")
     if window is not None and window >= k.shape[2]:
         window = None  # it hides nothing
-    if bias is not None and bias.shape != k.shape[:3]:
-        raise ValueError(f"bias {tuple(bias.shape)} must have the shape of k without its last dim {tuple(k.shape[:3])}")
+    _check_bias(k, bias)
     if _prefers_triton(q, k, v, window, bias):
         from d2o_dist.kernels.prefill_attention.triton import triton_prefill_attention
 
@@ -64,21 +63,37 @@ def prefill_attention(
 
 
 @torch.no_grad()
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Every query over every key: keys that lie before all of the queries, on another rank, say.
 
-    q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D], Tk >= 1; one dtype. Returns (out [B, Hq, Tq, D] in q.dtype, lse [B, Hq, Tq]
-    acc dtype), to be merged with other parts by `merge_partials`. CPU, and CUDA fp16/bf16: PyTorch's flash kernel;
+    q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D], Tk >= 1; one dtype; bias [B, Hkv, Tk] as in `prefill_attention`. Returns
+    (out [B, Hq, Tq, D] in q.dtype, lse [B, Hq, Tq] acc dtype), to be merged with other parts by `merge_partials`.
+    Without bias, CPU, and CUDA fp16/bf16: PyTorch's flash kernel; with bias, CUDA fp16/bf16: a Triton kernel;
     everything else: a blocked torch path.
     """
     check_queries_keys(q, k, v)
+    _check_bias(k, bias)
     if k.shape[2] == 0:
         raise ValueError("number of keys (0) must be at least 1")
     if q.numel() == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=acc_dtype(q.dtype))
+    if bias is not None:
+        if _prefers_triton(q, k, v, None, bias):
+            from d2o_dist.kernels.prefill_attention.triton import triton_prefill_attention
+
+            # As if all queries came after all keys.
+            return triton_prefill_attention(q, k, v, scale, q_start=k.shape[2] - 1, window=None, bias=bias)
+        return blocked_cross_attention(q, k, v, scale, bias=bias)
     if q.device.type == "cpu":
         return cpu_cross_attention(q, k, v, scale)
     return (cuda_cross_attention if cuda_supports(q, None) else blocked_cross_attention)(q, k, v, scale)
+
+
+def _check_bias(k: Tensor, bias: Tensor | None) -> None:
+    if bias is not None and bias.shape != k.shape[:3]:
+        raise ValueError(f"bias {tuple(bias.shape)} must have the shape of k without its last dim {tuple(k.shape[:3])}")
 
 
 def _prefers_triton(q: Tensor, k: Tensor, v: Tensor, window: int | None, bias: Tensor | None) -> bool:
