@@ -31,10 +31,10 @@ def prefill_attention(
     bias [B, Hkv, Tk] is added to the logits of a key (log_mass); keys whose bias is -inf are not seen, whatever they
     hold. A query that sees no key: out 0, lse -inf.
 
-    The path follows from device and dtype alone: CPU without bias: PyTorch's flash kernel; CUDA fp16/bf16 without bias
-    and binding window: PyTorch's flash kernel; CUDA fp16/bf16 otherwise: a Triton kernel; everything else: a blocked
-    torch path. `lse` carries no gradient on the flash paths, so a chunked prompt (q_start > 0) whose merge would need
-    it refuses inputs that require grad.
+    The path follows from device and dtype alone. CPU: PyTorch's flash kernel, bias or not; CUDA fp16/bf16 without bias
+    and binding window: PyTorch's flash kernel; CUDA fp16/bf16 otherwise: a Triton kernel; everything else, and a bias
+    together with a window or a gradient: a blocked torch path. `lse` carries no gradient on the flash paths, so a
+    chunked prompt (q_start > 0) whose merge would need it refuses inputs that require grad.
     """
     check_queries_keys(q, k, v)
     if k.shape[2] != q_start + q.shape[2]:
@@ -50,6 +50,8 @@ def prefill_attention(
 
         return triton_prefill_attention(q, k, v, scale, q_start=q_start, window=window, bias=bias)
     if bias is not None:
+        if q.device.type == "cpu" and window is None and not wants_grad(q, k, v):
+            return cpu_prefill_attention(q, k, v, scale, q_start=q_start, window=None, bias=bias)
         return blocked_prefill_attention(q, k, v, scale, q_start=q_start, window=window, bias=bias)
     if q.device.type == "cpu":
         path = cpu_prefill_attention
@@ -69,9 +71,9 @@ def cross_attention(
     """Every query over every key: keys that lie before all of the queries, on another rank, say.
 
     q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D], Tk >= 1; one dtype; bias [B, Hkv, Tk] as in `prefill_attention`. Returns
-    (out [B, Hq, Tq, D] in q.dtype, lse [B, Hq, Tq] acc dtype), to be merged with other parts by `merge_partials`.
-    Without bias, CPU, and CUDA fp16/bf16: PyTorch's flash kernel; with bias, CUDA fp16/bf16: a Triton kernel;
-    everything else: a blocked torch path.
+    (out [B, Hq, Tq, D] in q.dtype, lse [B, Hq, Tq] acc dtype), to be merged with other parts by `merge_partials`. CPU,
+    and CUDA fp16/bf16 without bias: PyTorch's flash kernel; CUDA fp16/bf16 with bias: a Triton kernel; everything else:
+    a blocked torch path. No gradient.
     """
     check_queries_keys(q, k, v)
     _check_bias(k, bias)
@@ -85,7 +87,8 @@ def cross_attention(
 
             # As if all queries came after all keys.
             return triton_prefill_attention(q, k, v, scale, q_start=k.shape[2] - 1, window=None, bias=bias)
-        return blocked_cross_attention(q, k, v, scale, bias=bias)
+        path = cpu_cross_attention if q.device.type == "cpu" else blocked_cross_attention
+        return path(q, k, v, scale, bias=bias)
     if q.device.type == "cpu":
         return cpu_cross_attention(q, k, v, scale)
     return (cuda_cross_attention if cuda_supports(q, None) else blocked_cross_attention)(q, k, v, scale)
