@@ -8,7 +8,7 @@ from torch import Tensor
 from d2o_dist.attention.sampled import prompt_column_sums
 from d2o_dist.bench.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Check, Result, normal
 from d2o_dist.config.d2o import QuerySample
-from d2o_dist.kernels.backend import get_backend, set_backend
+from d2o_dist.kernels.backend import BACKENDS, get_backend, set_backend
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
 from d2o_dist.kernels.merge_into import merge_into
@@ -26,21 +26,22 @@ def checks() -> list[Check]:
 
 
 def _run(case: Callable[[str], tuple[Tensor, ...]], device: str) -> Result:
-    """The op through both backends: everything it returns must agree."""
+    """The op through all backends: everything it returns must agree. "auto" may be flash-attn."""
     results, before = {}, get_backend()
     try:
-        for backend in ("triton", "torch"):
+        for backend in BACKENDS:
             set_backend(backend)
             results[backend] = case(device)
     finally:
         set_backend(before)
     result = Result()
-    for number, (got, want) in enumerate(zip(results["triton"], results["torch"], strict=True)):
-        if got.is_floating_point():
-            limit = OUT_LIMITS[DTYPE] if got.dtype == DTYPE else STATISTICS_LIMIT
-            result.near(f"result {number}", got, want, limit)
-        else:
-            result.equal(f"result {number}", got, want)
+    for backend in ("triton", "auto"):
+        for number, (got, want) in enumerate(zip(results[backend], results["torch"], strict=True)):
+            name = f"{backend}, result {number}"
+            if got.is_floating_point():
+                result.near(name, got, want, OUT_LIMITS[DTYPE] if got.dtype == DTYPE else STATISTICS_LIMIT)
+            else:
+                result.equal(name, got, want)
     return result
 
 
