@@ -32,7 +32,9 @@ def test_lengths_writes_a_plot(tmp_path):
     arguments = [
         "lengths",
         "--lengths",
-        "320,640",
+        "320,640,700",
+        "--prefill-to",
+        "640",
         "--heads",
         "2/1",
         "--head-dim",
@@ -45,7 +47,9 @@ def test_lengths_writes_a_plot(tmp_path):
     assert bench([*arguments, "--clock", "cpu", "--out", str(tmp_path)]) == 0
     (report,) = tmp_path.glob("*-lengths.json")
     rows = json.loads(report.read_text())["rows"]
-    assert [row["T"] for row in rows] == [320, 640]
+    assert [row["T"] for row in rows] == [320, 640, 700]
+    assert [row["attention, ms"] == "not measured" for row in rows] == [False, False, True]
+    assert rows[2]["column sums of prompt"] == "not measured" and float(rows[2]["whole step, ms"]) > 0
     assert report.with_suffix(".png").stat().st_size > 5000
     shares = [float(rows[0][f"{name} of prompt"].rstrip("%")) for name in lengths.PROMPT]
     assert abs(sum(shares) - 100) <= 2
