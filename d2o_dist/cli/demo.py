@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--tokens", type=int, default=3500, help="length of each prompt (default: 3500)")
     parser.add_argument("--keep-ratio", type=float, default=0.2, help="fraction of the cache to keep (default: 0.2)")
-    parser.add_argument("--presets", default="d2o,mass,span", help="beside the full cache (default: d2o,mass,span)")
+    presets = "d2o,paper_minmax,snapkv"
+    parser.add_argument("--presets", default=presets, help=f"beside the full cache (default: {presets})")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     launch = read_environment()
     args = parse_once(parser, argv, launch.rank == 0)

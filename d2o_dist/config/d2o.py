@@ -90,6 +90,8 @@ class D2OConfig:
         drop_quantile: share of evicted tokens that `gate="quantile"` drops.
         ema_beta: weight of the newest eviction in the moving threshold.
         threshold_agg: what an eviction adds to the threshold: `max` (paper) or `mean` of the similarities.
+        self_weight: with `merge` `keys_values` or `values`, what a kept token weighs beside the `exp(cosine)` of those
+            merged into it; `e` (the paper) is the weight of its own cosine of 1.
         max_log_mass: bound on the log of the mass a merged slot may stand for.
 
     While decoding:
@@ -99,30 +101,31 @@ class D2OConfig:
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     allocation: str = "dynamic"
-    dispersion: str = "layers_minmax"
-    dispersion_sign: int = -1
-    temperature: float = 1.0
+    dispersion: str = "log_zscore"
+    dispersion_sign: int = 1
+    temperature: float = 3.3
     pyramid_beta: float = 20.0
     exact_total: bool = True
     min_layer_ratio: float = 0.01
     min_layer_tokens: int = 32
     protected_layers: tuple[int, ...] = ()
-    heavy_fraction: float = 0.75
+    heavy_fraction: float = 0.8
     num_sink_tokens: int = 4
-    selection: str = "cumulative"
-    selection_pool: int = 7
-    selection_pool_side: str = "both"
+    selection: str = "window"
+    selection_pool: int = 15
+    selection_pool_side: str = "after"
     rate_window: int = 32
     score_queries: str = "all"
     score_query_stride: int = 8
     score_near_distance: int = 64
-    merge: str = "keys_values"
-    merge_targets: str = "kept"
+    merge: str = "mass"
+    merge_targets: str = "tail"
     tail_fraction: float = 0.1
-    gate: str = "threshold"
+    gate: str = "quantile"
     drop_quantile: float = 0.25
     ema_beta: float = 0.7
     threshold_agg: str = "max"
+    self_weight: float = math.e
     max_log_mass: float = 3.0
     eviction_interval: int | None = 16
 
@@ -246,7 +249,7 @@ class D2OConfig:
 
         for name in ("temperature", "pyramid_beta", "min_layer_ratio", "heavy_fraction", "tail_fraction"):
             number(name)
-        for name in ("drop_quantile", "ema_beta", "max_log_mass"):
+        for name in ("drop_quantile", "ema_beta", "self_weight", "max_log_mass"):
             number(name)
         for name in ("dispersion_sign", "min_layer_tokens", "num_sink_tokens", "selection_pool", "rate_window"):
             number(name, integer=True)
@@ -295,6 +298,7 @@ class D2OConfig:
             ("tail_fraction", 0 < self.tail_fraction <= 1, "in (0, 1]"),
             ("drop_quantile", 0 <= self.drop_quantile < 1, "in [0, 1)"),
             ("ema_beta", 0 <= self.ema_beta <= 1, "in [0, 1]"),
+            ("self_weight", self.self_weight > 0, "above 0"),
             ("max_log_mass", self.max_log_mass >= 0, "at least 0"),
             ("eviction_interval", self.eviction_interval is None or self.eviction_interval >= 1, "at least 1, or null"),
         ]
@@ -324,8 +328,23 @@ class D2OConfig:
             )
 
 
-_BASELINE = {"allocation": "uniform", "merge": "none"}
+# Every preset but the default names each field in which it differs from it, so that a better default changes no other
+# preset. The paper's rules, with dispersions that do not depend on the prompt's length:
+_PAPER = {
+    "dispersion": "layers_minmax",
+    "dispersion_sign": -1,
+    "temperature": 1.0,
+    "heavy_fraction": 0.75,
+    "selection": "cumulative",
+    "selection_pool": 7,
+    "selection_pool_side": "both",
+    "merge": "keys_values",
+    "merge_targets": "kept",
+    "gate": "threshold",
+}
+_BASELINE = {**_PAPER, "allocation": "uniform", "merge": "none"}
 _MASS = {
+    **_PAPER,
     "selection": "window",
     "dispersion": "log_zscore",
     "dispersion_sign": 1,
@@ -335,11 +354,14 @@ _MASS = {
     "merge_targets": "tail",
     "gate": "quantile",
 }
+_SPAN = {**_MASS, "selection_pool": 15, "selection_pool_side": "after"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "d2o": {},
-    "paper": {"dispersion": "raw", "eviction_interval": 1},
+    "paper": {**_PAPER, "dispersion": "raw", "eviction_interval": 1},
+    "paper_minmax": _PAPER,
     "released": {
+        **_PAPER,
         "dispersion": "heads_minmax",
         "exact_total": False,
         "protected_layers": (0, 1, -1),
@@ -350,7 +372,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "merge": "released",
     },
     "mass": _MASS,
-    "span": {**_MASS, "selection_pool": 15, "selection_pool_side": "after"},
+    "span": _SPAN,
+    "lean": {**_SPAN, "allocation": "uniform"},
     "full": {**_BASELINE, "keep_ratio": 1.0, "eviction_interval": None},
     "streaming": {**_BASELINE, "selection": "recent"},
     "h2o": {**_BASELINE, "heavy_fraction": 0.5},

@@ -50,6 +50,7 @@ class EvalConfig:
         tasks: what is evaluated: mappings with a `kind` (needle, ruler, longbench, perplexity, fidelity) and fields.
         methods: presets by name, or mappings of `name`, `preset` and fields. `full` is always run, and comes first.
         keep_ratios, keep_tokens: the budgets; every method but `full` runs at each of them.
+        reference: one of the methods; tables show how far each other one is from it, row by row, at the same budget.
         question: whether the question is `visible` when the cache is compressed, or `hidden`: read afterwards.
         chat_template, system_prompt: as in `InferConfig`; `auto`: where the tokenizer has a template and the task
             allows it.
@@ -64,9 +65,10 @@ class EvalConfig:
     model: str
     output: str
     tasks: tuple[TaskConfig, ...]
-    methods: tuple[Mapping[str, Any], ...] = ("d2o", "mass")
+    methods: tuple[Mapping[str, Any], ...] = ("d2o", "snapkv")
     keep_ratios: tuple[float, ...] = ()
     keep_tokens: tuple[int, ...] = ()
+    reference: str | None = None
     question: str = "visible"
     tokenizer: str | None = None
     dtype: str = "auto"
@@ -113,6 +115,8 @@ class EvalConfig:
         check_int("seed", self.seed, low=0)
         if not isinstance(self.parallel, ParallelConfig):
             raise ValueError(f"parallel must be a ParallelConfig, not {type(self.parallel).__name__}")
+        if self.reference is not None:
+            check_choice("reference", self.reference, [method["name"] for method in self.methods])
         self.infer()
         self.expand_methods()
 

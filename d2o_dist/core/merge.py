@@ -5,7 +5,6 @@ Shape legend: B rows, Hkv key/value heads, K kept slots, E evicted tokens, D hea
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -75,10 +74,10 @@ def evicted_weight(evicted: Slots, similarity: Tensor, config: D2OConfig) -> Ten
 
 
 def own_weight(kept: Slots, config: D2OConfig) -> Tensor | float:
-    """What a kept slot itself weighs: [B, Hkv, K], or one number for all (`exp(1)`: its cosine to itself is 1)."""
+    """What a kept slot itself weighs: [B, Hkv, K], or one number for all."""
     if config.merge == "mass":
         return kept.rates.clamp_min(torch.finfo(kept.rates.dtype).tiny)
-    return 1.0 if config.merge == "released" else math.e
+    return 1.0 if config.merge == "released" else config.self_weight
 
 
 def add_mass(kept: Slots, total: Tensor, touched: Tensor, config: D2OConfig) -> Slots:

@@ -62,14 +62,28 @@ def summarise_cell(records: Mapping[str, Record], full: Mapping[str, Record], pr
     return cell
 
 
+def difference_to(records: Mapping[str, Record], other: Mapping[str, Record], primary: str) -> dict[str, Any] | None:
+    """Mean of `records - other` over the rows that both have, with its standard error; None where they share none."""
+    both = [row for row in records if row in other]
+    if not both:
+        return None
+    return mean_and_error([records[row]["scores"][primary] - other[row]["scores"][primary] for row in both])
+
+
 def summarise_task(
-    task: Any, methods: Sequence[Method], results: Mapping[str, Mapping[str, Record]], num_rows: int
+    task: Any,
+    methods: Sequence[Method],
+    results: Mapping[str, Mapping[str, Record]],
+    num_rows: int,
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """One task: every method over all rows, and by every group value and every pair on the axes.
 
     Args:
         results: label of a method -> row -> record, errors left out.
+        reference: name of the method that the others are compared with at their own budgets.
     """
+    reference_label = {method.budget: method.label for method in methods if method.name == reference}
     full = results.get(FULL, {})
     out: dict[str, Any] = {"primary": task.primary, "higher_is_better": task.higher_is_better, "num_rows": num_rows}
     out["axes"] = list(task.axes) if task.axes else None
@@ -79,6 +93,9 @@ def summarise_task(
         line: dict[str, Any] = {"method": method.name, "budget": method.budget, "label": method.label, "n": 0}
         if records:
             line |= summarise_cell(records, full, task.primary)
+            if method.budget in reference_label and method.name != reference:
+                others = results.get(reference_label[method.budget], {})
+                line["to_reference"] = difference_to(records, others, task.primary)
             line["by"] = {
                 group: [
                     {group: value, **summarise_cell(part, full, task.primary)}
@@ -116,5 +133,6 @@ def summarise(plan: Plan, found: Mapping[str, Record]) -> dict[str, Any]:
             method.label: {job.row.id: found[key] for job in jobs if (key := job.key(method)) in found}
             for method in plan.methods
         }
-        tasks[task.name] = summarise_task(task, plan.methods, results, len(jobs))
-    return {"model": plan.config.model, "question": plan.config.question, "tasks": tasks}
+        tasks[task.name] = summarise_task(task, plan.methods, results, len(jobs), plan.config.reference)
+    known = {"model": plan.config.model, "question": plan.config.question, "reference": plan.config.reference}
+    return {**known, "tasks": tasks}

@@ -24,15 +24,17 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def task_table(summary: Mapping[str, Any]) -> str:
-    """One line a method and budget: what was kept, every metric, the ratio to the full cache."""
+def task_table(summary: Mapping[str, Any], reference: str | None = None) -> str:
+    """One line a method and budget: what was kept, every metric, the ratio to the full cache, and how far from the
+    reference, where there is one."""
     lines = [line for line in summary["methods"] if line["n"]]
     if not lines:
         return "no results"
     metrics = list(lines[0]["scores"])
     primary = summary["primary"]
     metrics = [primary] + [name for name in metrics if name != primary]
-    head = ["method", "budget", "kept", "MiB", *metrics, f"{primary}: ratio to full", "n"]
+    compared = [] if reference is None else [f"{primary}: less {reference}"]
+    head = ["method", "budget", "kept", "MiB", *metrics, f"{primary}: ratio to full", *compared, "n"]
     rows = [
         [
             line["method"],
@@ -41,6 +43,7 @@ def task_table(summary: Mapping[str, Any]) -> str:
             f"{line['held_bytes'] / 2**20:.2f}",
             *(show(line["scores"][name]) for name in metrics),
             show(line.get("to_full"), "ratio"),
+            *(show(line.get("to_reference")) for _ in compared),
             str(line["n"]),
         ]
         for line in lines
@@ -100,7 +103,7 @@ def report(summary: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
         parts += [f"## {suite}", table]
     for name, task in summary["tasks"].items():
         missing = [f"{line['label']} {line['n']}" for line in task["methods"] if line["n"] < task["num_rows"]]
-        parts += [f"## {name}", task_table(task)]
+        parts += [f"## {name}", task_table(task, summary.get("reference"))]
         if missing:
             parts.append(f"Incomplete, of {task['num_rows']} rows: {', '.join(missing)}.")
         groups = next((list(line["by"]) for line in task["methods"] if line["n"]), [])

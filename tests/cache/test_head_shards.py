@@ -15,6 +15,7 @@ from tests.ranks import run_ranks
 LAYERS, STEPS = 3, 40
 PRESETS = {
     "d2o": {},
+    "paper_minmax": {},
     "paper": {},
     "released": {"protected_layers": (0,)},
     "mass": {"eviction_interval": 5},
@@ -95,7 +96,7 @@ def test_exchanges_are_one_a_model_for_the_budgets_and_one_an_eviction():
 
         gather_kv_heads = gather_query_heads
 
-    run("d2o", (1, 4, 2), 0, 1, Recorder(ParallelMesh.local(), ParallelConfig(), 2), False)
+    run("paper_minmax", (1, 4, 2), 0, 1, Recorder(ParallelMesh.local(), ParallelConfig(), 2), False)
     budgets, *evictions = calls
     assert budgets == (2, 4, LAYERS)
     # finalize goes layer by layer; while decoding one exchange carries the layers that are due together.

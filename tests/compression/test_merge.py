@@ -27,7 +27,7 @@ def slots(batch: int, heads: int, count: int, dtype: torch.dtype, seed: int) -> 
 @pytest.mark.parametrize("num_evicted", [0, 1, 40])
 def test_equals_the_core(rule, num_evicted, dtype):
     """Several evicted tokens a target, targets that take nothing, tokens that are not merged and hold rubbish."""
-    config = D2OConfig(merge=rule)
+    config = D2OConfig.preset("paper_minmax", merge=rule)
     kept, evicted = slots(2, 3, 11, dtype, 1), slots(2, 3, num_evicted, dtype, 2)
     generator = torch.Generator().manual_seed(3)
     shape = (2, 3, num_evicted)

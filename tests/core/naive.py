@@ -83,9 +83,9 @@ def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: floa
                 if config.merge == "released":
                     new[name][n] = (head[name][j] + sum(u * head[name][i] for i, u in members)) / (1 + len(members))
                 else:
-                    weight = math.e + sum(math.exp(u) for _, u in members)
+                    weight = config.self_weight + sum(math.exp(u) for _, u in members)
                     added = sum(math.exp(u) * head[name][i] for i, u in members)
-                    new[name][n] = (math.e * head[name][j] + added) / weight
+                    new[name][n] = (config.self_weight * head[name][j] + added) / weight
         out.append(new)
     return out, tau
 

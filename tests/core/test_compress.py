@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2o_dist.config import D2OConfig
+from d2o_dist.config.d2o import PRESETS
 from d2o_dist.core import D2OState, LayerBudget, Slots, compress_layer
 from tests.core.naive import assert_row_equals, naive_compress, to_lists
 from tests.oracle.published_step import PublishedStep
 
-BASE = dict(num_sink_tokens=2, heavy_fraction=0.6)
+BASE = {**PRESETS["paper_minmax"], "num_sink_tokens": 2, "heavy_fraction": 0.6}
 RULES = {
     "keys_values": {},
     "values": {"merge": "values", "threshold_agg": "mean"},

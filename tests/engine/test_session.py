@@ -16,6 +16,7 @@ NEW = 40
 SIZES = dict(keep_ratio=0.3, min_layer_tokens=12)
 PRESETS = {
     "d2o": D2OConfig.preset("d2o", **SIZES),
+    "paper_minmax": D2OConfig.preset("paper_minmax", **SIZES),
     "paper": D2OConfig.preset("paper", **SIZES),
     "mass": D2OConfig.preset("mass", **SIZES),
     "full": D2OConfig.preset("full"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 import yaml
@@ -10,10 +11,12 @@ import yaml
 from d2o_dist.comm import ParallelMesh, build_mesh
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.eval import runner as runner_module
+from d2o_dist.eval.aggregate import summarise
 from d2o_dist.eval.evaluate import check_parallel, evaluate
 from d2o_dist.eval.plan import Plan, prepare
 from d2o_dist.eval.reading import Reading
 from d2o_dist.eval.store import RankFile, read_records
+from d2o_dist.eval.table import report
 from tests.engine.tiny import make_folder
 from tests.eval.parts import TEXT
 from tests.ranks import run_ranks
@@ -93,6 +96,22 @@ def test_records_and_metrics_agree(done):
     assert len(metrics["needle"]["methods"][1]["cells"]) == 4
     assert {cell["length"] for cell in metrics["needle"]["methods"][1]["by"]["length"]} == {200, 260}
     assert "| mass | 30% | 0.3" in outcome.table and "## r\n\n| method | budget | average |" in outcome.table
+
+
+def test_distances_from_a_reference_are_paired(done, folder):
+    plan, _, output, _ = done
+    plan = plan_of(folder, output, reference="mass")
+    records = read_records(output)
+    summary = summarise(plan, records)
+    full, mass, h2o = summary["tasks"]["fidelity"]["methods"]
+    assert "to_reference" not in full and "to_reference" not in mass
+    kl = {name: [r["scores"]["kl"] for r in records.values() if (r["task"], r["method"]) == ("fidelity", name)]
+          for name in ("mass", "h2o")}  # fmt: skip
+    apart = [b - a for a, b in zip(kl["mass"], kl["h2o"], strict=True)]
+    assert h2o["to_reference"]["mean"] == pytest.approx(sum(apart) / 3)
+    assert h2o["to_reference"]["se"] == pytest.approx(statistics.stdev(apart) / 3**0.5)
+    table = report(summary, {})
+    assert "| kl: less mass |" in table and "less" not in report(summarise(plan_of(folder, output), records), {})
 
 
 def test_finished_rows_are_not_run_again(done, folder, tmp_path, monkeypatch):

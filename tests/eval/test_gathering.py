@@ -22,7 +22,7 @@ def config_of(name: str, **overrides) -> D2OConfig:
 
 ALL = {name: config_of(name) for name in PRESETS} | {"short": config_of("mass", rate_window=5)}
 STRIDED = {"score_queries": "strided", "score_query_stride": 5, "score_near_distance": 7}
-ALL["strided"] = config_of("d2o", **STRIDED)
+ALL["strided"] = config_of("paper_minmax", **STRIDED)
 ALL["strided_mass"] = config_of("mass", **STRIDED, rate_window=3)
 
 

@@ -12,7 +12,7 @@ from d2o_dist import D2OCache, D2OConfig
 from tests.models import FAMILIES, left_padded, tiny_model, tokens
 
 SQUEEZE = dict(keep_ratio=0.3, min_layer_tokens=10, eviction_interval=4)
-PRESETS = ["d2o", "mass", "released", "snapkv", "streaming"]
+PRESETS = ["d2o", "paper_minmax", "released", "snapkv", "streaming"]
 
 
 def make_cache(model, preset="d2o", **changes) -> D2OCache:
@@ -59,7 +59,7 @@ def test_nothing_evicted_equals_the_full_cache(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("preset", ["d2o", "mass"])
+@pytest.mark.parametrize("preset", ["d2o", "paper_minmax"])
 def test_families_compress_their_full_attention_layers(family, preset):
     model = tiny_model(family)
     cache = make_cache(model, preset)
@@ -222,7 +222,7 @@ def test_lower_precision_runs_and_counts_bytes(dtype):
     assert report.full_bytes == 2 * 4 * 2 * 89 * 2 * 16 * dtype.itemsize
 
 
-@pytest.mark.parametrize("preset", ["d2o", "mass", "snapkv", "released"])
+@pytest.mark.parametrize("preset", ["d2o", "paper_minmax", "snapkv", "released"])
 @pytest.mark.parametrize("length", [1, 2, 3, 9])
 def test_budgets_of_next_to_nothing_run(preset, length):
     model = tiny_model()

@@ -11,6 +11,7 @@ from tests.oracle.naive_d2o import OracleConfig, run_oracle, use_float64_norms
 
 CASES = {
     "d2o": ("d2o", {}),
+    "paper_minmax": ("paper_minmax", {}),
     "paper": ("paper", {}),
     "released": ("released", {"protected_layers": (0,)}),
     "mass": ("mass", {}),
@@ -18,14 +19,15 @@ CASES = {
     "h2o": ("h2o", {}),
     "snapkv": ("snapkv", {}),
     "pyramidkv": ("pyramidkv", {}),
-    "values": ("d2o", {"merge": "values", "eviction_interval": 3}),
-    "none": ("d2o", {"merge": "none", "dispersion": "heads_minmax", "eviction_interval": 5}),
+    "values": ("paper_minmax", {"merge": "values", "eviction_interval": 3}),
+    "none": ("paper_minmax", {"merge": "none", "dispersion": "heads_minmax", "eviction_interval": 5}),
     "mass_kept": ("mass", {"merge_targets": "kept", "gate": "threshold", "selection": "cumulative"}),
     "mixed": ("mass", {"selection": "mixed", "eviction_interval": 4, "drop_quantile": 0.4}),
-    "tokens": ("d2o", {"keep_tokens": 21}),
-    "uneven": ("d2o", {"dispersion_sign": 1, "temperature": 0.2, "min_layer_ratio": 0.1}),
-    "protected": ("d2o", {"keep_ratio": 0.6, "protected_layers": (0, -1)}),
-    "strided": ("d2o", {"score_queries": "strided", "score_query_stride": 4, "score_near_distance": 3}),
+    "tokens": ("paper_minmax", {"keep_tokens": 21}),
+    "uneven": ("paper_minmax", {"dispersion_sign": 1, "temperature": 0.2, "min_layer_ratio": 0.1}),
+    "protected": ("paper_minmax", {"keep_ratio": 0.6, "protected_layers": (0, -1)}),
+    "own": ("paper_minmax", {"self_weight": 9.0, "eviction_interval": 4}),
+    "strided": ("paper_minmax", {"score_queries": "strided", "score_query_stride": 4, "score_near_distance": 3}),
     "strided_mass": (
         "mass",
         {"selection": "mixed", "score_queries": "strided", "score_query_stride": 7, "score_near_distance": 16},
@@ -34,7 +36,7 @@ CASES = {
         "h2o",
         {"score_queries": "strided", "score_query_stride": 40, "score_near_distance": 0, "rate_window": 5},
     ),
-    "mean": ("d2o", {"threshold_agg": "mean", "ema_beta": 0.3, "eviction_interval": 1, "heavy_fraction": 0.5}),
+    "mean": ("paper_minmax", {"threshold_agg": "mean", "ema_beta": 0.3, "eviction_interval": 1, "heavy_fraction": 0.5}),
 }
 
 
@@ -62,7 +64,7 @@ def assert_equal_slots(cache: D2OCache, snapshot, row: int = 0) -> None:
 
 
 FAMILIES = [("llama", 93, 38), ("qwen3", 110, 36), ("llama_mha", 57, 40)]
-EVERYWHERE = ("d2o", "paper", "released", "mass", "strided")
+EVERYWHERE = ("d2o", "paper_minmax", "paper", "released", "mass", "strided")
 RUNS = [
     pytest.param(*family, case, id=f"{case}-{family[0]}")
     for number, case in enumerate(CASES)
@@ -106,7 +108,8 @@ def test_equals_the_oracle_after_prefill_and_decode(family, length, steps, case)
 
 
 @pytest.mark.parametrize(
-    "case", ["d2o", "mass", "snapkv", "tokens", "mixed", "strided", "strided_mass", "strided_only"]
+    "case",
+    ["d2o", "paper_minmax", "mass", "snapkv", "tokens", "mixed", "strided", "strided_mass", "strided_only"],
 )
 def test_equals_the_oracle_over_a_chunked_prompt_and_a_later_turn(case):
     model = use_float64_norms(tiny_model("llama", seed=3))

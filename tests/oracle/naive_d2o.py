@@ -4,7 +4,7 @@ Written from the specification alone, for one sequence of one request, with clar
 objects, loops run over heads and slots, attention is dense. Section numbers in comments are those of the specification.
 Where the specification leaves room, the reading taken is marked `READING`.
 
-    result = run_oracle(model, input_ids, OracleConfig.preset("d2o", keep_ratio=0.3), num_new_tokens=20)
+    result = run_oracle(model, input_ids, OracleConfig.preset("mass", keep_ratio=0.3), num_new_tokens=20)
 
 Hugging Face's RMSNorm computes in float32 even in a float64 model. The oracle calls the model's own modules as they
 are; `use_float64_norms(model)` makes both sides exact where a test wants differences below 1e-7.
@@ -36,7 +36,7 @@ def floor(x: float) -> int:
 
 @dataclass
 class OracleConfig:
-    """Every knob of the specification under its own name; the defaults are the `d2o` preset."""
+    """Every knob of the specification under its own name; the defaults are the `paper_minmax` preset."""
 
     keep_ratio: float | None = None
     keep_tokens: int | None = None
@@ -63,6 +63,7 @@ class OracleConfig:
     score_query_stride: int = 8
     score_near_distance: int = 64
     max_log_mass: float = 3.0
+    self_weight: float = math.e
     ema_beta: float = 0.7
     threshold_agg: str = "max"  # max | mean
     eviction_interval: int | None = 16  # None: never evict while decoding
@@ -104,9 +105,9 @@ def _choice(name: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {choices}, not {value!r}")
 
 
-# Section 6. The `d2o` preset is the defaults.
+# Section 6. The `paper_minmax` preset is the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
-    "d2o": {},
+    "paper_minmax": {},
     "paper": {"dispersion": "raw", "eviction_interval": 1},
     "released": {
         "dispersion": "heads_minmax",
@@ -606,10 +607,11 @@ class OracleCache:
             return
         # "k_j <- (e*k_j + sum exp(u_i) k_i) / (e + sum exp(u_i)), the same for v_j ... Position and score of j stay".
         weights = [math.exp(u) for u in similarity]
-        total = math.e + sum(weights)
-        target.value = (math.e * target.value + sum(w * s.value for w, s in zip(weights, sources, strict=True))) / total
+        own = config.self_weight
+        total = own + sum(weights)
+        target.value = (own * target.value + sum(w * s.value for w, s in zip(weights, sources, strict=True))) / total
         if config.merge == "keys_values":
-            target.key = (math.e * target.key + sum(w * s.key for w, s in zip(weights, sources, strict=True))) / total
+            target.key = (own * target.key + sum(w * s.key for w, s in zip(weights, sources, strict=True))) / total
 
     # -- looking at it ------------------------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ def test_chunks_change_nothing(model, name):
 
 
 def test_column_sums_sum_to_the_prompt(model):
-    result = run_oracle(model, prompt(50), preset("d2o"), 1, chunks=[20, 30])
+    result = run_oracle(model, prompt(50), preset("paper_minmax"), 1, chunks=[20, 30])
     for sums in result.column_sums:
         assert sums.shape == (4, 50)
         assert torch.allclose(sums.sum(dim=1), torch.full((4,), 50.0, dtype=torch.float64))
@@ -250,12 +250,12 @@ def test_streaming_is_sinks_and_recent(model):
 
 
 def test_a_later_turn_gets_new_budgets(model):
-    first = run_oracle(model, prompt(60), preset("d2o"), 5)
-    second = run_oracle(model, prompt(40, seed=3), preset("d2o"), 5, chunks=[25, 15], session=first.session)
+    first = run_oracle(model, prompt(60), preset("paper_minmax"), 5)
+    second = run_oracle(model, prompt(40, seed=3), preset("paper_minmax"), 5, chunks=[25, 15], session=first.session)
     assert sum(sum(b) for b in second.budgets) == math.floor(0.4 * 4 * 104 + 1e-9)  # 60 + 4 decoded + 40
     assert second.ratios == first.ratios
-    fixed = run_oracle(model, prompt(60), preset("d2o", keep_tokens=24), 5)
-    again = run_oracle(model, prompt(40, seed=3), preset("d2o"), 5, session=fixed.session)
+    fixed = run_oracle(model, prompt(60), preset("paper_minmax", keep_tokens=24), 5)
+    again = run_oracle(model, prompt(40, seed=3), preset("paper_minmax"), 5, session=fixed.session)
     assert again.budgets == fixed.budgets and sum(sum(b) for b in fixed.budgets) == 96
 
 

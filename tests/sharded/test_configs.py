@@ -15,6 +15,7 @@ GATHERS = D2OConfig(keep_ratio=0.9, selection="mixed", allocation="uniform", mer
 SIZE = {"keep_ratio": 0.4, "min_layer_tokens": 8}
 CONFIGS = [
     D2OConfig.preset("d2o", **SIZE),
+    D2OConfig.preset("paper_minmax", **SIZE),
     D2OConfig.preset("mass", **SIZE),
     D2OConfig.preset("snapkv", **SIZE, rate_window=16),
     D2OConfig.preset("streaming", **SIZE),
@@ -73,12 +74,12 @@ def test_refusals():
         cache.with_config(CONFIGS[0])
     with pytest.raises(ValueError, match=r"rate_window \(64\) must be at most the 32 of the prefill"):
         cache.with_config(D2OConfig.preset("snapkv", **SIZE, rate_window=64))
-    strided = D2OConfig.preset("d2o", **SIZE, score_queries="strided")
+    strided = D2OConfig.preset("paper_minmax", **SIZE, score_queries="strided")
     other = D2OCache(model.config, strided)
     model(ids, past_key_values=other)
     with pytest.raises(ValueError, match=r"from all queries, and .* from one query in 8 \(all within 64 tokens\)"):
-        other.with_config(CONFIGS[0])
-    other.with_config(CONFIGS[2])  # reads no column sums
+        other.with_config(D2OConfig.preset("paper_minmax", **SIZE))
+    other.with_config(D2OConfig.preset("snapkv", **SIZE))  # reads no column sums
     other.with_config(strided.replace(keep_ratio=0.2))
     cache.finalize()
     with pytest.raises(ValueError, match="phase decode and has seen 30 tokens"):

@@ -70,8 +70,9 @@ def test_copied_heads_and_token_shards(layout):
         ("h2o", {}),
         ("streaming", {}),
         ("full", {}),
-        ("d2o", {"selection": "mixed", "merge": "values", "threshold_agg": "mean"}),
-        ("d2o", {"keep_ratio": None, "keep_tokens": 30, "eviction_interval": None}),
+        ("paper_minmax", {}),
+        ("paper_minmax", {"selection": "mixed", "merge": "values", "threshold_agg": "mean"}),
+        ("paper_minmax", {"keep_ratio": None, "keep_tokens": 30, "eviction_interval": None}),
     ],
     ids=str,
 )
@@ -81,7 +82,7 @@ def test_rules(preset, d2o, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("preset", ["d2o", "mass", "released"])
+@pytest.mark.parametrize("preset", ["d2o", "paper_minmax", "released"])
 def test_later_turns_and_rows_that_end(preset, layout):
     """A second turn over what is held; one row ends, is fed padding, and leaves."""
     extra = {"protected_layers": (0,)} if preset == "released" else {}
@@ -108,7 +109,7 @@ def test_prompts_in_chunks(layout):
 def test_sampled_queries(stride, near, extra, layout):
     """Column sums from the same queries wherever they are: ragged rows, chunks, a second turn."""
     d2o = {"score_queries": "strided", "score_query_stride": stride, "score_near_distance": near}
-    extra = {**extra, "d2o": d2o | extra.get("d2o", {})}
+    extra = {"preset": "paper_minmax", **extra, "d2o": d2o | extra.get("d2o", {})}
     one = Play(lengths=(61, 97), turn=(33, 40), steps=20, **extra)
     sp = 3 if layout in ("allgather", "ring") and near == 30 else 2
     check(one, ParallelConfig(sp=sp, **LAYOUTS[layout]))
@@ -116,7 +117,8 @@ def test_sampled_queries(stride, near, extra, layout):
 
 def test_sampled_queries_of_copied_heads():
     d2o = {"score_queries": "strided", "score_query_stride": 6, "score_near_distance": 4}
-    one = Play(lengths=(61, 40), model={"num_key_value_heads": 1}, turn=(30, 19), steps=20, d2o=d2o)
+    model = {"num_key_value_heads": 1}
+    one = Play(preset="paper_minmax", lengths=(61, 40), model=model, turn=(30, 19), steps=20, d2o=d2o)
     check(one, ParallelConfig(tp=2, sp=2, tp_engine="transformers", check_replicas=True, sp_prefill="ring"))
 
 

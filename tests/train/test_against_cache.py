@@ -14,6 +14,7 @@ from tests.train.helpers import cut, tiny_objective
 CONTEXT, LENGTH = 70, 90
 CASES = {
     "d2o": {},
+    "paper_minmax": {},
     "paper": {},
     "released": {"protected_layers": (0, -1)},
     "mass": {"tail_fraction": 0.3},
@@ -28,7 +29,7 @@ CASES = {
 
 def config_of(preset: str) -> D2OConfig:
     size = {} if preset == "full" else {"keep_ratio": 0.3, "min_layer_tokens": 8}
-    return D2OConfig.preset("d2o" if preset == "strided" else preset, **size, **CASES[preset])
+    return D2OConfig.preset("paper_minmax" if preset == "strided" else preset, **size, **CASES[preset])
 
 
 def cached_logits(family: str, d2o: D2OConfig, ids: torch.Tensor) -> tuple[torch.Tensor, D2OCache]:
@@ -43,8 +44,8 @@ def cached_logits(family: str, d2o: D2OConfig, ids: torch.Tensor) -> tuple[torch
 
 @pytest.mark.parametrize(
     ("preset", "family"),
-    [*((preset, "llama") for preset in CASES), ("mass", "gemma3"), ("d2o", "gemma3"), ("d2o", "mistral_sliding"),
-     ("mass", "qwen3"), ("d2o", "qwen2"), ("d2o", "phi3")],
+    [*((preset, "llama") for preset in CASES), ("mass", "gemma3"), ("paper_minmax", "gemma3"),
+     ("paper_minmax", "mistral_sliding"), ("mass", "qwen3"), ("d2o", "qwen2"), ("paper_minmax", "phi3")],
 )  # fmt: skip
 def test_logits_and_budgets_are_those_of_the_cache(preset, family):
     d2o, ids = config_of(preset), tokens(2, LENGTH)

@@ -14,8 +14,8 @@ from d2o_dist.train.passes import PromptLayer
 from tests.train.helpers import parts, tiny_objective
 
 CONFIGS = {
-    "keys_values": D2OConfig.preset("d2o", keep_ratio=0.3, min_layer_tokens=8),
-    "values": D2OConfig.preset("d2o", keep_ratio=0.3, min_layer_tokens=8, merge="values"),
+    "keys_values": D2OConfig.preset("paper_minmax", keep_ratio=0.3, min_layer_tokens=8),
+    "values": D2OConfig.preset("paper_minmax", keep_ratio=0.3, min_layer_tokens=8, merge="values"),
     "none": D2OConfig.preset("h2o", keep_ratio=0.3, min_layer_tokens=8),
     "mass": D2OConfig.preset("mass", keep_ratio=0.3, min_layer_tokens=8, tail_fraction=0.4),
     "mass_kept": D2OConfig.preset("mass", keep_ratio=0.3, min_layer_tokens=8, merge_targets="kept"),

@@ -17,7 +17,7 @@ from tests.train.helpers import cut, parts, tiny_objective
 HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
 DOCUMENTS = [[9, 1, 38], [20, 28]]
 PRESETS = {
-    "d2o": {},
+    "paper_minmax": {},
     "mass": {"tail_fraction": 0.3},
     "released": {"protected_layers": (0,)},
 }

@@ -1,0 +1,64 @@
+"""What each named preset is, in full: a better default must change no other one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from d2o_dist.config.d2o import PRESETS, D2OConfig
+
+# Fields in which presets differ, in this order; all others are the same everywhere.
+FIELDS = (
+    "allocation", "dispersion", "dispersion_sign", "temperature", "exact_total", "protected_layers", "heavy_fraction",
+    "selection", "selection_pool", "selection_pool_side", "merge", "merge_targets", "gate", "ema_beta",
+    "threshold_agg", "eviction_interval",
+)  # fmt: skip
+PAPER = ("dynamic", "layers_minmax", -1, 1.0, True, (), 0.75, "cumulative", 7, "both", "keys_values", "kept",
+         "threshold", 0.7, "max", 16)  # fmt: skip
+MASS = ("dynamic", "log_zscore", 1, 3.3, True, (), 0.8, "window", 7, "both", "mass", "tail", "quantile", 0.7, "max", 16)
+
+
+def but(base: tuple, **changes) -> tuple:
+    return tuple((dict(zip(FIELDS, base, strict=True)) | changes)[name] for name in FIELDS)
+
+
+BASELINE = but(PAPER, allocation="uniform", merge="none")
+SPAN = but(MASS, selection_pool=15, selection_pool_side="after")
+EXPECTED = {
+    "d2o": SPAN,
+    "span": SPAN,
+    "lean": but(SPAN, allocation="uniform"),
+    "mass": MASS,
+    "paper_minmax": PAPER,
+    "paper": but(PAPER, dispersion="raw", eviction_interval=1),
+    "released": but(
+        PAPER, dispersion="heads_minmax", exact_total=False, protected_layers=(0, 1, -1), heavy_fraction=0.5,
+        ema_beta=0.5, threshold_agg="mean", eviction_interval=1, merge="released",
+    ),
+    "full": but(BASELINE, eviction_interval=None),
+    "streaming": but(BASELINE, selection="recent"),
+    "h2o": but(BASELINE, heavy_fraction=0.5),
+    "snapkv": but(BASELINE, selection="window"),
+    "pyramidkv": but(BASELINE, allocation="pyramid", selection="window"),
+}  # fmt: skip
+COMMON = dict(
+    keep_tokens=None, pyramid_beta=20.0, min_layer_ratio=0.01, min_layer_tokens=32, num_sink_tokens=4, rate_window=32,
+    tail_fraction=0.1, drop_quantile=0.25, self_weight=math.e, max_log_mass=3.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_what_it_is(name):
+    config = D2OConfig.preset(name)
+    assert tuple(getattr(config, field) for field in FIELDS) == EXPECTED[name]
+    assert {field: getattr(config, field) for field in COMMON} == COMMON
+    assert config.keep_ratio == (1.0 if name == "full" else 0.2)
+
+
+def test_the_default_is_d2o():
+    assert D2OConfig() == D2OConfig.preset("d2o")
+
+
+def test_lean_needs_no_statistics_of_the_whole_prompt():
+    assert not D2OConfig.preset("lean").needs_column_sums and D2OConfig.preset("d2o").needs_column_sums
