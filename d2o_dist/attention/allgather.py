@@ -12,16 +12,18 @@ from torch import Tensor
 from d2o_dist.attention.prefill import chunk_attention
 from d2o_dist.attention.shard import ShardView
 from d2o_dist.comm.collectives import Collectives, Pending
+from d2o_dist.config.d2o import QuerySample
 from d2o_dist.core.types import stats_dtype
 
 
 def allgather_attention(
-    sp: Collectives, q: Tensor, view: ShardView, scale: float, *, with_sums: bool
+    sp: Collectives, q: Tensor, view: ShardView, scale: float, *, with_sums: bool, sample: QuerySample | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output and lse of this rank's queries, column sums of this rank's slots over the queries of all ranks.
 
     Args:
         q: [b, Hq, n, D], the queries of `view.segments`; n may be 0. Every rank of sp must call.
+        sample: which queries the column sums are taken from; None: all.
 
     Returns:
         [b, Hq, n, D] in the dtype of q, [b, Hq, n] and [b, Hq, W] (or None) in the statistics' dtype.
@@ -52,8 +54,9 @@ def allgather_attention(
             if bias is not None:
                 log_mass = torch.cat([bias[:, head : head + 1], bias.new_zeros(batch, 1, stop)], 2)
             result = chunk_attention(
-                part, keys[:, :, :seen], values[:, :, :seen], scale, with_sums=with_sums, log_mass=log_mass
-            )
+                part, keys[:, :, :seen], values[:, :, :seen], scale,
+                with_sums=with_sums, sample=sample, num_old=before, log_mass=log_mass,
+            )  # fmt: skip
             out[:, of_head, here], lse[:, of_head, here] = result[0], result[1]
             if sums is not None:
                 sums[:, of_head, :seen] += result[2]

@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2o_dist.attention.prefill import biased_attention, chunk_attention
+from d2o_dist.attention.prefill import chunk_attention
+from d2o_dist.attention.sampled import sampled_column_sums
 from d2o_dist.attention.shard import ShardView
 from d2o_dist.comm.collectives import Collectives
+from d2o_dist.config.d2o import QuerySample
 from d2o_dist.core.types import stats_dtype
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.lse import merge_partials
@@ -20,12 +22,13 @@ from d2o_dist.kernels.prefill_attention import cross_attention
 
 
 def ring_attention(
-    sp: Collectives, q: Tensor, view: ShardView, scale: float, *, with_sums: bool
+    sp: Collectives, q: Tensor, view: ShardView, scale: float, *, with_sums: bool, sample: QuerySample | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output and lse of this rank's queries, column sums of this rank's slots over the queries of all ranks.
 
     Args:
         q: [b, Hq, n, D], the queries of `view.segments`; n may be 0. Every rank of sp must call.
+        sample: which queries the column sums are taken from; None: all.
 
     Returns:
         [b, Hq, n, D] in the dtype of q, [b, Hq, n] and [b, Hq, W] (or None) in the statistics' dtype.
@@ -53,7 +56,7 @@ def ring_attention(
     if not with_sums:
         return out, lse, None
     sums = q.new_zeros(*q.shape[:2], view.width, dtype=dtype)
-    return out, lse, _second_trip(sp, queries, [lse for _, lse in merged], view, biases, sums, scale)
+    return out, lse, _second_trip(sp, queries, [lse for _, lse in merged], view, biases, sums, scale, sample)
 
 
 def _visible(view: ShardView, source: int, start: int, stop: int) -> int:
@@ -75,10 +78,8 @@ def _attend(
         bias = _widened(bias, k.shape[2])
     if is_own:
         out, lse, _ = chunk_attention(q, k, v, scale, with_sums=False, log_mass=bias)
-    elif bias is not None:
-        out, lse = biased_attention(q, k, v, bias, scale)
     else:
-        out, lse = cross_attention(q, k, v, scale)
+        out, lse = cross_attention(q, k, v, scale, bias=bias)
     return out.to(lse.dtype), lse
 
 
@@ -95,6 +96,7 @@ def _second_trip(
     biases: Tensor | None,
     sums: Tensor,
     scale: float,
+    sample: QuerySample | None,
 ) -> Tensor:
     """[b, Hq, W]: the sums of this rank's slots, 0 at first, after they have been with every rank."""
     keys = view.keys
@@ -106,13 +108,18 @@ def _second_trip(
             seen = _visible(view, source, start, stop)
             if not seen:
                 continue
-            wide = None
-            if bias is not None:
-                wide = _widened(bias, seen)
             is_own = source == sp.rank
-            sums[:, :, :seen] += column_sums(
-                part, keys[:, :, :seen], lse, scale, q_start=seen - part.shape[2], bias=wide, causal=is_own
-            )
+            if sample is None:
+                wide = None if bias is None else _widened(bias, seen)
+                sums[:, :, :seen] += column_sums(
+                    part, keys[:, :, :seen], lse, scale, q_start=seen - part.shape[2], bias=wide, causal=is_own
+                )
+                continue
+            tokens = view.tokens[source]
+            sums[:, :, :seen] += sampled_column_sums(
+                part, keys[:, :, :seen], lse, scale, sample,
+                start=start, num_old=view.past, tokens=tokens[tokens < start], with_own=is_own, bias=bias,
+            )  # fmt: skip
         sums = sp.ring_shift([sums]).wait()[0]
         if pending is not None:
             keys = pending.wait()[0]

@@ -28,7 +28,7 @@ def cuda_group(shape: Shape) -> Group:
         merges = D2OConfig.preset(preset).merge != "none"
         needs = eviction_work(shape.heads[1], shape.head_dim, shape.num_kept, interval, shape.dtype.itemsize, merges)
         work |= {f"eviction, {preset}": needs, f"eviction, {preset}, CUDA C++": needs}
-    layers = [_layer("mass", shape, shape.length) for _ in range(shape.copies)]
+    layers = [_layer("d2o", shape, shape.length) for _ in range(shape.copies)]
     width = layers[0].layer.store.capacity
     logits = torch.randn(1, shape.heads[0], width, device=shape.device)
     newest = torch.full((1,), width - 1, device=shape.device)
@@ -53,7 +53,7 @@ def cuda_gate(shape: Shape) -> Result:
         for name in _NAMES:
             got, want = (getattr(layer.layer.store.slots, name) for layer in (two, one))
             result.near(f"{preset} {name}", got, want, out_limit(shape.dtype))
-    one, two = (_layer("mass", shape, GATE_LENGTH) for _ in range(2))
+    one, two = (_layer("d2o", shape, GATE_LENGTH) for _ in range(2))
     width = one.layer.store.capacity
     logits, newest = torch.randn(1, shape.heads[0], width, device=shape.device), torch.tensor([3], device=shape.device)
     keys = shape.normal(1, shape.heads[1], shape.head_dim)

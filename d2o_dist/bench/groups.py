@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2o_dist.attention.prefill import chunk_attention
+from d2o_dist.attention.sampled import naive_prompt_column_sums, prompt_column_sums
 from d2o_dist.bench.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Result
 from d2o_dist.bench.layer import DecodeLayer, finalize_layer, random_slots
 from d2o_dist.bench.roofline import Work, decode_work, merge_work, nearest_work, prefill_work
@@ -22,7 +24,8 @@ from d2o_dist.kernels.scored_prefill import naive_scored_prefill_attention, scor
 from d2o_dist.kernels.update_scores import update_scores
 
 GATE_LENGTH = 300
-STRIDE = 8
+SAMPLE = D2OConfig(score_queries="strided").query_sample
+STRIDED = f"with sums strided by {SAMPLE.stride}"
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,7 @@ def prefill_group(shape: Shape) -> Group:
             ),
             "with lse": lambda: prefill_attention(q, k, v, shape.scale),
             "with column sums": lambda: scored_prefill_attention(q, k, v, shape.scale),
-            f"with sums strided by {STRIDE}": lambda: scored_prefill_attention(
-                q, k, v, shape.scale, query_stride=STRIDE
-            ),
+            STRIDED: lambda: chunk_attention(q, k, v, shape.scale, with_sums=True, sample=SAMPLE),
             "column sums alone": lambda: column_sums(q, k, lse, shape.scale),
         },
         "SDPA",
@@ -95,7 +96,7 @@ def prefill_group(shape: Shape) -> Group:
             "with lse": prefill_work(*case),
             "column sums alone": prefill_work(*case, matmuls=1),
         },
-        targets=[("with column sums", "SDPA", 1.6), (f"with sums strided by {STRIDE}", "SDPA", 1.15)],
+        targets=[("with column sums", "SDPA", 1.6), (STRIDED, "SDPA", 1.15)],
     )
 
 
@@ -104,12 +105,14 @@ def prefill_gate(shape: Shape) -> Result:
     q, k, v = shape.inputs(GATE_LENGTH)
     wide = [x.cpu().double() for x in (q, k, v)]
     result = Result()
-    for stride in (1, STRIDE):
-        found = scored_prefill_attention(q, k, v, shape.scale, query_stride=stride)
-        want = naive_scored_prefill_attention(*wide, shape.scale, query_stride=stride)
-        limits = (out_limit(shape.dtype), lse_limit(shape), lse_limit(shape) * 4)
-        for name, got, expected, limit in zip(("out", "lse", "sums"), found, want, limits, strict=True):
-            result.near(f"{name} stride {stride}", got, expected, limit)
+    found = scored_prefill_attention(q, k, v, shape.scale)
+    want = naive_scored_prefill_attention(*wide, shape.scale)
+    sampled = prompt_column_sums(q, k, prefill_attention(q, k, v, shape.scale)[1], shape.scale, SAMPLE)
+    want_sampled = naive_prompt_column_sums(*wide[:2], want[1], shape.scale, SAMPLE)
+    limits = (out_limit(shape.dtype), lse_limit(shape), *(lse_limit(shape) * 4,) * 2)
+    names = ("out", "lse", "sums", "strided sums")
+    for name, got, expected, limit in zip(names, (*found, sampled), (*want, want_sampled), limits, strict=True):
+        result.near(name, got, expected, limit)
     return result
 
 
@@ -126,7 +129,7 @@ def lse_limit(shape: Shape) -> float:
 def decode_group(shape: Shape) -> Group:
     """One new token: over the full cache, over the kept slots, with all that D2O does besides, evictions included."""
     grouped, interval = shape.heads[0] != shape.heads[1], D2OConfig().eviction_interval
-    full, kept, layers = [], [], {"d2o": [], "mass": []}
+    full, kept, layers = [], [], {"d2o": [], "paper_minmax": []}
     for _ in range(shape.copies):
         q, k, v = shape.inputs(shape.length)
         q = q[:, :, :1].contiguous()
@@ -238,7 +241,7 @@ def evict_group(shape: Shape) -> Group:
         "nearest kept": lambda: nearest_kept(evicted, kept),
         "merge into": lambda: merge_into((kept, kept), (evicted, evicted), weight, target, merged, 2.718281828),
     }
-    for preset in ("d2o", "mass"):
+    for preset in ("d2o", "paper_minmax"):
         config = D2OConfig.preset(preset, keep_ratio=shape.keep_ratio)
         cases[f"whole eviction, {preset}"] = lambda config=config: finalize_layer(slots, config)
     return Group(
@@ -250,7 +253,9 @@ def evict_group(shape: Shape) -> Group:
             "nearest kept": nearest_work(shape.heads[1], shape.head_dim, *sizes),
             "merge into": merge_work(shape.heads[1], shape.head_dim, int(merged.sum()) // shape.heads[1], *sizes[1:]),
         },
-        targets=[(f"whole eviction, {preset}", "attention with column sums", 1.0) for preset in ("d2o", "mass")],
+        targets=[
+            (f"whole eviction, {preset}", "attention with column sums", 1.0) for preset in ("d2o", "paper_minmax")
+        ],
     )
 
 

@@ -12,7 +12,7 @@ from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.evict import run_evictions
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.compress import compress_layer, eviction_steps
+from d2o_dist.core.compress import eviction_steps
 from d2o_dist.core.types import D2OState, LayerBudget, Slots, stats_dtype
 from d2o_dist.kernels.nearest_kept import nearest_kept
 
@@ -98,4 +98,8 @@ class DecodeLayer:
 def finalize_layer(slots: Slots, config: D2OConfig) -> Slots:
     """Select, find the nearest, merge: what the end of a prompt costs a layer after its attention."""
     num_kept = int(config.keep_ratio * slots.positions.shape[-1])
-    return compress_layer(slots, budget_of(num_kept, config), D2OState(), config, nearest=nearest_kept)[0]
+    steps = eviction_steps(
+        slots, budget_of(num_kept, config), D2OState(), config, nearest=nearest_kept, merge=merge_evicted
+    )
+    ((kept, _),) = run_evictions([steps], lambda reports: reports)  # all heads are here
+    return kept

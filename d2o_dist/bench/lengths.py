@@ -2,8 +2,10 @@
 
     python -m d2o_dist.bench.lengths --lengths 4096,8192,16384 --heads 8/2 --head-dim 128 --out docs/benchmarks
 
-One layer, one row. At the end of a prompt: attention (SDPA), what column sums add to it, the eviction. For each decoded
-token: attention over the full cache, over the kept slots, and the whole step with its share of evictions.
+One layer, one row. At the end of a prompt: attention (SDPA), what column sums add to it (exact, and from every eighth
+query), the eviction. For each decoded token: attention over the full cache, over the kept slots, and the whole step
+with its share of evictions. Attention of a prompt takes time that grows with the square of its length: --prefill-to
+says up to where it is measured; nothing is extrapolated.
 """
 
 import argparse
@@ -12,29 +14,44 @@ from pathlib import Path
 
 import torch
 
-from d2o_dist.bench.groups import Shape, decode_group, evict_group, prefill_group
+from d2o_dist.bench.groups import STRIDED, Shape, decode_group, evict_group, prefill_group
 from d2o_dist.bench.layers import DTYPES, check_gate
 from d2o_dist.bench.timing import CLOCKS, interleaved_medians, machine, markdown_table, write_report
 
 PROMPT = ("attention", "column sums", "eviction")
+SAMPLED = "column sums, every 8th query"
 STEP = ("attention over the full cache", "attention over the kept slots", "whole step")
 
 
-def measure(shape: Shape, reps: int, clock: str) -> dict[str, float]:
-    """Milliseconds of each part at one length."""
-    prefill, evict, decode = prefill_group(shape), evict_group(shape), decode_group(shape)
+def measure(shape: Shape, reps: int, clock: str, *, with_prefill: bool) -> dict[str, float]:
+    """Milliseconds of each part at one length; without `with_prefill` not those of the prompt's attention."""
+    evict, decode = evict_group(shape), decode_group(shape)
     cases = {
-        "attention": prefill.cases["SDPA"],
-        "scored": prefill.cases["with column sums"],
         "eviction": evict.cases["whole eviction, d2o"],
         STEP[0]: decode.cases["SDPA, full cache"],
         STEP[1]: decode.cases["attention"],
         STEP[2]: decode.cases["whole step, d2o"],
     }
+    if with_prefill:
+        prefill = prefill_group(shape).cases
+        scored = {"column sums": prefill["with column sums"], SAMPLED: prefill[STRIDED]}
+        cases = {"attention": prefill["SDPA"], **scored, **cases}
     seconds = interleaved_medians(cases, reps, clock)
     seconds[STEP[2]] /= decode.calls["whole step, d2o"]
-    seconds["column sums"] = max(0.0, seconds.pop("scored") - seconds["attention"])
-    return {name: 1e3 * seconds[name] for name in (*PROMPT, *STEP)}
+    for name in ("column sums", SAMPLED) if with_prefill else ():
+        seconds[name] = max(0.0, seconds[name] - seconds["attention"])
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
+def table_row(length: int, part: dict[str, float]) -> dict[str, object]:
+    """Milliseconds and shares, "not measured" where they were not."""
+    row: dict[str, object] = {"T": length}
+    for name in (*PROMPT[:2], SAMPLED, PROMPT[2], *STEP):
+        row[f"{name}, ms"] = f"{part[name]:.2f}" if name in part else "not measured"
+    whole = sum(part[name] for name in PROMPT) if PROMPT[0] in part else None
+    for name in PROMPT:
+        row[f"{name} of prompt"] = "not measured" if whole is None else f"{part[name] / whole:.0%}"
+    return row | {"step of full attention": f"{part[STEP[2]] / part[STEP[0]]:.2f}x"}
 
 
 def plot(path: Path, lengths: list[int], parts: list[dict[str, float]], title: str) -> None:
@@ -45,9 +62,11 @@ def plot(path: Path, lengths: list[int], parts: list[dict[str, float]], title: s
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    for axis, names, what in zip(axes, (PROMPT, STEP), ("end of the prompt", "one decoded token"), strict=True):
+    groups = ((*PROMPT[:2], SAMPLED, PROMPT[2]), STEP)
+    for axis, names, what in zip(axes, groups, ("end of the prompt", "one decoded token"), strict=True):
         for name in names:
-            axis.plot(lengths, [part[name] for part in parts], marker="o", label=name)
+            measured = [(length, part[name]) for length, part in zip(lengths, parts, strict=True) if name in part]
+            axis.plot(*zip(*measured, strict=True), marker="o", label=name)
         axis.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="ms", title=what)
         axis.set_xticks(lengths, [f"{length // 1024}K" if length >= 1024 else str(length) for length in lengths])
         axis.legend()
@@ -60,6 +79,7 @@ def plot(path: Path, lengths: list[int], parts: list[dict[str, float]], title: s
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="4096,8192,16384,32768", help="prompt tokens, comma separated")
+    parser.add_argument("--prefill-to", type=int, help="prompt tokens up to which its attention is measured; all")
     parser.add_argument("--heads", default="8/2", help="query heads / KV heads")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -82,14 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for build in (prefill_group, evict_group, decode_group):
                 group = build(shape)
                 facts[f"errors of {group.name}"] = check_gate(group)
-        parts.append(measure(shape, args.reps, args.clock))
-    rows = [
-        {"T": length}
-        | {f"{name}, ms": f"{part[name]:.2f}" for name in (*PROMPT, *STEP)}
-        | {f"{name} of prompt": f"{part[name] / sum(part[x] for x in PROMPT):.0%}" for name in PROMPT}
-        | {"step of full attention": f"{part[STEP[2]] / part[STEP[0]]:.2f}x"}
-        for length, part in zip(lengths, parts, strict=True)
-    ]
+        with_prefill = args.prefill_to is None or length <= args.prefill_to
+        parts.append(measure(shape, args.reps, args.clock, with_prefill=with_prefill))
+        print(length, {name: round(value, 2) for name, value in parts[-1].items()}, flush=True)
+    rows = [table_row(length, part) for length, part in zip(lengths, parts, strict=True)]
     facts["load_1m at the end"] = machine()["load_1m"]
     print(*(f"{key}: {value}" for key, value in facts.items()), "", markdown_table(rows), sep="\n")
     if args.out:

@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="only so many of its layers")
     parser.add_argument("--length", type=int, default=32768, help="prompt tokens of each row")
     parser.add_argument("--batches", default="1", help="rows, comma separated; one that does not fit is reported so")
-    parser.add_argument("--presets", default="sdpa,full,d2o,mass", help="sdpa is transformers' own cache")
+    parser.add_argument("--presets", default="sdpa,full,d2o,lean", help="sdpa is transformers' own cache")
     parser.add_argument("--keep-ratio", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=64, help="decoded tokens a row")
     parser.add_argument(

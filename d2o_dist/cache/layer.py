@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from d2o_dist.attention.prefill import chunk_attention, prompt_rates
+from d2o_dist.attention.sampled import rest_sums
 from d2o_dist.cache.query_window import QueryWindow
 from d2o_dist.cache.rows import Rows, is_uniform
 from d2o_dist.cache.step import LayerStep
@@ -36,6 +37,8 @@ class FullLayer:
         self.store = SlotStore(batch)
         self.slot_budgets: list[int] | None = None
         self.state = D2OState()
+        # Slots of each row when the running prefill began; None between prefills.
+        self._num_old: list[int] | None = None
         self._window: QueryWindow | None = None
         # Per query head, [B, Hq, S]: only the first prefill needs them, for its dispersions.
         self._column_sums: Tensor | None = None
@@ -51,34 +54,38 @@ class FullLayer:
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
         start = list(self.store.kv_len)
+        if self._num_old is None:
+            self._num_old = start
+        old = self._num_old
         self.store.append(k, v, rows, num_seen)
         self._grow_column_sums(q)
-        if rows.index is None and is_uniform(start):
-            return self._prefill_rows(slice(None), q, start[0], scale)
+        if rows.index is None and is_uniform(start) and is_uniform(old):
+            return self._prefill_rows(slice(None), q, start[0], old[0], scale)
         out = torch.zeros_like(q)
         for row in range(rows.batch):
             if rows.counts[row]:
-                part = self._prefill_rows(slice(row, row + 1), rows.pick(q, row), start[row], scale)
+                part = self._prefill_rows(slice(row, row + 1), rows.pick(q, row), start[row], old[row], scale)
                 rows.put(out, row, part)
         return out
 
-    def _prefill_rows(self, group: slice, q: Tensor, start: int, scale: float) -> Tensor:
+    def _prefill_rows(self, group: slice, q: Tensor, start: int, num_old: int, scale: float) -> Tensor:
         """Rows of equal length: attend, add up the column sums, remember the last queries."""
         config, slots = self.config, self.store.slots
         here = slice(0, start + q.shape[2])
         keys, values = slots.keys[group, :, here], slots.values[group, :, here]
         log_mass = slots.log_mass[group, :, here] if config.merge == "mass" and not self._first_prefill else None
         out, lse, sums = chunk_attention(
-            q, keys, values, scale, with_sums=config.needs_column_sums, log_mass=log_mass
-        )
+            q, keys, values, scale,
+            with_sums=config.needs_column_sums, sample=config.query_sample, num_old=num_old, log_mass=log_mass,
+        )  # fmt: skip
         if sums is not None:
             slots.scores[group, :, here] += self.ranks.sum_replicas(group_sum(sums, keys.shape[1]))
             if self._column_sums is not None:
                 self._column_sums[group, :, here] += sums
-        if config.needs_rates:
+        if config.num_last_queries:
             batch = len(self.store.kv_len)
             if self._window is None:
-                self._window = QueryWindow(batch, config.rate_window, q, lse, scale)
+                self._window = QueryWindow(batch, config.num_last_queries, q, lse, scale)
             self._window.add(range(*group.indices(batch)), q, lse, [torch.arange(start, here.stop)] * q.shape[0])
         return out
 
@@ -127,21 +134,34 @@ class FullLayer:
         assert self._column_sums is not None
         return squared_deviations(self._column_sums[row, :, : self.store.kv_len[row]])
 
+    def complete_statistics(self) -> None:
+        """Measure what needs the last queries of this prefill: all rates, and the rest of sampled column sums."""
+        if self._window is None:
+            return
+        slots, config, scale = self.store.slots, self.config, self._window.scale
+        for row, (queries, lse) in enumerate(zip(self._window.queries, self._window.lse, strict=True)):
+            if queries.shape[1] == 0:
+                continue
+            here, count, old = slice(row, row + 1), self.store.kv_len[row], self._num_old[row]
+            keys = slots.keys[here, :, :count]
+            mass = slots.log_mass[here, :, :count] if config.merge == "mass" else None
+            if config.needs_rates:
+                last = slice(-config.rate_window, None)
+                rates = prompt_rates(queries[None, :, last], lse[None, :, last], keys, scale, log_mass=mass)
+                slots.rates[here, :, :count] = self.ranks.sum_replicas(rates) + RATE_FLOOR
+            rest = 0 if config.query_sample is None else (count - old) % config.query_sample.stride
+            if rest:
+                sums = rest_sums(
+                    queries[None, :, -rest:], keys, lse[None, :, -rest:], scale, config.query_sample,
+                    query_tokens=torch.arange(count - rest, count), key_tokens=torch.arange(old, count), bias=mass,
+                )  # fmt: skip
+                slots.scores[here, :, :count] += self.ranks.sum_replicas(group_sum(sums, keys.shape[1]))
+                if self._column_sums is not None:
+                    self._column_sums[here, :, :count] += sums
+
     def finish_prefill(self) -> None:
-        """Turn the last queries of this prefill into the rates of all slots, and free what only a prefill needs."""
-        slots = self.store.slots
-        if self._window is not None:
-            for row, (queries, lse) in enumerate(zip(self._window.queries, self._window.lse, strict=True)):
-                count = self.store.kv_len[row]
-                if queries.shape[1] == 0:
-                    continue
-                mass = slots.log_mass[row : row + 1, :, :count] if self.config.merge == "mass" else None
-                rates = prompt_rates(
-                    queries[None], lse[None], slots.keys[row : row + 1, :, :count], self._window.scale, log_mass=mass
-                )
-                slots.rates[row : row + 1, :, :count] = self.ranks.sum_replicas(rates) + RATE_FLOOR
-        self._window = None
-        self._column_sums = None
+        """Free what only a prefill needs."""
+        self._window = self._column_sums = self._num_old = None
         self._first_prefill = False
 
     def adopt(self, config: D2OConfig) -> None:
@@ -150,10 +170,10 @@ class FullLayer:
         if not config.needs_column_sums:
             self._column_sums = None
             self.store.slots.scores.zero_()
-        if not config.needs_rates:
+        if not config.num_last_queries:
             self._window = None
         elif self._window is not None:
-            self._window.shrink(config.rate_window)
+            self._window.shrink(config.num_last_queries)
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
@@ -162,6 +182,8 @@ class FullLayer:
         self.state = self.state.map(lambda t: t.index_select(0, index.to(t.device)))
         if self.slot_budgets is not None:
             self.slot_budgets = [self.slot_budgets[row] for row in host]
+        if self._num_old is not None:
+            self._num_old = [self._num_old[row] for row in host]
         if self._window is not None:
             self._window.select_rows(host)
         if self._column_sums is not None:

@@ -99,6 +99,11 @@ class CompressedCache:
                 raise ValueError(
                     f"the new configuration {name.replace('_', ' ')}, and the prefill did not gather them"
                 )
+        if config.needs_column_sums and config.query_sample != self.config.query_sample:
+            raise ValueError(
+                f"the new configuration takes column sums from {_queries(config)}, and the prefill took them from "
+                f"{_queries(self.config)}"
+            )
         if config.needs_rates and config.rate_window > self.config.rate_window:
             raise ValueError(
                 f"rate_window ({config.rate_window}) must be at most the {self.config.rate_window} of the prefill"
@@ -324,6 +329,8 @@ class CompressedCache:
         if not self.num_seen_columns:
             raise ValueError("finalize() was called before any token was seen")
         with self.ranks.counter.phase("finalize"):
+            for layer in self.full_layers:
+                self.layers[layer].complete_statistics()
             self._set_budgets()
             for layer in self.full_layers:
                 self.layers[layer].finish_prefill()
@@ -502,3 +509,9 @@ class CompressedCache:
         self.num_seen = [self.num_seen[row] for row in host]
         if self.plans:
             self.plans = [self.plans[row].copy() for row in host]
+
+
+def _queries(config: D2OConfig) -> str:
+    """Which queries column sums are taken from, in words."""
+    sample = config.query_sample
+    return "all queries" if sample is None else f"one query in {sample.stride} (all within {sample.near} tokens)"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from d2o_dist.attention.allgather import allgather_attention
 from d2o_dist.attention.decode import sharded_decode_attention
-from d2o_dist.attention.prefill import shard_rates
 from d2o_dist.attention.ring import ring_attention
+from d2o_dist.attention.sampled import last_query_sums, rest_sums
 from d2o_dist.attention.shard import ShardView
 from d2o_dist.cache.layer import FullLayer
 from d2o_dist.cache.query_window import QueryWindow
@@ -78,6 +78,8 @@ class ShardedLayer:
         self.state = D2OState()
         # Slots of every rank when the running prefill began, and now: the fullest rank's.
         self._past = self._width = 0
+        # Slots of each row on all ranks when the running prefill began.
+        self._num_old = [0] * batch
         self._window: QueryWindow | None = None
         self._column_sums: Tensor | None = None  # [B, Hq, W], of the first prefill
         self._first_prefill = True
@@ -139,6 +141,7 @@ class ShardedLayer:
     def begin_prefill(self) -> None:
         """The slots held so far are the past of the prefill that begins."""
         self._past = self.store.capacity if self.held is not None else 0
+        self._num_old = list(self.kv_len)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: DealtChunk, num_seen: list[int]) -> Tensor:
         """Append this rank's part of a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
@@ -166,16 +169,18 @@ class ShardedLayer:
                 rank=deal.rank,
             )
             attend = ring_attention if self._rings(k, width) else allgather_attention
-            part, lse, sums = attend(self.ranks.sp, queries, view, scale, with_sums=config.needs_column_sums)
+            part, lse, sums = attend(
+                self.ranks.sp, queries, view, scale, with_sums=config.needs_column_sums, sample=config.query_sample
+            )
             out[group, :, columns] = part
             if sums is not None:
                 slots.scores[group] += self.ranks.sum_replicas(group_sum(sums, k.shape[1]))
                 if self._column_sums is not None:
                     self._column_sums[group] += sums
-            if config.needs_rates:
+            if config.num_last_queries:
                 rows, batch = range(*group.indices(q.shape[0])), q.shape[0]
                 if self._window is None:
-                    self._window = QueryWindow(batch, config.rate_window, q, lse, scale)
+                    self._window = QueryWindow(batch, config.num_last_queries, q, lse, scale)
                 mine = deal.maps[row].indices(deal.rank)
                 self._window.add(rows, queries, lse, [num_seen[one] + mine for one in rows])
         return out
@@ -206,16 +211,12 @@ class ShardedLayer:
         assert self._column_sums is not None
         return squared_deviations(self._column_sums[row, :, : self.store.kv_len[row]])
 
-    def finish_prefill(self) -> None:
-        """Turn the last queries of this prefill into the rates of all slots, and free what only a prefill needs."""
-        if self._window is not None:
-            self._set_rates(self._window)
-        self._window = self._column_sums = None
-        self._first_prefill = False
-
-    def _set_rates(self, mine: QueryWindow) -> None:
-        sp, last = self.ranks.sp, self.config.rate_window
-        slots, dtype = self.store.slots, self.store.slots.rates.dtype
+    def complete_statistics(self) -> None:
+        """Measure what needs the last queries of this prefill: all rates, and the rest of sampled column sums."""
+        if self._window is None:
+            return
+        mine, config, last = self._window, self.config, self._window.size
+        sp, slots, dtype = self.ranks.sp, self.store.slots, self.store.slots.rates.dtype
         heads, dim = mine.queries[0].shape[0], mine.queries[0].shape[2]
         batch = len(self.kv_len)
         # One exchange for all rows: queries, their lse and their positions, -1 where a rank has fewer than `last`.
@@ -235,20 +236,36 @@ class ShardedLayer:
                 continue
             queries = everyone[row, :, order, :dim].to(slots.keys.dtype)[None]
             lse, positions = everyone[row, :, order, dim][None], positions[order]
-            count = self.store.kv_len[row]
-            held = slots.positions[row, :, :count]
-            # The queries are tokens of this prefill, and so are the slots that may lie after one of them.
-            newest = int((held[0, self._past :] >= positions[0]).sum())
-            before = count - newest
-            bias = slots.log_mass[row : row + 1, :, :before].clone()
-            bias.masked_fill_(held[None, :, :before] < 0, -torch.inf)
-            ahead = held[0, before:] > positions[:, None]
-            rates = shard_rates(
-                queries, lse, slots.keys[row : row + 1, :, :count], mine.scale,
-                bias=bias, num_before=before, ahead=ahead,
-            )  # fmt: skip
-            rates = self.ranks.sum_replicas(rates) + RATE_FLOOR
-            slots.rates[row, :, :count] = rates[0].masked_fill(held < 0, 0)
+            here, count = slice(row, row + 1), self.store.kv_len[row]
+            keys, held = slots.keys[here, :, :count], slots.positions[row, :, :count]
+            bias = slots.log_mass[here, :, :count].masked_fill(held < 0, -torch.inf)
+            tokens = held[0, self._past :]  # slots of this prefill have the same position in all heads
+            if config.needs_rates:
+                at = slice(-config.rate_window, None)
+                # The queries are tokens of this prefill, and so are the slots that may lie after one of them.
+                newest = int((tokens >= positions[at][0]).sum())
+                rates = last_query_sums(
+                    queries[:, :, at], keys, lse[:, :, at], mine.scale, bias=bias, num_before=count - newest,
+                    hidden=held[0, count - newest :] > positions[at][:, None],
+                )  # fmt: skip
+                rates = group_sum(rates, keys.shape[1]) / len(positions[at])
+                rates = self.ranks.sum_replicas(rates) + RATE_FLOOR
+                slots.rates[row, :, :count] = rates[0].masked_fill(held < 0, 0)
+            sample = config.query_sample
+            rest = 0 if sample is None else (self.kv_len[row] - self._num_old[row]) % sample.stride
+            if rest:
+                sums = rest_sums(
+                    queries[:, :, -rest:], keys, lse[:, :, -rest:], mine.scale, sample,
+                    query_tokens=positions[-rest:], key_tokens=tokens, bias=bias,
+                )  # fmt: skip
+                slots.scores[here, :, :count] += self.ranks.sum_replicas(group_sum(sums, keys.shape[1]))
+                if self._column_sums is not None:
+                    self._column_sums[here, :, :count] += sums
+
+    def finish_prefill(self) -> None:
+        """Free what only a prefill needs."""
+        self._window = self._column_sums = None
+        self._first_prefill = False
 
     # ---- what finalize gives -------------------------------------------------------------------------------------
 
@@ -353,10 +370,10 @@ class ShardedLayer:
         if not config.needs_column_sums:
             self._column_sums = None
             self.store.slots.scores.zero_()
-        if not config.needs_rates:
+        if not config.num_last_queries:
             self._window = None
         elif self._window is not None:
-            self._window.shrink(config.rate_window)
+            self._window.shrink(config.num_last_queries)
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
@@ -364,6 +381,7 @@ class ShardedLayer:
         self.store.select_rows(index)
         self.state = self.state.map(lambda t: t.index_select(0, index.to(t.device)))
         self.kv_len = [self.kv_len[row] for row in host]
+        self._num_old = [self._num_old[row] for row in host]
         self._seen_then = [self._seen_then[row] for row in host] if self._seen_then else []
         if self.slot_budgets is not None:
             self.slot_budgets = [self.slot_budgets[row] for row in host]

@@ -19,6 +19,7 @@ MERGES = ("keys_values", "values", "none", "mass", "released")
 MERGE_TARGETS = ("kept", "tail")
 GATES = ("threshold", "quantile")
 THRESHOLD_AGGS = ("max", "mean")
+SCORE_QUERIES = ("all", "strided")
 # The two ways to say how much is kept.
 SIZES = ("keep_ratio", "keep_tokens")
 
@@ -30,6 +31,19 @@ _FLOOR_SLACK = 1e-9
 def floor_tokens(tokens: float) -> int:
     """`floor` of a token count that was computed from decimal fractions."""
     return math.floor(tokens + _FLOOR_SLACK)
+
+
+@dataclass(frozen=True)
+class QuerySample:
+    """Column sums from a part of the queries.
+
+    Attributes:
+        stride: one query in so many is summed over all keys, and counted as many times.
+        near: over keys at less than this distance every query is summed.
+    """
+
+    stride: int
+    near: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,12 @@ class D2OConfig:
         selection_pool_side: `both`: as many of them before the token as after it; `after`: those before it, so that the
             `selection_pool - 1` tokens after a peak of attention are kept with it, and none before it.
         rate_window: prompt queries that the rates are averaged over, and the decay of their average while decoding.
+
+    Column sums, from which dispersions and cumulative scores come:
+        score_queries: `all`: exact, from every query of the prompt; `strided`: estimated, from one query in
+            `score_query_stride` and, for the nearest keys, from all. Cheaper. Rates are exact in either case.
+        score_query_stride: with `strided`, one query in so many is summed over all keys.
+        score_near_distance: with `strided`, keys at less than this distance from a query are summed over all queries.
 
     What happens to evicted tokens:
         merge: `keys_values`, `values`, `none` (drop), `mass` (values weighted by attention, and the slot draws the
@@ -95,6 +115,9 @@ class D2OConfig:
     selection_pool: int = 15
     selection_pool_side: str = "after"
     rate_window: int = 32
+    score_queries: str = "all"
+    score_query_stride: int = 8
+    score_near_distance: int = 64
     merge: str = "mass"
     merge_targets: str = "tail"
     tail_fraction: float = 0.1
@@ -181,6 +204,19 @@ class D2OConfig:
         return (self.selection != "recent" or self.merge == "mass") and not self.keeps_everything
 
     @property
+    def query_sample(self) -> QuerySample | None:
+        """Which queries column sums are taken from; None: all, or there are none to take."""
+        if self.score_queries == "all" or self.score_query_stride == 1 or not self.needs_column_sums:
+            return None
+        return QuerySample(self.score_query_stride, self.score_near_distance)
+
+    @property
+    def num_last_queries(self) -> int:
+        """Last queries of a prompt that finalize looks at: for the rates, and those no sampled query stands for."""
+        sample = self.query_sample
+        return max(self.rate_window if self.needs_rates else 0, 0 if sample is None else sample.stride - 1)
+
+    @property
     def keeps_everything(self) -> bool:
         """Whether no token is ever evicted."""
         return self.keep_ratio == 1.0 and self.eviction_interval is None
@@ -217,6 +253,8 @@ class D2OConfig:
             number(name)
         for name in ("dispersion_sign", "min_layer_tokens", "num_sink_tokens", "selection_pool", "rate_window"):
             number(name, integer=True)
+        for name in ("score_query_stride", "score_near_distance"):
+            number(name, integer=True)
         if self.keep_ratio is not None:
             number("keep_ratio")
         for name in ("keep_tokens", "eviction_interval"):
@@ -233,6 +271,7 @@ class D2OConfig:
         check_choice("dispersion", self.dispersion, DISPERSIONS)
         check_choice("selection", self.selection, SELECTIONS)
         check_choice("selection_pool_side", self.selection_pool_side, SELECTION_POOL_SIDES)
+        check_choice("score_queries", self.score_queries, SCORE_QUERIES)
         check_choice("merge", self.merge, MERGES)
         check_choice("merge_targets", self.merge_targets, MERGE_TARGETS)
         check_choice("gate", self.gate, GATES)
@@ -254,6 +293,8 @@ class D2OConfig:
             ("num_sink_tokens", self.num_sink_tokens >= 0, "at least 0"),
             ("selection_pool", self.selection_pool >= 1 and self.selection_pool % 2 == 1, "odd and at least 1"),
             ("rate_window", self.rate_window >= 1, "at least 1"),
+            ("score_query_stride", self.score_query_stride >= 1, "at least 1"),
+            ("score_near_distance", self.score_near_distance >= 0, "at least 0"),
             ("tail_fraction", 0 < self.tail_fraction <= 1, "in (0, 1]"),
             ("drop_quantile", 0 <= self.drop_quantile < 1, "in [0, 1)"),
             ("ema_beta", 0 <= self.ema_beta <= 1, "in [0, 1]"),

@@ -47,16 +47,18 @@ def nearest_kept(evicted: Tensor, kept: Tensor, is_target: Tensor) -> tuple[Tens
     return torch.cat(similarity, 2), torch.cat(index, 2)
 
 
-def _scatter_rows(target: Tensor, weighted: Tensor, num_kept: int) -> Tensor:
-    """Rows [B, Hkv, E, D] added up by their target index: [B, Hkv, K, D]."""
-    out = torch.zeros(*weighted.shape[:2], num_kept, weighted.shape[-1], dtype=weighted.dtype, device=weighted.device)
-    return out.scatter_add_(2, target.unsqueeze(-1).expand_as(weighted), weighted)
+def _sorts(device: torch.device) -> bool:
+    """Whether rows must be sorted to be added up in order. A CPU takes one after the other anyway."""
+    return device.type != "cpu"
 
 
-def _scatter(target: Tensor, weights: Tensor, num_kept: int) -> Tensor:
-    """Weights [B, Hkv, E] added up by their target index: [B, Hkv, K]."""
-    out = torch.zeros(*weights.shape[:2], num_kept, dtype=weights.dtype, device=weights.device)
-    return out.scatter_add_(2, target, weights)
+def _add_up(rows: Tensor, slots: Tensor, num_slots: int) -> Tensor:
+    """rows [n, ...] added up at `slots` [n], in order of n: [num_slots, ...], the same bits in every run.
+
+    On CUDA `index_add` and `scatter_add` would add with atomics, in any order; `index_put` sorts.
+    """
+    out = rows.new_zeros(num_slots, *rows.shape[1:])
+    return out.index_put((slots,), rows, accumulate=True) if _sorts(rows.device) else out.index_add(0, slots, rows)
 
 
 def merges_keys(config: D2OConfig) -> bool:
@@ -115,7 +117,7 @@ class MergeSums:
 def merge_sums(
     evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, config: D2OConfig, num_kept: int
 ) -> MergeSums:
-    """The weighted sums of the gated evicted tokens at their targets, in the statistics' dtype.
+    """The weighted sums of the gated evicted tokens at their targets, in the statistics' dtype, in order of index.
 
     Args:
         evicted: [B, Hkv, E, ...].
@@ -123,17 +125,22 @@ def merge_sums(
         num_kept: K, slots that targets point into.
     """
     dtype = stats_dtype(evicted.keys.dtype)
-    target = target.masked_fill(~merged, 0)
-    weight = evicted_weight(evicted, similarity, config).masked_fill(~merged, 0)
+    batch, heads, length = target.shape
+    rows = merged.reshape(-1).nonzero().squeeze(1)
+    slots = target.reshape(-1)[rows] + rows // max(1, length) * num_kept
+    weight = evicted_weight(evicted, similarity, config).reshape(-1)[rows]
 
-    def rows(tensor: Tensor) -> Tensor:
-        return _scatter_rows(target, weight.unsqueeze(-1) * tensor.to(dtype), num_kept)
+    def sums(of_rows: Tensor) -> Tensor:
+        return _add_up(of_rows, slots, batch * heads * num_kept).unflatten(0, (batch, heads, num_kept))
+
+    def weighted(tensor: Tensor) -> Tensor:
+        return sums(weight.unsqueeze(-1) * tensor.flatten(0, 2)[rows].to(dtype))
 
     return MergeSums(
-        count=_scatter(target, merged.to(dtype), num_kept),
-        weight=_scatter(target, weight, num_kept),
-        keys=rows(evicted.keys) if merges_keys(config) else None,
-        values=rows(evicted.values),
+        count=sums(torch.ones_like(weight)),
+        weight=sums(weight),
+        keys=weighted(evicted.keys) if merges_keys(config) else None,
+        values=weighted(evicted.values),
     )
 
 

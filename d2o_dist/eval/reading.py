@@ -15,7 +15,7 @@ from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import RowUsage, Session, chunk_ends, left_pad
-from d2o_dist.eval.gathering import gathering_config
+from d2o_dist.eval.gathering import gathering_config, group_by_queries
 from d2o_dist.integrations.hf import D2OCache
 
 TokenRows = Sequence[Sequence[int]]
@@ -48,17 +48,27 @@ class Reading:
         if all_logits and chunk is not None:
             raise ValueError(f"all_logits needs prompts read at once, not in chunks of {chunk}")
         self.model, self._pad_id = model, pad_id
-        self.cache = D2OCache(config=model.config, d2o=gathering_config(configs))
         ids, mask = left_pad(prompts, pad_id)
-        start = 0
-        for end in chunk_ends(ids.shape[1], chunk):
-            logits = _forward(model, self.cache, ids[:, start:end], mask[:, start:end], all_logits=all_logits)
-            start = end
+        # One prefill for all methods, or, where they take column sums from different queries, one for each such group.
+        self._caches = {}
+        for group in group_by_queries(configs):
+            cache = D2OCache(config=model.config, d2o=gathering_config(group))
+            self._caches[cache.d2o.query_sample] = cache
+            start = 0
+            for end in chunk_ends(ids.shape[1], chunk):
+                logits = _forward(model, cache, ids[:, start:end], mask[:, start:end], all_logits=all_logits)
+                start = end
         self.logits = logits if all_logits else logits[:, -1]
+
+    @property
+    def cache(self) -> D2OCache:
+        """The uncompressed prompts; of several, those that methods without column sums start from."""
+        return next(iter(self._caches.values()))
 
     def start(self, config: D2OConfig, questions: TokenRows | None = None) -> ReadSession:
         """A session of one method; with `questions`, they are read after the compression."""
-        return ReadSession(self.model, self.cache.with_config(config), self.logits, questions, self._pad_id)
+        cache = self._caches[config.query_sample] if config.needs_column_sums else self.cache
+        return ReadSession(self.model, cache.with_config(config), self.logits, questions, self._pad_id)
 
 
 class ReadSession(Session):

@@ -19,7 +19,8 @@ _chosen = "auto"
 
 
 def set_backend(name: str) -> None:
-    """`auto`: by device and dtype. `torch`: no kernel of our own. `triton`: our kernels also where PyTorch has one.
+    """`auto`: by device, dtype and whether flash-attn is installed. `torch`: PyTorch's operators only. `triton`: our
+    kernels also where PyTorch or flash-attn has one.
 
     `cuda`: as `auto`, with CUDA C++ (`kernels.cuda`) for a decode step besides its attention; never taken by `auto`.
     Under TRITON_INTERPRET=1 `triton` takes CPU tensors too; within `kernels.cuda.library.host_build`, `cuda` does.

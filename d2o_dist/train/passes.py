@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from d2o_dist.attention.prefill import prompt_rates
+from d2o_dist.attention.sampled import prompt_column_sums
 from d2o_dist.config import D2OConfig
 from d2o_dist.core.statistics import RATE_FLOOR, column_sum_variance, group_sum
 from d2o_dist.core.types import stats_dtype
 from d2o_dist.integrations.hf.packed import by_document
-from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.prefill_attention import prefill_attention
 from d2o_dist.train.past import Past, attend_past, window_past
 from d2o_dist.train.ulysses import GradientExchange
@@ -106,7 +106,7 @@ class PromptPass:
         scores = rates = torch.zeros(k.shape[:3], dtype=stats_dtype(k.dtype), device=k.device)
         variances = None
         if config.needs_column_sums:
-            sums = column_sums(q, k, lse, scale)
+            sums = prompt_column_sums(q, k, lse, scale, config.query_sample)
             scores, variances = group_sum(sums, heads), column_sum_variance(sums)
         if config.needs_rates:
             last = slice(-config.rate_window, None)

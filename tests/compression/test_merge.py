@@ -7,6 +7,7 @@ import torch
 
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.config import D2OConfig
+from d2o_dist.core import merge as core_merge
 from d2o_dist.core.merge import merge_into
 from d2o_dist.core.types import Slots, stats_dtype
 
@@ -46,3 +47,32 @@ def test_equals_the_core(rule, num_evicted, dtype):
     untouched.scatter_reduce_(2, target, ~merged, "amin")
     assert torch.equal(found.values[untouched], kept.values[untouched])
     assert torch.equal(found.keys[untouched], kept.keys[untouched])
+
+
+@pytest.mark.parametrize("sorts", [False, True], ids=["in turn", "sorted"])
+@pytest.mark.parametrize("rule", ["keys_values", "mass", "released"])
+def test_sums_in_order_and_their_gradients(monkeypatch, rule, sorts):
+    """The way of CPUs and the way of CUDA (run here on a CPU): against a loop over the tokens, bit for bit."""
+    monkeypatch.setattr(core_merge, "_sorts", lambda device: sorts)
+    config = D2OConfig(merge=rule)
+    kept, evicted = slots(2, 3, 11, torch.float64, 1), slots(2, 3, 40, torch.float64, 2)
+    similarity = torch.rand(2, 3, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    target = torch.randint(0, 9, (2, 3, 40), generator=torch.Generator().manual_seed(4))
+    merged = similarity > 0.3
+    evicted.values[~merged] = torch.nan  # is not read
+    sums = core_merge.merge_sums(evicted, similarity, target, merged, config, 11)
+    weight = core_merge.evicted_weight(evicted, similarity, config)
+    expected = torch.zeros(2, 3, 11, 8, dtype=torch.float64)
+    for b, h, i in merged.nonzero().tolist():
+        expected[b, h, target[b, h, i]] += weight[b, h, i] * evicted.values[b, h, i]
+    assert torch.equal(sums.values, expected)
+    assert int(sums.count.sum()) == int(merged.sum())
+
+    def values(kept_values, evicted_values):
+        old, new = kept.replace(values=kept_values), evicted.replace(values=evicted_values)
+        return merge_into(old, new, similarity, target, merged, config).values.square()
+
+    leaves = [kept.values.clone().requires_grad_(), evicted.values.nan_to_num().requires_grad_()]
+    torch.autograd.gradcheck(values, leaves, fast_mode=True)
+    gradient = torch.autograd.grad(values(*leaves).sum(), leaves)[1]
+    assert bool(((gradient != 0).any(-1) == merged).all())

@@ -7,7 +7,7 @@ import torch
 
 from d2o_dist.config.d2o import PRESETS, D2OConfig
 from d2o_dist.engine.session import Session
-from d2o_dist.eval.gathering import gathering_config
+from d2o_dist.eval.gathering import gathering_config, group_by_queries
 from d2o_dist.eval.reading import Reading
 from d2o_dist.integrations.hf import D2OCache
 from tests.models import left_padded, tiny_model, tokens
@@ -21,6 +21,9 @@ def config_of(name: str, **overrides) -> D2OConfig:
 
 
 ALL = {name: config_of(name) for name in PRESETS} | {"short": config_of("mass", rate_window=5)}
+STRIDED = {"score_queries": "strided", "score_query_stride": 5, "score_near_distance": 7}
+ALL["strided"] = config_of("paper_minmax", **STRIDED)
+ALL["strided_mass"] = config_of("mass", **STRIDED, rate_window=3)
 
 
 def rows_of(lengths: list[int]) -> list[list[int]]:
@@ -103,6 +106,15 @@ def test_gathers_no_more_than_is_needed():
     assert not gathering_config([ALL["full"]]).needs_rates
     only_rates = gathering_config([ALL["snapkv"], config_of("pyramidkv", rate_window=40)])
     assert only_rates.needs_rates and not only_rates.needs_column_sums and only_rates.rate_window == 40
+
+
+def test_column_sums_from_different_queries_are_gathered_apart():
+    strided, exact, none = ALL["strided"], ALL["d2o"], ALL["snapkv"]
+    assert group_by_queries([none, strided, exact]) == [[strided, none], [exact]]
+    assert group_by_queries([none]) == [[none]]
+    assert gathering_config([strided, none]).query_sample == strided.query_sample
+    with pytest.raises(ValueError, match="from different queries"):
+        gathering_config([strided, exact])
 
 
 def test_refusals(model, reading):

@@ -27,6 +27,15 @@ CASES = {
     "uneven": ("paper_minmax", {"dispersion_sign": 1, "temperature": 0.2, "min_layer_ratio": 0.1}),
     "protected": ("paper_minmax", {"keep_ratio": 0.6, "protected_layers": (0, -1)}),
     "own": ("paper_minmax", {"self_weight": 9.0, "eviction_interval": 4}),
+    "strided": ("paper_minmax", {"score_queries": "strided", "score_query_stride": 4, "score_near_distance": 3}),
+    "strided_mass": (
+        "mass",
+        {"selection": "mixed", "score_queries": "strided", "score_query_stride": 7, "score_near_distance": 16},
+    ),
+    "strided_only": (
+        "h2o",
+        {"score_queries": "strided", "score_query_stride": 40, "score_near_distance": 0, "rate_window": 5},
+    ),
     "mean": ("paper_minmax", {"threshold_agg": "mean", "ema_beta": 0.3, "eviction_interval": 1, "heavy_fraction": 0.5}),
 }
 
@@ -55,7 +64,7 @@ def assert_equal_slots(cache: D2OCache, snapshot, row: int = 0) -> None:
 
 
 FAMILIES = [("llama", 93, 38), ("qwen3", 110, 36), ("llama_mha", 57, 40)]
-EVERYWHERE = ("d2o", "paper_minmax", "paper", "released", "mass")
+EVERYWHERE = ("d2o", "paper_minmax", "paper", "released", "mass", "strided")
 RUNS = [
     pytest.param(*family, case, id=f"{case}-{family[0]}")
     for number, case in enumerate(CASES)
@@ -98,7 +107,10 @@ def test_equals_the_oracle_after_prefill_and_decode(family, length, steps, case)
             assert float(layer.threshold[0]) == pytest.approx(threshold, rel=1e-9)
 
 
-@pytest.mark.parametrize("case", ["d2o", "paper_minmax", "mass", "snapkv", "tokens", "mixed"])
+@pytest.mark.parametrize(
+    "case",
+    ["d2o", "paper_minmax", "mass", "snapkv", "tokens", "mixed", "strided", "strided_mass", "strided_only"],
+)
 def test_equals_the_oracle_over_a_chunked_prompt_and_a_later_turn(case):
     model = use_float64_norms(tiny_model("llama", seed=3))
     first, second = tokens(1, 71, seed=5), tokens(1, 38, seed=6)

@@ -82,16 +82,32 @@ def test_bias(dtype, window, tq, q_start):
     check(prefill_attention, q, k, v, q_start=q_start, window=window, bias=bias)
 
 
-def test_keys_of_no_mass_are_not_seen():
-    q, k, v = inputs((8, 2), 0, 33, torch.float64)
-    bias = make(2, 2, 33, seed=4)
-    bias[:, :, :5], bias[:, :, ::3] = -torch.inf, -torch.inf
-    expected, expected_lse = naive_prefill_attention(q, k, v, 0.3, bias=bias)
+@pytest.mark.parametrize("path", [prefill_attention, *PATHS.values()], ids=["by device", *PATHS])
+@pytest.mark.parametrize("q_start", [0, 3, 20])
+def test_keys_of_no_mass_are_not_seen(path, q_start):
+    q, k, v = inputs((8, 2), q_start, 33, torch.float64)
+    bias = make(2, 2, q_start + 33, seed=4)
+    bias[:, :, :5], bias[:, :, ::3], bias[1, 0, :q_start] = -torch.inf, -torch.inf, -torch.inf
+    expected, expected_lse = naive_prefill_attention(q, k, v, 0.3, q_start=q_start, bias=bias)
     k[:, :, :5], v[:, :, ::3] = torch.nan, torch.nan
-    out, lse = prefill_attention(q, k, v, 0.3, bias=bias)
+    out, lse = path(q, k, v, 0.3, q_start=q_start, window=None, bias=bias)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(lse, expected_lse, atol=1e-12, rtol=0)
-    assert not out[:, :, :5].any() and bool((lse[:, :, :5] == -torch.inf).all())
+    blind = max(0, 5 - q_start)
+    assert not out[:, :, :blind].any() and bool((lse[:, :, :blind] == -torch.inf).all())
+
+
+def test_a_biased_prompt_has_a_gradient():
+    q, k, v = (x.requires_grad_() for x in inputs((4, 2), 9, 33, torch.float64))
+    bias = make(2, 2, 42, seed=4)
+
+    def loss(attend):
+        out, lse = attend(q, k, v, 0.3, q_start=9, bias=bias)
+        return out.sin().sum() + lse.cos().sum()
+
+    grads = torch.autograd.grad(loss(prefill_attention), (q, k, v))
+    for grad, reference in zip(grads, torch.autograd.grad(loss(naive_prefill_attention), (q, k, v)), strict=True):
+        torch.testing.assert_close(grad, reference, atol=1e-12, rtol=0)
 
 
 def test_transposed_inputs():
@@ -125,7 +141,7 @@ def test_errors_name_both_numbers():
 
 
 @pytest.mark.parametrize("path", [cross_attention, blocked_cross_attention], ids=["by device", "blocked"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("heads", "tq", "tk"), [((4, 2), 7, 33), ((6, 2), 130, 1), ((3, 3), 1, 200)], ids=str)
 def test_cross_attention(path, dtype, heads, tq, tk):
     """Every query over every key: the last rows of a causal attention whose queries come after all keys."""
@@ -137,9 +153,23 @@ def test_cross_attention(path, dtype, heads, tq, tk):
     out, lse = path(q, k, v, 0.3)
     group = heads[0] // heads[1]
     logits = q.double() @ k.double().repeat_interleave(group, 1).mT * 0.3
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     wanted = logits.softmax(-1) @ v.double().repeat_interleave(group, 1)
     torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=tolerance, atol=tolerance)
     with pytest.raises(ValueError, match=r"number of keys \(0\) must be at least 1"):
         cross_attention(q, k[:, :, :0], v[:, :, :0], 0.3)
+    # With a bias; keys of no mass are not seen, whatever they hold.
+    bias = make(2, heads[1], tk, seed=4).float()
+    bias[:, :, 1::3] = -torch.inf
+    bias[1, 0] = -torch.inf
+    k[:, :, 1::3], v[:, :, 1::3] = torch.nan, torch.nan
+    out, lse = path(q, k, v, 0.3, bias=bias)
+    clean = [x.double().nan_to_num().repeat_interleave(group, 1) for x in (k, v)]
+    logits = q.double() @ clean[0].mT * 0.3 + bias.double().repeat_interleave(group, 1).unsqueeze(2)
+    wanted = logits.softmax(-1).nan_to_num() @ clean[1]
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=tolerance, atol=tolerance)
+    assert not out[1, :group].any() and bool((lse[1, :group] == -torch.inf).all())
+    with pytest.raises(ValueError, match=rf"bias \(2, {heads[1]}, {tk + 1}\).*\(2, {heads[1]}, {tk}\)"):
+        cross_attention(q, k, v, 0.3, bias=torch.zeros(2, heads[1], tk + 1))

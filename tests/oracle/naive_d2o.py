@@ -59,6 +59,9 @@ class OracleConfig:
     gate: str = "threshold"  # threshold | quantile
     drop_quantile: float = 0.25
     rate_window: int = 32
+    score_queries: str = "all"  # all | strided
+    score_query_stride: int = 8
+    score_near_distance: int = 64
     max_log_mass: float = 3.0
     self_weight: float = math.e
     ema_beta: float = 0.7
@@ -70,6 +73,7 @@ class OracleConfig:
         _choice("dispersion_sign", self.dispersion_sign, (-1, 1))
         _choice("allocation", self.allocation, ("dynamic", "uniform", "pyramid"))
         _choice("selection", self.selection, ("cumulative", "window", "mixed", "recent"))
+        _choice("score_queries", self.score_queries, ("all", "strided"))
         _choice("merge", self.merge, ("none", "values", "keys_values", "mass", "released"))
         _choice("merge_targets", self.merge_targets, ("kept", "tail"))
         _choice("gate", self.gate, ("threshold", "quantile"))
@@ -300,6 +304,11 @@ class OracleCache:
         ]
         # Per layer, per KV head, the group's attention rows of this prefill's last `rate_window` queries.
         self.window: list[list[list[torch.Tensor]]] = [[[] for _ in range(num_kv_heads)] for _ in range(num_layers)]
+        # With `score_queries: strided`: per layer the slots when this prefill began; tokens since then; and per layer
+        # the far parts of the attention rows [Hq, slots] of the tokens since the last sampled one.
+        self.num_old: list[int | None] = [None] * num_layers
+        self.num_prefilled = 0
+        self.waiting: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
         self.evictions: list[Eviction] = []
 
     def num_live(self, layer: int) -> int:
@@ -344,23 +353,67 @@ class OracleCache:
         positions = list(range(self.num_seen_tokens, self.num_seen_tokens + queries.shape[1]))
         self._append(layer, keys, values, positions)
         outputs, probabilities = self._attend(layer, queries, positions, scaling)
-        if self.log_weights is None:
-            # First prefill: nothing is evicted yet, so slot index is position, and "c[h,j] = sum_i A[h,i,j]".
-            for h in range(self.num_heads):
-                sums = probabilities[h].sum(dim=0)
-                sums[: len(self.column_sums[layer][h])] += self.column_sums[layer][h]
-                self.column_sums[layer][h] = sums
+        # "c[h,j] = sum_i A[h,i,j]".
+        rows = list(torch.stack(probabilities).transpose(0, 1))
+        if self.config.score_queries == "strided":
+            rows = self._sampled_rows(layer, rows)
+        self._add_column_sums(layer, sum(rows, torch.zeros(self.num_heads, self.num_live(layer), dtype=torch.float64)))
         for head in range(self.num_kv_heads):
-            # "a[g,j] = sum over the G query heads of the group of c[h,j]".
             group_probabilities = sum(probabilities[h] for h in self._group(head))
-            for slot, column_sum in zip(self.slots[layer][head], group_probabilities.sum(dim=0).tolist(), strict=True):
-                slot.score += column_sum
             rows = self.window[layer][head] + list(group_probabilities)
             self.window[layer][head] = rows[-self.config.rate_window :]
         return outputs
 
+    def _add_column_sums(self, layer: int, sums: torch.Tensor) -> None:
+        """sums [Hq, slots]: what some queries of a prefill brought to each slot."""
+        if self.log_weights is None:
+            # First prefill: nothing is evicted yet, so slot index is position.
+            for h in range(self.num_heads):
+                total = sums[h].clone()
+                total[: len(self.column_sums[layer][h])] += self.column_sums[layer][h]
+                self.column_sums[layer][h] = total
+        for head in range(self.num_kv_heads):
+            # "a[g,j] = sum over the G query heads of the group of c[h,j]".
+            for slot, column_sum in zip(
+                self.slots[layer][head], sum(sums[h] for h in self._group(head)).tolist(), strict=True
+            ):
+                slot.score += column_sum
+
+    def _sampled_rows(self, layer: int, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`score_queries: strided`: what is added for the attention rows [Hq, slots] of a chunk's tokens.
+
+        Token i of the prefill (from 0): its attention on tokens of the same prefill less than `score_near_distance`
+        away counts once; the rest of its row counts `stride` times if i + 1 is a multiple of the stride, else it waits.
+        """
+        config = self.config
+        if self.num_old[layer] is None:
+            self.num_old[layer] = self.num_live(layer) - len(rows)
+        added = []
+        for i, row in enumerate(rows, start=self.num_prefilled):
+            token = torch.arange(row.shape[1]) - self.num_old[layer]  # below 0: from before this prefill
+            near = (token >= 0) & (i - token < config.score_near_distance)
+            added.append(torch.where(near, row, 0.0))
+            far = torch.where(near, 0.0, row)
+            if (i + 1) % config.score_query_stride == 0:
+                added.append(far * config.score_query_stride)
+                self.waiting[layer] = []
+            else:
+                self.waiting[layer].append(far)
+        return added
+
+    def _add_waiting(self) -> None:
+        """The prefill has ended: tokens that no sampled one stands for count once."""
+        for layer, rows in enumerate(self.waiting):
+            for row in rows:  # an earlier chunk's row lacks the later slots
+                wide = torch.zeros(self.num_heads, self.num_live(layer), dtype=torch.float64)
+                wide[:, : row.shape[1]] = row
+                self._add_column_sums(layer, wide)
+        self.waiting = [[] for _ in range(self.num_layers)]
+        self.num_old, self.num_prefilled = [None] * self.num_layers, 0
+
     def finish_prefill_chunk(self, num_tokens: int) -> None:
         self.num_seen_tokens += num_tokens
+        self.num_prefilled += num_tokens
         self.pending = True
 
     def finalize(self) -> None:
@@ -368,6 +421,7 @@ class OracleCache:
         if not self.pending:
             return
         self.pending = False
+        self._add_waiting()
         config = self.config
         # Section 4b: "rate r_i: mean attention token i got from the last rate_window (32) prompt queries, summed over
         # the group's query heads, plus 1e-9". A later turn's rates are those of its own last queries.

@@ -74,6 +74,13 @@ def test_refusals():
         cache.with_config(CONFIGS[0])
     with pytest.raises(ValueError, match=r"rate_window \(64\) must be at most the 32 of the prefill"):
         cache.with_config(D2OConfig.preset("snapkv", **SIZE, rate_window=64))
+    strided = D2OConfig.preset("paper_minmax", **SIZE, score_queries="strided")
+    other = D2OCache(model.config, strided)
+    model(ids, past_key_values=other)
+    with pytest.raises(ValueError, match=r"from all queries, and .* from one query in 8 \(all within 64 tokens\)"):
+        other.with_config(D2OConfig.preset("paper_minmax", **SIZE))
+    other.with_config(D2OConfig.preset("snapkv", **SIZE))  # reads no column sums
+    other.with_config(strided.replace(keep_ratio=0.2))
     cache.finalize()
     with pytest.raises(ValueError, match="phase decode and has seen 30 tokens"):
         cache.with_config(D2OConfig.preset("snapkv", keep_ratio=0.1))

@@ -96,6 +96,33 @@ def test_prompts_in_chunks(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("stride", "near", "extra"),
+    [
+        (5, 9, {"chunk": 20}),
+        (4, 30, {}),  # near pairs across the shards of several ranks
+        (8, 3, {"preset": "mass", "d2o": {"selection": "mixed"}}),
+        (50, 0, {"preset": "h2o", "d2o": {"rate_window": 4}}),  # more queries at the end than rates need
+    ],
+    ids=str,
+)
+def test_sampled_queries(stride, near, extra, layout):
+    """Column sums from the same queries wherever they are: ragged rows, chunks, a second turn."""
+    d2o = {"score_queries": "strided", "score_query_stride": stride, "score_near_distance": near}
+    extra = {"preset": "paper_minmax", **extra, "d2o": d2o | extra.get("d2o", {})}
+    one = Play(lengths=(61, 97), turn=(33, 40), steps=20, **extra)
+    sp = 3 if layout in ("allgather", "ring") and near == 30 else 2
+    check(one, ParallelConfig(sp=sp, **LAYOUTS[layout]))
+
+
+def test_sampled_queries_of_copied_heads():
+    d2o = {"score_queries": "strided", "score_query_stride": 6, "score_near_distance": 4}
+    model = {"num_key_value_heads": 1}
+    one = Play(preset="paper_minmax", lengths=(61, 40), model=model, turn=(30, 19), steps=20, d2o=d2o)
+    check(one, ParallelConfig(tp=2, sp=2, tp_engine="transformers", check_replicas=True, sp_prefill="ring"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lengths", [(1,), (2,), (5, 1)], ids=str)
 def test_prompts_shorter_than_the_ranks(lengths, layout):
     """Some ranks have no token at all; then the cache grows on all of them."""

@@ -21,6 +21,7 @@ CASES = {
     "full": {},
     "streaming": {},
     "h2o": {},
+    "strided": {"score_queries": "strided", "score_query_stride": 6, "score_near_distance": 9},
     "snapkv": {},
     "pyramidkv": {},
 }
@@ -28,7 +29,7 @@ CASES = {
 
 def config_of(preset: str) -> D2OConfig:
     size = {} if preset == "full" else {"keep_ratio": 0.3, "min_layer_tokens": 8}
-    return D2OConfig.preset(preset, **size, **CASES[preset])
+    return D2OConfig.preset("paper_minmax" if preset == "strided" else preset, **size, **CASES[preset])
 
 
 def cached_logits(family: str, d2o: D2OConfig, ids: torch.Tensor) -> tuple[torch.Tensor, D2OCache]:

@@ -46,6 +46,8 @@ CASES = {
     "dead_rows": Case(dead=True, num_queries=140),
     "strided": Case(step=8, q_start=7, num_queries=40, num_ahead=250),
     "strided_window": Case(step=3, q_start=2, num_queries=90, num_ahead=150, window=50),
+    "before_the_first_key": Case(step=8, q_start=-60, num_queries=40, num_ahead=340),
+    "all_before_the_first_key": Case(q_start=-200, num_queries=33, num_ahead=230),
     "transposed": Case(transposed=True, num_queries=100),
 }
 

@@ -5,13 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from d2o_dist.attention.sampled import prompt_column_sums
 from d2o_dist.bench.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Check, Result, normal
+from d2o_dist.config.d2o import QuerySample
 from d2o_dist.kernels.backend import get_backend, set_backend
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
 from d2o_dist.kernels.merge_into import merge_into
 from d2o_dist.kernels.nearest_kept import nearest_kept
-from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.kernels.prefill_attention import cross_attention, prefill_attention
 from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.kernels.scored_prefill import scored_prefill_attention
 from d2o_dist.kernels.update_scores import slot_probabilities, update_scores
@@ -25,21 +27,22 @@ def checks() -> list[Check]:
 
 
 def _run(case: Callable[[str], tuple[Tensor, ...]], device: str) -> Result:
-    """The op through both backends: everything it returns must agree."""
+    """The op through all backends: everything it returns must agree. "auto" may be flash-attn."""
     results, before = {}, get_backend()
     try:
-        for backend in ("triton", "torch"):
+        for backend in ("triton", "auto", "torch"):
             set_backend(backend)
             results[backend] = case(device)
     finally:
         set_backend(before)
     result = Result()
-    for number, (got, want) in enumerate(zip(results["triton"], results["torch"], strict=True)):
-        if got.is_floating_point():
-            limit = OUT_LIMITS[DTYPE] if got.dtype == DTYPE else STATISTICS_LIMIT
-            result.near(f"result {number}", got, want, limit)
-        else:
-            result.equal(f"result {number}", got, want)
+    for backend in ("triton", "auto"):
+        for number, (got, want) in enumerate(zip(results[backend], results["torch"], strict=True)):
+            name = f"{backend}, result {number}"
+            if got.is_floating_point():
+                result.near(name, got, want, OUT_LIMITS[DTYPE] if got.dtype == DTYPE else STATISTICS_LIMIT)
+            else:
+                result.equal(name, got, want)
     return result
 
 
@@ -63,7 +66,20 @@ def _prefill_attention(device: str) -> tuple[Tensor, ...]:
 
 
 def _scored_prefill(device: str) -> tuple[Tensor, ...]:
-    return scored_prefill_attention(*_prompt(device), 0.2, q_start=24, query_stride=4)
+    return scored_prefill_attention(*_prompt(device), 0.2, q_start=24)
+
+
+def _cross_attention(device: str) -> tuple[Tensor, ...]:
+    q, k, v = _prompt(device)
+    bias = k[..., 0].float()
+    bias[:, :, ::5] = -torch.inf
+    return *cross_attention(q, k, v, 0.2), *cross_attention(q, k, v, 0.2, bias=bias)
+
+
+def _sampled_column_sums(device: str) -> tuple[Tensor, ...]:
+    q, k, v = _prompt(device, past=0, queries=90)
+    lse = prefill_attention(q, k, v, 0.2)[1]
+    return tuple(prompt_column_sums(q, k, lse, 0.2, QuerySample(*sample)) for sample in ((8, 20), (7, 0), (100, 3)))
 
 
 def _decode_attention(device: str) -> tuple[Tensor, ...]:
@@ -131,7 +147,9 @@ def _merge_into(device: str) -> tuple[Tensor, ...]:
 CASES = (
     _column_sums,
     _prefill_attention,
+    _cross_attention,
     _scored_prefill,
+    _sampled_column_sums,
     _decode_attention,
     _update_scores,
     _scored_decode,

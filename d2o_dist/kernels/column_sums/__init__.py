@@ -23,15 +23,17 @@ def column_sums(
     window: int | None = None,
     num_last: int | None = None,
     query_stride: int = 1,
+    stride_start: int | None = None,
 ) -> Tensor:
     """c[h, j] = sum over queries i that see key j of exp(scale * q_i . k_j + bias_j - lse_i): [B, Hq, Tk], acc dtype.
 
     q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; lse [B, Hq, Tq] natural log, of the whole attention (keys of other shards and
-    `bias` included). Query i has index q_start + i, key j has k_start + j. bias [B, Hkv, Tk] is added to the logits of
-    a key (log_mass). causal: key index <= query index. window (needs causal): also key index > query index - window,
-    and must be the window of the lse. num_last: only the last so many queries (all if there are fewer). query_stride:
-    only queries whose index is one less than a multiple of it, so that chunks and shards of a prompt choose as the
-    whole does; their plain sum, not scaled up. At most one of num_last and query_stride.
+    `bias` included). Query i has index q_start + i, key j has k_start + j; either may be below 0. bias [B, Hkv, Tk] is
+    added to the logits of a key (log_mass). causal: key index <= query index. window (needs causal): also key index >
+    query index - window, and must be the window of the lse. num_last: only the last so many queries (all if there are
+    fewer). query_stride: only queries i for which stride_start + i is one less than a multiple of it, so that chunks
+    and shards of a prompt choose as the whole does; their plain sum, not scaled up. stride_start: q_start if not given.
+    At most one of num_last and query_stride.
 
     Rows whose lse is infinite (no key, or padding) and keys whose bias is -inf contribute 0, whatever their q or k
     hold. Not differentiable: scores are statistics. Working memory is bounded (about 32 MiB on a CPU), whatever T.
@@ -51,7 +53,7 @@ def column_sums(
     if query_stride != 1:
         if query_stride < 1 or num_last is not None:
             raise ValueError(f"query_stride ({query_stride}) must be at least 1 and excludes num_last ({num_last})")
-        first = (-1 - q_start) % query_stride
+        first = (-1 - (q_start if stride_start is None else stride_start)) % query_stride
         q, lse, q_start = q[:, :, first::query_stride], lse[:, :, first::query_stride], q_start + first
     path = blocked_column_sums
     if takes_triton(q, k, head_dim=q.shape[3]) and q.numel() and k.numel():

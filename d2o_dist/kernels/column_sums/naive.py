@@ -19,6 +19,7 @@ def naive_column_sums(
     window: int | None = None,
     num_last: int | None = None,
     query_stride: int = 1,
+    stride_start: int | None = None,
 ) -> Tensor:
     """As `column_sums`: q [B, Hq, Tq, D], k [B, Hkv, Tk, D], lse [B, Hq, Tq] -> [B, Hq, Tk]."""
     acc, group = acc_dtype(q.dtype), q.shape[1] // k.shape[1]
@@ -29,7 +30,8 @@ def naive_column_sums(
         seen = seen & (key > query - window)
     if num_last is not None:
         seen = seen & (query >= q_start + q.shape[2] - num_last)
-    seen = seen & ((query + 1) % query_stride == 0)
+    count = query if stride_start is None else query - q_start + stride_start
+    seen = seen & ((count + 1) % query_stride == 0)
     sums = torch.zeros(*q.shape[:2], k.shape[2], dtype=acc, device=q.device)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):

@@ -27,7 +27,13 @@ class Blocks:
 
 
 def plan_blocks(
-    device: torch.device, num_kv_heads: int, group: int, num_queries: int, num_keys: int, step: int = 1
+    device: torch.device,
+    num_kv_heads: int,
+    group: int,
+    num_queries: int,
+    num_keys: int,
+    step: int = 1,
+    window: int | None = None,
 ) -> Blocks:
     """CPU: one KV head a thread, 256K logits (1 MiB in float32) each, within the caches: a batched matmul over heads
     runs without a barrier inside. Elsewhere 8M logits, for occupancy.
@@ -37,7 +43,11 @@ def plan_blocks(
     budget, rows = (threads << 18, 512) if cpu else (1 << 23, 8192)
     # At most 512 queries: what a block computes above the diagonal is wasted, about queries * step / T of the work.
     queries = min(num_queries, max(64, 512 // step), max(1, rows // group))
+    if window is not None:
+        queries = min(queries, max(64, window // step))  # a block computes window + queries * step keys a query
     keys = min(num_keys, 512 if cpu else max(512, budget // (group * queries)))
+    if window is not None:
+        keys = min(keys, window + queries * step)
     # Short prompts and few queries (num_last): several heads at once, or the calls would cost more than the work.
     heads = min(num_kv_heads, max(1, budget // (group * queries * keys)))
     return Blocks(heads, queries, keys, keys * max(1, 4096 // keys))
@@ -66,7 +76,7 @@ def blocked_column_sums(
     sums = torch.zeros(*q.shape[:2], k.shape[2], dtype=acc_dtype(q.dtype), device=q.device)
     if q.numel() == 0 or k.numel() == 0:
         return sums
-    blocks = blocks or plan_blocks(q.device, k.shape[1], group, q.shape[2], k.shape[2], q_step)
+    blocks = blocks or plan_blocks(q.device, k.shape[1], group, q.shape[2], k.shape[2], q_step, window)
     scratch = _Scratch(blocks, group, q.shape[3] + (1 if bias is None else 2), sums)
     for row in range(q.shape[0]):
         for head in range(0, k.shape[1], blocks.heads):

@@ -2,38 +2,63 @@
 
 What was found (torch 2.13): its `is_causal` aligns upper-left, so a chunk is two calls and a merge; zero queries or
 zero keys kill the process with SIGFPE, so neither ever reaches it; a bool mask is refused, and a mask of another
-dtype than float64 queries is silently misread, so masks are made in q.dtype; in bf16 and fp16 its lse is off by up
-to 1e-4 (float32: 1e-6), from a faster exp.
+dtype than float64 queries is silently misread, while bf16 and fp16 queries take float32 masks; a mask may be expanded
+(stride 0) and goes together with `is_causal`; a row whose mask is -inf throughout has lse 0; in bf16 and fp16 its lse
+is off by up to 1e-4 (float32: 1e-6), from a faster exp.
 """
 
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import acc_dtype
+from d2o_dist.kernels.common import acc_dtype, group_size
 from d2o_dist.kernels.lse import merge_partials
 
 MIN_WINDOW_BLOCK, MAX_WINDOW_BLOCK = 128, 1024  # queries a block of the windowed path
 
 
 def cpu_prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `prefill_attention`, on the CPU; a window, if any, is shorter than the keys."""
+    """As `prefill_attention`, on the CPU; a window, if any, is shorter than the keys, and there is no bias with it."""
     if q.shape[2] == 0 or q.shape[0] == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=acc_dtype(q.dtype))
     if window is not None:
+        assert bias is None
         return _sliding(q, k, v, scale, q_start, window)
-    out, lse = _flash(q, k[:, :, q_start:], v[:, :, q_start:], scale, causal=True)
-    if q_start > 0:
-        past_out, past_lse = _flash(q, k[:, :, :q_start], v[:, :, :q_start], scale, causal=False)
-        out, lse = merge_partials([past_out, out], [past_lse, lse])
+    parts = []
+    for here, causal in ((slice(q_start, None), True), (slice(q_start), False)):
+        if causal or q_start > 0:
+            part = None if bias is None else bias[:, :, here]
+            parts.append(_attend(q, k[:, :, here], v[:, :, here], scale, causal=causal, bias=part))
+    out, lse = parts[0] if len(parts) == 1 else merge_partials(*zip(*reversed(parts), strict=True))
     return out, lse.contiguous()  # the kernel lays lse out as [B, Tq, Hq]
 
 
-def cpu_cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def cpu_cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As `cross_attention`, on the CPU; Tq and Tk at least 1."""
-    out, lse = _flash(q, k, v, scale, causal=False)
+    out, lse = _attend(q, k, v, scale, causal=False, bias=bias)
     return out, lse.contiguous()
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """causal: Tq = Tk. The bias is a mask that is expanded over queries: it costs next to nothing."""
+    if bias is None:
+        return _flash(q, k, v, scale, causal=causal)
+    dead = bias == -torch.inf
+    group = group_size(q.shape[1], k.shape[1])
+    mask = bias.to(acc_dtype(q.dtype)).repeat_interleave(group, 1).unsqueeze(2)
+    mask = mask.expand(-1, -1, q.shape[2], -1)
+    if not bool(dead.any()):
+        return _flash(q, k, v, scale, causal=causal, mask=mask)
+    k, v = (x.masked_fill(dead.unsqueeze(-1), 0) for x in (k, v))  # what they hold must not matter, be it NaN
+    out, lse = _flash(q, k, v, scale, causal=causal, mask=mask)
+    nothing = dead.cummin(-1).values if causal else dead.all(-1, keepdim=True)  # a query sees no live key
+    nothing = nothing.repeat_interleave(group, 1).expand(lse.shape)
+    return out.masked_fill(nothing.unsqueeze(-1), 0), lse.masked_fill(nothing, -torch.inf)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, mask: Tensor | None = None):

@@ -47,19 +47,28 @@ def blocked_prefill_attention(
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def blocked_cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def blocked_cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As `cross_attention`: blocks of queries over all keys."""
-    batch, num_heads, num_queries, head_dim = q.shape
+    batch, num_heads, _, head_dim = q.shape
     num_kv_heads, acc = k.shape[1], acc_dtype(q.dtype)
     group = group_size(num_heads, num_kv_heads)
+    if bias is not None:
+        bias = bias.to(acc)
+        dead = (bias == -torch.inf).unsqueeze(-1)
+        k, v = k.masked_fill(dead, 0), v.masked_fill(dead, 0)
     keys, values = k.to(acc).mT, v.to(acc)
     block = min(max(LOGIT_BYTES // (batch * num_heads * k.shape[2] * acc.itemsize), MIN_BLOCK), MAX_BLOCK)
     outs, lses = [], []
     for part in q.split(block, 2):
         rows = part.shape[2]
         logits = part.to(acc).mul(scale).reshape(batch, num_kv_heads, group * rows, head_dim) @ keys
+        if bias is not None:
+            logits = logits + bias.unsqueeze(2)
         lse = logits.logsumexp(-1)
-        out = torch.exp(logits - lse.unsqueeze(-1)) @ values
+        shift = lse if bias is None else lse.masked_fill(lse == -torch.inf, 0)
+        out = torch.exp(logits - shift.unsqueeze(-1)) @ values
         outs.append(out.view(batch, num_heads, rows, head_dim).to(q.dtype))
         lses.append(lse.view(batch, num_heads, rows))
     return torch.cat(outs, 2), torch.cat(lses, 2)

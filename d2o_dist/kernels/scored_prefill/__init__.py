@@ -12,7 +12,7 @@ __all__ = ["naive_scored_prefill_attention", "scored_prefill_attention"]
 
 
 def scored_prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int = 0, query_stride: int = 1
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, Hq, Tq, D] in the dtype of q, lse [B, Hq, Tq] and column sums [B, Hq, Tk] in acc dtype.
 
@@ -20,17 +20,13 @@ def scored_prefill_attention(
     fused pass; elsewhere `prefill_attention`, then `column_sums`. Working memory is bounded by a block of 128 rows
     a thread (or 16 MiB) of Tk logits. Not differentiable.
 
-    query_stride: estimate the sums from one query in so many, `column_sums(query_stride=...)` times the stride; output
-    and lse are those of all queries. The estimates of a prompt whose length is a multiple of the stride add up to it.
-
     Raises:
         ValueError: shapes that do not fit.
     """
     check_queries_keys(q, k, v)
     if k.shape[2] != q_start + q.shape[2]:
         raise ValueError(f"k has {k.shape[2]} keys, but q_start ({q_start}) + Tq ({q.shape[2]}) is another number")
-    if query_stride == 1 and q.device.type == "cpu" and q.numel():
+    if q.device.type == "cpu" and q.numel():
         return cpu_scored_prefill(q, k, v, scale, q_start=q_start)
     out, lse = prefill_attention(q, k, v, scale, q_start=q_start)
-    sums = column_sums(q, k, lse, scale, q_start=q_start, query_stride=query_stride)
-    return out, lse, sums if query_stride == 1 else sums.mul_(query_stride)
+    return out, lse, column_sums(q, k, lse, scale, q_start=q_start)
