@@ -20,6 +20,7 @@ LONGBENCH_TASKS = (
     "passage_retrieval_en", "passage_retrieval_zh", "lcc", "repobench-p",
 )  # fmt: skip
 CONTINUATIONS = ("chunk", "decode")
+JSONL_METRICS = ("contains_all", "contains_any", "starts_with", "qa_f1", "rouge_1", "rouge_l")
 ESSAYS = "essays"
 # The shortest prompt that leaves room for text around a fact and its question.
 MIN_LENGTH = 64
@@ -165,6 +166,56 @@ class LongBenchTask:
 
 
 @dataclass(frozen=True)
+class JsonlTask:
+    """Rows of a file of your own. In templates `{field}` stands for a field of the row: text as it is, else as JSON.
+
+    Attributes:
+        data: a `.jsonl` or `.jsonl.gz` file.
+        context, question: templates of the two parts of the prompt.
+        question_from: where the whole prompt is in `context`: a template of the text that its question begins with
+            (where it occurs last); null: `question` alone is the question.
+        prefix: template of the beginning of the answer, part of the prompt.
+        answers: the field with the answer, or with a list of them.
+        metric: `contains_all` (share of the answers found in the text), `contains_any`, `starts_with`, `qa_f1`,
+            `rouge_1` or `rouge_l`; but for the first, the best over the answers.
+        max_new_tokens: tokens generated; stop: texts that end the answer.
+        chat: whether prompts may go through the chat template.
+        samples: the first rows; null: all.
+    """
+
+    kind: ClassVar[str] = "jsonl"
+
+    data: str
+    name: str = "jsonl"
+    context: str = "{context}"
+    question: str = ""
+    question_from: str | None = None
+    prefix: str = ""
+    answers: str = "answers"
+    metric: str = "contains_all"
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    chat: bool = True
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("name", "data", "context", "answers"):
+            check_string(name, getattr(self, name))
+        check_string("question_from", self.question_from, optional=True)
+        for name in ("question", "prefix"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be a string")
+        if not (self.question or self.prefix) and self.question_from is None:
+            raise ValueError("question, prefix and question_from are all empty: say which text is the question")
+        check_choice("metric", self.metric, JSONL_METRICS)
+        check_int("max_new_tokens", self.max_new_tokens, low=1)
+        object.__setattr__(self, "stop", check_strings("stop", self.stop))
+        check_bool("chat", self.chat)
+        if self.samples is not None:
+            check_int("samples", self.samples, low=1)
+
+
+@dataclass(frozen=True)
 class PassageTask:
     """A real text is read up to some length, the cache compressed, and the text that follows predicted, teacher-forced.
 
@@ -211,9 +262,9 @@ class FidelityTask(PassageTask):
     kind: ClassVar[str] = "fidelity"
 
 
-TaskConfig = NeedleTask | RulerTask | LongBenchTask | PerplexityTask | FidelityTask
+TaskConfig = NeedleTask | RulerTask | LongBenchTask | JsonlTask | PerplexityTask | FidelityTask
 TASK_CONFIGS: dict[str, type] = {
-    cls.kind: cls for cls in (NeedleTask, RulerTask, LongBenchTask, PerplexityTask, FidelityTask)
+    cls.kind: cls for cls in (NeedleTask, RulerTask, LongBenchTask, JsonlTask, PerplexityTask, FidelityTask)
 }
 
 
