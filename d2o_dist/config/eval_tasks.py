@@ -112,6 +112,7 @@ class RulerTask:
         lengths: tokens of the prompt with the tokens to be generated.
         samples: prompts of each task and length.
         haystack: text of the tasks that hide facts in real text.
+        max_new_tokens: tokens generated at most; null: as published, 30 to 128 by task.
         qa_1_file, qa_2_file: questions for `qa_1` and `qa_2`: JSONL rows `question`, `answers` (a list), `context` (the
             paragraph, or list of them, that answers it). They also serve each other as distractors.
     """
@@ -123,6 +124,7 @@ class RulerTask:
     tasks: tuple[str, ...] = tuple(task for task in RULER_TASKS if not task.startswith("qa"))
     samples: int = 20
     haystack: str = ESSAYS
+    max_new_tokens: int | None = None
     qa_1_file: str | None = None
     qa_2_file: str | None = None
 
@@ -132,6 +134,8 @@ class RulerTask:
         object.__setattr__(self, "tasks", _choices("tasks", self.tasks, RULER_TASKS))
         check_int("samples", self.samples, low=1)
         check_string("haystack", self.haystack)
+        if self.max_new_tokens is not None:
+            check_int("max_new_tokens", self.max_new_tokens, low=1)
         for task in ("qa_1", "qa_2"):
             check_string(f"{task}_file", getattr(self, f"{task}_file"), optional=True)
             if task in self.tasks and getattr(self, f"{task}_file") is None:

@@ -157,6 +157,13 @@ def test_ruler_rows(tools, questions, name):
     assert len(rows[0].answers) == count
 
 
+def test_ruler_generates_no_more_than_it_is_told(tools, questions):
+    short = config(questions, max_new_tokens=40)
+    assert [Ruler(short, name).rows(tools)[0].max_new_tokens for name in ("niah_single_1", "vt")] == [40, 30]
+    row = Ruler(short, "fwe").rows(tools)[0]
+    assert 1800 - SLACK - 160 <= tools.count(row, True) + 40 <= 1800
+
+
 def test_ruler_facts_are_unambiguous(tools, questions):
     row = Ruler(config(questions), "niah_multikey_2").rows(tools)[0]
     key = re.search(r"number for (\S+) does", row.question).group(1)
