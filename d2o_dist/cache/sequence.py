@@ -5,14 +5,16 @@ It knows nothing of any model library: integrations hand it queries, keys and va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
+from d2o_dist.cache.headwise import HeadwiseLayer
 from d2o_dist.cache.layer import FullLayer, WindowLayer
-from d2o_dist.cache.plans import RowPlan, on_full_layers
+from d2o_dist.cache.plans import RowPlan, on_full_layers, on_units
 from d2o_dist.cache.rows import Rows
 from d2o_dist.cache.sharded import DealtChunk, ShardedLayer
 from d2o_dist.cache.sharded_window import ShardedWindowLayer
@@ -28,6 +30,7 @@ from d2o_dist.compression.shard_finalize import finalize_shard
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.budget import check_total
 from d2o_dist.core.compress import EvictionSteps, eviction_steps
+from d2o_dist.core.select import rank_scores
 from d2o_dist.core.types import LayerBudget
 from d2o_dist.kernels.nearest_kept import nearest_kept
 
@@ -44,10 +47,11 @@ class CompressedCache:
         num_seen: tokens seen by each row, padding not counted (the logical length).
         num_seen_columns: columns seen, padding included: what a padded batch's masks and ids are indexed by.
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
+        num_reread: tokens of each row that were read a second time.
         dealt: the chunk that was dealt last, if any.
 
     Raises:
-        ValueError: protected layers or minima that exceed the total.
+        ValueError: protected layers or minima that exceed the total; a rule that ranks cannot share.
     """
 
     def __init__(self, config: D2OConfig, windows: list[int | None], ranks: RequestRanks | None = None) -> None:
@@ -57,12 +61,15 @@ class CompressedCache:
         self.full_layers = [index for index, window in enumerate(windows) if window is None]
         self._compressed_config = on_full_layers(config, windows)
         check_total(self._compressed_config, len(self.full_layers))
+        self._check_shared(config)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: the next forward begins a new batch."""
-        self.layers: list[FullLayer | WindowLayer | ShardedLayer | ShardedWindowLayer] = []
+        self.layers: list[FullLayer | HeadwiseLayer | WindowLayer | ShardedLayer | ShardedWindowLayer] = []
         self.num_seen: list[int] = []
+        self.num_reread: list[int] = []
+        self._rereading = False
         self.num_seen_columns = 0
         self.phase = "prefill"
         self.plans: list[RowPlan] | None = None
@@ -94,27 +101,46 @@ class CompressedCache:
                 raise ValueError(
                     f"the new configuration {name.replace('_', ' ')}, and the prefill did not gather them"
                 )
+        if config.needs_reread and not any(self.num_reread):
+            raise ValueError("the new configuration needs a second reading of the prompt, and there was none")
+        if config.needs_reread and config.reread_chunk != self.config.reread_chunk:
+            raise ValueError(
+                f"reread_chunk ({config.reread_chunk}) must be the {self.config.reread_chunk} of the second reading"
+            )
         if config.needs_rates and config.rate_window > self.config.rate_window:
             raise ValueError(
                 f"rate_window ({config.rate_window}) must be at most the {self.config.rate_window} of the prefill"
             )
         compressed = on_full_layers(config, self.windows)
         check_total(compressed, len(self.full_layers))
+        self._check_shared(config)
         self.config, self._compressed_config = config, compressed
         for index in self.full_layers:
             self.layers[index].adopt(config)
+
+    def _check_shared(self, config: D2OConfig) -> None:
+        if self.ranks.is_shared and not config.by_layer:
+            raise ValueError(
+                f"tp ({self.ranks.tp.size}) and sp ({self.ranks.sp.size}) must be 1 with selection reread, allocation "
+                f"ranked or budget_per head: given are {config.selection}, {config.allocation} and {config.budget_per}"
+            )
 
     # ---- one forward ---------------------------------------------------------------------------------------------
 
     @property
     def num_kv_heads(self) -> int:
         """KV heads of a layer of the whole model; 0 before the first token."""
-        slots = self.layers[0].store.slots if self.layers else None
-        if slots is None:
+        shape = self.layers[0].store.shape if self.layers else None
+        if shape is None:
             return 0
         whole = self.ranks.deals_tokens and not self._by_sequence
-        heads = sum(self.ranks.kv_sizes) if whole else slots.positions.shape[1]
+        heads = sum(self.ranks.kv_sizes) if whole else shape[0]
         return heads * self.ranks.tp.size // self.ranks.kv_replicas
+
+    def token_bytes(self, layer: int) -> int:
+        """Bytes of the key and value of one token in all KV heads of a layer of the whole model."""
+        store = self.layers[layer].store
+        return 2 * self.num_kv_heads * store.shape[1] * store.dtype.itemsize
 
     @property
     def in_forward(self) -> bool:
@@ -166,6 +192,8 @@ class CompressedCache:
     def _attend(self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """One layer's step, where the tokens or heads of this forward are wanted."""
         ranks, forward = self.ranks, self._forward
+        if self._rereading:
+            return layer.reread(q, k, v, scale, self._rows)
         if isinstance(forward, DealtChunk):
             return layer.prefill(q, k, v, scale, forward, self.num_seen)
         if isinstance(forward, HeadExchange):
@@ -180,6 +208,9 @@ class CompressedCache:
     def _begin(self, k: Tensor, mask: Tensor | None) -> None:
         """Settle the phase and the rows of this forward."""
         batch, _, length, _ = k.shape
+        if self._rereading:
+            self._rows, self._forward = Rows.of(batch, length, mask), None
+            return
         deal = self.dealt if self._deal_waits else None
         self._deal_waits = False
         if deal is None and self.ranks.deals_tokens and (length > 1 or not self.num_seen_columns):
@@ -231,12 +262,40 @@ class CompressedCache:
     def _end(self, length: int) -> None:
         """After the last layer: count the tokens, and evict what is due."""
         self._next_layer = 0
+        if self._rereading:
+            self.num_reread = [old + new for old, new in zip(self.num_reread, self._rows.counts, strict=True)]
+            self._rows = None
+            return
         self.num_seen = [old + new for old, new in zip(self.num_seen, self._rows.counts, strict=True)]
         self.num_seen_columns += length if self._forward is None else self._rows.length
         self._rows = self._forward = None
         if self.phase == "decode" and self.config.eviction_interval is not None:
             with self.ranks.counter.phase("evict"):
                 self._evict(self.config.eviction_interval)
+
+    @contextmanager
+    def rereading(self) -> Iterator[None]:
+        """What is read inside is a second reading of the prompt: it attends to all slots and, causally, to its own
+        forward, and is not kept. What each slot got is noted, for `selection="reread"`.
+
+        Raises:
+            ValueError: the first prefill is over or has not begun; ranks share the request.
+        """
+        if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
+            raise ValueError(
+                f"a prompt is read a second time after the first and before it is compressed; this cache is in phase "
+                f"{self.phase} and has seen {self.num_seen_columns} tokens"
+            )
+        if self.ranks.is_shared:
+            raise ValueError(
+                f"tp ({self.ranks.tp.size}) and sp ({self.ranks.sp.size}) must be 1 to read a prompt a second time"
+            )
+        self.num_reread = self.num_reread or [0] * len(self.num_seen)
+        self._rereading = True
+        try:
+            yield
+        finally:
+            self._rereading = False
 
     # ---- compression ---------------------------------------------------------------------------------------------
 
@@ -248,10 +307,19 @@ class CompressedCache:
             return
         if not self.num_seen_columns:
             raise ValueError("finalize() was called before any token was seen")
+        if self.config.needs_reread and self.plans is None and not any(self.num_reread):
+            raise ValueError(
+                'selection "reread" ranks tokens by a second reading of the prompt, and there was none: call '
+                "cache.reread(model, input_ids) before finalize() or generate()"
+            )
         with self.ranks.counter.phase("finalize"):
-            self._set_budgets()
-            for layer in self.full_layers:
-                self.layers[layer].finish_prefill()
+            variances = self._variances() if self.plans is None else None
+            for index in self.full_layers:
+                self.layers[index].finish_prefill()
+            if self.config.budget_per == "head" and self.plans is None:
+                for index in self.full_layers:
+                    self.layers[index] = HeadwiseLayer(self.layers[index])
+            self._set_budgets(variances)
             self.phase = "decode"
             if self._by_sequence:
                 self._finalize_shards()
@@ -259,29 +327,42 @@ class CompressedCache:
                 self._finalize_layers()
         self._placement = None
 
-    def _set_budgets(self) -> None:
-        config, count = self._compressed_config, len(self.full_layers)
-        if not count:
+    def _set_budgets(self, variances: Tensor | None) -> None:
+        if not self.full_layers:
             self.plans = []
             return
-        layers = [self.layers[index] for index in self.full_layers]
+        units = [unit for index in self.full_layers for unit in self.layers[index].units]
+        config = on_units(self._compressed_config, len(units) // len(self.full_layers))
+        count = len(units)
         if self.plans is None:
             self.plans = []
-            variances: Sequence[Tensor | None] = [None] * len(self.num_seen)
-            if config.allocation == "dynamic" and config.needs_column_sums:
-                variances = self._variances(layers)
+            rankings = self._rankings(units) if config.allocation == "ranked" else None
             for row, num_tokens in enumerate(self.num_seen):
-                log_weights, dispersions = row_log_weights(variances[row], config, count)
+                log_weights, dispersions = row_log_weights(
+                    None if variances is None else variances[row].reshape(count, -1), config, count,
+                    None if rankings is None else [one[row, :, :num_tokens] for one in rankings],
+                )  # fmt: skip
                 self.plans.append(RowPlan(log_weights, dispersions, num_tokens))
         for plan, num_tokens in zip(self.plans, self.num_seen, strict=True):
             plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
             plan.num_tokens = num_tokens
         protected = config.protected(count)
-        for index, layer in enumerate(layers):
-            layer.slot_budgets = None if index in protected else [plan.slots[index] for plan in self.plans]
+        for index, unit in enumerate(units):
+            unit.slot_budgets = None if index in protected else [plan.slots[index] for plan in self.plans]
 
-    def _variances(self, layers: Sequence[FullLayer | ShardedLayer]) -> Tensor:
-        """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers."""
+    def _rankings(self, units: Sequence[FullLayer]) -> list[Tensor]:
+        """Per unit [B, h, S], what its slots are ranked by at the end of the first prefill."""
+        return [
+            rank_scores(unit.store.slots, self.config, finalize=True, num_seen_tokens=self._seen(unit))
+            for unit in units
+        ]
+
+    def _variances(self) -> Tensor | None:
+        """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers. None
+        where no budget depends on them."""
+        config, layers = self._compressed_config, [self.layers[index] for index in self.full_layers]
+        if config.allocation != "dynamic" or not config.needs_column_sums or not layers:
+            return None
         rows = range(len(self.num_seen))
         squares = torch.stack([torch.stack([layer.squared_deviations(row) for layer in layers], -1) for row in rows])
         if self._by_sequence:
@@ -301,9 +382,9 @@ class CompressedCache:
     def _finalize_layers(self) -> None:
         """One layer after the other, so that no more than one is held twice."""
         for index in self.full_layers:
-            layer = self.layers[index]
-            if layer.slot_budgets is not None:
-                self._finalize_layer(index)
+            for unit in self.layers[index].units:
+                if unit.slot_budgets is not None:
+                    self._finalize_unit(index, unit)
         if self.ranks.deals_tokens and not self.ranks.by_heads:
             # Compressed first, then moved: from all slots of some heads to some slots of all heads.
             for index, window in enumerate(self.windows):
@@ -313,8 +394,7 @@ class CompressedCache:
                     self.layers[index] = ShardedWindowLayer.from_heads(self.layers[index], self.ranks)
             self._by_sequence = True
 
-    def _finalize_layer(self, index: int) -> None:
-        layer = self.layers[index]
+    def _finalize_unit(self, index: int, layer: FullLayer) -> None:
         job = eviction_budget(layer.slot_budgets, layer.kv_len, 1, self.config, self._device(layer))
         held = layer.kv_len if job is None else job[1]
         # From here on the buffers never move: room for the budget and what gathers between evictions.
@@ -352,8 +432,8 @@ class CompressedCache:
         All layers with one exchange between ranks, since little is held.
         """
         jobs = []
-        for index in self.full_layers:
-            layer = self.layers[index]
+        units = [(index, unit) for index in self.full_layers for unit in self.layers[index].units]
+        for index, layer in units:
             if layer.slot_budgets is not None:
                 job = eviction_budget(layer.slot_budgets, layer.kv_len, slack, self.config, self._device(layer))
                 if job is not None:
@@ -413,5 +493,6 @@ class CompressedCache:
         if self._placement is not None:
             self._placement.select_rows(host)
         self.num_seen = [self.num_seen[row] for row in host]
+        self.num_reread = [self.num_reread[row] for row in host] if self.num_reread else []
         if self.plans:
             self.plans = [self.plans[row].copy() for row in host]
