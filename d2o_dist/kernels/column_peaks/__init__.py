@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.column_peaks.naive import naive_column_peaks
 from d2o_dist.kernels.column_peaks.torch_blocked import blocked_column_peaks
 from d2o_dist.kernels.common import check_queries_keys
@@ -27,7 +28,7 @@ def column_peaks(
     [B, Hkv, Tk] is added to the logits of a key.
 
     Rows whose lse is infinite and keys whose bias is -inf contribute 0, whatever their q or k hold. Not
-    differentiable. Torch operators on every device; working memory is bounded by a block of logits.
+    differentiable. Working memory is bounded by a block of logits.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -37,4 +38,7 @@ def column_peaks(
         raise ValueError(f"lse {tuple(lse.shape)} must have the shape of q without its last dim {tuple(q.shape[:3])}")
     if bias is not None and bias.shape != k.shape[:3]:
         raise ValueError(f"bias {tuple(bias.shape)} must have the shape of k without its last dim {tuple(k.shape[:3])}")
-    return blocked_column_peaks(q, k, lse, scale, q_start=q_start, bias=bias, causal=causal)
+    path = blocked_column_peaks
+    if takes_triton(q, k, head_dim=q.shape[3]) and q.numel() and k.numel():
+        from d2o_dist.kernels.column_peaks.triton import triton_column_peaks as path
+    return path(q, k, lse, scale, q_start=q_start, bias=bias, causal=causal)
