@@ -120,11 +120,14 @@ class SlotStore:
 
             cuda_append(buffers, keys[:, :, 0], values[:, :, 0], slot, position)
             return
-        index = slot[:, None, None].expand(-1, keys.shape[1], 1)
-        buffers.positions.scatter_(2, index, position[:, None, None].expand_as(index))
-        index = index.unsqueeze(-1).expand_as(keys)
-        buffers.keys.scatter_(2, index, keys)
-        buffers.values.scatter_(2, index, values)
+        # Not scatter_: on a CPU that copies the whole buffer where its dtype is bfloat16.
+        batch, heads = keys.shape[:2]
+        where = (
+            torch.arange(batch, device=slot.device)[:, None], torch.arange(heads, device=slot.device), slot[:, None]
+        )  # fmt: skip
+        buffers.positions[where] = position[:, None].expand(batch, heads)
+        buffers.keys[where] = keys[:, :, 0]
+        buffers.values[where] = values[:, :, 0]
 
     def advance(self, counts: list[int]) -> None:
         """Count tokens that were `put`."""

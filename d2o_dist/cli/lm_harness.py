@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 
 def forget_script_folder() -> None:
     """Take the launcher's folder off the import path, where Python puts it first.
@@ -13,6 +15,15 @@ def forget_script_folder() -> None:
     """
     folder = Path(sys.argv[0]).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
+
+
+def with_device(arguments: list[str], has_cuda: bool) -> list[str]:
+    """The arguments with `--device cpu` where nothing names a device: the harness then means `cuda:0`."""
+    named = any(each.split("=")[0] in ("--device", "--config", "-C") for each in arguments)
+    if has_cuda or named or not any(each.split("=")[0] == "--model" for each in arguments):
+        return arguments
+    print("lm_harness.py: there is no CUDA device, and --device is not given: --device cpu", file=sys.stderr)
+    return [*arguments, "--device", "cpu"]
 
 
 def main() -> int:
@@ -26,5 +37,6 @@ def main() -> int:
         print(f"lm_harness.py: error: this needs lm-eval (pip install lm-eval): {error}", file=sys.stderr)
         return 2
     register()
+    sys.argv[1:] = with_device(sys.argv[1:], torch.cuda.is_available())
     cli_evaluate()
     return 0

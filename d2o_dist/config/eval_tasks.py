@@ -20,6 +20,7 @@ LONGBENCH_TASKS = (
     "passage_retrieval_en", "passage_retrieval_zh", "lcc", "repobench-p",
 )  # fmt: skip
 CONTINUATIONS = ("chunk", "decode")
+JSONL_METRICS = ("contains_all", "contains_any", "starts_with", "qa_f1", "rouge_1", "rouge_l")
 ESSAYS = "essays"
 # The shortest prompt that leaves room for text around a fact and its question.
 MIN_LENGTH = 64
@@ -111,6 +112,7 @@ class RulerTask:
         lengths: tokens of the prompt with the tokens to be generated.
         samples: prompts of each task and length.
         haystack: text of the tasks that hide facts in real text.
+        max_new_tokens: tokens generated at most; null: as published, 30 to 128 by task.
         qa_1_file, qa_2_file: questions for `qa_1` and `qa_2`: JSONL rows `question`, `answers` (a list), `context` (the
             paragraph, or list of them, that answers it). They also serve each other as distractors.
     """
@@ -122,6 +124,7 @@ class RulerTask:
     tasks: tuple[str, ...] = tuple(task for task in RULER_TASKS if not task.startswith("qa"))
     samples: int = 20
     haystack: str = ESSAYS
+    max_new_tokens: int | None = None
     qa_1_file: str | None = None
     qa_2_file: str | None = None
 
@@ -131,6 +134,8 @@ class RulerTask:
         object.__setattr__(self, "tasks", _choices("tasks", self.tasks, RULER_TASKS))
         check_int("samples", self.samples, low=1)
         check_string("haystack", self.haystack)
+        if self.max_new_tokens is not None:
+            check_int("max_new_tokens", self.max_new_tokens, low=1)
         for task in ("qa_1", "qa_2"):
             check_string(f"{task}_file", getattr(self, f"{task}_file"), optional=True)
             if task in self.tasks and getattr(self, f"{task}_file") is None:
@@ -160,6 +165,56 @@ class LongBenchTask:
         check_string("name", self.name)
         check_string("data", self.data)
         object.__setattr__(self, "tasks", _choices("tasks", self.tasks, LONGBENCH_TASKS))
+        if self.samples is not None:
+            check_int("samples", self.samples, low=1)
+
+
+@dataclass(frozen=True)
+class JsonlTask:
+    """Rows of a file of your own. In templates `{field}` stands for a field of the row: text as it is, else as JSON.
+
+    Attributes:
+        data: a `.jsonl` or `.jsonl.gz` file.
+        context, question: templates of the two parts of the prompt.
+        question_from: where the whole prompt is in `context`: a template of the text that its question begins with
+            (where it occurs last); null: `question` alone is the question.
+        prefix: template of the beginning of the answer, part of the prompt.
+        answers: the field with the answer, or with a list of them.
+        metric: `contains_all` (share of the answers found in the text), `contains_any`, `starts_with`, `qa_f1`,
+            `rouge_1` or `rouge_l`; but for the first, the best over the answers.
+        max_new_tokens: tokens generated; stop: texts that end the answer.
+        chat: whether prompts may go through the chat template.
+        samples: the first rows; null: all.
+    """
+
+    kind: ClassVar[str] = "jsonl"
+
+    data: str
+    name: str = "jsonl"
+    context: str = "{context}"
+    question: str = ""
+    question_from: str | None = None
+    prefix: str = ""
+    answers: str = "answers"
+    metric: str = "contains_all"
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    chat: bool = True
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("name", "data", "context", "answers"):
+            check_string(name, getattr(self, name))
+        check_string("question_from", self.question_from, optional=True)
+        for name in ("question", "prefix"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be a string")
+        if not (self.question or self.prefix) and self.question_from is None:
+            raise ValueError("question, prefix and question_from are all empty: say which text is the question")
+        check_choice("metric", self.metric, JSONL_METRICS)
+        check_int("max_new_tokens", self.max_new_tokens, low=1)
+        object.__setattr__(self, "stop", check_strings("stop", self.stop))
+        check_bool("chat", self.chat)
         if self.samples is not None:
             check_int("samples", self.samples, low=1)
 
@@ -211,9 +266,9 @@ class FidelityTask(PassageTask):
     kind: ClassVar[str] = "fidelity"
 
 
-TaskConfig = NeedleTask | RulerTask | LongBenchTask | PerplexityTask | FidelityTask
+TaskConfig = NeedleTask | RulerTask | LongBenchTask | JsonlTask | PerplexityTask | FidelityTask
 TASK_CONFIGS: dict[str, type] = {
-    cls.kind: cls for cls in (NeedleTask, RulerTask, LongBenchTask, PerplexityTask, FidelityTask)
+    cls.kind: cls for cls in (NeedleTask, RulerTask, LongBenchTask, JsonlTask, PerplexityTask, FidelityTask)
 }
 
 

@@ -47,7 +47,8 @@ class EvalConfig:
     Attributes:
         model, tokenizer, dtype, device, trust_remote_code, revision: as in `InferConfig`.
         output: folder of the results. Rows that it holds already are not run again.
-        tasks: what is evaluated: mappings with a `kind` (needle, ruler, longbench, perplexity, fidelity) and fields.
+        tasks: what is evaluated: mappings with a `kind` (needle, ruler, longbench, jsonl, perplexity, fidelity) and
+            fields.
         methods: presets by name, or mappings of `name`, `preset` and fields. `full` is always run, and comes first.
         keep_ratios, keep_tokens: the budgets; every method but `full` runs at each of them.
         reference: one of the methods; tables show how far each other one is from it, row by row, at the same budget.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from d2o_dist.cli import lm_harness
 
 REPO = Path(__file__).resolve().parents[2]
@@ -25,3 +27,21 @@ def test_without_the_harness_it_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     assert lm_harness.main() == 2
     assert "this needs lm-eval (pip install lm-eval)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "added"),
+    [
+        (["run", "--model", "d2o_dist", "--tasks", "x"], True),
+        (["--model=d2o_dist"], True),
+        (["run", "--model", "d2o_dist", "--device", "cuda:1"], False),
+        (["run", "--model", "d2o_dist", "--device=cpu"], False),
+        (["run", "--config", "x.yaml", "--model", "d2o_dist"], False),
+        (["ls", "tasks"], False),
+    ],
+)
+def test_without_cuda_the_device_is_the_cpu_unless_one_is_named(arguments, added, capsys):
+    assert lm_harness.with_device(arguments, has_cuda=True) == arguments
+    assert capsys.readouterr().err == ""
+    assert lm_harness.with_device(arguments, has_cuda=False) == arguments + ["--device", "cpu"] * added
+    assert bool(capsys.readouterr().err) == added

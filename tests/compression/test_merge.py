@@ -54,7 +54,7 @@ def test_equals_the_core(rule, num_evicted, dtype):
 def test_sums_in_order_and_their_gradients(monkeypatch, rule, sorts):
     """The way of CPUs and the way of CUDA (run here on a CPU): against a loop over the tokens, bit for bit."""
     monkeypatch.setattr(core_merge, "_sorts", lambda device: sorts)
-    config = D2OConfig(merge=rule)
+    config = D2OConfig.preset("paper_minmax", merge=rule)
     kept, evicted = slots(2, 3, 11, torch.float64, 1), slots(2, 3, 40, torch.float64, 2)
     similarity = torch.rand(2, 3, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     target = torch.randint(0, 9, (2, 3, 40), generator=torch.Generator().manual_seed(4))

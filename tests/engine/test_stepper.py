@@ -28,7 +28,7 @@ from tests.models import left_padded, tiny_model, tokens
 
 SIZES = dict(keep_ratio=0.3, min_layer_tokens=12)
 INTERVAL = 5
-NAMES = ("d2o", "mass", "span", "reread", "h2o", "snapkv", "streaming", "released", "paper")
+NAMES = ("d2o", "paper_minmax", "mass", "reread", "h2o", "snapkv", "streaming", "released", "paper")
 PRESETS = {
     name: D2OConfig.preset(name, **SIZES, **({} if name in ("released", "paper") else {"eviction_interval": INTERVAL}))
     for name in NAMES
@@ -151,7 +151,7 @@ def test_rows_that_end():
 
 
 def test_later_turns():
-    plain, taped, logits = pair(tiny_model(), PRESETS["span"], BATCHES["ragged"])
+    plain, taped, logits = pair(tiny_model(), PRESETS["d2o"], BATCHES["ragged"])
     go_on(plain, taped, logits, 7)
     more = tokens(3, 11, seed=3)
     turn = [session.prefill(more, torch.ones_like(more)) for session in (plain, taped)]
@@ -312,12 +312,25 @@ def test_nothing_outlives_the_session():
     assert [one() for one in left] == [None] * 3
 
 
-@pytest.mark.parametrize("preset", ["d2o", "mass", "released"])
+def dense_merge(kept, evicted, similarity, target, merged, config):
+    """As `core.merge.merge_into`, by products with a matrix of zeros and ones: shapes follow from arguments."""
+    taken = (target.unsqueeze(-2) == torch.arange(kept.positions.shape[-1])[:, None]) & merged.unsqueeze(-2)
+    weights = torch.where(taken, merging.evicted_weight(evicted, similarity, config).unsqueeze(-2), 0)
+    sums = merging.MergeSums(
+        count=taken.sum(-1).to(weights.dtype),
+        weight=weights.sum(-1),
+        keys=weights @ evicted.keys if merging.merges_keys(config) else None,
+        values=weights @ evicted.values,
+    )
+    return merging.apply_merge(kept, sums, config)
+
+
+@pytest.mark.parametrize("preset", ["d2o", "paper_minmax", "mass", "released"])
 def test_an_eviction_asks_the_device_nothing(monkeypatch, preset):
     """Beside what the kernels for a CPU ask: how many there are to keep and to evict follows from lengths. The first of
     a batch brings the rows' budgets."""
     monkeypatch.setattr(sequence, "nearest_kept", merging.nearest_kept)
-    monkeypatch.setattr(sequence, "merge_evicted", merging.merge_into)
+    monkeypatch.setattr(sequence, "merge_evicted", dense_merge)
     plain, other, logits = pair(tiny_model(), PRESETS[preset], BATCHES["ragged"])
     logits = go_on(plain, other, logits, INTERVAL)
     evict, evictions = other.cache.compressed._evict, []

@@ -24,6 +24,7 @@ def test_round_trip(tmp_path):
         {"kind": "needle", "lengths": [128, 256], "depths": 3},
         {"kind": "ruler", "lengths": 1000, "tasks": ["vt", "cwe"]},
         {"kind": "longbench", "data": "folder", "tasks": "all", "samples": 3},
+        {"kind": "jsonl", "data": "file", "question": "{q}", "stop": ["\n"], "samples": 3},
         {"kind": "perplexity", "lengths": [64]},
         {"kind": "fidelity", "lengths": [64], "continuation": "decode"},
     ]
@@ -64,6 +65,9 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
         ({"tasks": [{"kind": "ruler", "lengths": [999], "tasks": ["vtt"]}]}, 'Did you mean "vt"'),
         ({"tasks": [{"kind": "ruler", "lengths": [999], "tasks": "all"}]}, "qa_1 needs qa_1_file"),
         ({"tasks": [{"kind": "longbench", "data": "x", "tasks": "lc"}]}, 'Did you mean "lcc"'),
+        ({"tasks": [{"kind": "jsonl", "data": "x"}]}, "question, prefix and question_from are all empty"),
+        ({"tasks": [{"kind": "jsonl", "data": "x", "prefix": "a", "metric": "rouge"}]}, 'Did you mean "rouge_'),
+        ({"tasks": [{"kind": "jsonl", "data": "x", "question": 3}]}, r"question \(3\) must be a string"),
         ({"tasks": BASE["tasks"] * 2}, '2 tasks have the name "needle"'),
         ({"keep_ratios": []}, "keep_ratios and keep_tokens are both empty"),
         ({"keep_ratios": [1.2]}, r"method d2o at 120%: keep_ratio \(1.2\) must be in \(0, 1\]"),

@@ -9,15 +9,18 @@ import re
 import pytest
 
 from d2o_dist.config.eval_tasks import (
+    JSONL_METRICS,
     LONGBENCH_TASKS,
     RULER_TASKS,
     FidelityTask,
+    JsonlTask,
     LongBenchTask,
     NeedleTask,
     PerplexityTask,
     RulerTask,
 )
 from d2o_dist.eval.fill import SLACK
+from d2o_dist.eval.tasks.jsonl import METRICS, Jsonl
 from d2o_dist.eval.tasks.longbench import LongBench
 from d2o_dist.eval.tasks.longbench_prompts import SPECS
 from d2o_dist.eval.tasks.needle import Fact, Needle, hide
@@ -154,6 +157,13 @@ def test_ruler_rows(tools, questions, name):
     assert len(rows[0].answers) == count
 
 
+def test_ruler_generates_no_more_than_it_is_told(tools, questions):
+    short = config(questions, max_new_tokens=40)
+    assert [Ruler(short, name).rows(tools)[0].max_new_tokens for name in ("niah_single_1", "vt")] == [40, 30]
+    row = Ruler(short, "fwe").rows(tools)[0]
+    assert 1800 - SLACK - 160 <= tools.count(row, True) + 40 <= 1800
+
+
 def test_ruler_facts_are_unambiguous(tools, questions):
     row = Ruler(config(questions), "niah_multikey_2").rows(tools)[0]
     key = re.search(r"number for (\S+) does", row.question).group(1)
@@ -257,3 +267,87 @@ def test_suites_become_tasks(questions):
     names = [task.name for task in tasks]
     assert names[:2] == ["r/niah_single_1", "r/niah_single_2"] and names[13] == "longbench/narrativeqa"
     assert names[-1] == "fidelity" and len(names) == 13 + 21 + 1
+
+
+# Files of one's own.
+
+
+ROWS = [
+    {"input": "Long text {x}. Then: what is {it}? It is", "outputs": ["one", "two"], "n": 3, "pairs": [["a", "b"]]},
+    {"input": "Other text. Then: what is that?", "outputs": ["three"], "n": 4, "pairs": []},
+]
+
+
+def jsonl(tmp_path, rows=ROWS, **values) -> Jsonl:
+    write(tmp_path, "own", rows)
+    defaults = {"context": "{input}", "question_from": "Then: what", "answers": "outputs"}
+    return Jsonl(JsonlTask(data=str(tmp_path / "own.jsonl"), **{**defaults, **values}))
+
+
+def test_jsonl_prompts_are_cut_where_the_question_begins(tools, tmp_path):
+    task = jsonl(tmp_path, prefix=" ({n})", stop="\n", max_new_tokens=5)
+    rows = task.rows(tools)
+    assert [row.context for row in rows] == ["Long text {x}. ", "Other text. "]
+    assert [row.question for row in rows] == ["Then: what is {it}? It is", "Then: what is that?"]
+    assert [row.prefix for row in rows] == [" (3)", " (4)"] and [row.id for row in rows] == ["1", "2"]
+    assert rows[0].answers == ("one", "two") and (rows[0].stop, rows[0].max_new_tokens) == (("\n",), 5)
+    assert len(jsonl(tmp_path, samples=1).rows(tools)) == 1
+    # Where the text occurs more than once, the last one is the question.
+    twice = [{**ROWS[0], "input": "Then: what? Then: what?"}]
+    assert jsonl(tmp_path, twice).rows(tools)[0].context == "Then: what? "
+
+
+def test_jsonl_templates_write_values_as_json(tools, tmp_path):
+    task = jsonl(tmp_path, context="Pairs: {pairs}", question="\n{{n}} of {n} {}?", question_from=None, answers="n")
+    row = task.rows(tools)[0]
+    assert (row.context, row.question, row.answers) == ('Pairs: [["a", "b"]]', "\n{3} of 3 {}?", ("3",))
+    assert not task.config.stop and not jsonl(tmp_path, chat=False).uses_template
+
+
+@pytest.mark.parametrize(
+    ("metric", "text", "score"),
+    [
+        ("contains_all", "it is One, I think", 0.5),
+        ("contains_any", "it is One, I think", 1),
+        ("starts_with", " two.", 1),
+        ("starts_with", "it is one", 0),
+        ("qa_f1", "the two?", 1),
+        ("rouge_1", "two three", 2 / 3),
+        ("rouge_l", "two three", 2 / 3),
+    ],
+)
+def test_jsonl_metrics(tools, tmp_path, metric, text, score):
+    task = jsonl(tmp_path, metric=metric)
+    assert task.score(task.rows(tools)[0], text) == {"score": pytest.approx(score)}
+    assert task.definition["metric"] == metric
+
+
+def test_jsonl_metrics_are_those_of_the_configuration():
+    assert tuple(METRICS) == JSONL_METRICS
+
+
+@pytest.mark.parametrize(
+    ("rows", "values", "words"),
+    [
+        (ROWS, {"context": "{inputs}"}, 'own.jsonl line 1: there is no field "inputs"; there are input, outputs, n'),
+        (ROWS, {"answers": "output"}, 'line 1: there is no field "output"'),
+        (ROWS, {"question_from": "is that"}, r"line 1: question_from \('is that'\) does not occur in the context"),
+        ([{"input": "Then: what", "outputs": []}], {}, "line 1: outputs has no answer"),
+        ([{"input": "Then: what", "outputs": [""]}], {}, r"line 1: outputs \(''\) must be a non-empty string"),
+        ([["input"]], {}, "line 1: a row must be a JSON object, not a list"),
+        ([], {}, "own.jsonl has no rows"),
+    ],
+)
+def test_jsonl_refuses_rows(tools, tmp_path, rows, values, words):
+    with pytest.raises(ValueError, match=words):
+        jsonl(tmp_path, rows, **values).rows(tools)
+
+
+def test_jsonl_refuses_what_is_no_json_or_not_there(tools, tmp_path):
+    task = jsonl(tmp_path)
+    (tmp_path / "own.jsonl").write_text('\n{"input": 1')
+    with pytest.raises(ValueError, match="own.jsonl line 2: "):
+        task.rows(tools)
+    (tmp_path / "own.jsonl").unlink()
+    with pytest.raises(ValueError, match="own.jsonl does not exist"):
+        task.rows(tools)

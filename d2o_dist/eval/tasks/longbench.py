@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from d2o_dist.config.checks import check_strings
 from d2o_dist.config.eval_tasks import LongBenchTask
 from d2o_dist.eval.examples import Example, Task, Tools
 from d2o_dist.eval.metrics.longbench import best, cut_chinese, qa_f1_zh, rouge_l_zh
+from d2o_dist.eval.tasks.json_lines import json_lines
 from d2o_dist.eval.tasks.longbench_prompts import SPECS
 
 HUB = "hub:"
@@ -83,9 +83,7 @@ def lines(data: str, task: str) -> Iterator[str]:
     folder = Path(data).expanduser()
     for path in (folder / f"{task}.jsonl", folder / f"{task}.jsonl.gz"):
         if path.is_file():
-            opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-            with opened as file:
-                yield from (line for line in file if line.strip())
+            yield from (line for _, line in json_lines(path))
             return
     raise ValueError(f"{folder} has no {task}.jsonl (or .jsonl.gz)")
 

@@ -53,7 +53,8 @@ class Ruler(Task):
         return rows
 
     def _example(self, material: Material, rng: random.Random, tools: Tools) -> Example:
-        drafter, max_new_tokens = DRAFTS[self.task]
+        drafter, published = DRAFTS[self.task]
+        max_new_tokens = min(published, self.config.max_new_tokens or published)
         draft = drafter(material, rng)
         row_id = f"{material.length}-{material.sample}"
 
