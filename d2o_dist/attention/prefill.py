@@ -12,8 +12,10 @@ from torch import Tensor
 from d2o_dist.attention.sampled import sampled_column_sums
 from d2o_dist.config.d2o import QuerySample
 from d2o_dist.core.statistics import group_sum
+from d2o_dist.kernels.column_peaks import column_peaks
 from d2o_dist.kernels.column_sums import column_sums
-from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.kernels.lse import merge_partials
+from d2o_dist.kernels.prefill_attention import cross_attention, prefill_attention
 from d2o_dist.kernels.scored_prefill import scored_prefill_attention
 
 
@@ -52,6 +54,22 @@ def chunk_attention(
         q, k, lse, scale, sample, start=start, num_old=num_old, tokens=torch.arange(start), with_own=True, bias=log_mass
     )
     return out, lse, sums
+
+
+def reread_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """A chunk that is not kept: every query over all slots, and causally over the chunk itself.
+
+    Args:
+        q: [B, Hq, n, D]; k, v: [B, Hkv, n, D] of the chunk; keys, values: [B, Hkv, S, D] of the slots.
+
+    Returns:
+        output [B, Hq, n, D] in the dtype of q, and the column peaks of the slots [B, Hkv, S].
+    """
+    before, itself = cross_attention(q, keys, values, scale), prefill_attention(q, k, v, scale)
+    out, lse = merge_partials([before[0], itself[0]], [before[1], itself[1]])
+    return out.to(q.dtype), column_peaks(q, keys, lse, scale, causal=False)
 
 
 def prompt_rates(q: Tensor, lse: Tensor, k: Tensor, scale: float, *, log_mass: Tensor | None = None) -> Tensor:

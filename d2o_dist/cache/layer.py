@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from d2o_dist.attention.prefill import chunk_attention, prompt_rates
+from d2o_dist.attention.prefill import chunk_attention, prompt_rates, reread_attention
 from d2o_dist.attention.sampled import rest_sums
 from d2o_dist.cache.query_window import QueryWindow
 from d2o_dist.cache.rows import Rows, is_uniform
@@ -18,6 +19,7 @@ from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.statistics import RATE_FLOOR, group_sum, squared_deviations
 from d2o_dist.core.types import D2OState, stats_dtype
+from d2o_dist.kernels.column_peaks import column_peaks
 from d2o_dist.kernels.prefill_attention import prefill_attention
 from d2o_dist.kernels.scored_decode import scored_decode
 
@@ -42,12 +44,24 @@ class FullLayer:
         self._window: QueryWindow | None = None
         # Per query head, [B, Hq, S]: only the first prefill needs them, for its dispersions.
         self._column_sums: Tensor | None = None
+        # [B, Hkv, S]: the most attention that a query of the second reading gave. They become the scores.
+        self._peaks: Tensor | None = None
         self._first_prefill = True
 
     @property
     def kv_len(self) -> list[int]:
         """Slots of each row, of each of its heads."""
         return self.store.kv_len
+
+    @property
+    def mean_kv_len(self) -> list[int]:
+        """Slots of each row, mean over its heads."""
+        return self.store.kv_len
+
+    @property
+    def units(self) -> list[FullLayer]:
+        """What has a budget of its own."""
+        return [self]
 
     # ---- attention ---------------------------------------------------------------------------------------------
 
@@ -59,6 +73,8 @@ class FullLayer:
         old = self._num_old
         self.store.append(k, v, rows, num_seen)
         self._grow_column_sums(q)
+        if self._peaks is not None:
+            self._peaks = pad(self._peaks, (0, max(self.store.kv_len) - self._peaks.shape[-1]))
         if rows.index is None and is_uniform(start) and is_uniform(old):
             return self._prefill_rows(slice(None), q, start[0], old[0], scale)
         out = torch.zeros_like(q)
@@ -76,8 +92,13 @@ class FullLayer:
         log_mass = slots.log_mass[group, :, here] if config.merge == "mass" and not self._first_prefill else None
         out, lse, sums = chunk_attention(
             q, keys, values, scale,
-            with_sums=config.needs_column_sums, sample=config.query_sample, num_old=num_old, log_mass=log_mass,
+            with_sums=config.needs_column_sums and not self._by_peaks, sample=config.query_sample, num_old=num_old,
+            log_mass=log_mass,
         )  # fmt: skip
+        if self._by_peaks or self._peaks is not None:
+            # A later turn, or what follows the second reading before anything is compressed.
+            peaks = (slots.scores if self._by_peaks else self._peaks)[group, :, here]
+            torch.maximum(peaks, column_peaks(q, keys, lse, scale, q_start=start, bias=log_mass), out=peaks)
         if sums is not None:
             slots.scores[group, :, here] += self.ranks.sum_replicas(group_sum(sums, keys.shape[1]))
             if self._column_sums is not None:
@@ -87,6 +108,35 @@ class FullLayer:
             if self._window is None:
                 self._window = QueryWindow(batch, config.num_last_queries, q, lse, scale)
             self._window.add(range(*group.indices(batch)), q, lse, [torch.arange(start, here.stop)] * q.shape[0])
+        return out
+
+    @property
+    def _by_peaks(self) -> bool:
+        """Whether the scores are peaks already: nothing is added to them, and no column sums are wanted."""
+        return self.config.needs_reread and not self._first_prefill
+
+    def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows) -> Tensor:
+        """Attend from a chunk that is not kept, over all slots and causally over itself, and note what each slot got.
+
+        [B, Hq, n, D] -> the same shape, zeros at padding.
+        """
+        if self._peaks is None:
+            self._peaks = torch.zeros_like(self.store.slots.scores)
+        if rows.index is None and is_uniform(self.store.kv_len):
+            return self._reread_rows(slice(None), q, k, v, scale, self.store.kv_len[0])
+        out = torch.zeros_like(q)
+        for row in range(rows.batch):
+            if rows.counts[row]:
+                q_row, k_row, v_row = (rows.pick(tensor, row) for tensor in (q, k, v))
+                part = self._reread_rows(slice(row, row + 1), q_row, k_row, v_row, scale, self.store.kv_len[row])
+                rows.put(out, row, part)
+        return out
+
+    def _reread_rows(self, group: slice, q: Tensor, k: Tensor, v: Tensor, scale: float, count: int) -> Tensor:
+        slots = self.store.slots
+        keys, values = slots.keys[group, :, :count], slots.values[group, :, :count]
+        out, peaks = reread_attention(q, k, v, keys, values, scale)
+        torch.maximum(self._peaks[group, :, :count], peaks, out=self._peaks[group, :, :count])
         return out
 
     def _grow_column_sums(self, q: Tensor) -> None:
@@ -114,7 +164,8 @@ class FullLayer:
             valid=step.live(self.store.capacity),
             newest=step.slot,
             log_mass=buffers.log_mass if config.merge == "mass" else None,
-            scores=buffers.scores if config.needs_column_sums else None,
+            scores=buffers.scores if config.needs_column_sums or config.needs_reread else None,
+            peaks=config.needs_reread,
             rates=buffers.rates if config.needs_rates else None,
             rate_window=config.rate_window,
             present=step.present,
@@ -149,7 +200,7 @@ class FullLayer:
                 last = slice(-config.rate_window, None)
                 rates = prompt_rates(queries[None, :, last], lse[None, :, last], keys, scale, log_mass=mass)
                 slots.rates[here, :, :count] = self.ranks.sum_replicas(rates) + RATE_FLOOR
-            rest = 0 if config.query_sample is None else (count - old) % config.query_sample.stride
+            rest = 0 if config.query_sample is None or self._by_peaks else (count - old) % config.query_sample.stride
             if rest:
                 sums = rest_sums(
                     queries[None, :, -rest:], keys, lse[None, :, -rest:], scale, config.query_sample,
@@ -160,9 +211,19 @@ class FullLayer:
                     self._column_sums[here, :, :count] += sums
 
     def finish_prefill(self) -> None:
-        """Free what only a prefill needs."""
-        self._window = self._column_sums = self._num_old = None
+        """Let peaks be the scores, and free what only a prefill needs."""
+        if self._peaks is not None and self.config.needs_reread:
+            self.store.slots.scores.copy_(self._peaks)
+        self._window = self._column_sums = self._num_old = self._peaks = None
         self._first_prefill = False
+
+    def of_head(self, head: int) -> FullLayer:
+        """A layer of one KV head of this one, whose first prefill is over; it holds views of this one's slots."""
+        assert not self._first_prefill and self.state.num_dropped is None
+        made = FullLayer(len(self.kv_len), self.config, self.ranks)
+        made.store = SlotStore.of(self.store.slots.map(lambda tensor: tensor[:, head : head + 1]), self.kv_len)
+        made._first_prefill = False
+        return made
 
     def adopt(self, config: D2OConfig) -> None:
         """Leave what a prefill under `config` would have left, of a prefill that gathered at least that."""
@@ -170,6 +231,8 @@ class FullLayer:
         if not config.needs_column_sums:
             self._column_sums = None
             self.store.slots.scores.zero_()
+        if not config.needs_reread:
+            self._peaks = None
         if not config.num_last_queries:
             self._window = None
         elif self._window is not None:
@@ -188,6 +251,8 @@ class FullLayer:
             self._window.select_rows(host)
         if self._column_sums is not None:
             self._column_sums = self._column_sums.index_select(0, index.to(self._column_sums.device))
+        if self._peaks is not None:
+            self._peaks = self._peaks.index_select(0, index.to(self._peaks.device))
 
 
 class WindowLayer:
@@ -209,6 +274,16 @@ class WindowLayer:
     def kv_len(self) -> list[int]:
         """Slots of each row, of each of its heads."""
         return self.store.kv_len
+
+    @property
+    def mean_kv_len(self) -> list[int]:
+        """Slots of each row, mean over its heads."""
+        return self.store.kv_len
+
+    @property
+    def units(self) -> list[WindowLayer]:
+        """Itself: all of its heads hold the same."""
+        return [self]
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
@@ -232,6 +307,19 @@ class WindowLayer:
             else:
                 rows.put(out, row, part)
         self._trim()
+        return out
+
+    def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows) -> Tensor:
+        """Attend from a chunk that is not kept; [B, Hq, n, D] -> the same shape, zeros at padding."""
+        slots, held = self.store.slots, self.store.kv_len
+        out = torch.zeros_like(q)
+        for row in range(rows.batch):
+            if rows.counts[row]:
+                q_row, k_row, v_row = (rows.pick(tensor, row) for tensor in (q, k, v))
+                keys = torch.cat([slots.keys[row : row + 1, :, : held[row]], k_row], 2)
+                values = torch.cat([slots.values[row : row + 1, :, : held[row]], v_row], 2)
+                part, _ = prefill_attention(q_row, keys, values, scale, q_start=held[row], window=self.window)
+                rows.put(out, row, part)
         return out
 
     def make_room(self) -> None:

@@ -31,3 +31,11 @@ def on_full_layers(config: D2OConfig, windows: list[int | None]) -> D2OConfig:
     full = [index for index, window in enumerate(windows) if window is None]
     protected = config.protected(len(windows))
     return config.replace(protected_layers=tuple(n for n, index in enumerate(full) if index in protected))
+
+
+def on_units(config: D2OConfig, per_layer: int) -> D2OConfig:
+    """The configuration with `protected_layers` counted among the `per_layer` budgets of each layer."""
+    if per_layer == 1:
+        return config
+    layers = config.protected_layers
+    return config.replace(protected_layers=tuple(n * per_layer + unit for n in layers for unit in range(per_layer)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ class LayerReport:
     Attributes:
         layer: index in the model; kind: `compressed`, `protected` or `sliding`.
         num_heavy, num_recent: the budget of each row; None before finalize and for layers that are never evicted.
-        kv_len: slots held by each row.
+        kv_len: slots held by each row. Where heads have budgets of their own, these three are means over the KV heads.
         dispersion: statistic that the budget came from, per row; None if the allocation does not use it.
         threshold: moving similarity threshold per row; None before the first eviction of a row.
         num_merged, num_dropped: evicted tokens folded into others or lost so far, over all rows and the KV heads that
@@ -28,9 +29,9 @@ class LayerReport:
 
     layer: int
     kind: str
-    num_heavy: list[int] | None
-    num_recent: list[int] | None
-    kv_len: list[int]
+    num_heavy: list[float] | None
+    num_recent: list[float] | None
+    kv_len: list[float]
     dispersion: list[float] | None
     threshold: list[float | None]
     num_merged: int
@@ -146,18 +147,25 @@ def make_report(cache: CompressedCache) -> CacheReport:
 
 def _layer_report(cache: CompressedCache, index: int) -> LayerReport:
     layer = cache.layers[index]
-    kv_len, seen, keys = list(layer.kv_len), cache.num_seen, layer.store.slots.keys
-    per_token = 2 * cache.num_kv_heads * keys.shape[3] * keys.element_size()
-    num_bytes = per_token * sum(kv_len)
+    kv_len, seen = list(layer.mean_kv_len), cache.num_seen
+    per_token = cache.token_bytes(index)
+    num_bytes = round(per_token * sum(kv_len))
     if isinstance(layer, WindowLayer):
         kept = [min(count, layer.window - 1) for count in seen]
         return LayerReport(
             index, "sliding", None, None, kv_len, None, [None] * len(seen), 0, 0, num_bytes, per_token * sum(kept),
         )  # fmt: skip
-    state, position = layer.state, cache.full_layers.index(index)
+    state, units = layer.state, layer.units
+    first = cache.full_layers.index(index) * len(units)
     budgets = layer.slot_budgets
-    splits = None if budgets is None else [cache.config.split(slots) for slots in budgets]
-    dispersion = [p.dispersions[position] for p in cache.plans if p.dispersions] if cache.plans else []
+    num_heavy = num_recent = None
+    if budgets is not None:
+        splits = [[cache.config.split(slots) for slots in unit.slot_budgets] for unit in units]
+        num_heavy, num_recent = ([_mean(part) for part in zip(*of, strict=True)] for of in (
+            [[heavy for heavy, _ in unit] for unit in splits], [[recent for _, recent in unit] for unit in splits]
+        ))  # fmt: skip
+    plans = [plan.dispersions[first : first + len(units)] for plan in cache.plans or [] if plan.dispersions]
+    dispersion = [_mean(one) for one in plans]
     protected = cache.plans is not None and budgets is None
     threshold = [None] * len(seen) if state.threshold is None else [
         None if value != value else value for value in state.threshold.tolist()
@@ -165,8 +173,8 @@ def _layer_report(cache: CompressedCache, index: int) -> LayerReport:
     return LayerReport(
         layer=index,
         kind="protected" if protected else "compressed",
-        num_heavy=None if splits is None else [heavy for heavy, _ in splits],
-        num_recent=None if splits is None else [recent for _, recent in splits],
+        num_heavy=num_heavy,
+        num_recent=num_recent,
         kv_len=kv_len,
         dispersion=dispersion or None,
         threshold=threshold,
@@ -175,6 +183,11 @@ def _layer_report(cache: CompressedCache, index: int) -> LayerReport:
         num_bytes=num_bytes,
         full_bytes=per_token * sum(seen),
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of one value, the value itself."""
+    return values[0] if len(values) == 1 else sum(values) / len(values)
 
 
 def _brief(values: list[Any] | None) -> str:

@@ -5,14 +5,16 @@ It knows nothing of any model library: integrations hand it queries, keys and va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
+from d2o_dist.cache.headwise import HeadwiseLayer
 from d2o_dist.cache.layer import FullLayer, WindowLayer
-from d2o_dist.cache.plans import RowPlan, on_full_layers
+from d2o_dist.cache.plans import RowPlan, on_full_layers, on_units
 from d2o_dist.cache.rows import Rows
 from d2o_dist.cache.sharded import DealtChunk, ShardedLayer
 from d2o_dist.cache.sharded_window import ShardedWindowLayer
@@ -29,7 +31,9 @@ from d2o_dist.compression.shard_finalize import finalize_shard
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.budget import check_total
 from d2o_dist.core.compress import EvictionSteps, eviction_steps
+from d2o_dist.core.select import rank_scores
 from d2o_dist.core.types import LayerBudget
+from d2o_dist.kernels.backend import cuda_leaves
 from d2o_dist.kernels.nearest_kept import nearest_kept
 
 
@@ -45,11 +49,12 @@ class CompressedCache:
         num_seen: tokens seen by each row, padding not counted (the logical length).
         num_seen_columns: columns seen, padding included: what a padded batch's masks and ids are indexed by.
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
+        num_reread: tokens of each row that were read a second time.
         dealt: the chunk that was dealt last, if any.
         step: what decode steps read and advance on the device; None while there are none.
 
     Raises:
-        ValueError: protected layers or minima that exceed the total.
+        ValueError: protected layers or minima that exceed the total; a rule that ranks cannot share.
     """
 
     def __init__(self, config: D2OConfig, windows: list[int | None], ranks: RequestRanks | None = None) -> None:
@@ -59,12 +64,15 @@ class CompressedCache:
         self.full_layers = [index for index, window in enumerate(windows) if window is None]
         self._compressed_config = on_full_layers(config, windows)
         check_total(self._compressed_config, len(self.full_layers))
+        self._check_shared(config)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: the next forward begins a new batch."""
-        self.layers: list[FullLayer | WindowLayer | ShardedLayer | ShardedWindowLayer] = []
+        self.layers: list[FullLayer | HeadwiseLayer | WindowLayer | ShardedLayer | ShardedWindowLayer] = []
         self.num_seen: list[int] = []
+        self.num_reread: list[int] = []
+        self._rereading = False
         self.num_seen_columns = 0
         self.phase = "prefill"
         self.plans: list[RowPlan] | None = None
@@ -75,7 +83,7 @@ class CompressedCache:
         self._placement: Placement | None = None
         self._forward: DealtChunk | HeadExchange | None = None
         self.step: DecodeStep | None = None
-        self._layer_steps: list[LayerStep] | None = None
+        self._layer_steps: list[list[LayerStep]] | None = None
         self._step_announced = False
         # Whether every rank holds a part of the slots of every head, rather than all slots of some heads.
         self._by_sequence = self.ranks.deals_tokens and self.ranks.parallel.sp_prefill != "ulysses"
@@ -99,6 +107,12 @@ class CompressedCache:
                 raise ValueError(
                     f"the new configuration {name.replace('_', ' ')}, and the prefill did not gather them"
                 )
+        if config.needs_reread and not any(self.num_reread):
+            raise ValueError("the new configuration needs a second reading of the prompt, and there was none")
+        if config.needs_reread and config.reread_chunk != self.config.reread_chunk:
+            raise ValueError(
+                f"reread_chunk ({config.reread_chunk}) must be the {self.config.reread_chunk} of the second reading"
+            )
         if config.needs_column_sums and config.query_sample != self.config.query_sample:
             raise ValueError(
                 f"the new configuration takes column sums from {_queries(config)}, and the prefill took them from "
@@ -110,21 +124,34 @@ class CompressedCache:
             )
         compressed = on_full_layers(config, self.windows)
         check_total(compressed, len(self.full_layers))
+        self._check_shared(config)
         self.config, self._compressed_config = config, compressed
         for index in self.full_layers:
             self.layers[index].adopt(config)
+
+    def _check_shared(self, config: D2OConfig) -> None:
+        if self.ranks.is_shared and not config.by_layer:
+            raise ValueError(
+                f"tp ({self.ranks.tp.size}) and sp ({self.ranks.sp.size}) must be 1 with selection reread, allocation "
+                f"ranked or budget_per head: given are {config.selection}, {config.allocation} and {config.budget_per}"
+            )
 
     # ---- one forward ---------------------------------------------------------------------------------------------
 
     @property
     def num_kv_heads(self) -> int:
         """KV heads of a layer of the whole model; 0 before the first token."""
-        slots = self.layers[0].store.slots if self.layers else None
-        if slots is None:
+        shape = self.layers[0].store.shape if self.layers else None
+        if shape is None:
             return 0
         whole = self.ranks.deals_tokens and not self._by_sequence
-        heads = sum(self.ranks.kv_sizes) if whole else slots.positions.shape[1]
+        heads = sum(self.ranks.kv_sizes) if whole else shape[0]
         return heads * self.ranks.tp.size // self.ranks.kv_replicas
+
+    def token_bytes(self, layer: int) -> int:
+        """Bytes of the key and value of one token in all KV heads of a layer of the whole model."""
+        store = self.layers[layer].store
+        return 2 * self.num_kv_heads * store.shape[1] * store.dtype.itemsize
 
     @property
     def in_forward(self) -> bool:
@@ -176,6 +203,8 @@ class CompressedCache:
     def _attend(self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """One layer's step, where the tokens or heads of this forward are wanted."""
         ranks, forward = self.ranks, self._forward
+        if self._rereading:
+            return layer.reread(q, k, v, scale, self._rows)
         if isinstance(forward, DealtChunk):
             return layer.prefill(q, k, v, scale, forward, self.num_seen)
         if isinstance(forward, HeadExchange):
@@ -183,15 +212,18 @@ class CompressedCache:
             return forward.to_tokens(out)
         if self._layer_steps is None:
             return layer.prefill(q, k, v, scale, self._rows, self.num_seen)
-        step = self._layer_steps[self._next_layer]
+        steps = self._layer_steps[self._next_layer]
         if not ranks.deals_tokens or self._by_sequence:
-            return layer.decode(q, k, v, scale, step)
+            return layer.decode(q, k, v, scale, *steps)
         mine = (ranks.my_heads(tensor) for tensor in (q, k, v))
-        return ranks.join_heads(layer.decode(*mine, scale, step))
+        return ranks.join_heads(layer.decode(*mine, scale, *steps))
 
     def _begin(self, k: Tensor, mask: Tensor | None) -> None:
         """Settle the phase and the rows of this forward."""
         batch, _, length, _ = k.shape
+        if self._rereading:
+            self._rows, self._forward = Rows.of(batch, length, mask), None
+            return
         deal = self.dealt if self._deal_waits else None
         self._deal_waits = False
         if deal is None and self.ranks.deals_tokens and (length > 1 or not self.num_seen_columns):
@@ -213,7 +245,8 @@ class CompressedCache:
             if not self._step_announced:
                 rows = Rows.of(batch, length, mask)
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
-            self._layer_steps = self.step.begin()
+            steps = iter(self.step.begin())
+            self._layer_steps = [[next(steps) for _ in layer.units] for layer in self.layers]
             return
         if self._step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
@@ -253,6 +286,10 @@ class CompressedCache:
             self._layer_steps = None
             if not self._step_announced:
                 self._close_step()
+            return
+        if self._rereading:
+            self.num_reread = [old + new for old, new in zip(self.num_reread, self._rows.counts, strict=True)]
+            self._rows = None
             return
         self.num_seen = [old + new for old, new in zip(self.num_seen, self._rows.counts, strict=True)]
         self.num_seen_columns += length if self._forward is None else self._rows.length
@@ -294,29 +331,54 @@ class CompressedCache:
 
     def _open_step(self, present: Sequence[bool] | None) -> None:
         self.finalize()
-        for layer in self.layers:
-            layer.make_room()
+        units = self._units()
+        for unit in units:
+            unit.make_room()
         if present is not None and all(present):
             present = None
-        if self.step is None or not self.step.fits([layer.store.buffers for layer in self.layers], present):
-            self.step = DecodeStep(
-                self.num_seen,
-                [layer.kv_len for layer in self.layers],
-                [layer.store.buffers for layer in self.layers],
-                present,
-            )
+        buffers = [unit.store.buffers for unit in units]
+        if self.step is None or not self.step.fits(buffers, present):
+            self.step = DecodeStep(self.num_seen, [unit.kv_len for unit in units], buffers, present)
         self.step.choose(present)
+
+    def _units(self) -> list[FullLayer | WindowLayer | ShardedLayer]:
+        """All that holds slots of its own: layers, or their KV heads where these have budgets of their own."""
+        return [unit for layer in self.layers for unit in layer.units]
 
     def _close_step(self) -> None:
         counts = self.step.counts
-        moved = [layer.advance(counts) for layer in self.layers]
+        moved = [unit.advance(counts) for unit in self._units()]
         self.num_seen = [old + new for old, new in zip(self.num_seen, counts, strict=True)]
         self.num_seen_columns += 1
         if self.config.eviction_interval is not None:
             with self.ranks.counter.phase("evict"):
                 moved.append(self._evict(self.config.eviction_interval))
         if any(moved):
-            self.step.hold([layer.kv_len for layer in self.layers])
+            self.step.hold([unit.kv_len for unit in self._units()])
+
+    @contextmanager
+    def rereading(self) -> Iterator[None]:
+        """What is read inside is a second reading of the prompt: it attends to all slots and, causally, to its own
+        forward, and is not kept. What each slot got is noted, for `selection="reread"`.
+
+        Raises:
+            ValueError: the first prefill is over or has not begun; ranks share the request.
+        """
+        if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
+            raise ValueError(
+                f"a prompt is read a second time after the first and before it is compressed; this cache is in phase "
+                f"{self.phase} and has seen {self.num_seen_columns} tokens"
+            )
+        if self.ranks.is_shared:
+            raise ValueError(
+                f"tp ({self.ranks.tp.size}) and sp ({self.ranks.sp.size}) must be 1 to read a prompt a second time"
+            )
+        self.num_reread = self.num_reread or [0] * len(self.num_seen)
+        self._rereading = True
+        try:
+            yield
+        finally:
+            self._rereading = False
 
     # ---- compression ---------------------------------------------------------------------------------------------
 
@@ -328,12 +390,21 @@ class CompressedCache:
             return
         if not self.num_seen_columns:
             raise ValueError("finalize() was called before any token was seen")
+        if self.config.needs_reread and self.plans is None and not any(self.num_reread):
+            raise ValueError(
+                'selection "reread" ranks tokens by a second reading of the prompt, and there was none: call '
+                "cache.reread(model, input_ids) before finalize() or generate()"
+            )
         with self.ranks.counter.phase("finalize"):
-            for layer in self.full_layers:
-                self.layers[layer].complete_statistics()
-            self._set_budgets()
-            for layer in self.full_layers:
-                self.layers[layer].finish_prefill()
+            for index in self.full_layers:
+                self.layers[index].complete_statistics()
+            variances = self._variances() if self.plans is None else None
+            for index in self.full_layers:
+                self.layers[index].finish_prefill()
+            if self.config.budget_per == "head" and self.plans is None:
+                for index in self.full_layers:
+                    self.layers[index] = HeadwiseLayer(self.layers[index])
+            self._set_budgets(variances)
             # Of this prefill's tokens a step from before it knows nothing.
             self.phase, self.step = "decode", None
             if self._by_sequence:
@@ -342,29 +413,42 @@ class CompressedCache:
                 self._finalize_layers()
         self._placement = None
 
-    def _set_budgets(self) -> None:
-        config, count = self._compressed_config, len(self.full_layers)
-        if not count:
+    def _set_budgets(self, variances: Tensor | None) -> None:
+        if not self.full_layers:
             self.plans = []
             return
-        layers = [self.layers[index] for index in self.full_layers]
+        units = [unit for index in self.full_layers for unit in self.layers[index].units]
+        config = on_units(self._compressed_config, len(units) // len(self.full_layers))
+        count = len(units)
         if self.plans is None:
             self.plans = []
-            variances: Sequence[Tensor | None] = [None] * len(self.num_seen)
-            if config.allocation == "dynamic" and config.needs_column_sums:
-                variances = self._variances(layers)
+            rankings = self._rankings(units) if config.allocation == "ranked" else None
             for row, num_tokens in enumerate(self.num_seen):
-                log_weights, dispersions = row_log_weights(variances[row], config, count)
+                log_weights, dispersions = row_log_weights(
+                    None if variances is None else variances[row].reshape(count, -1), config, count,
+                    None if rankings is None else [one[row, :, :num_tokens] for one in rankings],
+                )  # fmt: skip
                 self.plans.append(RowPlan(log_weights, dispersions, num_tokens))
         for plan, num_tokens in zip(self.plans, self.num_seen, strict=True):
             plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
             plan.num_tokens = num_tokens
         protected = config.protected(count)
-        for index, layer in enumerate(layers):
-            layer.slot_budgets = None if index in protected else [plan.slots[index] for plan in self.plans]
+        for index, unit in enumerate(units):
+            unit.slot_budgets = None if index in protected else [plan.slots[index] for plan in self.plans]
 
-    def _variances(self, layers: Sequence[FullLayer | ShardedLayer]) -> Tensor:
-        """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers."""
+    def _rankings(self, units: Sequence[FullLayer]) -> list[Tensor]:
+        """Per unit [B, h, S], what its slots are ranked by at the end of the first prefill."""
+        return [
+            rank_scores(unit.store.slots, self.config, finalize=True, num_seen_tokens=self._seen(unit))
+            for unit in units
+        ]
+
+    def _variances(self) -> Tensor | None:
+        """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers. None
+        where no budget depends on them."""
+        config, layers = self._compressed_config, [self.layers[index] for index in self.full_layers]
+        if config.allocation != "dynamic" or not config.needs_column_sums or not layers:
+            return None
         rows = range(len(self.num_seen))
         squares = torch.stack([torch.stack([layer.squared_deviations(row) for layer in layers], -1) for row in rows])
         if self._by_sequence:
@@ -384,9 +468,9 @@ class CompressedCache:
     def _finalize_layers(self) -> None:
         """One layer after the other, so that no more than one is held twice."""
         for index in self.full_layers:
-            layer = self.layers[index]
-            if layer.slot_budgets is not None:
-                self._finalize_layer(index)
+            for unit in self.layers[index].units:
+                if unit.slot_budgets is not None:
+                    self._finalize_unit(index, unit)
         if self.ranks.deals_tokens and not self.ranks.by_heads:
             # Compressed first, then moved: from all slots of some heads to some slots of all heads.
             for index, window in enumerate(self.windows):
@@ -396,8 +480,7 @@ class CompressedCache:
                     self.layers[index] = ShardedWindowLayer.from_heads(self.layers[index], self.ranks)
             self._by_sequence = True
 
-    def _finalize_layer(self, index: int) -> None:
-        layer = self.layers[index]
+    def _finalize_unit(self, index: int, layer: FullLayer) -> None:
         job = eviction_budget(layer.slot_budgets, layer.kv_len, 1, self.config, self._device(layer))
         held = layer.kv_len if job is None else job[1]
         # From here on the buffers never move: room for the budget and what gathers between evictions.
@@ -435,8 +518,8 @@ class CompressedCache:
         All layers with one exchange between ranks, since little is held. Returns whether any row was due.
         """
         jobs = []
-        for index in self.full_layers:
-            layer = self.layers[index]
+        units = [(index, unit) for index in self.full_layers for unit in self.layers[index].units]
+        for index, layer in units:
             if layer.slot_budgets is not None:
                 job = eviction_budget(layer.slot_budgets, layer.kv_len, slack, self.config, self._device(layer))
                 if job is not None:
@@ -467,6 +550,9 @@ class CompressedCache:
         return True
 
     def _steps_in_place(self, layer: FullLayer, kv_len: list[int]) -> EvictionSteps | None:
+        if self.config.budget_per == "head":
+            cuda_leaves("evictions of heads with budgets of their own")
+            return None
         alone = self.ranks.tp.size == 1 and not self.ranks.deals_tokens
         return steps_in_place(
             layer.store.slots, layer.state, self.config, held=layer.kv_len, kept=kv_len, num_seen=self.num_seen,
@@ -507,6 +593,7 @@ class CompressedCache:
         if self._placement is not None:
             self._placement.select_rows(host)
         self.num_seen = [self.num_seen[row] for row in host]
+        self.num_reread = [self.num_reread[row] for row in host] if self.num_reread else []
         if self.plans:
             self.plans = [self.plans[row].copy() for row in host]
 

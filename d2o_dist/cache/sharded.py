@@ -133,6 +133,16 @@ class ShardedLayer:
         return made
 
     @property
+    def mean_kv_len(self) -> list[int]:
+        """Slots of each row on all ranks together, mean over its heads."""
+        return self.kv_len
+
+    @property
+    def units(self) -> list[ShardedLayer]:
+        """What has a budget of its own."""
+        return [self]
+
+    @property
     def _interval(self) -> int:
         return self.config.eviction_interval or 0
 

@@ -4,7 +4,7 @@ Between two evictions a step changes no shape and no address, and asks the devic
 graph), it can be replayed for the next token. Everything that differs from step to step is therefore in these tensors;
 the host counts along, since its counts depend on no data.
 
-Shape legend: B rows, L layers of the model.
+Shape legend: B rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from d2o_dist.core.types import Slots
 
 @dataclass(frozen=True)
 class LayerStep:
-    """One layer's part of a running step.
+    """The part of one layer in a running step, or of one KV head where heads have budgets of their own.
 
     Attributes:
         position: [B] int64 of each row's new token; -1 for a row that takes none.
@@ -43,10 +43,11 @@ class LayerStep:
 
 
 class DecodeStep:
-    """Where the next token of each row goes, in every layer.
+    """Where the next token of each row goes, in everything that holds slots of its own.
 
     Args:
-        num_seen: tokens seen by each row; held: per layer the slots in use by each row; buffers: per layer its slots.
+        num_seen: tokens seen by each row; held: per layer (or KV head) the slots in use by each row; buffers: per layer
+            (or KV head) its slots.
         present: rows that take a token; None: all of them.
 
     Attributes:
@@ -88,7 +89,7 @@ class DecodeStep:
         self.counts = counts
 
     def begin(self) -> list[LayerStep]:
-        """The step of each layer; it writes and attends before `end`."""
+        """The part of each layer (or KV head), which writes and attends before `end`."""
         if self._present is None:
             position, stop = self._seen, self._held + 1
         else:

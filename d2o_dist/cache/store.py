@@ -29,6 +29,23 @@ class SlotStore:
         self.kv_len: list[int] = [0] * batch
         self._buffers: Slots | None = None
 
+    @classmethod
+    def of(cls, slots: Slots, kv_len: list[int]) -> SlotStore:
+        """A store of these slots, in order of position; their tensors become its buffers, without a copy."""
+        store = cls(len(kv_len))
+        store.kv_len, store._buffers = list(kv_len), slots
+        return store
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(Hkv, D); None before the first token."""
+        return None if self._buffers is None else (self._buffers.keys.shape[1], self._buffers.keys.shape[3])
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of keys and values; None before the first token."""
+        return None if self._buffers is None else self._buffers.keys.dtype
+
     @property
     def capacity(self) -> int:
         """Slots there is room for, per row."""

@@ -69,6 +69,11 @@ class RequestRanks:
         return self
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several ranks share the request."""
+        return self.sp.size * self.tp.size > 1
+
+    @property
     def deals_tokens(self) -> bool:
         """Whether the tokens of a prompt are spread over ranks."""
         return self.sp.size > 1

@@ -9,19 +9,24 @@ import torch
 from torch import Tensor
 
 from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.budget import layer_log_weights, layer_slots
+from d2o_dist.core.budget import layer_log_weights, layer_slots, ranked_log_weights
 from d2o_dist.core.statistics import layer_dispersions
 from d2o_dist.core.types import LayerBudget
 
 
-def row_log_weights(variances: Tensor | None, config: D2OConfig, num_layers: int) -> tuple[list[float], list[float]]:
+def row_log_weights(
+    variances: Tensor | None, config: D2OConfig, num_layers: int, rankings: Sequence[Tensor] | None = None
+) -> tuple[list[float], list[float]]:
     """`(log_weights, dispersions)` of one row, each of `num_layers` floats; no dispersions unless they are used.
 
     Args:
         variances: [L, Hq] variance of the column sums of every query head of the model; None if not computed.
+        rankings: L tensors [h, T], what the tokens of a layer's KV heads are ranked by; only for `allocation="ranked"`.
     """
     if config.keeps_everything:
         return [0.0] * num_layers, []
+    if config.allocation == "ranked":
+        return ranked_log_weights(rankings, config), []
     if config.allocation != "dynamic":
         return layer_log_weights(None, config, num_layers), []
     dispersions = layer_dispersions(variances, config.dispersion)

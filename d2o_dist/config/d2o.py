@@ -11,9 +11,10 @@ from typing import Any
 
 from d2o_dist.config.io import build, check_choice, did_you_mean, dump_yaml, load_yaml, refuse_unknown
 
-ALLOCATIONS = ("dynamic", "uniform", "pyramid")
+ALLOCATIONS = ("dynamic", "uniform", "pyramid", "ranked")
+BUDGETS = ("layer", "head")
 DISPERSIONS = ("layers_minmax", "heads_minmax", "raw", "log_zscore")
-SELECTIONS = ("cumulative", "window", "mixed", "recent")
+SELECTIONS = ("cumulative", "window", "mixed", "recent", "reread")
 SELECTION_POOL_SIDES = ("both", "after")
 MERGES = ("keys_values", "values", "none", "mass", "released")
 MERGE_TARGETS = ("kept", "tail")
@@ -55,7 +56,10 @@ class D2OConfig:
     Attributes:
         keep_ratio: fraction of the full cache's tokens to keep, averaged over the compressed layers, in (0, 1].
         keep_tokens: slots a layer, on average; does not depend on the length of the prompt.
-        allocation: how layers share the total: `dynamic` (by dispersion), `uniform`, `pyramid` (falls with depth).
+        allocation: how layers share the total: `dynamic` (by dispersion), `uniform`, `pyramid` (falls with depth),
+            `ranked` (by how many of a layer's tokens are among the highest ranked of all layers).
+        budget_per: `layer`: all KV heads of a layer hold as many slots; `head`: each has a budget of its own, and
+            wherever these rules speak of a layer, one KV head is meant.
         dispersion: a layer's scalar statistic of its column sums: `layers_minmax`, `heads_minmax`, `raw`, `log_zscore`.
         dispersion_sign: -1 gives even attention more (the paper), +1 gives uneven attention more.
         temperature: divides the exponent of the softmax over layers.
@@ -69,7 +73,10 @@ class D2OConfig:
         heavy_fraction: share of a layer's slots that is chosen by score (sinks included); the rest are the newest.
         num_sink_tokens: first tokens of the sequence, never evicted.
         selection: `cumulative` (accumulated attention), `window` (attention of the last queries, max-pooled over
-            neighbours at finalize), `mixed` (both), `recent` (newest first: a plain sliding window with sinks).
+            neighbours at finalize), `mixed` (both), `recent` (newest first: a plain sliding window with sinks),
+            `reread` (the most attention that any query gave while the prompt was read a second time, by
+            `D2OCache.reread`).
+        reread_chunk: prompt tokens of one forward of that second reading, each of which stands alone.
         selection_pool: neighbours the rate is max-pooled over, the token itself among them; odd.
         selection_pool_side: `both`: as many of them before the token as after it; `after`: those before it, so that the
             `selection_pool - 1` tokens after a peak of attention are kept with it, and none before it.
@@ -101,6 +108,7 @@ class D2OConfig:
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     allocation: str = "dynamic"
+    budget_per: str = "layer"
     dispersion: str = "log_zscore"
     dispersion_sign: int = 1
     temperature: float = 3.3
@@ -115,6 +123,7 @@ class D2OConfig:
     selection_pool: int = 15
     selection_pool_side: str = "after"
     rate_window: int = 32
+    reread_chunk: int = 2048
     score_queries: str = "all"
     score_query_stride: int = 8
     score_near_distance: int = 64
@@ -201,7 +210,20 @@ class D2OConfig:
     @property
     def needs_rates(self) -> bool:
         """Whether the attention of the last prompt queries, and its decaying average while decoding, are kept."""
-        return (self.selection != "recent" or self.merge == "mass") and not self.keeps_everything
+        return (self.selection not in ("recent", "reread") or self.merge == "mass") and not self.keeps_everything
+
+    @property
+    def needs_reread(self) -> bool:
+        """Whether tokens are ranked by a second reading of the prompt. `scores` then hold peaks rather than sums."""
+        return self.selection == "reread" and not self.keeps_everything
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers are compressed as wholes, after one reading, by budgets that no ranking of tokens decides.
+
+        That is all that ranks that share a request, and training, can do.
+        """
+        return not self.needs_reread and self.allocation != "ranked" and self.budget_per == "layer"
 
     @property
     def query_sample(self) -> QuerySample | None:
@@ -253,7 +275,7 @@ class D2OConfig:
             number(name)
         for name in ("dispersion_sign", "min_layer_tokens", "num_sink_tokens", "selection_pool", "rate_window"):
             number(name, integer=True)
-        for name in ("score_query_stride", "score_near_distance"):
+        for name in ("score_query_stride", "score_near_distance", "reread_chunk"):
             number(name, integer=True)
         if self.keep_ratio is not None:
             number("keep_ratio")
@@ -268,6 +290,7 @@ class D2OConfig:
 
     def _check_values(self) -> None:
         check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("budget_per", self.budget_per, BUDGETS)
         check_choice("dispersion", self.dispersion, DISPERSIONS)
         check_choice("selection", self.selection, SELECTIONS)
         check_choice("selection_pool_side", self.selection_pool_side, SELECTION_POOL_SIDES)
@@ -295,6 +318,7 @@ class D2OConfig:
             ("rate_window", self.rate_window >= 1, "at least 1"),
             ("score_query_stride", self.score_query_stride >= 1, "at least 1"),
             ("score_near_distance", self.score_near_distance >= 0, "at least 0"),
+            ("reread_chunk", self.reread_chunk >= 1, "at least 1"),
             ("tail_fraction", 0 < self.tail_fraction <= 1, "in (0, 1]"),
             ("drop_quantile", 0 <= self.drop_quantile < 1, "in [0, 1)"),
             ("ema_beta", 0 <= self.ema_beta <= 1, "in [0, 1]"),
@@ -305,6 +329,12 @@ class D2OConfig:
         for name, holds, limit in limits:
             if not holds:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be {limit}")
+        if self.allocation == "ranked" and self.selection == "recent":
+            raise ValueError(
+                'allocation "ranked" compares the tokens of all layers by attention, and selection "recent" reads none'
+            )
+        if self.allocation == "pyramid" and self.budget_per != "layer":
+            raise ValueError(f'allocation "pyramid" is by depth: budget_per ({self.budget_per}) must be "layer"')
         if self.merge == "released" and (self.gate != "threshold" or self.merge_targets != "kept"):
             raise ValueError(
                 f'merge "released" has a gate and targets of its own: gate ({self.gate}) must be "threshold" and '
@@ -374,6 +404,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mass": _MASS,
     "span": _SPAN,
     "lean": {**_SPAN, "allocation": "uniform"},
+    "reread": {
+        **_PAPER,
+        "allocation": "ranked",
+        "budget_per": "head",
+        "selection": "reread",
+        "heavy_fraction": 0.8,
+        "min_layer_tokens": 16,
+        "merge": "none",
+    },
     "full": {**_BASELINE, "keep_ratio": 1.0, "eviction_interval": None},
     "streaming": {**_BASELINE, "selection": "recent"},
     "h2o": {**_BASELINE, "heavy_fraction": 0.5},

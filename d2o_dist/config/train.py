@@ -138,6 +138,12 @@ class TrainConfig:
         if self.context_length is None:
             raise ValueError(f'objective "{self.objective}" needs context_length: how many tokens are compressed')
         check_int("context_length", self.context_length, low=1, high=self.sequence_length - 1)
+        if not self.d2o.by_layer:
+            raise ValueError(
+                f"training compresses by layer, after one reading: d2o has selection {self.d2o.selection}, allocation "
+                f"{self.d2o.allocation}, budget_per {self.d2o.budget_per}; selection reread, allocation ranked and "
+                "budget_per head are for inference"
+            )
         for ratio in (*self.keep_ratio, *self.eval_ratios):
             self.d2o_at(ratio)
         if self.objective == "d2o_distill" and self.distill.teacher == "base" and self.lora is None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from d2o_dist.config.d2o import D2OConfig, floor_tokens
@@ -15,8 +16,9 @@ def layer_log_weights(dispersions: Tensor | None, config: D2OConfig, num_layers:
     """Log of each layer's share of the total, before clamps; normalised: `logsumexp = 0`.
 
     Args:
-        dispersions: [L]; read only by `allocation="dynamic"`.
+        dispersions: [L]; read only by `allocation="dynamic"`. `allocation="ranked"` is `ranked_log_weights`.
     """
+    assert config.allocation != "ranked"
     if config.allocation == "dynamic":
         assert dispersions is not None and dispersions.numel() == num_layers
         raw = dispersions.double().cpu().numpy() * (config.dispersion_sign / config.temperature)
@@ -28,6 +30,23 @@ def layer_log_weights(dispersions: Tensor | None, config: D2OConfig, num_layers:
         raw = np.zeros(num_layers)
     peak = raw.max()
     return list(raw - peak - math.log(np.exp(raw - peak).sum()))
+
+
+def ranked_log_weights(rankings: Sequence[Tensor], config: D2OConfig) -> list[float]:
+    """Log of each layer's share where layers share by rank: by how many of the `floor(keep_ratio * N)` highest ranked
+    of all N tokens are its own. Ties: the lower layer, head and position.
+
+    Args:
+        rankings: L tensors [h, T], of one row: what the tokens of each KV head of a layer are ranked by.
+    """
+    flat = torch.cat([one.flatten() for one in rankings])
+    num_tokens = rankings[0].shape[-1]
+    ratio = min(config.keep_tokens / num_tokens, 1.0) if config.keep_ratio is None else config.keep_ratio
+    best = flat.argsort(descending=True, stable=True)[: max(floor_tokens(ratio * len(flat)), 1)]
+    ends = torch.tensor([one.numel() for one in rankings]).cumsum(0).to(best.device)
+    counts = torch.bincount(torch.bucketize(best, ends, right=True), minlength=len(rankings)).double()
+    # A layer without any gets the least there is; its logarithm must be finite.
+    return (counts / counts.sum()).clamp_min(torch.finfo(torch.float64).tiny).log().tolist()
 
 
 def water_fill(log_weights: Sequence[float], total: float, low: Sequence[float], high: Sequence[float]) -> list[float]:

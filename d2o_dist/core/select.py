@@ -66,7 +66,7 @@ def rank_scores(slots: Slots, config: D2OConfig, *, finalize: bool, num_seen_tok
         finalize: whether the rates are max-pooled (at the end of a prefill) or taken as they stand (decoding).
         num_seen_tokens: [B] int64.
     """
-    if config.selection == "cumulative":
+    if config.selection in ("cumulative", "reread"):
         return slots.scores
     if config.selection == "recent":
         return slots.positions.to(slots.scores.dtype)

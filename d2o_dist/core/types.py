@@ -25,7 +25,8 @@ class Slots:
         keys: [B, Hkv, S, D], after RoPE, in the cache's dtype.
         values: [B, Hkv, S, D].
         positions: [B, Hkv, S] int64, index of the token in its own row, -1 on an unused slot.
-        scores: [B, Hkv, S] float32 (float64 for a float64 cache): attention received, summed over the group.
+        scores: [B, Hkv, S] float32 (float64 for a float64 cache): attention received, summed over the group; added up
+            over queries, or with `selection="reread"` the most that any one query gave.
         rates: [B, Hkv, S]: recent attention received per query, summed over the group.
         log_mass: [B, Hkv, S]: added to the slot's logit; 0 until something is merged by mass.
     """

@@ -70,7 +70,7 @@ class Session:
 
     Attributes:
         cache: the batch's `D2OCache`.
-        prefill_s, finalize_s: seconds spent in the two; None before.
+        prefill_s, finalize_s: seconds spent in the two; None before. A second reading belongs to the prefill.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class Session:
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
         """Read the prompts, or the next turn of each, and compress them: [B, T] -> next-token logits [B, V].
 
+        With `selection="reread"` the prompts of the first turn are read twice.
+
         Args:
             attention_mask: [B, T], 0 marks padding, which is on the left.
             chunk: columns of one forward, at least 2; None: all at once. Bounds the memory of activations.
@@ -129,6 +131,8 @@ class Session:
             else:
                 logits = self._forward(ids[:, start:end], positions[:, start:end], mask[:, :end] if padded else None)
             start = end
+        if self.cache.d2o.needs_reread and not seen:
+            self.cache.reread(self.model, ids, mask)
         read = self._now()
         self.cache.finalize()
         self.prefill_s, self.finalize_s = read - began, self._now() - read
@@ -150,11 +154,11 @@ class Session:
         """What the cache holds for one row now, and what an uncompressed one would."""
         seen = self.cache.compressed.num_seen[row]
         held_tokens = seen_tokens = held_bytes = full_bytes = 0
-        heads = self.cache.compressed.num_kv_heads
-        for layer, window in zip(self.cache.layers, self.cache.compressed.windows, strict=True):
-            token_bytes = 2 * heads * layer.keys.shape[3] * layer.keys.element_size()
-            held = layer.kv_len[row]
-            held_bytes += held * token_bytes
+        compressed = self.cache.compressed
+        for index, window in enumerate(compressed.windows):
+            token_bytes = compressed.token_bytes(index)
+            held = compressed.layers[index].mean_kv_len[row]
+            held_bytes += round(held * token_bytes)
             if window is None:
                 held_tokens, seen_tokens = held_tokens + held, seen_tokens + seen
                 full_bytes += seen * token_bytes

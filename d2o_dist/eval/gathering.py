@@ -10,10 +10,12 @@ QUERY_FIELDS = ("score_queries", "score_query_stride", "score_near_distance")
 
 
 def gathering_config(configs: Sequence[D2OConfig]) -> D2OConfig:
-    """A configuration whose prefill gathers what each of `configs` needs, and no more.
+    """A configuration whose prefill gathers what each of `configs` needs, and no more; a second reading is not part of
+    it, but its chunks are.
 
     Raises:
-        ValueError: column sums from different queries: one prefill cannot serve both.
+        ValueError: second readings in different chunks, or column sums from different queries: one prefill cannot
+            serve both.
     """
     scored = [config for config in configs if config.needs_column_sums]
     sums = bool(scored)
@@ -21,7 +23,11 @@ def gathering_config(configs: Sequence[D2OConfig]) -> D2OConfig:
         raise ValueError("one prefill cannot gather column sums from different queries: group_by_queries() first")
     rates = any(config.needs_rates for config in configs)
     windows = [config.rate_window for config in configs if config.needs_rates]
+    chunks = {config.reread_chunk for config in configs if config.needs_reread}
+    if len(chunks) > 1:
+        raise ValueError(f"methods have several reread_chunk ({sorted(chunks)}): one prompt is read again in one way")
     return D2OConfig(
+        reread_chunk=max(chunks, default=D2OConfig.reread_chunk),
         allocation="uniform",
         selection="mixed" if sums else "window" if rates else "recent",
         merge="none",

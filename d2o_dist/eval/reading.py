@@ -24,6 +24,8 @@ TokenRows = Sequence[Sequence[int]]
 class Reading:
     """A batch of prompts in an uncompressed cache, with the statistics that the methods will need.
 
+    The prompts are read a second time if one of the methods ranks by that.
+
     Args:
         prompts: token ids of each row; pad_id: fills the shorter ones.
         configs: the methods that will start from here.
@@ -58,6 +60,8 @@ class Reading:
             for end in chunk_ends(ids.shape[1], chunk):
                 logits = _forward(model, cache, ids[:, start:end], mask[:, start:end], all_logits=all_logits)
                 start = end
+            if any(config.needs_reread for config in group):
+                cache.reread(model, ids.to(model.device), mask.to(model.device))
         self.logits = logits if all_logits else logits[:, -1]
 
     @property

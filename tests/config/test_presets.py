@@ -10,13 +10,14 @@ from d2o_dist.config.d2o import PRESETS, D2OConfig
 
 # Fields in which presets differ, in this order; all others are the same everywhere.
 FIELDS = (
-    "allocation", "dispersion", "dispersion_sign", "temperature", "exact_total", "protected_layers", "heavy_fraction",
-    "selection", "selection_pool", "selection_pool_side", "merge", "merge_targets", "gate", "ema_beta",
-    "threshold_agg", "eviction_interval",
+    "allocation", "budget_per", "dispersion", "dispersion_sign", "temperature", "exact_total", "protected_layers",
+    "heavy_fraction", "selection", "selection_pool", "selection_pool_side", "merge", "merge_targets", "gate",
+    "ema_beta", "threshold_agg", "eviction_interval", "min_layer_tokens",
 )  # fmt: skip
-PAPER = ("dynamic", "layers_minmax", -1, 1.0, True, (), 0.75, "cumulative", 7, "both", "keys_values", "kept",
-         "threshold", 0.7, "max", 16)  # fmt: skip
-MASS = ("dynamic", "log_zscore", 1, 3.3, True, (), 0.8, "window", 7, "both", "mass", "tail", "quantile", 0.7, "max", 16)
+PAPER = ("dynamic", "layer", "layers_minmax", -1, 1.0, True, (), 0.75, "cumulative", 7, "both", "keys_values", "kept",
+         "threshold", 0.7, "max", 16, 32)  # fmt: skip
+MASS = ("dynamic", "layer", "log_zscore", 1, 3.3, True, (), 0.8, "window", 7, "both", "mass", "tail", "quantile", 0.7,
+        "max", 16, 32)  # fmt: skip
 
 
 def but(base: tuple, **changes) -> tuple:
@@ -36,6 +37,10 @@ EXPECTED = {
         PAPER, dispersion="heads_minmax", exact_total=False, protected_layers=(0, 1, -1), heavy_fraction=0.5,
         ema_beta=0.5, threshold_agg="mean", eviction_interval=1, merge="released",
     ),
+    "reread": but(
+        PAPER, allocation="ranked", budget_per="head", selection="reread", heavy_fraction=0.8, min_layer_tokens=16,
+        merge="none",
+    ),
     "full": but(BASELINE, eviction_interval=None),
     "streaming": but(BASELINE, selection="recent"),
     "h2o": but(BASELINE, heavy_fraction=0.5),
@@ -43,7 +48,8 @@ EXPECTED = {
     "pyramidkv": but(BASELINE, allocation="pyramid", selection="window"),
 }  # fmt: skip
 COMMON = dict(
-    keep_tokens=None, pyramid_beta=20.0, min_layer_ratio=0.01, min_layer_tokens=32, num_sink_tokens=4, rate_window=32,
+    keep_tokens=None, pyramid_beta=20.0, min_layer_ratio=0.01, num_sink_tokens=4, rate_window=32,
+    reread_chunk=2048,
     tail_fraction=0.1, drop_quantile=0.25, self_weight=math.e, max_log_mass=3.0,
 )  # fmt: skip
 

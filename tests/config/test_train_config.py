@@ -46,6 +46,8 @@ def test_overrides_take_precedence(tmp_path):
         ({"keep_ratio": [0.0, 0.2]}, r"keep_ratio has 0.0, which must be in \(0, 1\]"),
         ({"keep_ratio": 0.2}, r"keep_ratio \(0.2\) must be a list"),
         ({"eval_ratios": [0.005]}, r"min_layer_ratio \(0.01\) alone exceeds the total: keep_ratio is 0.005"),
+        ({"d2o": {"preset": "reread"}}, "training compresses by layer, after one reading: d2o has selection reread"),
+        ({"d2o": {"budget_per": "head"}}, "budget_per head; selection reread"),
         ({"global_batch_size": 6, "micro_batch_size": 4}, r"global_batch_size \(6\) must be a multiple of .*\(4\)"),
         ({"sp": 5}, r"sequence_length \(64\) must be divisible by sp \(5\)"),
         ({"sp": 32}, r"context_length \(48\) must be divisible by sp \(32\)"),

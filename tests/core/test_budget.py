@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2o_dist.config import D2OConfig
-from d2o_dist.core.budget import check_total, layer_log_weights, layer_slots, water_fill
+from d2o_dist.core.budget import check_total, layer_log_weights, layer_slots, ranked_log_weights, water_fill
 from d2o_dist.core.statistics import column_sum_variance, layer_dispersions, naive_column_sums
 
 RATIOS = st.integers(2, 100).map(lambda n: n / 100)
@@ -96,6 +96,40 @@ def test_pyramid_falls_linearly_to_a_twentieth_of_the_average():
     config = D2OConfig(keep_ratio=0.1, allocation="pyramid", min_layer_tokens=0, min_layer_ratio=0.0)
     slots = layer_slots(layer_log_weights(None, config, 5), 10_000, config)
     assert slots == [1950, 1475, 1000, 525, 50]
+
+
+def test_shares_by_rank_are_counts_of_the_best():
+    config = D2OConfig(allocation="ranked", selection="window", keep_ratio=0.5)
+    first, second = torch.tensor([[9.0, 1.0, 8.0, 0.0]]), torch.tensor([[7.0, 1.0, 0.0, 6.0]])
+    assert ranked_log_weights([first, second], config) == pytest.approx([math.log(0.5)] * 2)
+    # Of the two ones the lower layer's is among the best 5 of 8.
+    shares = ranked_log_weights([first, second], config.replace(keep_ratio=0.625))
+    assert shares == pytest.approx([math.log(0.6), math.log(0.4)])
+    # Two heads a layer count together; a layer without any of the best has next to nothing, and is still finite.
+    shares = ranked_log_weights([torch.cat([first, second]), torch.zeros(2, 4)], config.replace(keep_ratio=0.25))
+    assert shares[0] == 0 and -1000 < shares[1] < -700
+    assert layer_slots(shares, 100, config.replace(keep_ratio=0.25, min_layer_tokens=0)) == [49, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    layers=st.integers(1, 5), heads=st.integers(1, 3), tokens=st.integers(1, 20), kinds=st.integers(1, 30),
+    seed=st.integers(0, 99), keep=st.one_of(RATIOS, st.integers(1, 30)),
+)  # fmt: skip
+def test_shares_by_rank_against_loops(layers, heads, tokens, kinds, seed, keep):
+    """Many ties; absolute budgets beyond the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    rankings = [torch.randint(kinds, (heads, tokens), generator=generator).double() for _ in range(layers)]
+    size = {"keep_tokens": keep} if isinstance(keep, int) else {"keep_ratio": keep}
+    config = D2OConfig(allocation="ranked", selection="window", **size)
+    everything = sorted(
+        (-float(rankings[layer][head, token]), layer, head, token)
+        for layer in range(layers) for head in range(heads) for token in range(tokens)
+    )  # fmt: skip
+    ratio = min(1.0, keep / tokens) if isinstance(keep, int) else keep
+    best = [layer for _, layer, _, _ in everything[: max(1, math.floor(ratio * len(everything) + 1e-9))]]
+    for layer, share in enumerate(ranked_log_weights(rankings, config)):
+        assert math.exp(share) == pytest.approx(best.count(layer) / len(best), abs=1e-12)
 
 
 def test_protected_layers_that_exceed_the_total_are_refused():

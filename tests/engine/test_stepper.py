@@ -28,7 +28,7 @@ from tests.models import left_padded, tiny_model, tokens
 
 SIZES = dict(keep_ratio=0.3, min_layer_tokens=12)
 INTERVAL = 5
-NAMES = ("d2o", "paper_minmax", "mass", "h2o", "snapkv", "streaming", "released", "paper")
+NAMES = ("d2o", "paper_minmax", "mass", "reread", "h2o", "snapkv", "streaming", "released", "paper")
 PRESETS = {
     name: D2OConfig.preset(name, **SIZES, **({} if name in ("released", "paper") else {"eviction_interval": INTERVAL}))
     for name in NAMES
@@ -105,7 +105,7 @@ def test_replays_are_the_steps_of_python(family, preset, batch):
     if preset != "full":
         heads = plain.cache.compressed.num_kv_heads
         gone = sum(layer.num_merged + layer.num_dropped for layer in plain.cache.report().layers)
-        held = sum(sum(layer.kv_len) for layer in plain.cache.layers)
+        held = sum(sum(layer.mean_kv_len) for layer in plain.cache.layers)
         assert gone == heads * (4 * sum(plain.cache.compressed.num_seen) - held), "evictions took place"
 
 
@@ -354,11 +354,12 @@ class Stale(TapeRecorder):
         return lambda: kept
 
 
+@pytest.mark.parametrize("preset", ["mass", "reread"])
 @pytest.mark.parametrize("recorder", [TapeRecorder, Stale])
-def test_what_a_gpu_will_check(monkeypatch, recorder):
+def test_what_a_gpu_will_check(monkeypatch, recorder, preset):
     """The check itself, with the tape in place of CUDA graphs; and that it notices replays that do nothing."""
     monkeypatch.setattr(session_module, "graph_recorder", lambda mode, *_: None if mode == "never" else recorder())
-    result = decode_graph.run(decode_graph.Case("mass", torch.float32, lengths=(40, 23)), "cpu")
+    result = decode_graph.run(decode_graph.Case(preset, torch.float32, lengths=(40, 23)), "cpu")
     assert result.is_right == (recorder is TapeRecorder), result.errors
     assert len(result.errors) == 3 + 4 * 6
 

@@ -223,6 +223,9 @@ def test_parallel_checks(folder, tmp_path):
     values = {"model": folder, "output": "o", "tasks": TASKS[1:2], "methods": [], "parallel": {"sp": 2}}
     with pytest.raises(ValueError, match=r"task fidelity: continuation \(chunk\) needs a request on one rank"):
         check_parallel(EvalConfig.from_dict(values), 2)
+    values |= {"tasks": TASKS[:1], "methods": ["reread"], "keep_ratios": 0.5}
+    with pytest.raises(ValueError, match="method reread needs a request on one rank, but tp is 1 and sp 2.*per head"):
+        check_parallel(EvalConfig.from_dict(values), 2)
 
 
 def test_what_is_wrong_is_found_before_the_weights(folder, tmp_path):

@@ -25,6 +25,19 @@ def _column_sums(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch
     return call
 
 
+def _column_peaks(heads: int, kv_heads: int, dim: int, dtype=torch.bfloat16, *, bias=False, causal=False):
+    def call():
+        from d2o_dist.kernels.column_peaks.triton import triton_column_peaks
+
+        length, queries = 32768, 2048
+        q, k = _meta(1, heads, queries, dim, dtype=dtype), _meta(1, kv_heads, length, dim, dtype=dtype)
+        mass = _meta(1, kv_heads, length, dtype=torch.float32) if bias else None
+        lse = _meta(1, heads, queries, dtype=torch.float32)
+        triton_column_peaks(q, k, lse, 0.1, q_start=length - queries, bias=mass, causal=causal)
+
+    return call
+
+
 def _prefill(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16, *, bias=False, **options):
     def call():
         from d2o_dist.kernels.prefill_attention.triton import triton_prefill_attention
@@ -89,6 +102,8 @@ def _merge(kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16):
 CASES = {}
 for _name, _shape in MODELS.items():
     CASES[f"column_sums-{_name}"] = _column_sums(*_shape)
+    CASES[f"column_peaks-{_name}"] = _column_peaks(*_shape)
+    CASES[f"column_peaks-{_name}-turn"] = _column_peaks(*_shape, bias=True, causal=True)
     CASES[f"prefill-{_name}"] = _prefill(*_shape)
     CASES[f"prefill-{_name}-bias"] = _prefill(*_shape, bias=True)
     CASES[f"decode-{_name}"] = _decode(*_shape)
@@ -97,6 +112,7 @@ for _name, _shape in MODELS.items():
     CASES[f"merge-{_name}"] = _merge(*_shape[1:])
 for _dim in (64, 80, 96, 256):
     CASES[f"column_sums-dim{_dim}"] = _column_sums(8, 2, _dim)
+    CASES[f"column_peaks-dim{_dim}"] = _column_peaks(8, 2, _dim)
     CASES[f"prefill-dim{_dim}"] = _prefill(8, 2, _dim)
     CASES[f"decode-dim{_dim}"] = _decode(8, 2, _dim, masked=False)
     CASES[f"nearest-dim{_dim}"] = _nearest(2, _dim)
@@ -108,6 +124,8 @@ CASES["nearest-float32-dim256"] = _nearest(2, 256, torch.float32)
 CASES["prefill-window"] = _prefill(32, 8, 128, window=4096)
 CASES["prefill-float32"] = _prefill(32, 8, 128, torch.float32)
 CASES["prefill-float32-dim256"] = _prefill(8, 2, 256, torch.float32)
+CASES["column_peaks-float32"] = _column_peaks(32, 8, 128, torch.float32)
+CASES["column_peaks-float32-dim256"] = _column_peaks(8, 2, 256, torch.float32)
 CASES["column_sums-float32"] = _column_sums(32, 8, 128, torch.float32)
 CASES["column_sums-float32-dim256"] = _column_sums(8, 2, 256, torch.float32)
 CASES["column_sums-bias-window"] = _column_sums(32, 8, 128, with_bias=True, window=4096)

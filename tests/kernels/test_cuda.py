@@ -16,6 +16,7 @@ from d2o_dist.compression.evict import steps_in_place
 from d2o_dist.config import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.types import D2OState, Slots
+from d2o_dist.engine.session import Session
 from d2o_dist.kernels import backend
 from d2o_dist.kernels.backend import set_backend
 from d2o_dist.kernels.cuda import build, library
@@ -26,6 +27,7 @@ from d2o_dist.kernels.cuda.library import Host, host_build
 from d2o_dist.kernels.update_scores import naive_update_scores, slot_probabilities, update_scores
 from tests.kernels.cuda_ranks import on_rank_in_cuda
 from tests.kernels.helpers import make
+from tests.models import left_padded, tiny_model
 from tests.ranks import run_ranks
 from tests.sharded.play import Play, assert_same, play
 from tests.test_house import REPO, imported, sources
@@ -180,6 +182,34 @@ def test_a_model_decodes_as_with_the_other_backends(host, monkeypatch, name):
         found = play(PLAYS[name])
     assert_plays_alike(found, wanted)
     assert calls["append"] > 40 and calls["evict"] > 3
+
+
+@needs_compiler
+def test_heads_with_budgets_of_their_own_are_evicted_by_others(host, monkeypatch, caplog):
+    """Their tokens it appends all the same, and the logits are those without it."""
+    from d2o_dist.kernels.cuda import evict as module
+
+    def run() -> torch.Tensor:
+        session = Session(tiny_model().float(), D2OConfig.preset("reread", eviction_interval=3, keep_ratio=0.4))
+        logits = [session.prefill(*left_padded([60, 41], 3))]
+        for token in range(2, 12):
+            logits.append(session.decode([token, token + 1]))
+        return torch.stack(logits)
+
+    def refused(*args, **kwargs):
+        raise AssertionError("evicted in CUDA C++")
+
+    with torch.inference_mode():
+        wanted = run()
+        monkeypatch.setattr(module, "cuda_evict", refused)
+        monkeypatch.setattr(backend, "_chosen", "auto")
+        backend._say.cache_clear()
+        with host_build(Host(host, 1)):
+            set_backend("cuda")
+            found = run()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    said = [x.levelname for x in caplog.records if "evictions of heads with budgets of their own" in x.message]
+    assert said == ["WARNING"]
 
 
 @needs_compiler

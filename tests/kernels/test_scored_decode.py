@@ -22,13 +22,14 @@ def case(heads, dtype, slots=37, dim=16):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("heads", HEADS, ids=HEADS_IDS)
-@pytest.mark.parametrize("parts", ["", "s", "r", "srm"])
+@pytest.mark.parametrize("parts", ["", "s", "r", "srm", "p", "prm"])
 @pytest.mark.parametrize("absent", [False, True], ids=["all", "absent"])
 def test_equals_naive(dtype, heads, parts, absent):
     tensors, options, (scores, rates, mass) = case(heads, dtype)
     options |= dict(log_mass=mass if "m" in parts else None, rate_window=8)
     options["present"] = torch.tensor([True, False, True]) if absent else None
-    kept = {"scores": scores if "s" in parts else None, "rates": rates if "r" in parts else None}
+    options["peaks"] = "p" in parts
+    kept = {"scores": scores if set("sp") & set(parts) else None, "rates": rates if "r" in parts else None}
     expected = {name: None if x is None else x.clone() for name, x in kept.items()}
     out = scored_decode(*tensors, **options, **kept)
     wide = [x.double() if isinstance(x, torch.Tensor) else x for x in tensors]
@@ -40,7 +41,7 @@ def test_equals_naive(dtype, heads, parts, absent):
             assert not kept[name].masked_select(~options["valid"].unsqueeze(1)).any()
     if absent:
         assert not out[1].any()
-        assert "s" not in parts or torch.equal(scores[1], case(heads, dtype)[2][0][1])
+        assert kept["scores"] is None or torch.equal(scores[1], case(heads, dtype)[2][0][1])
 
 
 def test_probabilities_may_be_completed_by_others():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import math
 import types
@@ -43,14 +44,16 @@ class OracleConfig:
     dispersion: str = "layers_minmax"  # heads_minmax | layers_minmax | raw | log_zscore
     dispersion_sign: int = -1
     temperature: float = 1.0
-    allocation: str = "dynamic"  # dynamic | uniform | pyramid
+    allocation: str = "dynamic"  # dynamic | uniform | pyramid | ranked
+    budget_per: str = "layer"  # layer | head: then each KV head is a layer of section 2, 3 and 4
     exact_total: bool = True
     protected_layers: list[int] = field(default_factory=list)
     min_layer_ratio: float = 0.01
     min_layer_tokens: int = 32
     heavy_fraction: float = 0.75
     num_sink_tokens: int = 4
-    selection: str = "cumulative"  # cumulative | window | mixed | recent
+    selection: str = "cumulative"  # cumulative | window | mixed | recent | reread
+    reread_chunk: int = 2048
     selection_pool: int = 7
     selection_pool_side: str = "both"  # both | after (the neighbours lie before a token)
     merge: str = "keys_values"  # none | values | keys_values | mass | released
@@ -71,8 +74,9 @@ class OracleConfig:
     def __post_init__(self) -> None:
         _choice("dispersion", self.dispersion, ("heads_minmax", "layers_minmax", "raw", "log_zscore"))
         _choice("dispersion_sign", self.dispersion_sign, (-1, 1))
-        _choice("allocation", self.allocation, ("dynamic", "uniform", "pyramid"))
-        _choice("selection", self.selection, ("cumulative", "window", "mixed", "recent"))
+        _choice("allocation", self.allocation, ("dynamic", "uniform", "pyramid", "ranked"))
+        _choice("budget_per", self.budget_per, ("layer", "head"))
+        _choice("selection", self.selection, ("cumulative", "window", "mixed", "recent", "reread"))
         _choice("score_queries", self.score_queries, ("all", "strided"))
         _choice("merge", self.merge, ("none", "values", "keys_values", "mass", "released"))
         _choice("merge_targets", self.merge_targets, ("kept", "tail"))
@@ -144,12 +148,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def layer_dispersions(column_sums: list[torch.Tensor], method: str) -> list[float]:
     """`F_l` of every layer, from its column sums [Hq, T]."""
-    # "Per-head variance F[h] = var_j c[h,j] (unbiased, divisor T-1)". READING: of a single token it is 0.
-    num_tokens = column_sums[0].shape[1]
-    head_variances = [
-        sums.var(dim=1, unbiased=True) if num_tokens > 1 else torch.zeros(sums.shape[0], dtype=sums.dtype)
-        for sums in column_sums
-    ]
+    # "Per-head variance F[h] = var_j c[h,j] (unbiased, divisor T-1)". READING: of a single token it is 0. The mean over
+    # j is 1, as every row of the attention adds up to 1; of sampled sums "deviations are taken from 1" all the same.
+    divisor = max(column_sums[0].shape[1] - 1, 1)
+    head_variances = [(sums - 1).square().sum(dim=1) / divisor for sums in column_sums]
     if method == "heads_minmax":
         # "min-max normalise F[h] across the heads of the layer (+1e-6 in the denominator), then mean over heads".
         return [float(((f - f.min()) / (f.max() - f.min() + MINMAX_EPSILON)).mean()) for f in head_variances]
@@ -175,6 +177,7 @@ def layer_log_weights(config: OracleConfig, column_sums: list[torch.Tensor]) -> 
     num_layers = len(column_sums)
     if config.allocation == "uniform":
         return [0.0] * num_layers
+    assert config.allocation != "ranked"
     if config.allocation == "pyramid":
         # Linear in depth from (2 - 1/beta) to 1/beta of the average.
         if num_layers == 1:
@@ -290,10 +293,16 @@ class OracleCache:
         self.config = config
         self.num_layers, self.num_heads, self.num_kv_heads = num_layers, num_heads, num_kv_heads
         self.group_size = num_heads // num_kv_heads
-        self.protected = protected_set(config, num_layers)
+        heads = list(range(num_kv_heads))
+        # What has a budget and a threshold: a layer with all of its KV heads, or one KV head of a layer.
+        self.units = [(layer, part) for layer in range(num_layers)
+                      for part in ([[head] for head in heads] if config.budget_per == "head" else [heads])]  # fmt: skip
+        protected = protected_set(config, num_layers)
+        self.protected = {unit for unit, (layer, _) in enumerate(self.units) if layer in protected}
+        self.reread_done = False
         self.slots: list[list[list[Slot]]] = [[[] for _ in range(num_kv_heads)] for _ in range(num_layers)]
-        self.thresholds: list[float | None] = [None] * num_layers
-        self.budgets: list[tuple[int, int]] | None = None  # (N_l, M_l)
+        self.thresholds: list[float | None] = [None] * len(self.units)
+        self.budgets: list[tuple[int, int]] | None = None  # (N_l, M_l) of each unit
         self.ratios: list[float] | None = None
         self.log_weights: list[float] | None = None  # of the first prefill
         self.num_seen_tokens = 0  # "the number of tokens seen"
@@ -304,15 +313,12 @@ class OracleCache:
         ]
         # Per layer, per KV head, the group's attention rows of this prefill's last `rate_window` queries.
         self.window: list[list[list[torch.Tensor]]] = [[[] for _ in range(num_kv_heads)] for _ in range(num_layers)]
-        # With `score_queries: strided`: per layer the slots when this prefill began; tokens since then; and per layer
-        # the far parts of the attention rows [Hq, slots] of the tokens since the last sampled one.
-        self.num_old: list[int | None] = [None] * num_layers
-        self.num_prefilled = 0
-        self.waiting: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+        self._begin_sampling()
         self.evictions: list[Eviction] = []
 
-    def num_live(self, layer: int) -> int:
-        return len(self.slots[layer][0])
+    def num_live(self, unit: int) -> int:
+        layer, heads = self.units[unit]
+        return len(self.slots[layer][heads[0]])
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
@@ -353,63 +359,92 @@ class OracleCache:
         positions = list(range(self.num_seen_tokens, self.num_seen_tokens + queries.shape[1]))
         self._append(layer, keys, values, positions)
         outputs, probabilities = self._attend(layer, queries, positions, scaling)
-        # "c[h,j] = sum_i A[h,i,j]".
-        rows = list(torch.stack(probabilities).transpose(0, 1))
-        if self.config.score_queries == "strided":
-            rows = self._sampled_rows(layer, rows)
-        self._add_column_sums(layer, sum(rows, torch.zeros(self.num_heads, self.num_live(layer), dtype=torch.float64)))
+        for h, attention in enumerate(probabilities):
+            # "c[h,j] = sum_i A[h,i,j]".
+            rows = list(attention)
+            if self.config.score_queries == "strided":
+                rows = self._sampled_rows(layer, h, rows)
+            self._add_column_sums(layer, h, sum(rows, torch.zeros(attention.shape[1], dtype=torch.float64)))
         for head in range(self.num_kv_heads):
             group_probabilities = sum(probabilities[h] for h in self._group(head))
+            if self.reread_done:
+                self._raise_peaks(layer, head, group_probabilities)
             rows = self.window[layer][head] + list(group_probabilities)
             self.window[layer][head] = rows[-self.config.rate_window :]
         return outputs
 
-    def _add_column_sums(self, layer: int, sums: torch.Tensor) -> None:
-        """sums [Hq, slots]: what some queries of a prefill brought to each slot."""
+    def _raise_peaks(self, layer: int, head: int, group_probabilities: torch.Tensor) -> None:
+        """With `reread` a slot's score is the most that a query [n, S] gave it, from the second reading on."""
+        for slot, peak in zip(self.slots[layer][head], group_probabilities.amax(dim=0).tolist(), strict=True):
+            slot.score = max(slot.score, peak)
+
+    def reread_chunk(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """One layer of one chunk of the second reading: appended, attended, scored, and taken away again."""
+        count = len(self.slots[layer][0])
+        positions = list(range(self.num_seen_tokens, self.num_seen_tokens + queries.shape[1]))
+        self._append(layer, keys, values, positions)
+        outputs, probabilities = self._attend(layer, queries, positions, scaling)
+        self.reread_done = True
+        for head in range(self.num_kv_heads):
+            self._raise_peaks(layer, head, sum(probabilities[h] for h in self._group(head)))
+            del self.slots[layer][head][count:]
+        return outputs
+
+    def _add_column_sums(self, layer: int, h: int, sums: torch.Tensor) -> None:
+        """sums [slots]: what some queries of query head h brought to each slot in a prefill."""
         if self.log_weights is None:
             # First prefill: nothing is evicted yet, so slot index is position.
-            for h in range(self.num_heads):
-                total = sums[h].clone()
-                total[: len(self.column_sums[layer][h])] += self.column_sums[layer][h]
-                self.column_sums[layer][h] = total
-        for head in range(self.num_kv_heads):
-            # "a[g,j] = sum over the G query heads of the group of c[h,j]".
-            for slot, column_sum in zip(
-                self.slots[layer][head], sum(sums[h] for h in self._group(head)).tolist(), strict=True
-            ):
-                slot.score += column_sum
+            total = sums.clone()
+            total[: len(self.column_sums[layer][h])] += self.column_sums[layer][h]
+            self.column_sums[layer][h] = total
+        if self.config.selection == "reread":
+            return  # scores are peaks
+        # "a[g,j] = sum over the G query heads of the group of c[h,j]".
+        for slot, column_sum in zip(self.slots[layer][h // self.group_size], sums.tolist(), strict=True):
+            slot.score += column_sum
 
-    def _sampled_rows(self, layer: int, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        """`score_queries: strided`: what is added for the attention rows [Hq, slots] of a chunk's tokens.
+    def _sampled_rows(self, layer: int, h: int, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`score_queries: strided`: what is added for the attention rows [slots] of a chunk's tokens in query head h.
 
         Token i of the prefill (from 0): its attention on tokens of the same prefill less than `score_near_distance`
         away counts once; the rest of its row counts `stride` times if i + 1 is a multiple of the stride, else it waits.
         """
         config = self.config
-        if self.num_old[layer] is None:
-            self.num_old[layer] = self.num_live(layer) - len(rows)
+        if self.num_old[layer][h] is None:
+            self.num_old[layer][h] = len(rows[0]) - len(rows)
         added = []
         for i, row in enumerate(rows, start=self.num_prefilled):
-            token = torch.arange(row.shape[1]) - self.num_old[layer]  # below 0: from before this prefill
+            token = torch.arange(len(row)) - self.num_old[layer][h]  # below 0: from before this prefill
             near = (token >= 0) & (i - token < config.score_near_distance)
             added.append(torch.where(near, row, 0.0))
             far = torch.where(near, 0.0, row)
             if (i + 1) % config.score_query_stride == 0:
                 added.append(far * config.score_query_stride)
-                self.waiting[layer] = []
+                self.waiting[layer][h] = []
             else:
-                self.waiting[layer].append(far)
+                self.waiting[layer][h].append(far)
         return added
 
     def _add_waiting(self) -> None:
         """The prefill has ended: tokens that no sampled one stands for count once."""
-        for layer, rows in enumerate(self.waiting):
-            for row in rows:  # an earlier chunk's row lacks the later slots
-                wide = torch.zeros(self.num_heads, self.num_live(layer), dtype=torch.float64)
-                wide[:, : row.shape[1]] = row
-                self._add_column_sums(layer, wide)
-        self.waiting = [[] for _ in range(self.num_layers)]
-        self.num_old, self.num_prefilled = [None] * self.num_layers, 0
+        for layer, heads in enumerate(self.waiting):
+            for h, rows in enumerate(heads):
+                for row in rows:  # an earlier chunk's row lacks the later slots
+                    wide = torch.zeros(len(self.slots[layer][h // self.group_size]), dtype=torch.float64)
+                    wide[: len(row)] = row
+                    self._add_column_sums(layer, h, wide)
+        self._begin_sampling()
+
+    def _begin_sampling(self) -> None:
+        """With `score_queries: strided`: per layer and query head the slots when this prefill began; tokens since then;
+        and the far parts of the attention rows [slots] of the tokens since the last sampled one."""
+        self.num_old: list[list[int | None]] = [[None] * self.num_heads for _ in range(self.num_layers)]
+        self.num_prefilled = 0
+        self.waiting: list[list[list[torch.Tensor]]] = [
+            [[] for _ in range(self.num_heads)] for _ in range(self.num_layers)
+        ]
 
     def finish_prefill_chunk(self, num_tokens: int) -> None:
         self.num_seen_tokens += num_tokens
@@ -428,7 +463,7 @@ class OracleCache:
         for layer in range(self.num_layers):
             for head in range(self.num_kv_heads):
                 rows = self.window[layer][head]
-                total = torch.zeros(self.num_live(layer), dtype=torch.float64)
+                total = torch.zeros(len(self.slots[layer][head]), dtype=torch.float64)
                 for row in rows:
                     total[: len(row)] += row  # zero where not causal: an earlier chunk's row lacks the later slots
                 for slot, mass in zip(self.slots[layer][head], total.tolist(), strict=True):
@@ -436,17 +471,36 @@ class OracleCache:
                 self.window[layer][head] = []
         first = self.log_weights is None
         if first:
-            self.log_weights = layer_log_weights(config, [torch.stack(sums) for sums in self.column_sums])
+            self.log_weights = self._log_weights()
         # Section 5: "at the next finalize the layer weights w of the first prefill are kept, T is the number of tokens
         # seen, and each layer is evicted to its new S_l (absolute budgets stay as they are)".
         if first or config.keep_tokens is None:
-            slots, self.ratios = layer_slots(config, self.log_weights, self.num_seen_tokens)
+            of_units = dataclasses.replace(config, protected_layers=sorted(self.protected))
+            slots, self.ratios = layer_slots(of_units, self.log_weights, self.num_seen_tokens)
             # "N_l = floor(heavy_fraction * S_l), M_l = S_l - N_l".
             heavy = [floor(config.heavy_fraction * s) for s in slots]
             self.budgets = [(n, s - n) for n, s in zip(heavy, slots, strict=True)]
-        for layer in range(self.num_layers):
-            if layer not in self.protected and self.num_live(layer) > sum(self.budgets[layer]):
-                self.evict(layer, pooled=True)
+        for unit in range(len(self.units)):
+            if unit not in self.protected and self.num_live(unit) > sum(self.budgets[unit]):
+                self.evict(unit, pooled=True)
+
+    def _log_weights(self) -> list[float]:
+        """Of every unit. `ranked`: w is the share of the unit's tokens among the floor(keep_ratio * all) highest ranked
+        tokens of the model; ties: lower layer, head, position."""
+        config = self.config
+        if config.allocation != "ranked":
+            per_unit = [[self.column_sums[layer][h] for head in heads for h in self._group(head)]
+                        for layer, heads in self.units]  # fmt: skip
+            return layer_log_weights(config, [torch.stack(sums) for sums in per_unit])
+        everything = []
+        for unit, (layer, heads) in enumerate(self.units):
+            for head in heads:
+                rank = self.ranks(self.slots[layer][head], pooled=True)
+                everything += [(-r, unit, head, s.position) for r, s in zip(rank, self.slots[layer][head], strict=True)]
+        ratio = config.keep_ratio or min(1.0, config.keep_tokens / self.num_seen_tokens)
+        best = sorted(everything)[: floor(ratio * len(everything))]
+        counts = [sum(unit == u for _, u, _, _ in best) for unit in range(len(self.units))]
+        return [math.log(count / len(best)) if count else -700.0 for count in counts]
 
     # -- decode: section 5 --------------------------------------------------------------------------------------------
 
@@ -464,7 +518,7 @@ class OracleCache:
             for slot, p in zip(self.slots[layer][head], group_probabilities, strict=True):
                 # "3. a[g,s] += the probabilities on slot s, summed over the group's query heads, the new slot's own
                 # included."
-                slot.score += p
+                slot.score = max(slot.score, p) if config.selection == "reread" else slot.score + p
                 # Section 4b: "r <- (1 - 1/rate_window) * r + p / rate_window ... (a new slot starts at its own p)".
                 if slot.position == position:
                     slot.rate = p
@@ -473,9 +527,11 @@ class OracleCache:
         # "4. When the live count reaches S_l + eviction_interval, evict the surplus over S_l". READING: protected
         # layers "keep everything", also while decoding.
         interval = config.eviction_interval
-        full = interval is not None and self.num_live(layer) >= sum(self.budgets[layer]) + interval
-        if full and layer not in self.protected:
-            self.evict(layer, pooled=False)
+        for unit, (of_layer, _) in enumerate(self.units):
+            if of_layer != layer or unit in self.protected or interval is None:
+                continue
+            if self.num_live(unit) >= sum(self.budgets[unit]) + interval:
+                self.evict(unit, pooled=False)
         return outputs
 
     # -- section 3 ----------------------------------------------------------------------------------------------------
@@ -485,7 +541,7 @@ class OracleCache:
         config = self.config
         if config.selection == "recent":
             return [float(s.position) for s in slots]
-        if config.selection == "cumulative":
+        if config.selection in ("cumulative", "reread"):
             return [s.score for s in slots]
         rates = [s.rate for s in slots]
         if pooled:
@@ -501,14 +557,15 @@ class OracleCache:
         seen = self.num_seen_tokens
         return [r + s.score / max(seen - s.position, MIXED_MIN_AGE) for r, s in zip(rates, slots, strict=True)]
 
-    def evict(self, layer: int, pooled: bool) -> None:
+    def evict(self, unit: int, pooled: bool) -> None:
         """Sections 3 and 4: choose per KV head, then merge or drop."""
         config = self.config
-        num_heavy, num_recent = self.budgets[layer]
+        layer, heads = self.units[unit]
+        num_heavy, num_recent = self.budgets[unit]
         kept: list[list[Slot]] = []
         evicted: list[list[Slot]] = []
         targets: list[list[Slot]] = []
-        for slots in self.slots[layer]:
+        for slots in [self.slots[layer][head] for head in heads]:
             # "Keep the first num_sink_tokens (4), the last M_l by position, and the top N_l - num_sink_tokens of the
             # rest by score. Ties: the LOWER position is kept." READING: no more sinks than heavy slots.
             num_sinks = min(config.num_sink_tokens, num_heavy)
@@ -536,8 +593,8 @@ class OracleCache:
             pairs = [nearest_targets(out, t) for out, t in zip(evicted, targets, strict=True)]
             similarity = [[u for u, _ in head] for head in pairs]
             nearest = [[j for _, j in head] for head in pairs]
-            merged = self.gate(layer, similarity)
-            for head in range(self.num_kv_heads):
+            merged = self.gate(unit, similarity)
+            for head in range(len(heads)):
                 for j, target in enumerate(targets[head]):
                     mine = [i for i in range(len(evicted[head])) if merged[head][i] and nearest[head][i] == j]
                     if mine:
@@ -550,14 +607,15 @@ class OracleCache:
                 similarity=similarity,
                 target=[[t[j].position if t else -1 for j in n] for t, n in zip(targets, nearest, strict=True)],
                 merged=merged,
-                threshold=self.thresholds[layer],
+                threshold=self.thresholds[unit],
             )
         )
-        self.slots[layer] = kept
+        for head, stay in zip(heads, kept, strict=True):
+            self.slots[layer][head] = stay
 
     # -- section 4 ----------------------------------------------------------------------------------------------------
 
-    def gate(self, layer: int, similarity: list[list[float]]) -> list[list[bool]]:
+    def gate(self, unit: int, similarity: list[list[float]]) -> list[list[bool]]:
         """Which evicted tokens are merged, per KV head in position order."""
         config = self.config
         everything = sorted(u for head in similarity for u in head if u > -math.inf)
@@ -570,12 +628,12 @@ class OracleCache:
             return [[u >= cut for u in head] for head in similarity]
         # "first eviction of the sequence: tau = mean of u_i; later: tau = ema_beta * agg(u_i) + (1 - ema_beta) * tau".
         mean = sum(everything) / len(everything)
-        if self.thresholds[layer] is None:
+        if self.thresholds[unit] is None:
             tau = mean
         else:
             aggregate = everything[-1] if config.threshold_agg == "max" else mean
-            tau = config.ema_beta * aggregate + (1 - config.ema_beta) * self.thresholds[layer]
-        self.thresholds[layer] = tau
+            tau = config.ema_beta * aggregate + (1 - config.ema_beta) * self.thresholds[unit]
+        self.thresholds[unit] = tau
         if config.merge == "released":
             # Section 6: "evicted row n passes if the MEAN over heads of u at row n reaches tau".
             rows = len(similarity[0])
@@ -617,9 +675,11 @@ class OracleCache:
 
     def snapshot(self) -> list[dict[str, torch.Tensor]]:
         """Per layer, in position order: positions [Hkv, S] int64, keys and values [Hkv, S, D], scores, rates, log_mass
-        [Hkv, S] float64."""
+        [Hkv, S] float64. A head that holds less than another ends in slots of position -1 with zeros."""
         layers = []
         for heads in self.slots:
+            width, none = max(len(slots) for slots in heads), torch.zeros_like(heads[0][0].key)
+            heads = [slots + [Slot(none, none, -1)] * (width - len(slots)) for slots in heads]
             entry = {
                 "positions": torch.tensor([[s.position for s in slots] for slots in heads]),
                 "keys": torch.stack([torch.stack([s.key for s in slots]) for slots in heads]),
@@ -684,14 +744,20 @@ class OracleSession:
             if getattr(layer.self_attn, "sliding_window", None) is not None:
                 raise ValueError("sliding windows are not part of the specification")
 
+    def reread(self, token_ids: list[int]) -> None:
+        """The second reading of a prompt: each chunk is one forward after the prompt, and is forgotten."""
+        chunk = self.cache.config.reread_chunk
+        for start in range(0, len(token_ids), chunk):
+            self.feed(token_ids[start : start + chunk], again=True)
+
     @torch.no_grad()
-    def feed(self, token_ids: list[int]) -> torch.Tensor:
-        """One forward. Returns the logits [n, vocabulary] of its tokens."""
+    def feed(self, token_ids: list[int], again: bool = False) -> torch.Tensor:
+        """One forward. Returns the logits [n, vocabulary] of its tokens. `again`: of a second reading."""
         cache = self.cache
         start = cache.num_seen_tokens
         # Section 5: "Prefill is every forward with more than one token since the last decode step". READING: the very
         # first forward is prefill whatever its length.
-        decoding = len(token_ids) == 1 and start > 0
+        decoding = len(token_ids) == 1 and start > 0 and not again
         if decoding:
             cache.finalize()
             cache.num_seen_tokens += 1
@@ -705,11 +771,11 @@ class OracleSession:
             keys = self._heads(attention.k_proj(normed), getattr(attention, "k_norm", None))
             values = self._heads(attention.v_proj(normed), None)
             queries, keys = self.apply_rotary(queries, keys, cos, sin)
-            step = cache.decode_step if decoding else cache.prefill_chunk
+            step = cache.decode_step if decoding else cache.reread_chunk if again else cache.prefill_chunk
             outputs = step(index, queries[0], keys[0], values[0], attention.scaling)  # [Hq, n, D]
             hidden = hidden + attention.o_proj(outputs.transpose(0, 1).reshape(1, len(token_ids), -1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        if not decoding:
+        if not decoding and not again:
             cache.finish_prefill_chunk(len(token_ids))
         return self.model.lm_head(self.decoder.norm(hidden))[0]
 
@@ -768,13 +834,16 @@ def run_oracle(
     if sum(chunks) != len(ids):
         raise ValueError(f"chunks {chunks} of a prompt of {len(ids)} tokens")
     start = 0
+    first = cache.log_weights is None
     for length in chunks:
         last = session.feed(ids[start : start + length])[-1]
         start += length
+    if first and cache.config.selection == "reread":
+        session.reread(ids)
     cache.finalize()
     after_finalize, thresholds_after_finalize = cache.snapshot(), list(cache.thresholds)
-    kept = sum(cache.num_live(layer) for layer in range(cache.num_layers))
-    achieved_ratio = kept / (cache.num_layers * cache.num_seen_tokens)
+    kept = sum(len(slots) for heads in cache.slots for slots in heads)
+    achieved_ratio = kept / (cache.num_layers * cache.num_kv_heads * cache.num_seen_tokens)
     tokens, logits = [], []
     for step in range(num_new_tokens):
         logits.append(last)

@@ -120,8 +120,8 @@ def test_column_sums_sum_to_the_prompt(model):
 
 
 def test_dispersions_by_hand():
-    # Variances 1 and 4 in layer 0; 9 and 9 in layer 1.
-    sums = [torch.tensor([[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]]), torch.tensor([[0.0, 3.0, 6.0], [3.0, 0.0, 6.0]])]
+    # Of mean 1, as column sums are; variances 1 and 4 in layer 0; 9 and 9 in layer 1.
+    sums = [torch.tensor([[0.0, 1.0, 2.0], [-1.0, 1.0, 3.0]]), torch.tensor([[-2.0, 1.0, 4.0], [1.0, -2.0, 4.0]])]
     sums = [s.double() for s in sums]
     assert layer_dispersions(sums, "raw") == pytest.approx([2.5, 9.0])
     assert layer_dispersions(sums, "heads_minmax") == pytest.approx([0.5, 0.0], abs=1e-6)

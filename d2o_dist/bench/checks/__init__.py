@@ -5,6 +5,7 @@ And CUDA graphs of decode steps beside the steps themselves, which need a GPU.
 """
 
 from d2o_dist.bench.checks import (
+    column_peaks,
     column_sums,
     cuda_append,
     cuda_evict,
@@ -23,7 +24,9 @@ __all__ = ["Check", "Result", "all_checks", "cuda_checks"]
 
 def all_checks() -> list[Check]:
     """All of them, op by op; names are unique."""
-    modules = (prefill, column_sums, decode, update_scores, nearest_kept, merge_into, dispatch, decode_graph)
+    modules = (
+        prefill, column_sums, column_peaks, decode, update_scores, nearest_kept, merge_into, dispatch, decode_graph,
+    )  # fmt: skip
     return [check for module in modules for check in module.checks()]
 
 

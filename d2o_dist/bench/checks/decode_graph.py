@@ -33,6 +33,8 @@ CASES = {
     "span-qwen2": Case("span", family=Qwen2Config),
     "h2o": Case("h2o", torch.float16),
     "released": Case("released", torch.float32),
+    "reread": Case("reread"),  # heads that hold different numbers of slots
+    "reread-float32": Case("reread", torch.float32),
     "full": Case("full"),
     "one-row": Case("mass", lengths=(70,)),
 }

@@ -59,14 +59,24 @@ class D2OLayer(CacheLayerMixin):
     scores = property(lambda self: self._tensor("scores"))
     rates = property(lambda self: self._tensor("rates"))
     log_mass = property(lambda self: self._tensor("log_mass"))
-    is_initialized = property(lambda self: self.keys is not None)
-    dtype = property(lambda self: None if self.keys is None else self.keys.dtype)
+    is_initialized = property(lambda self: self.shape is not None)
+    dtype = property(lambda self: self._cache.layers[self.index].store.dtype if self._cache.layers else None)
     device = property(lambda self: None if self.keys is None else self.keys.device)
 
     @property
+    def shape(self) -> tuple[int, int] | None:
+        """(Hkv, D) of what is held here; None before the first token."""
+        return self._cache.layers[self.index].store.shape if self._cache.layers else None
+
+    @property
     def kv_len(self) -> list[int]:
-        """Slots held by each row."""
+        """Slots held by each row, of its fullest head where heads have budgets of their own."""
         return list(self._cache.layers[self.index].kv_len) if self._cache.layers else []
+
+    @property
+    def mean_kv_len(self) -> list[float]:
+        """Slots held by each row, mean over the KV heads."""
+        return list(self._cache.layers[self.index].mean_kv_len) if self._cache.layers else []
 
     @property
     def threshold(self) -> Tensor | None:
@@ -74,8 +84,9 @@ class D2OLayer(CacheLayerMixin):
         return None if self.is_sliding or not self._cache.layers else self._cache.layers[self.index].state.threshold
 
     @property
-    def slot_budgets(self) -> list[int] | None:
-        """Slots each row is evicted to; None before finalize, and for layers that are never evicted."""
+    def slot_budgets(self) -> list[float] | None:
+        """Slots each row is evicted to, mean over the KV heads; None before finalize, and for layers that are never
+        evicted."""
         return None if self.is_sliding or not self._cache.layers else self._cache.layers[self.index].slot_budgets
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -186,12 +197,11 @@ class D2OCache(Cache):
                 "or the batch changed. Make a new cache (or select rows with batch_select_indices)"
             )
         self._shape = shape
-        buffers = self.compressed.layers[layer_idx].store.buffers if self.compressed.layers else None
-        held = None if buffers is None else buffers.keys
-        if held is not None and not self.ranks.deals_tokens and (held.shape[1], held.shape[3]) != (heads, dim):
+        held = self.layers[layer_idx].shape
+        if held is not None and not self.ranks.deals_tokens and held != (heads, dim):
             raise ValueError(
-                f"layer {layer_idx} has {heads} KV heads of dim {dim}, but the cache holds {held.shape[1]} of dim "
-                f"{held.shape[3]}: the model changed. Make a new cache"
+                f"layer {layer_idx} has {heads} KV heads of dim {dim}, but the cache holds {held[0]} of dim {held[1]}: "
+                "the model changed. Make a new cache"
             )
 
     def attend(
@@ -211,7 +221,7 @@ class D2OCache(Cache):
         """A copy of a cache that has read a prompt and compressed nothing yet, to be compressed as `d2o` says.
 
         For several configurations on one prompt: what is read under one serves the others, if it gathered what they
-        need (`selection="mixed"` gathers everything).
+        need (`selection="mixed"` gathers everything but a second reading).
 
         Raises:
             ValueError: the cache was finalized, has seen nothing, or lacks statistics that `d2o` needs.
@@ -237,6 +247,52 @@ class D2OCache(Cache):
         """Take back an announced step whose forward was recorded, not run, and broken off."""
         self._pending = None
         self.compressed.abandon_step()
+
+    # ---- prompts that are read twice ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reread(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Read the prompts a second time, for `selection="reread"`: after the first reading, before `finalize()`.
+
+        The model repeats the prompts, and what it looks up in the cache to do so is worth keeping, whatever will be
+        asked. Each `reread_chunk` tokens of a row are one forward, at the positions that follow the prompt; it
+        attends to the whole cache and to itself, and nothing of it is kept.
+
+        Args:
+            model: that has read the prompts.
+            input_ids: [B, T] int64, the prompts, all that the cache has seen; attention_mask: [B, T], 0 marks padding;
+                None: no padding.
+
+        Raises:
+            ValueError: other prompts than those of the cache, as far as their lengths tell; no first reading, or one
+                that was compressed already; ranks that share the request; positions that the model does not have.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask {tuple(mask.shape)} must have input_ids' shape {tuple(input_ids.shape)}")
+        rows = [ids[keep.bool()] for ids, keep in zip(input_ids, mask, strict=True)]
+        lengths, seen, chunk = [len(row) for row in rows], self.compressed.num_seen, self.d2o.reread_chunk
+        if lengths != seen:
+            raise ValueError(f"the prompts to read a second time have {lengths} tokens, but the cache has seen {seen}")
+        last = max(count + min(count, chunk) for count in seen)
+        limit = getattr(self.model_config, "max_position_embeddings", None)
+        if limit is not None and last > limit:
+            raise ValueError(
+                f"a second reading of {max(seen)} tokens in chunks of {chunk} (reread_chunk) needs {last} positions, "
+                f"but the model has {limit}"
+            )
+        with self.compressed.rereading():
+            for start in range(0, max(lengths), chunk):
+                parts = [row[start : start + chunk] for row in rows]
+                width = max(len(part) for part in parts)
+                ids, padding = input_ids.new_zeros(len(rows), width), mask.new_zeros(len(rows), width)
+                for row, part in enumerate(parts):
+                    ids[row, width - len(part) :], padding[row, width - len(part) :] = part, 1
+                first = torch.tensor(seen, device=ids.device)[:, None]
+                model(
+                    input_ids=ids, attention_mask=None if bool(padding.all()) else padding, past_key_values=self,
+                    position_ids=first + (padding.cumsum(-1) - 1).clamp(min=0), use_cache=True, logits_to_keep=1,
+                )  # fmt: skip
 
     # ---- prompts that ranks share --------------------------------------------------------------------------------
 

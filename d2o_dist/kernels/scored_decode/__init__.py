@@ -25,6 +25,7 @@ def scored_decode(
     newest: Tensor,
     log_mass: Tensor | None = None,
     scores: Tensor | None = None,
+    peaks: bool = False,
     rates: Tensor | None = None,
     rate_window: int = 32,
     present: Tensor | None = None,
@@ -36,18 +37,20 @@ def scored_decode(
         valid: [B, S] bool, the live slots; newest: [B] int64, the slot of this step's token.
         log_mass: [B, Hkv, S], added to the logits.
         scores, rates: [B, Hkv, S] in acc dtype, updated in place as `update_scores` says; None: not kept.
+        peaks: scores become the larger of themselves and the probabilities, instead of their sum.
         present: [B] bool; rows that take no step get output 0, and their scores and rates stay. None: all take it.
         total: what becomes of the probabilities [B, Hkv, S] before they are added: the sum over ranks that hold copies
             of the KV heads. None: they are complete.
     """
     scored = scores is not None or rates is not None
     update = dict(newest=newest, rate_window=rate_window, present=present)
-    if scored and total is None and takes_triton(q, k, v, head_dim=q.shape[-1]):
+    if scored and total is None and not peaks and takes_triton(q, k, v, head_dim=q.shape[-1]):
         out, lse, logits = decode_with_logits(q, k, v, scale, valid=valid, log_mass=log_mass)
         update_scores(logits, lse, scores, rates, **update)
     else:
-        # PyTorch's operators have the probabilities at hand, and would have to compute them again from the logits.
+        # PyTorch's operators have the probabilities at hand, and would have to compute them again from the logits; no
+        # kernel of `update_scores` takes maxima.
         out, _, probs = decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass, finite=True)
         if scored:
-            add_probabilities(probs if total is None else total(probs), scores, rates, **update)
+            add_probabilities(probs if total is None else total(probs), scores, rates, peaks=peaks, **update)
     return out if present is None else out * present[:, None, None]

@@ -17,6 +17,7 @@ def naive_scored_decode(
     newest: Tensor,
     log_mass: Tensor | None = None,
     scores: Tensor | None = None,
+    peaks: bool = False,
     rates: Tensor | None = None,
     rate_window: int = 32,
     present: Tensor | None = None,
@@ -24,5 +25,8 @@ def naive_scored_decode(
     """As `scored_decode`."""
     out, lse, logits = naive_decode_with_logits(q, k, v, scale, valid=valid, log_mass=log_mass)
     if scores is not None or rates is not None:
+        before = None if scores is None else scores.clone()
         naive_update_scores(logits, lse, scores, rates, newest=newest, rate_window=rate_window, present=present)
+        if peaks and scores is not None:
+            scores.copy_(torch.maximum(before, scores - before))
     return out if present is None else torch.where(present[:, None, None], out, 0)

@@ -38,11 +38,18 @@ def add_probabilities(
     newest: Tensor | None,
     rate_window: int,
     present: Tensor | None,
+    peaks: bool = False,
 ) -> None:
-    """As `update_scores`, from the slots' probabilities [B, Hkv, S] themselves, which it may overwrite."""
+    """As `update_scores`, from the slots' probabilities [B, Hkv, S] themselves, which it may overwrite.
+
+    Args:
+        peaks: scores become the larger of themselves and the probabilities, instead of their sum.
+    """
     if present is not None:
         probs *= present[:, None, None]
-    if scores is not None:
+    if scores is not None and peaks:
+        torch.maximum(scores, probs, out=scores)
+    elif scores is not None:
         scores.add_(probs)
     if rates is not None:
         slots = torch.arange(rates.shape[-1], device=rates.device)

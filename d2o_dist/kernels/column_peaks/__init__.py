@@ -1,0 +1,44 @@
+"""Column peaks: the most attention a key gets from any one query, without ever holding the matrix."""
+
+from torch import Tensor
+
+from d2o_dist.kernels.backend import takes_triton
+from d2o_dist.kernels.column_peaks.naive import naive_column_peaks
+from d2o_dist.kernels.column_peaks.torch_blocked import blocked_column_peaks
+from d2o_dist.kernels.common import check_queries_keys
+
+__all__ = ["column_peaks", "naive_column_peaks"]
+
+
+def column_peaks(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    q_start: int = 0,
+    bias: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """p[g, j] = max over queries i that see key j of sum over heads h of group g of exp(scale * q_i . k_j + bias_j -
+    lse_i): [B, Hkv, Tk], acc dtype, 0 for a key that no query sees.
+
+    q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; lse [B, Hq, Tq] natural log, of the whole attention (`bias` and keys that are
+    not given here included). Query i has index q_start + i; causal: it sees keys of index <= its own. bias
+    [B, Hkv, Tk] is added to the logits of a key.
+
+    Rows whose lse is infinite and keys whose bias is -inf contribute 0, whatever their q or k hold. Not
+    differentiable. Working memory is bounded by a block of logits.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check_queries_keys(q, k)
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse {tuple(lse.shape)} must have the shape of q without its last dim {tuple(q.shape[:3])}")
+    if bias is not None and bias.shape != k.shape[:3]:
+        raise ValueError(f"bias {tuple(bias.shape)} must have the shape of k without its last dim {tuple(k.shape[:3])}")
+    path = blocked_column_peaks
+    if takes_triton(q, k, head_dim=q.shape[3]) and q.numel() and k.numel():
+        from d2o_dist.kernels.column_peaks.triton import triton_column_peaks as path
+    return path(q, k, lse, scale, q_start=q_start, bias=bias, causal=causal)
