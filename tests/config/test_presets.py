@@ -39,7 +39,7 @@ EXPECTED = {
     ),
     "reread": but(
         PAPER, allocation="ranked", budget_per="head", selection="reread", heavy_fraction=0.8, min_layer_tokens=16,
-        merge="none",
+        merge="mass", merge_targets="tail", gate="quantile",
     ),
     "full": but(BASELINE, eviction_interval=None),
     "streaming": but(BASELINE, selection="recent"),

@@ -15,8 +15,10 @@ from tests.models import left_padded, tiny_model, tokens
 from tests.oracle.naive_d2o import OracleConfig, OracleResult, run_oracle, use_float64_norms
 from tests.ranks import run_ranks
 
+DROP = {"merge": "none", "merge_targets": "kept", "gate": "threshold"}
 CASES = {
     "reread": {"min_layer_tokens": 6},
+    "drop": {},
     "mass": {"merge": "mass", "merge_targets": "tail", "gate": "quantile", "eviction_interval": 5},
     "chunks": {"reread_chunk": 25, "merge": "keys_values", "protected_layers": (1,), "keep_ratio": 0.5},
     "dynamic layers": {"budget_per": "layer", "allocation": "dynamic", "reread_chunk": 40, "merge": "values"},
@@ -34,7 +36,8 @@ CASES = {
 
 def both(case: str, **changes) -> tuple[D2OConfig, OracleConfig]:
     """The same configuration for the library and for the oracle."""
-    overrides = {"keep_ratio": 0.3, "min_layer_tokens": 8, **CASES[case], **changes}
+    rule = {} if case == "reread" else DROP
+    overrides = {"keep_ratio": 0.3, "min_layer_tokens": 8, **rule, **CASES[case], **changes}
     if overrides.get("keep_tokens"):
         overrides.pop("keep_ratio")
     config = D2OConfig.preset("reread", **overrides)
