@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from d2o_dist.cache.headwise import HeadwiseLayer
 from d2o_dist.cache.layer import FullLayer
+from d2o_dist.cache.layers import CompressedLayer
 from d2o_dist.cache.sharded import ShardedLayer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.budgets import row_log_weights, row_slots
@@ -119,7 +119,7 @@ def head_variances(
 
 
 def set_budgets(
-    layers: Collection[FullLayer | HeadwiseLayer | ShardedLayer],
+    layers: Collection[CompressedLayer],
     plans: list[RowPlan] | None,
     variances: Tensor | None,
     config: D2OConfig,
