@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -182,6 +186,59 @@ def test_an_interruption_keeps_what_is_written(folder, tmp_path):
     outcome = run(plan, on_results=stop)
     assert outcome.interrupted and outcome.table is None and len(read_records(tmp_path)) == 1
     assert run(plan).num_missing == 0
+
+
+def rival(rank: int, world: int, folder: str, output: str) -> tuple[int, str]:
+    """Rank 0 waits at its first result until rank 1 has been refused; rank 1 tries again when rank 0 is done."""
+    tried, begun, counted = Path(output + ".tried"), Path(output + ".begun"), []
+
+    def wait_for(path: Path) -> None:
+        while not path.exists():
+            time.sleep(0.02)
+
+    def on_results(count: int) -> None:
+        counted.append(count)
+        begun.touch()
+        wait_for(tried)
+
+    plan, said = plan_of(folder, output, tasks=TASKS[1:2]), ""
+    if rank == 0:
+        run(plan, on_results=on_results)
+        Path(output + ".done").touch()
+    else:
+        wait_for(begun)
+        try:
+            run(plan)
+        except ValueError as error:
+            said = str(error)
+        tried.touch()
+        wait_for(Path(output + ".done"))
+        run(plan, on_results=counted.append)
+    return sum(counted), said
+
+
+def test_two_evaluations_do_not_write_into_one_folder(done, folder, tmp_path):
+    *_, output, _ = done
+    mine = tmp_path / "out"
+    (first, _), (second, said) = run_ranks(2, rival, folder, str(mine), init=False, timeout_s=120)
+    assert (first, second) == (9, 0) and f"output {mine} is written by process" in said
+    assert comparable(mine) == {key: record for key, record in comparable(output).items() if key[0] == "fidelity"}
+    assert not [path.name for path in mine.iterdir() if path.name.startswith(".")]
+
+
+def dies(rank: int, world: int, folder: str, output: str) -> None:
+    def on_results(count: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run(plan_of(folder, output, tasks=TASKS[1:2]), on_results=on_results)
+
+
+def test_a_killed_evaluation_is_resumed(folder, tmp_path):
+    run_ranks(1, dies, folder, str(tmp_path), init=False, lost=[0], timeout_s=120)
+    assert (tmp_path / ".lock").exists() and len(read_records(tmp_path)) == 1
+    counted: list[int] = []
+    assert run(plan_of(folder, tmp_path, tasks=TASKS[1:2]), on_results=counted.append).num_missing == 0
+    assert sum(counted) == 8 and not (tmp_path / ".lock").exists()
 
 
 def rank_evaluates(rank: int, world: int, folder: str, output: str, tasks: list, parallel: dict) -> tuple[int, bool]:
