@@ -1,8 +1,9 @@
 """One run at a time writes to an output: a file beside it or in it names the process that does.
 
-Two things guard it, since neither is enough alone. The file is made only where there is none, which machines that share
-a file system see alike, and `flock` holds it while its process lives, so that a process that was killed is known to be
-gone. Only on its own machine: a file from another one stays until somebody deletes it.
+Three things guard it, since none is enough alone. The file is made only where there is none, which machines that share
+a file system see alike. `flock` holds it while its process lives, so that one that was killed is known to be gone; not
+every file system tells other machines. So its process also touches it now and then, and a file from another machine
+that nobody touches for a while was left behind: a job that was preempted may go on elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from d2o_dist.engine.agreement import agreed
 
 # How long a file may be empty: another process has made it and not yet written its name.
 _GRACE_S = 1.0
+# How often a holder touches its file, and how long one from another machine is watched. Network file systems may show
+# a touch up to a minute late.
+_BEAT_S, _WATCH_S = 15.0, 100.0
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -39,8 +43,7 @@ def only_writer(
         check: what rank 0 checks once it holds the lock: the run that held it before may have left results.
 
     Raises:
-        ValueError: another process writes there, or may: it is on another machine; the lock cannot be written; or one
-            of `check`. On all ranks.
+        ValueError: another process writes there; the lock cannot be written; or one of `check`. On all ranks.
     """
     held = None
     try:
@@ -72,6 +75,9 @@ class OutputLock:
             os.truncate(file, os.pwrite(file, owner, 0))
         except OSError as error:
             raise ValueError(f"output {output} cannot be locked: {error}") from error
+        self._released = threading.Event()
+        self._heart = threading.Thread(target=self._beat, args=(file,), daemon=True)
+        self._heart.start()
         self._watches = (
             threading.current_thread() is threading.main_thread()
             and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -83,12 +89,19 @@ class OutputLock:
         """Let others write. A second call does nothing."""
         if self._file is None:
             return
+        self._released.set()
+        self._heart.join()
         # Before the file is closed: whoever waits for it must find that it is gone.
         self.path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
         if self._watches:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _beat(self, file: int) -> None:
+        while not self._released.wait(_BEAT_S):
+            with suppress(OSError):  # a file system that is away for a while
+                os.utime(file)
 
     def _terminated(self, number: int, frame: Any) -> None:
         self.release()
@@ -108,15 +121,10 @@ def _take(output: str | Path, path: Path) -> int | None:
             return None
     try:
         flocked = _flock(file)
-        owner, here = None if made and flocked is not False else _owner(file), socket.gethostname()
-        if flocked is False or (flocked is None and owner and owner["host"] == here and _lives(owner["pid"])):
+        owner = None if made and flocked is not False else _owner(file)
+        if flocked is False or (owner and _works(owner, path, flocked)):
             who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
             raise ValueError(f"output {output} is written by {who} now: wait for it, or name another output")
-        if owner and owner["host"] != here:
-            raise ValueError(
-                f"output {output} is locked by process {owner['pid']} on {owner['host']}, and from {here} nobody can "
-                f"see whether it still runs: if it does not, delete {path}"
-            )
         if _is(file, path):
             return file
     except BaseException:
@@ -150,6 +158,30 @@ def _owner(file: int) -> dict[str, Any] | None:
             if time.monotonic() > ends:
                 return None
         time.sleep(0.05)
+
+
+def _works(owner: dict[str, Any], path: Path, flocked: bool | None) -> bool:
+    """Whether the process that wrote the file still runs, as far as `flock` did not tell."""
+    if owner["host"] == socket.gethostname():
+        return flocked is None and _lives(owner["pid"])
+    touched, ends = _touched(path), time.monotonic() + _WATCH_S
+    while time.monotonic() < ends:
+        time.sleep(min(1.0, _BEAT_S / 4))
+        if _touched(path) != touched:
+            return True
+    return False
+
+
+def _touched(path: Path) -> int | None:
+    """When the file was touched last, by the clock of its file system; opened anew, or it may be an old answer."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.fstat(file).st_mtime_ns
+    finally:
+        os.close(file)
 
 
 def _lives(pid: int) -> bool:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -113,12 +114,45 @@ def test_a_killed_process_is_followed(tmp_path, number):
     assert not path.exists()
 
 
-def test_another_machine_is_believed(tmp_path):
+def test_what_another_machine_touches_is_believed(tmp_path, monkeypatch):
+    """And taken over once nobody touches it any more."""
+    monkeypatch.setattr(locking, "_BEAT_S", 0.1)
+    monkeypatch.setattr(locking, "_WATCH_S", 3.0)
     path = tmp_path / "lock"
     path.write_text(json.dumps({"pid": 7, "host": "elsewhere"}))
-    with pytest.raises(ValueError, match=r"locked by process 7 on elsewhere, .* if it does not, delete .*lock"):
-        OutputLock("out", path)
-    assert json.loads(path.read_text())["host"] == "elsewhere"
+    touching, ended = threading.Event(), threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(0.05):
+            os.utime(path)
+            touching.set()
+
+    other = threading.Thread(target=touch)
+    other.start()
+    try:
+        assert touching.wait(30)
+        with pytest.raises(ValueError, match="written by process 7 on elsewhere now"):
+            OutputLock("out", path)
+        assert json.loads(path.read_text())["host"] == "elsewhere"
+    finally:
+        ended.set()
+        other.join()
+    held = OutputLock("out", path)
+    assert json.loads(path.read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
+    held.release()
+    assert not path.exists()
+
+
+def test_a_holder_touches_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(locking, "_BEAT_S", 0.05)
+    path = tmp_path / "lock"
+    held = OutputLock("out", path)
+    os.utime(path, (1, 1))
+    ends = time.monotonic() + 30
+    while path.stat().st_mtime == 1:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    held.release()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x", "host": "h"}'])
