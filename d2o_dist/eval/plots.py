@@ -85,6 +85,6 @@ def curves(task: Mapping[str, Any], lines: list[Mapping[str, Any]], name: str, p
         kept, means, errors = zip(*points, strict=True)
         axes.errorbar(kept, means, yerr=errors, marker="o", markersize=3, linewidth=1, capsize=2, label=method)
     axes.set(xscale="log", xlabel="achieved keep ratio", ylabel=task["primary"], title=name)
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=130)
     return path
