@@ -132,7 +132,7 @@ class D2OConfig:
     merge: str = "mass"
     merge_targets: str = "tail"
     tail_fraction: float = 0.1
-    max_decode_tail: int | None = None
+    max_decode_tail: int | None = 16
     gate: str = "quantile"
     drop_quantile: float = 0.25
     ema_beta: float = 0.7
@@ -374,6 +374,7 @@ _PAPER = {
     "selection_pool_side": "both",
     "merge": "keys_values",
     "merge_targets": "kept",
+    "max_decode_tail": None,
     "gate": "threshold",
 }
 _BASELINE = {**_PAPER, "allocation": "uniform", "merge": "none"}
@@ -388,7 +389,7 @@ _MASS = {
     "merge_targets": "tail",
     "gate": "quantile",
 }
-_SPAN = {**_MASS, "selection_pool": 15, "selection_pool_side": "after"}
+_SPAN = {**_MASS, "selection_pool": 15, "selection_pool_side": "after", "max_decode_tail": 16}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "d2o": {},
