@@ -19,9 +19,9 @@ from torch import Tensor
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.level import count_held
 from d2o_dist.compression.merge import merge_evicted
-from d2o_dist.config.d2o import D2OConfig, floor_tokens
+from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import Nearest, count_dropped, judge
-from d2o_dist.core.select import compact, rank_scores
+from d2o_dist.core.select import compact, rank_scores, tail_sizes
 from d2o_dist.core.threshold import head_reports
 from d2o_dist.core.types import D2OState, Slots
 from d2o_dist.kernels.backend import cuda_leaves
@@ -55,7 +55,7 @@ class ShardJob:
         """Per row how many of the lowest ranked kept slots are targets; 0 if targets are not told by rank."""
         if config.merge == "none" or config.merge_targets != "tail":
             return [0] * len(self.surplus)
-        return [max(1, floor_tokens(config.tail_fraction * slots)) for slots in self.slot_budgets]
+        return tail_sizes(torch.tensor(self.slot_budgets), config, finalize=False).tolist()
 
     def num_offered(self, config: D2OConfig) -> int:
         """k."""

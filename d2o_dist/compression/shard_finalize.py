@@ -63,7 +63,7 @@ def finalize_shard(
     everyone, source = _statistics_of_all(slots, sp)
     owner, local = source // slots.positions.shape[-1], source % slots.positions.shape[-1]
     ranking = rank_scores(everyone, config, finalize=True, num_seen_tokens=num_seen_tokens)
-    selection = select(everyone, budget, ranking, config)
+    selection = select(everyone, budget, ranking, config, finalize=True)
     if selection is None:
         count = int(everyone.kv_len.max())
         owner, local, positions = owner[..., :count], local[..., :count], everyone.positions[..., :count]

@@ -94,6 +94,8 @@ class D2OConfig:
             attention of all it stands for), `released` (the rule of the published code).
         merge_targets: `kept`, or `tail`: only the lowest ranked of the kept tokens take others in.
         tail_fraction: share of a layer's slots that is the tail.
+        max_decode_tail: most slots of a KV head's tail in an eviction while decoding, so that what ranks send then, and
+            what is searched, do not grow with the budget; None: no bound.
         gate: `threshold` (cosine against a moving threshold) or `quantile` (all but the least similar are merged).
         drop_quantile: share of evicted tokens that `gate="quantile"` drops.
         ema_beta: weight of the newest eviction in the moving threshold.
@@ -131,6 +133,7 @@ class D2OConfig:
     merge: str = "mass"
     merge_targets: str = "tail"
     tail_fraction: float = 0.1
+    max_decode_tail: int | None = 16
     gate: str = "quantile"
     drop_quantile: float = 0.25
     ema_beta: float = 0.7
@@ -280,7 +283,7 @@ class D2OConfig:
             number(name, integer=True)
         if self.keep_ratio is not None:
             number("keep_ratio")
-        for name in ("keep_tokens", "eviction_interval"):
+        for name in ("keep_tokens", "max_decode_tail", "eviction_interval"):
             if getattr(self, name) is not None:
                 number(name, integer=True)
         if not isinstance(self.exact_total, bool):
@@ -321,6 +324,7 @@ class D2OConfig:
             ("score_near_distance", self.score_near_distance >= 0, "at least 0"),
             ("reread_chunk", self.reread_chunk >= 1, "at least 1"),
             ("tail_fraction", 0 < self.tail_fraction <= 1, "in (0, 1]"),
+            ("max_decode_tail", self.max_decode_tail is None or self.max_decode_tail >= 1, "at least 1, or null"),
             ("drop_quantile", 0 <= self.drop_quantile < 1, "in [0, 1)"),
             ("ema_beta", 0 <= self.ema_beta <= 1, "in [0, 1]"),
             ("self_weight", self.self_weight > 0, "above 0"),

@@ -16,6 +16,7 @@ _PAPER = {
     "selection_pool_side": "both",
     "merge": "keys_values",
     "merge_targets": "kept",
+    "max_decode_tail": None,
     "gate": "threshold",
 }
 _BASELINE = {**_PAPER, "allocation": "uniform", "merge": "none"}
@@ -49,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "mass": _MASS,
     "span": _SPAN,
-    "lean": {**_SPAN, "allocation": "uniform"},
+    "lean": {**_SPAN, "max_decode_tail": 16, "allocation": "uniform"},
     "reread": {
         **_PAPER,
         "allocation": "ranked",

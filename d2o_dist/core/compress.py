@@ -40,7 +40,7 @@ def eviction_steps(
     if num_seen_tokens is None:
         num_seen_tokens = slots.positions.amax((1, 2)) + 1
     ranking = rank_scores(slots, config, finalize=finalize, num_seen_tokens=num_seen_tokens)
-    selection = select(slots, budget, ranking, config)
+    selection = select(slots, budget, ranking, config, finalize=finalize)
     if selection is None:
         return slots.map(lambda tensor: tensor[:, :, : int(slots.kv_len.max())]), state
 

@@ -89,14 +89,26 @@ def compact(mask: Tensor, width: int) -> Tensor:
     return out.scatter_(-1, target, index)[..., :width]
 
 
-def select(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig) -> Selection | None:
+def tail_sizes(num_slots: Tensor, config: D2OConfig, *, finalize: bool) -> Tensor:
+    """How many of the lowest ranked kept slots are the tail of a layer of `num_slots` slots; int64, any shape.
+
+    Args:
+        finalize: at the end of a prefill; while decoding `max_decode_tail` bounds it.
+    """
+    sizes = torch.floor(config.tail_fraction * num_slots.double() + 1e-9).long().clamp_min(1)
+    return sizes if finalize or config.max_decode_tail is None else sizes.clamp_max(config.max_decode_tail)
+
+
+def select(
+    slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig, *, finalize: bool
+) -> Selection | None:
     """Choose the slots that stay; None when every row is within its budget.
 
     Ties keep the lower position. A row within its budget keeps all it has.
 
     Args:
         slots: in order of position, unused slots last.
-        ranking: [B, Hkv, S], from `rank_scores`.
+        ranking: [B, Hkv, S], from `rank_scores`; finalize: as there.
     """
     batch, _, num_slots = slots.positions.shape
     device = slots.positions.device
@@ -124,8 +136,7 @@ def select(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig
 
     is_target = keep
     if config.merge_targets == "tail":
-        tail = torch.floor(config.tail_fraction * (num_heavy + num_recent).double() + 1e-9).long().clamp_min(1)
-        is_target = chosen & (rank >= quota - tail)
+        is_target = chosen & (rank >= quota - tail_sizes(num_heavy + num_recent, config, finalize=finalize))
     elif config.merge == "mass":
         is_target = keep & ~sink
 

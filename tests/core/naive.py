@@ -33,7 +33,10 @@ def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: floa
         evict = sorted(set(range(count)) - set(keep))
         targets = keep
         if config.merge_targets == "tail":
-            targets = sorted(heavy[-max(1, math.floor(config.tail_fraction * size + 1e-9)):] if heavy else [])
+            most = max(1, math.floor(config.tail_fraction * size + 1e-9))
+            if not finalize and config.max_decode_tail is not None and most > config.max_decode_tail:
+                most = config.max_decode_tail
+            targets = sorted(heavy[-most:] if heavy else [])
         elif config.merge == "mass":
             targets = [i for i in keep if i not in sinks]
         found = []

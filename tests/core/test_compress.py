@@ -23,6 +23,7 @@ RULES = {
     "mass_tail": {"merge": "mass", "selection": "window", "merge_targets": "tail", "gate": "quantile"},
     "quantile": {"gate": "quantile", "drop_quantile": 0.4},
     "tail": {"merge_targets": "tail", "tail_fraction": 0.4},
+    "bounded_tail": {"merge_targets": "tail", "tail_fraction": 0.4, "max_decode_tail": 3},
     "mixed": {"merge": "mass", "selection": "mixed"},
     "recent": {"selection": "recent"},
     "after": {"selection": "window", "selection_pool": 5, "selection_pool_side": "after"},
@@ -164,6 +165,22 @@ def test_the_tail_stays_apart_from_the_tokens_that_answers_are_read_from():
     assert changed.sum(-1).tolist() == [[3, 3]]
     assert torch.equal(found.keys, kept.keys)
     assert (found.log_mass >= kept.log_mass).all() and (found.log_mass <= 3).all()
+
+
+@pytest.mark.parametrize("bound, decoding", [(None, 8), (9, 8), (8, 8), (7, 7), (1, 1)], ids=str)
+def test_the_tail_is_bounded_only_while_decoding(bound, decoding):
+    rule = {**RULES["mass_tail"], "tail_fraction": 0.2, "drop_quantile": 0.0, "max_decode_tail": bound}
+    config = D2OConfig(**{**BASE, **rule})
+    slots = random_slots([400], 2, 8, seed=7)
+    for finalize, size in ((True, 8), (False, decoding)):
+        found, _ = compress_layer(slots, LayerBudget(28, 12), D2OState(), config, finalize=finalize)
+        kept = slots.take((slots.positions[..., None] == found.positions[:, :, None]).int().argmax(2), found.live)
+        # 360 evicted tokens of each head: every target takes some in.
+        changed = (found.values != kept.values).any(-1)
+        assert changed.sum(-1).tolist() == [[size, size]]
+        if not finalize:  # not pooled: rates are what slots are ranked by
+            rates = kept.rates[..., 2:28]
+            assert torch.equal(changed[..., 2:28], rates <= rates.kthvalue(size, -1, keepdim=True).values)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ CASES = {
     "values": ("paper_minmax", {"merge": "values", "eviction_interval": 3}),
     "none": ("paper_minmax", {"merge": "none", "dispersion": "heads_minmax", "eviction_interval": 5}),
     "mass_kept": ("mass", {"merge_targets": "kept", "gate": "threshold", "selection": "cumulative"}),
+    "bounded": ("mass", {"max_decode_tail": 1, "eviction_interval": 6}),
     "mixed": ("mass", {"selection": "mixed", "eviction_interval": 4, "drop_quantile": 0.4}),
     "tokens": ("paper_minmax", {"keep_tokens": 21}),
     "uneven": ("paper_minmax", {"dispersion_sign": 1, "temperature": 0.2, "min_layer_ratio": 0.1}),

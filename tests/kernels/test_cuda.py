@@ -247,7 +247,9 @@ def test_a_whole_eviction_of_what_it_does_not_serve_is_left_to_others(on_cpu, ca
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["ragged", "released", "mass_tail", "quantile", "none", "capped_mass", "turned"])
+@pytest.mark.parametrize(
+    "name", ["ragged", "released", "mass_tail", "bounded_tail", "quantile", "none", "capped_mass", "turned"]
+)
 def test_heads_on_two_ranks_give_what_one_gives(on_cpu, name):
     """Two launches a rank, and an exchange of reports between them; one head here, the others there."""
     case, dtype = cuda_evict.CASES[name], torch.float32
@@ -338,7 +340,7 @@ def test_it_must_be_built(monkeypatch, tmp_path):
 @needs_compiler
 def test_a_library_of_another_version_is_refused(host, monkeypatch):
     monkeypatch.setattr(library, "ABI_VERSION", 99)
-    with pytest.raises(ValueError, match="has version 1, but this package speaks 99"):
+    with pytest.raises(ValueError, match="has version 2, but this package speaks 99"):
         library.load(host)
 
 

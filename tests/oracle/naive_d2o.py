@@ -59,6 +59,7 @@ class OracleConfig:
     merge: str = "keys_values"  # none | values | keys_values | mass | released
     merge_targets: str = "kept"  # kept | tail (read by merge: mass)
     tail_fraction: float = 0.1
+    max_decode_tail: int | None = None  # None: no bound
     gate: str = "threshold"  # threshold | quantile
     drop_quantile: float = 0.25
     rate_window: int = 32
@@ -584,6 +585,9 @@ class OracleCache:
                 # Section 4b: "only the max(1, floor(tail_fraction * S_l)) lowest ranked (... ties: the later position)
                 # among the kept tokens that are neither sinks nor recent". `heavy` is in rank order already.
                 count = max(1, floor(config.tail_fraction * (num_heavy + num_recent)))
+                # "while decoding no more than max_decode_tail": `pooled` tells an eviction of a prompt.
+                if not pooled and config.max_decode_tail is not None:
+                    count = min(count, config.max_decode_tail)
                 targets.append(sorted(heavy[-count:], key=lambda s: s.position))
         if config.merge == "none":
             similarity = [[0.0] * len(out) for out in evicted]

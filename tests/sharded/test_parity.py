@@ -65,6 +65,7 @@ def test_copied_heads_and_token_shards(layout):
         ("mass", {"eviction_interval": 5}),
         ("mass", {"merge_targets": "kept", "gate": "threshold"}),
         ("span", {}),
+        ("span", {"max_decode_tail": 2, "eviction_interval": 7}),
         ("snapkv", {}),
         ("pyramidkv", {}),
         ("h2o", {}),

@@ -22,9 +22,11 @@ SEQUENCE = {"sp_prefill": "allgather"}
 LAYERS, KV_HEADS = 4, 2
 
 
-def decode_traffic(length: int, steps: int, preset: str = "d2o", **parallel) -> dict[str, dict[str, int]]:
+def decode_traffic(
+    length: int, steps: int, preset: str = "d2o", d2o: dict | None = None, **parallel
+) -> dict[str, dict[str, int]]:
     """Calls and bytes of the phases `decode` and `evict` on two sequence ranks, added up over kinds."""
-    one = Play(preset=preset, lengths=(length,), steps=steps)
+    one = Play(preset=preset, lengths=(length,), steps=steps, d2o=d2o or {})
     _, traffic = run_ranks(2, on_rank, one, ParallelConfig(sp=2, **{**SEQUENCE, **parallel}))[0]
     return {
         phase: {
@@ -35,22 +37,29 @@ def decode_traffic(length: int, steps: int, preset: str = "d2o", **parallel) -> 
     }
 
 
-def test_collectives_of_a_token_do_not_depend_on_the_context():
-    """One blocking collective a layer; evictions of the whole model in 3, once in 16 tokens: below 0.3 a token."""
+@pytest.mark.parametrize(("preset", "d2o"), [("paper_minmax", {}), ("d2o", {"tail_fraction": 0.5})], ids=str)
+def test_collectives_of_a_token_do_not_depend_on_the_context(preset, d2o):
+    """One blocking collective a layer; evictions of the whole model in 3, once in 16 tokens: below 0.3 a token.
+
+    The default from where tails reach their bound: here at 32 slots a layer.
+    """
     steps = 64
-    short, long = (decode_traffic(length, steps, "paper_minmax") for length in (100, 800))
+    short, long = (decode_traffic(length, steps, preset, d2o) for length in (200, 800))
     assert short == long
     assert short["decode"]["calls"] == steps * LAYERS
     assert short["evict"]["calls"] == 3 * steps // 16
     assert short["evict"]["calls"] / steps < 0.3
-    assert decode_traffic(100, steps, merge_scope="local")["evict"]["calls"] == 2 * steps // 16
-    assert decode_traffic(100, steps, "h2o")["evict"]["calls"] == steps // 16
 
 
-def test_only_the_tail_makes_evictions_send_more_at_a_longer_context():
+def test_collectives_of_other_merges():
+    assert decode_traffic(100, 64, merge_scope="local")["evict"]["calls"] == 2 * 64 // 16
+    assert decode_traffic(100, 64, "h2o")["evict"]["calls"] == 64 // 16
+
+
+def test_only_a_tail_without_bound_makes_evictions_send_more_at_a_longer_context():
     """Each rank offers as many slots as the tail has, 24 bytes each: a tenth of the budget more."""
     steps = 64
-    short, long = decode_traffic(100, steps), decode_traffic(800, steps)
+    short, long = (decode_traffic(length, steps, d2o={"max_decode_tail": None}) for length in (100, 800))
     assert short["decode"] == long["decode"] and short["evict"]["calls"] == long["evict"]["calls"] == 3 * steps // 16
     longer_tail = Play().config.tail_fraction * Play().config.keep_ratio * 700
     added = long["evict"]["bytes"] - short["evict"]["bytes"]

@@ -59,6 +59,11 @@ CASES = {
     "mass_tail": Case(
         (90, 70), (50, 45), (20, 9), rule=dict(merge="mass", selection="window", merge_targets="tail", gate="quantile")
     ),  # fmt: skip
+    # Tails of 18 and 10 slots, of which 12 and 10 may be targets.
+    "bounded_tail": Case(
+        (90, 70), (50, 45), (20, 9), ties=True,
+        rule=dict(merge="mass", selection="window", merge_targets="tail", tail_fraction=0.26, max_decode_tail=12),
+    ),
     "tail_ties": Case((90,), (50,), (20,), rule=dict(merge_targets="tail", tail_fraction=0.4), ties=True),
     "quantile": Case(rule={"gate": "quantile", "drop_quantile": 0.4}, heads=5),
     "quantile_zero": Case(rule={"gate": "quantile", "drop_quantile": 0.0}),

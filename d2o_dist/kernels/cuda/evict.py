@@ -159,6 +159,7 @@ class _Eviction:
             selection=SELECTIONS.index(config.selection),
             merge=MERGES.index(config.merge),
             tail_targets=config.merge_targets == "tail",
+            max_tail=most_held if config.max_decode_tail is None else min(most_held, config.max_decode_tail),
             by_quantile=config.gate == "quantile",
             threshold_by_max=config.threshold_agg == "max",
             num_sinks=config.num_sink_tokens,

@@ -44,7 +44,7 @@ struct EvictParams {
   float ema_beta, ema_rest, max_log_mass;
   int32_t batch, heads, head_dim, item_size, dtype;
   int32_t most_held, most_victims, num_parts;
-  int32_t selection, merge, tail_targets, by_quantile, threshold_by_max, num_sinks;
+  int32_t selection, merge, tail_targets, max_tail, by_quantile, threshold_by_max, num_sinks;
   int32_t halves;    // kFind, kApply, or both
   int32_t schedule;  // of the host build
 };

@@ -70,7 +70,7 @@ D2O_FN Cuts select_victims(const EvictParams& p, const RowWork& work, const Rank
   cuts.tail = 0;
   if (p.tail_targets) {
     const int budget = work.kept;
-    const int tail = larger(1, static_cast<int>(floor(p.tail_fraction * budget + 1e-9)));
+    const int tail = smaller(p.max_tail, larger(1, static_cast<int>(floor(p.tail_fraction * budget + 1e-9))));
     const int some = smaller(work.end - first, work.victims + tail);
     cuts.tail = smallest(shared.select, first, work.end, some, false, key);
   }

@@ -42,7 +42,8 @@ class EvictParams(ctypes.Structure):
         *((name, c_float) for name in ("ema_beta", "ema_rest", "max_log_mass")),
         *((name, c_int32) for name in ("batch", "heads", "head_dim", "item_size", "dtype")),
         *((name, c_int32) for name in ("most_held", "most_victims", "num_parts")),
-        *((name, c_int32) for name in ("selection", "merge", "tail_targets", "by_quantile", "threshold_by_max")),
+        *((name, c_int32) for name in ("selection", "merge", "tail_targets", "max_tail")),
+        *((name, c_int32) for name in ("by_quantile", "threshold_by_max")),
         *((name, c_int32) for name in ("num_sinks", "halves", "schedule")),
     ]
 
