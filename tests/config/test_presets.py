@@ -12,12 +12,12 @@ from d2o_dist.config.d2o import PRESETS, D2OConfig
 FIELDS = (
     "allocation", "budget_per", "dispersion", "dispersion_sign", "temperature", "exact_total", "protected_layers",
     "heavy_fraction", "selection", "selection_pool", "selection_pool_side", "merge", "merge_targets", "gate",
-    "ema_beta", "threshold_agg", "eviction_interval", "min_layer_tokens",
+    "ema_beta", "threshold_agg", "eviction_interval", "min_layer_tokens", "selection_reach",
 )  # fmt: skip
 PAPER = ("dynamic", "layer", "layers_minmax", -1, 1.0, True, (), 0.75, "cumulative", 7, "both", "keys_values", "kept",
-         "threshold", 0.7, "max", 16, 32)  # fmt: skip
+         "threshold", 0.7, "max", 16, 32, None)  # fmt: skip
 MASS = ("dynamic", "layer", "log_zscore", 1, 3.3, True, (), 0.8, "window", 7, "both", "mass", "tail", "quantile", 0.7,
-        "max", 16, 32)  # fmt: skip
+        "max", 16, 32, None)  # fmt: skip
 
 
 def but(base: tuple, **changes) -> tuple:
@@ -29,6 +29,7 @@ SPAN = but(MASS, selection_pool=15, selection_pool_side="after")
 EXPECTED = {
     "d2o": SPAN,
     "span": SPAN,
+    "reach": but(SPAN, selection_reach=20.0),
     "lean": but(SPAN, allocation="uniform"),
     "mass": MASS,
     "paper_minmax": PAPER,
