@@ -81,6 +81,9 @@ class D2OConfig:
         selection_pool: neighbours the rate is max-pooled over, the token itself among them; odd.
         selection_pool_side: `both`: as many of them before the token as after it; `after`: those before it, so that the
             `selection_pool - 1` tokens after a peak of attention are kept with it, and none before it.
+        selection_reach: None, or, instead of those two: at finalize a token ranks by the sum of its rate and of those
+            before it (the sinks' left out), whose weight falls by a factor e every so many positions. What follows
+            many or strong peaks is kept for longer than what follows one weak peak.
         rate_window: prompt queries that the rates are averaged over, and the decay of their average while decoding.
 
     Column sums, from which dispersions and cumulative scores come:
@@ -125,6 +128,7 @@ class D2OConfig:
     selection: str = "window"
     selection_pool: int = 15
     selection_pool_side: str = "after"
+    selection_reach: float | None = None
     rate_window: int = 32
     reread_chunk: int = 2048
     score_queries: str = "all"
@@ -286,6 +290,8 @@ class D2OConfig:
         for name in ("keep_tokens", "max_decode_tail", "eviction_interval"):
             if getattr(self, name) is not None:
                 number(name, integer=True)
+        if self.selection_reach is not None:
+            number("selection_reach")
         if not isinstance(self.exact_total, bool):
             raise ValueError(f"exact_total ({self.exact_total!r}) must be true or false")
         for index in self.protected_layers:
@@ -319,6 +325,7 @@ class D2OConfig:
             ("heavy_fraction", 0 < self.heavy_fraction < 1, "in (0, 1)"),
             ("num_sink_tokens", self.num_sink_tokens >= 0, "at least 0"),
             ("selection_pool", self.selection_pool >= 1 and self.selection_pool % 2 == 1, "odd and at least 1"),
+            ("selection_reach", self.selection_reach is None or self.selection_reach > 0, "above 0, or null"),
             ("rate_window", self.rate_window >= 1, "at least 1"),
             ("score_query_stride", self.score_query_stride >= 1, "at least 1"),
             ("score_near_distance", self.score_near_distance >= 0, "at least 0"),

@@ -14,6 +14,7 @@ _PAPER = {
     "selection": "cumulative",
     "selection_pool": 7,
     "selection_pool_side": "both",
+    "selection_reach": None,
     "merge": "keys_values",
     "merge_targets": "kept",
     "max_decode_tail": None,
@@ -50,6 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "mass": _MASS,
     "span": _SPAN,
+    "reach": {**_SPAN, "selection_reach": 20.0},
     "lean": {**_SPAN, "max_decode_tail": 16, "allocation": "uniform"},
     "reread": {
         **_PAPER,

@@ -59,11 +59,29 @@ def max_pool_positions(rates: Tensor, positions: Tensor, width: int, side: str =
     return pooled
 
 
+def decaying_sum(rates: Tensor, positions: Tensor, reach: float, first: int) -> Tensor:
+    """Sum of `rates` over a slot and the live slots before it, each weighted by `exp(-distance / reach)`.
+
+    All [B, Hkv, S], in order of position, unused slots (position -1) last. Slots before position `first` lend nothing
+    and keep their own rate: attention rests on the first tokens whatever follows them. Distance is in positions, so
+    what is gone neither counts nor moves anything nearer.
+
+    Every weight is a quotient of two powers of position, so one cumulative sum does it. It is a sum of logarithms in
+    float64, because `exp(position / reach)` overflows; at a million positions and a reach of 5 it is good to 1e-9.
+    """
+    lends = positions >= first
+    shift = positions.double() / reach
+    logs = torch.where(lends, rates.double().log() + shift, -torch.inf)
+    sums = (logs.logcumsumexp(-1) - shift).exp().to(rates.dtype)
+    return torch.where(lends, sums, rates)
+
+
 def rank_scores(slots: Slots, config: D2OConfig, *, finalize: bool, num_seen_tokens: Tensor) -> Tensor:
     """What slots are ranked by, higher is kept first: [B, Hkv, S].
 
     Args:
-        finalize: whether the rates are max-pooled (at the end of a prefill) or taken as they stand (decoding).
+        finalize: whether the rates are pooled over neighbours (at the end of a prefill) or taken as they stand
+            (decoding).
         num_seen_tokens: [B] int64.
     """
     if config.selection in ("cumulative", "reread"):
@@ -71,7 +89,9 @@ def rank_scores(slots: Slots, config: D2OConfig, *, finalize: bool, num_seen_tok
     if config.selection == "recent":
         return slots.positions.to(slots.scores.dtype)
     rates = slots.rates
-    if finalize:
+    if finalize and config.selection_reach is not None:
+        rates = decaying_sum(rates, slots.positions, config.selection_reach, config.num_sink_tokens)
+    elif finalize:
         rates = max_pool_positions(rates, slots.positions, config.selection_pool, config.selection_pool_side)
     if config.selection == "window":
         return rates

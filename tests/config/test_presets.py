@@ -13,12 +13,12 @@ from d2o_dist.config.presets import PRESETS
 FIELDS = (
     "allocation", "budget_per", "dispersion", "dispersion_sign", "temperature", "exact_total", "protected_layers",
     "heavy_fraction", "selection", "selection_pool", "selection_pool_side", "merge", "merge_targets", "gate",
-    "max_decode_tail", "ema_beta", "threshold_agg", "eviction_interval", "min_layer_tokens",
+    "selection_reach", "max_decode_tail", "ema_beta", "threshold_agg", "eviction_interval", "min_layer_tokens",
 )  # fmt: skip
 PAPER = ("dynamic", "layer", "layers_minmax", -1, 1.0, True, (), 0.75, "cumulative", 7, "both", "keys_values", "kept",
-         "threshold", None, 0.7, "max", 16, 32)  # fmt: skip
+         "threshold", None, None, 0.7, "max", 16, 32)  # fmt: skip
 MASS = ("dynamic", "layer", "log_zscore", 1, 3.3, True, (), 0.8, "window", 7, "both", "mass", "tail", "quantile", None,
-        0.7, "max", 16, 32)  # fmt: skip
+        None, 0.7, "max", 16, 32)  # fmt: skip
 
 
 def but(base: tuple, **changes) -> tuple:
@@ -31,6 +31,7 @@ D2O = but(SPAN, max_decode_tail=16)
 EXPECTED = {
     "d2o": D2O,
     "span": SPAN,
+    "reach": but(SPAN, selection_reach=20.0),
     "lean": but(D2O, allocation="uniform"),
     "mass": MASS,
     "paper_minmax": PAPER,

@@ -19,6 +19,11 @@ def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: floa
             if config.selection_pool_side == "after":
                 back, ahead = config.selection_pool - 1, 0
             near = [head["r"][j] for j, p in enumerate(head["p"]) if -back <= p - position <= ahead]
+            if config.selection_reach is not None and position >= config.num_sink_tokens:
+                near = [sum(
+                    head["r"][j] * math.exp((p - position) / config.selection_reach)
+                    for j, p in enumerate(head["p"]) if config.num_sink_tokens <= p <= position
+                )]  # fmt: skip
             rate = max(near) if finalize else head["r"][i]
             rank.append(
                 {"cumulative": head["s"][i], "window": rate, "recent": float(position),

@@ -27,6 +27,8 @@ RULES = {
     "mixed": {"merge": "mass", "selection": "mixed"},
     "recent": {"selection": "recent"},
     "after": {"selection": "window", "selection_pool": 5, "selection_pool_side": "after"},
+    "reach": {"merge": "mass", "selection": "window", "selection_reach": 3.5, "merge_targets": "tail"},
+    "mixed_reach": {"selection": "mixed", "selection_reach": 0.4},
 }
 
 

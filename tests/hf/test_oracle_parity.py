@@ -16,6 +16,7 @@ CASES = {
     "released": ("released", {"protected_layers": (0,)}),
     "mass": ("mass", {}),
     "span": ("span", {}),
+    "reach": ("span", {"selection_reach": 6.5}),
     "h2o": ("h2o", {}),
     "snapkv": ("snapkv", {}),
     "pyramidkv": ("pyramidkv", {}),
@@ -65,7 +66,7 @@ def assert_equal_slots(cache: D2OCache, snapshot, row: int = 0) -> None:
 
 
 FAMILIES = [("llama", 93, 38), ("qwen3", 110, 36), ("llama_mha", 57, 40)]
-EVERYWHERE = ("d2o", "paper_minmax", "paper", "released", "mass", "strided")
+EVERYWHERE = ("d2o", "paper_minmax", "paper", "released", "mass", "reach", "strided")
 RUNS = [
     pytest.param(*family, case, id=f"{case}-{family[0]}")
     for number, case in enumerate(CASES)
@@ -110,7 +111,7 @@ def test_equals_the_oracle_after_prefill_and_decode(family, length, steps, case)
 
 @pytest.mark.parametrize(
     "case",
-    ["d2o", "paper_minmax", "mass", "snapkv", "tokens", "mixed", "strided", "strided_mass", "strided_only"],
+    ["d2o", "paper_minmax", "mass", "reach", "snapkv", "tokens", "mixed", "strided", "strided_mass", "strided_only"],
 )
 def test_equals_the_oracle_over_a_chunked_prompt_and_a_later_turn(case):
     model = use_float64_norms(tiny_model("llama", seed=3))

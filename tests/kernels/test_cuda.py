@@ -150,6 +150,7 @@ PLAYS = {
     "ragged": Play(lengths=(61, 97, 30), dtype=torch.float32, ends=(1,)),
     "mass": Play(preset="mass", family="qwen2", dtype=torch.float32),
     "span_turn": Play(preset="span", lengths=(80, 50), turn=(20, 9), dtype=torch.float32),
+    "reach_turn": Play(preset="reach", lengths=(80, 50), turn=(20, 9), dtype=torch.float32),
     "paper": Play(preset="paper", family="llama_mha", steps=12, dtype=torch.float32),
     "released": Play(preset="released", steps=12, dtype=torch.float32),
     "h2o": Play(preset="h2o", dtype=torch.float32),

@@ -56,6 +56,7 @@ class OracleConfig:
     reread_chunk: int = 2048
     selection_pool: int = 7
     selection_pool_side: str = "both"  # both | after (the neighbours lie before a token)
+    selection_reach: float | None = None  # tokens; then a decaying sum over what lies before a token replaces the pool
     merge: str = "keys_values"  # none | values | keys_values | mass | released
     merge_targets: str = "kept"  # kept | tail (read by merge: mass)
     tail_fraction: float = 0.1
@@ -545,7 +546,15 @@ class OracleCache:
         if config.selection in ("cumulative", "reread"):
             return [s.score for s in slots]
         rates = [s.rate for s in slots]
-        if pooled:
+        if pooled and config.selection_reach is not None:
+            # A sum over the token and the live ones before it, sinks left out, that falls by e every `reach` positions.
+            rates = []
+            for number, slot in enumerate(slots):
+                lenders = [t for t in slots[: number + 1] if t.position >= config.num_sink_tokens]
+                weights = [math.exp((t.position - slot.position) / config.selection_reach) for t in lenders]
+                summed = sum(t.rate * weight for t, weight in zip(lenders, weights, strict=True))
+                rates.append(summed if lenders else slot.rate)
+        elif pooled:
             # "max-pooled over selection_pool (7) neighbouring positions at finalize". READING: over all live slots,
             # sinks and recent tokens too, by distance in POSITION (a later turn's slots have gaps).
             below, above = config.selection_pool // 2, (config.selection_pool - 1) // 2

@@ -66,6 +66,7 @@ def test_copied_heads_and_token_shards(layout):
         ("mass", {"merge_targets": "kept", "gate": "threshold"}),
         ("span", {}),
         ("span", {"max_decode_tail": 2, "eviction_interval": 7}),
+        ("span", {"selection_reach": 6.5}),
         ("snapkv", {}),
         ("pyramidkv", {}),
         ("h2o", {}),
@@ -94,6 +95,13 @@ def test_later_turns_and_rows_that_end(preset, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prompts_in_chunks(layout):
     check(Play(lengths=(61, 97), chunk=20, turn=(33, 40)), ParallelConfig(sp=2, **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_reach_across_shards_chunks_and_turns(layout):
+    """What a token passes on crosses from rank to rank, and over the gaps that the first turn's evictions left."""
+    one = Play(lengths=(61, 97), chunk=20, turn=(33, 40), steps=25, d2o={"selection_reach": 9.0})
+    check(one, ParallelConfig(sp=3 if layout in ("allgather", "ring") else 2, **LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
