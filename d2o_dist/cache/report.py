@@ -155,16 +155,16 @@ def _layer_report(cache: CompressedCache, index: int) -> LayerReport:
         return LayerReport(
             index, "sliding", None, None, kv_len, None, [None] * len(seen), 0, 0, num_bytes, per_token * sum(kept),
         )  # fmt: skip
-    state, units = layer.state, layer.units
-    first = cache.full_layers.index(index) * len(units)
+    state, heads = layer.state, layer.budgeted
+    first = cache.full_layers.index(index) * len(heads)
     budgets = layer.slot_budgets
     num_heavy = num_recent = None
     if budgets is not None:
-        splits = [[cache.config.split(slots) for slots in unit.slot_budgets] for unit in units]
+        splits = [[cache.config.split(slots) for slots in head.slot_budgets] for head in heads]
         num_heavy, num_recent = ([_mean(part) for part in zip(*of, strict=True)] for of in (
-            [[heavy for heavy, _ in unit] for unit in splits], [[recent for _, recent in unit] for unit in splits]
+            [[heavy for heavy, _ in head] for head in splits], [[recent for _, recent in head] for head in splits]
         ))  # fmt: skip
-    plans = [plan.dispersions[first : first + len(units)] for plan in cache.plans or [] if plan.dispersions]
+    plans = [plan.dispersions[first : first + len(heads)] for plan in cache.plans or [] if plan.dispersions]
     dispersion = [_mean(one) for one in plans]
     protected = cache.plans is not None and budgets is None
     threshold = [None] * len(seen) if state.threshold is None else [

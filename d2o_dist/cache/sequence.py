@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
-from d2o_dist.cache.headwise import HeadwiseLayer
+from d2o_dist.cache.headwise import HeadElsewhere, HeadwiseLayer
 from d2o_dist.cache.layer import FullLayer, WindowLayer
 from d2o_dist.cache.plans import RowPlan, on_full_layers, on_units
 from d2o_dist.cache.rows import Rows
@@ -23,7 +23,7 @@ from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
 from d2o_dist.compression.agree import check_agreement
-from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
+from d2o_dist.compression.budgets import eviction_budget, highest_of_heads, row_log_weights, row_slots
 from d2o_dist.compression.evict import run_evictions, steps_in_place
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.compression.shard_evict import evict_shards
@@ -130,10 +130,10 @@ class CompressedCache:
             self.layers[index].adopt(config)
 
     def _check_shared(self, config: D2OConfig) -> None:
-        if self.ranks.is_shared and not config.by_layer:
+        if self.ranks.deals_tokens and not config.by_layer:
             raise ValueError(
-                f"tp ({self.ranks.tp.size}) and sp ({self.ranks.sp.size}) must be 1 with selection reread, allocation "
-                f"ranked or budget_per head: given are {config.selection}, {config.allocation} and {config.budget_per}"
+                f"sp ({self.ranks.sp.size}) must be 1 with selection reread, allocation ranked or budget_per head: "
+                f"given are {config.selection}, {config.allocation} and {config.budget_per}; tp may be more"
             )
 
     # ---- one forward ---------------------------------------------------------------------------------------------
@@ -345,9 +345,15 @@ class CompressedCache:
         """All that holds slots of its own: layers, or their KV heads where these have budgets of their own."""
         return [unit for layer in self.layers for unit in layer.units]
 
+    def _elsewhere(self) -> list[HeadElsewhere]:
+        """KV heads of other ranks that have budgets of their own."""
+        return [head for layer in self.layers if isinstance(layer, HeadwiseLayer) for head in layer.elsewhere]
+
     def _close_step(self) -> None:
         counts = self.step.counts
         moved = [unit.advance(counts) for unit in self._units()]
+        for head in self._elsewhere():
+            head.advance(counts)
         self.num_seen = [old + new for old, new in zip(self.num_seen, counts, strict=True)]
         self.num_seen_columns += 1
         if self.config.eviction_interval is not None:
@@ -362,17 +368,15 @@ class CompressedCache:
         forward, and is not kept. What each slot got is noted, for `selection="reread"`.
 
         Raises:
-            ValueError: the first prefill is over or has not begun; ranks share the request.
+            ValueError: the first prefill is over or has not begun; ranks share the tokens of the request.
         """
         if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
             raise ValueError(
                 f"a prompt is read a second time after the first and before it is compressed; this cache is in phase "
                 f"{self.phase} and has seen {self.num_seen_columns} tokens"
             )
-        if self.ranks.is_shared:
-            raise ValueError(
-                f"tp ({self.ranks.tp.size}) and sp ({self.ranks.sp.size}) must be 1 to read a prompt a second time"
-            )
+        if self.ranks.deals_tokens:
+            raise ValueError(f"sp ({self.ranks.sp.size}) must be 1 to read a prompt a second time")
         self.num_reread = self.num_reread or [0] * len(self.num_seen)
         self._rereading = True
         try:
@@ -401,10 +405,10 @@ class CompressedCache:
             variances = self._variances() if self.plans is None else None
             for index in self.full_layers:
                 self.layers[index].finish_prefill()
+            highest = self._highest() if self.plans is None else None
             if self.config.budget_per == "head" and self.plans is None:
-                for index in self.full_layers:
-                    self.layers[index] = HeadwiseLayer(self.layers[index])
-            self._set_budgets(variances)
+                self._part_heads()
+            self._set_budgets(variances, highest)
             # Of this prefill's tokens a step from before it knows nothing.
             self.phase, self.step = "decode", None
             if self._by_sequence:
@@ -413,35 +417,50 @@ class CompressedCache:
                 self._finalize_layers()
         self._placement = None
 
-    def _set_budgets(self, variances: Tensor | None) -> None:
+    def _part_heads(self) -> None:
+        """Let each KV head of a layer be a layer of its own."""
+        num_heads = self.num_kv_heads
+        here = self.ranks.kv_heads(self.layers[0].store.shape[0], by_sequence=self._by_sequence)
+        for index in self.full_layers:
+            self.layers[index] = HeadwiseLayer(self.layers[index], here, num_heads)
+
+    def _set_budgets(self, variances: Tensor | None, highest: Tensor | None) -> None:
+        """Of all that has a budget of its own, on other ranks too: all ranks derive the same."""
         if not self.full_layers:
             self.plans = []
             return
-        units = [unit for index in self.full_layers for unit in self.layers[index].units]
-        config = on_units(self._compressed_config, len(units) // len(self.full_layers))
-        count = len(units)
+        budgeted = [one for index in self.full_layers for one in self.layers[index].budgeted]
+        config = on_units(self._compressed_config, len(budgeted) // len(self.full_layers))
+        count = len(budgeted)
         if self.plans is None:
             self.plans = []
-            rankings = self._rankings(units) if config.allocation == "ranked" else None
             for row, num_tokens in enumerate(self.num_seen):
                 log_weights, dispersions = row_log_weights(
                     None if variances is None else variances[row].reshape(count, -1), config, count,
-                    None if rankings is None else [one[row, :, :num_tokens] for one in rankings],
+                    None if highest is None else highest[row].reshape(count, -1).sum(-1).tolist(),
                 )  # fmt: skip
                 self.plans.append(RowPlan(log_weights, dispersions, num_tokens))
         for plan, num_tokens in zip(self.plans, self.num_seen, strict=True):
             plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
             plan.num_tokens = num_tokens
         protected = config.protected(count)
-        for index, unit in enumerate(units):
-            unit.slot_budgets = None if index in protected else [plan.slots[index] for plan in self.plans]
+        for index, one in enumerate(budgeted):
+            one.slot_budgets = None if index in protected else [plan.slots[index] for plan in self.plans]
 
-    def _rankings(self, units: Sequence[FullLayer]) -> list[Tensor]:
-        """Per unit [B, h, S], what its slots are ranked by at the end of the first prefill."""
-        return [
-            rank_scores(unit.store.slots, self.config, finalize=True, num_seen_tokens=self._seen(unit))
-            for unit in units
+    def _highest(self) -> Tensor | None:
+        """[B, L, Hkv] how many of the model's highest ranked tokens each KV head has, at the end of the first prefill.
+        None where no budget depends on it."""
+        if self.config.allocation != "ranked" or self.config.keeps_everything or not self.full_layers:
+            return None
+        layers = [self.layers[index] for index in self.full_layers]
+        rankings = [
+            rank_scores(layer.store.slots, self.config, finalize=True, num_seen_tokens=self._seen(layer))
+            for layer in layers
         ]
+        return highest_of_heads(
+            rankings, [layer.store.slots.live for layer in layers], self.num_seen, self.num_kv_heads, self.config,
+            self.ranks, by_sequence=self._by_sequence,
+        )  # fmt: skip
 
     def _variances(self) -> Tensor | None:
         """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers. None
@@ -462,7 +481,10 @@ class CompressedCache:
         return tensor if self._by_sequence else self.ranks.join_heads(tensor)
 
     def _gather_reports(self, reports: Tensor) -> Tensor:
-        """[B, h, X] of the KV heads at hand -> [B, H, X] of the whole layer, the same on every rank."""
+        """[B, h, X] of the KV heads at hand -> [B, H, X] of the whole layer, the same on every rank. A head that has a
+        budget of its own is all of its layer."""
+        if self.config.budget_per == "head":
+            return reports
         return self.ranks.gather_kv_heads(self._whole_heads(reports))
 
     def _finalize_layers(self) -> None:
@@ -471,6 +493,9 @@ class CompressedCache:
             for unit in self.layers[index].units:
                 if unit.slot_budgets is not None:
                     self._finalize_unit(index, unit)
+        for head in self._elsewhere():
+            head.evict(1)
+        self._check_heads()
         if self.ranks.deals_tokens and not self.ranks.by_heads:
             # Compressed first, then moved: from all slots of some heads to some slots of all heads.
             for index, window in enumerate(self.windows):
@@ -518,6 +543,7 @@ class CompressedCache:
         All layers with one exchange between ranks, since little is held. Returns whether any row was due.
         """
         jobs = []
+        due_elsewhere = [head.evict(slack) for head in self._elsewhere()]
         units = [(index, unit) for index in self.full_layers for unit in self.layers[index].units]
         for index, layer in units:
             if layer.slot_budgets is not None:
@@ -525,6 +551,8 @@ class CompressedCache:
                 if job is not None:
                     jobs.append((index, layer, *job))
         if not jobs:
+            if any(due_elsewhere):
+                self._check_heads()
             return False
         if self._by_sequence:
             shards = [
@@ -547,6 +575,7 @@ class CompressedCache:
             layer.state = state
             layer.store.replace(slots, kv_len)
         self._check({index: [layer.store.slots.positions] for index, layer, _, _ in jobs})
+        self._check_heads()
         return True
 
     def _steps_in_place(self, layer: FullLayer, kv_len: list[int]) -> EvictionSteps | None:
@@ -574,9 +603,24 @@ class CompressedCache:
 
     def _check(self, positions: dict[int, list[Tensor]]) -> None:
         """With `check_replicas`: compare what was just decided between the ranks."""
-        if self.ranks.parallel.check_replicas:
+        if self.ranks.parallel.check_replicas and self.config.budget_per == "layer":
             thresholds = {index: self.layers[index].state.threshold for index in positions}
             check_agreement(thresholds, positions, self.ranks, by_sequence=self._by_sequence)
+
+    def _check_heads(self) -> None:
+        """As `_check`, of all layers at once, where heads have budgets of their own: which of them are due differs from
+        rank to rank. All ranks know the lengths of all heads; those with copies of a head, its slots too."""
+        if self.ranks.parallel.check_replicas and self.config.budget_per == "head":
+            layers = {index: self.layers[index] for index in self.full_layers}
+            lengths = {
+                index: torch.tensor([[head.kv_len, head.slot_budgets or head.kv_len] for head in layer.budgeted])
+                for index, layer in layers.items()
+            }
+            positions = {
+                index: [t for unit in layer.units for t in (unit.store.slots.positions, unit.state.threshold)]
+                for index, layer in layers.items()
+            }
+            check_agreement(lengths, positions, self.ranks, by_sequence=False, what="lengths or budgets of heads")
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 

@@ -224,7 +224,7 @@ def test_parallel_checks(folder, tmp_path):
     with pytest.raises(ValueError, match=r"task fidelity: continuation \(chunk\) needs a request on one rank"):
         check_parallel(EvalConfig.from_dict(values), 2)
     values |= {"tasks": TASKS[:1], "methods": ["reread"], "keep_ratios": 0.5}
-    with pytest.raises(ValueError, match="method reread needs a request on one rank, but tp is 1 and sp 2.*per head"):
+    with pytest.raises(ValueError, match="method reread needs all tokens .* on one rank, but sp is 2.*per head"):
         check_parallel(EvalConfig.from_dict(values), 2)
 
 

@@ -319,29 +319,25 @@ def test_configurations_that_say_nothing(changes, message):
         D2OConfig.preset("reread", **changes)
 
 
-def on_rank(rank: int, world: int, tp: int) -> str:
-    mesh = build_mesh(dp=1, sp=world // tp, tp=tp)
-    model, parallel = tiny_model("llama"), ParallelConfig(tp=tp, sp=world // tp)
+def on_rank(rank: int, world: int) -> str:
+    mesh, model, parallel = build_mesh(sp=world), tiny_model("llama"), ParallelConfig(sp=world)
     for changes in ({"selection": "window"}, {"selection": "window", "allocation": "uniform"}, {}):
         config = D2OConfig.preset("reread", **changes)
-        with pytest.raises(ValueError, match=rf"tp \({tp}\) and sp \({world // tp}\) must be 1 with selection reread"):
+        with pytest.raises(ValueError, match=rf"sp \({world}\) must be 1 with selection reread"):
             D2OCache(model.config, config, mesh, parallel)
-    cache = D2OCache(model.config, D2OConfig(), mesh, parallel)
-    ids = tokens(1, 20)
-    if tp == 1:
-        with torch.no_grad():
-            model(**cache.deal(ids), past_key_values=cache)
-        with pytest.raises(ValueError, match="must be 1 to read a prompt a second time"):
-            cache.reread(model, ids)
-        with pytest.raises(ValueError, match="must be 1 with selection reread"):
-            cache.with_config(D2OConfig(budget_per="head"))
+    cache, ids = D2OCache(model.config, D2OConfig(), mesh, parallel), tokens(1, 20)
+    with torch.no_grad():
+        model(**cache.deal(ids), past_key_values=cache)
+    with pytest.raises(ValueError, match="must be 1 to read a prompt a second time"):
+        cache.reread(model, ids)
+    with pytest.raises(ValueError, match="must be 1 with selection reread"):
+        cache.with_config(D2OConfig(budget_per="head"))
     return "refused"
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("tp", [1, 2])
-def test_ranks_that_share_a_request_are_refused(tp):
-    assert run_ranks(2, on_rank, tp, fresh=tp > 1) == ["refused", "refused"]
+def test_ranks_that_share_the_tokens_are_refused():
+    assert run_ranks(2, on_rank) == ["refused", "refused"]
 
 
 def test_configurations_share_one_second_reading():
