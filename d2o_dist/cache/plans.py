@@ -1,11 +1,24 @@
-"""What the budgets of a row derive from."""
+"""The budgets of a cache: what they derive from, and how layers get them.
+
+Shape legend: B rows, L compressed layers, Hq query heads of the model, h KV heads at hand, S slots.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from d2o_dist.cache.headwise import HeadwiseLayer
+from d2o_dist.cache.layer import FullLayer
+from d2o_dist.cache.sharded import ShardedLayer
+from d2o_dist.comm.request import RequestRanks
+from d2o_dist.compression.budgets import highest_of_heads, row_log_weights, row_slots
 from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.core.select import rank_scores
 
 
 @dataclass
@@ -39,3 +52,135 @@ def on_units(config: D2OConfig, per_layer: int) -> D2OConfig:
         return config
     layers = config.protected_layers
     return config.replace(protected_layers=tuple(n * per_layer + unit for n in layers for unit in range(per_layer)))
+
+
+def check_gathered(config: D2OConfig, prefill: D2OConfig, *, reread: bool) -> None:
+    """Whether a prefill under the configuration `prefill` gathered what `config` needs.
+
+    Args:
+        reread: whether the prompt was read a second time.
+
+    Raises:
+        ValueError: it did not; which of the two differs in what.
+    """
+    for name in ("needs_column_sums", "needs_rates"):
+        if getattr(config, name) and not getattr(prefill, name):
+            raise ValueError(f"the new configuration {name.replace('_', ' ')}, and the prefill did not gather them")
+    if config.needs_reread and not reread:
+        raise ValueError("the new configuration needs a second reading of the prompt, and there was none")
+    if config.needs_reread and config.reread_chunk != prefill.reread_chunk:
+        raise ValueError(
+            f"reread_chunk ({config.reread_chunk}) must be the {prefill.reread_chunk} of the second reading"
+        )
+    if config.needs_column_sums and config.query_sample != prefill.query_sample:
+        raise ValueError(
+            f"the new configuration takes column sums from {_queries(config)}, and the prefill took them from "
+            f"{_queries(prefill)}"
+        )
+    if config.needs_rates and config.rate_window > prefill.rate_window:
+        raise ValueError(
+            f"rate_window ({config.rate_window}) must be at most the {prefill.rate_window} of the prefill"
+        )
+
+
+def _queries(config: D2OConfig) -> str:
+    """Which queries column sums are taken from, in words."""
+    sample = config.query_sample
+    return "all queries" if sample is None else f"one query in {sample.stride} (all within {sample.near} tokens)"
+
+
+def head_variances(
+    layers: Collection[FullLayer | ShardedLayer],
+    config: D2OConfig,
+    num_seen: Sequence[int],
+    ranks: RequestRanks,
+    *,
+    by_sequence: bool,
+) -> Tensor | None:
+    """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers.
+
+    None where no budget depends on them.
+
+    Args:
+        layers: those that are compressed, at the end of their first prefill.
+        num_seen: tokens seen by each row.
+        by_sequence: whether every sequence rank holds a part of the tokens of every head, not all tokens of some.
+    """
+    if config.allocation != "dynamic" or not config.needs_column_sums or not layers:
+        return None
+    rows = range(len(num_seen))
+    squares = torch.stack([torch.stack([layer.squared_deviations(row) for layer in layers], -1) for row in rows])
+    if by_sequence:
+        squares = ranks.sp.sum_in_rank_order(squares)
+    divisors = torch.tensor([max(seen - 1, 1) for seen in num_seen], device=squares.device)
+    variances = squares / divisors[:, None, None]
+    variances = ranks.gather_query_heads(variances if by_sequence else ranks.join_heads(variances))
+    return variances.transpose(1, 2).contiguous()
+
+
+def head_counts(
+    layers: Collection[FullLayer | ShardedLayer],
+    config: D2OConfig,
+    num_seen: Sequence[int],
+    num_kv_heads: int,
+    ranks: RequestRanks,
+    *,
+    by_sequence: bool,
+) -> Tensor | None:
+    """[B, L, Hkv] int64, how many of the model's highest ranked tokens each KV head has.
+
+    None where no budget depends on them.
+
+    Args:
+        layers: those that are compressed, their first prefill finished.
+        num_kv_heads: of a layer of the whole model; num_seen, by_sequence: as for `head_variances`.
+    """
+    if config.allocation != "ranked" or config.keeps_everything or not layers:
+        return None
+    slots = [layer.store.slots for layer in layers]
+    seen = torch.tensor(num_seen, device=slots[0].positions.device)
+    rankings = [rank_scores(one, config, finalize=True, num_seen_tokens=seen) for one in slots]
+    live = [one.live for one in slots]
+    return highest_of_heads(rankings, live, num_seen, num_kv_heads, config, ranks, by_sequence=by_sequence)
+
+
+def set_budgets(
+    layers: Collection[FullLayer | HeadwiseLayer | ShardedLayer],
+    plans: list[RowPlan] | None,
+    variances: Tensor | None,
+    highest: Tensor | None,
+    config: D2OConfig,
+    num_seen: Sequence[int],
+) -> list[RowPlan]:
+    """Give every layer, or each of its heads where these have budgets of their own, the slots of each row. Heads of
+    other ranks too: all ranks derive the same.
+
+    Args:
+        layers: those that are compressed, their prefill finished.
+        plans: of an earlier finalize, whose weights stay; None at the first.
+        variances, highest: of `head_variances` and `head_counts`, at the first finalize.
+        config: with `protected_layers` counted among `layers`.
+        num_seen: tokens seen by each row.
+
+    Returns:
+        The plan of each row.
+    """
+    if not layers:
+        return []
+    budgeted = [one for layer in layers for one in layer.budgeted]
+    config, count = on_units(config, len(budgeted) // len(layers)), len(budgeted)
+    if plans is None:
+        plans = []
+        for row, num_tokens in enumerate(num_seen):
+            log_weights, dispersions = row_log_weights(
+                None if variances is None else variances[row].reshape(count, -1), config, count,
+                None if highest is None else highest[row].reshape(count, -1).sum(-1).tolist(),
+            )  # fmt: skip
+            plans.append(RowPlan(log_weights, dispersions, num_tokens))
+    for plan, num_tokens in zip(plans, num_seen, strict=True):
+        plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
+        plan.num_tokens = num_tokens
+    protected = config.protected(count)
+    for index, one in enumerate(budgeted):
+        one.slot_budgets = None if index in protected else [plan.slots[index] for plan in plans]
+    return plans

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
+from d2o_dist.cache.evictions import LayerEvictions, ShardEvictions
 from d2o_dist.cache.headwise import HeadElsewhere, HeadwiseLayer
 from d2o_dist.cache.layer import FullLayer, WindowLayer
-from d2o_dist.cache.plans import RowPlan, on_full_layers, on_units
+from d2o_dist.cache.plans import RowPlan, check_gathered, head_counts, head_variances, on_full_layers, set_budgets
 from d2o_dist.cache.rows import Rows
 from d2o_dist.cache.sharded import DealtChunk, ShardedLayer
 from d2o_dist.cache.sharded_window import ShardedWindowLayer
@@ -22,19 +22,8 @@ from d2o_dist.cache.step import DecodeStep, LayerStep
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
-from d2o_dist.compression.agree import check_agreement
-from d2o_dist.compression.budgets import eviction_budget, highest_of_heads, row_log_weights, row_slots
-from d2o_dist.compression.evict import run_evictions, steps_in_place
-from d2o_dist.compression.merge import merge_evicted
-from d2o_dist.compression.shard_evict import evict_shards
-from d2o_dist.compression.shard_finalize import finalize_shard
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.budget import check_total
-from d2o_dist.core.compress import EvictionSteps, eviction_steps
-from d2o_dist.core.select import rank_scores
-from d2o_dist.core.types import LayerBudget
-from d2o_dist.kernels.backend import cuda_leaves
-from d2o_dist.kernels.nearest_kept import nearest_kept
 
 
 class CompressedCache:
@@ -102,32 +91,13 @@ class CompressedCache:
                 f"only a cache in its first prefill can change its configuration; this one is in phase {self.phase} "
                 f"and has seen {self.num_seen_columns} tokens"
             )
-        for name in ("needs_column_sums", "needs_rates"):
-            if getattr(config, name) and not getattr(self.config, name):
-                raise ValueError(
-                    f"the new configuration {name.replace('_', ' ')}, and the prefill did not gather them"
-                )
-        if config.needs_reread and not any(self.num_reread):
-            raise ValueError("the new configuration needs a second reading of the prompt, and there was none")
-        if config.needs_reread and config.reread_chunk != self.config.reread_chunk:
-            raise ValueError(
-                f"reread_chunk ({config.reread_chunk}) must be the {self.config.reread_chunk} of the second reading"
-            )
-        if config.needs_column_sums and config.query_sample != self.config.query_sample:
-            raise ValueError(
-                f"the new configuration takes column sums from {_queries(config)}, and the prefill took them from "
-                f"{_queries(self.config)}"
-            )
-        if config.needs_rates and config.rate_window > self.config.rate_window:
-            raise ValueError(
-                f"rate_window ({config.rate_window}) must be at most the {self.config.rate_window} of the prefill"
-            )
+        check_gathered(config, self.config, reread=any(self.num_reread))
         compressed = on_full_layers(config, self.windows)
         check_total(compressed, len(self.full_layers))
         self._check_shared(config)
         self.config, self._compressed_config = config, compressed
-        for index in self.full_layers:
-            self.layers[index].adopt(config)
+        for layer in self._full().values():
+            layer.adopt(config)
 
     def _check_shared(self, config: D2OConfig) -> None:
         if self.ranks.deals_tokens and not config.by_layer:
@@ -402,225 +372,55 @@ class CompressedCache:
         with self.ranks.counter.phase("finalize"):
             for index in self.full_layers:
                 self.layers[index].complete_statistics()
-            variances = self._variances() if self.plans is None else None
+            config, variances, highest = self._compressed_config, None, None
+            if self.plans is None:
+                variances = head_variances(
+                    self._full().values(), config, self.num_seen, self.ranks, by_sequence=self._by_sequence
+                )
             for index in self.full_layers:
                 self.layers[index].finish_prefill()
-            highest = self._highest() if self.plans is None else None
-            if self.config.budget_per == "head" and self.plans is None:
-                self._part_heads()
-            self._set_budgets(variances, highest)
+            if self.plans is None:
+                highest = head_counts(
+                    self._full().values(), config, self.num_seen, self.num_kv_heads, self.ranks,
+                    by_sequence=self._by_sequence,
+                )  # fmt: skip
+                if config.budget_per == "head":
+                    self._part_heads()
+            self.plans = set_budgets(self._full().values(), self.plans, variances, highest, config, self.num_seen)
             # Of this prefill's tokens a step from before it knows nothing.
             self.phase, self.step = "decode", None
-            if self._by_sequence:
-                self._finalize_shards()
-            else:
-                self._finalize_layers()
+            self._evictions().at_finalize()
+            if self.ranks.deals_tokens and not self._by_sequence and not self.ranks.by_heads:
+                self._spread()
         self._placement = None
 
     def _part_heads(self) -> None:
         """Let each KV head of a layer be a layer of its own."""
         num_heads = self.num_kv_heads
-        here = self.ranks.kv_heads(self.layers[0].store.shape[0], by_sequence=self._by_sequence)
         for index in self.full_layers:
+            here = self.ranks.kv_heads(self.layers[index].store.shape[0], by_sequence=self._by_sequence)
             self.layers[index] = HeadwiseLayer(self.layers[index], here, num_heads)
 
-    def _set_budgets(self, variances: Tensor | None, highest: Tensor | None) -> None:
-        """Of all that has a budget of its own, on other ranks too: all ranks derive the same."""
-        if not self.full_layers:
-            self.plans = []
-            return
-        budgeted = [one for index in self.full_layers for one in self.layers[index].budgeted]
-        config = on_units(self._compressed_config, len(budgeted) // len(self.full_layers))
-        count = len(budgeted)
-        if self.plans is None:
-            self.plans = []
-            for row, num_tokens in enumerate(self.num_seen):
-                log_weights, dispersions = row_log_weights(
-                    None if variances is None else variances[row].reshape(count, -1), config, count,
-                    None if highest is None else highest[row].reshape(count, -1).sum(-1).tolist(),
-                )  # fmt: skip
-                self.plans.append(RowPlan(log_weights, dispersions, num_tokens))
-        for plan, num_tokens in zip(self.plans, self.num_seen, strict=True):
-            plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
-            plan.num_tokens = num_tokens
-        protected = config.protected(count)
-        for index, one in enumerate(budgeted):
-            one.slot_budgets = None if index in protected else [plan.slots[index] for plan in self.plans]
-
-    def _highest(self) -> Tensor | None:
-        """[B, L, Hkv] how many of the model's highest ranked tokens each KV head has, at the end of the first prefill.
-        None where no budget depends on it."""
-        if self.config.allocation != "ranked" or self.config.keeps_everything or not self.full_layers:
-            return None
-        layers = [self.layers[index] for index in self.full_layers]
-        rankings = [
-            rank_scores(layer.store.slots, self.config, finalize=True, num_seen_tokens=self._seen(layer))
-            for layer in layers
-        ]
-        return highest_of_heads(
-            rankings, [layer.store.slots.live for layer in layers], self.num_seen, self.num_kv_heads, self.config,
-            self.ranks, by_sequence=self._by_sequence,
-        )  # fmt: skip
-
-    def _variances(self) -> Tensor | None:
-        """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers. None
-        where no budget depends on them."""
-        config, layers = self._compressed_config, [self.layers[index] for index in self.full_layers]
-        if config.allocation != "dynamic" or not config.needs_column_sums or not layers:
-            return None
-        rows = range(len(self.num_seen))
-        squares = torch.stack([torch.stack([layer.squared_deviations(row) for layer in layers], -1) for row in rows])
-        if self._by_sequence:
-            squares = self.ranks.sp.sum_in_rank_order(squares)
-        divisors = torch.tensor([max(seen - 1, 1) for seen in self.num_seen], device=squares.device)
-        variances = self.ranks.gather_query_heads(self._whole_heads(squares / divisors[:, None, None]))
-        return variances.transpose(1, 2).contiguous()
-
-    def _whole_heads(self, tensor: Tensor) -> Tensor:
-        """[B, h, ...] of the heads at hand -> those of the tensor rank."""
-        return tensor if self._by_sequence else self.ranks.join_heads(tensor)
-
-    def _gather_reports(self, reports: Tensor) -> Tensor:
-        """[B, h, X] of the KV heads at hand -> [B, H, X] of the whole layer, the same on every rank. A head that has a
-        budget of its own is all of its layer."""
-        if self.config.budget_per == "head":
-            return reports
-        return self.ranks.gather_kv_heads(self._whole_heads(reports))
-
-    def _finalize_layers(self) -> None:
-        """One layer after the other, so that no more than one is held twice."""
-        for index in self.full_layers:
-            for unit in self.layers[index].units:
-                if unit.slot_budgets is not None:
-                    self._finalize_unit(index, unit)
-        for head in self._elsewhere():
-            head.evict(1)
-        self._check_heads()
-        if self.ranks.deals_tokens and not self.ranks.by_heads:
-            # Compressed first, then moved: from all slots of some heads to some slots of all heads.
-            for index, window in enumerate(self.windows):
-                if window is None:
-                    self.layers[index] = ShardedLayer.from_heads(self.layers[index], self.num_seen, self.ranks)
-                else:
-                    self.layers[index] = ShardedWindowLayer.from_heads(self.layers[index], self.ranks)
-            self._by_sequence = True
-
-    def _finalize_unit(self, index: int, layer: FullLayer) -> None:
-        job = eviction_budget(layer.slot_budgets, layer.kv_len, 1, self.config, self._device(layer))
-        held = layer.kv_len if job is None else job[1]
-        # From here on the buffers never move: room for the budget and what gathers between evictions.
-        capacity = max(*layer.slot_budgets, *held) + (self.config.eviction_interval or 0)
-        if job is None:
-            layer.store.reserve(capacity)
-            return
-        budget, kv_len = job
-        steps = [self._steps(layer, budget, self._seen(layer), finalize=True)]
-        [(slots, layer.state)] = run_evictions(steps, self._gather_reports)
-        layer.store.replace(slots, kv_len, capacity)
-        self._check({index: [layer.store.slots.positions]})
-
-    def _finalize_shards(self) -> None:
-        interval = self.config.eviction_interval or 0
-        for index in self.full_layers:
-            layer = self.layers[index]
-            if layer.slot_budgets is None:
-                layer.settle_whole(self.num_seen)
-                continue
-            slots = layer.slots_for_finalize()
-            job = eviction_budget(layer.slot_budgets, layer.kv_len, 1, self.config, self._device(layer))
-            # No row is due: a budget of all that is held evicts nothing, and the shards are made level all the same.
-            budget, kv_len = (LayerBudget(max(layer.kv_len), 0), layer.kv_len) if job is None else job
-            shard, state = finalize_shard(
-                slots, budget, layer.state, self.config, self.ranks, num_seen_tokens=self._seen(layer),
-                nearest=nearest_kept, room=max(*layer.slot_budgets, *kv_len) + interval,
-            )  # fmt: skip
-            layer.settle(shard, state, kv_len, self.num_seen)
-            self._check({index: [shard.positions, shard.held]})
+    def _spread(self) -> None:
+        """From all slots of some heads to some slots of all heads: compressed first, then moved."""
+        for index, window in enumerate(self.windows):
+            if window is None:
+                self.layers[index] = ShardedLayer.from_heads(self.layers[index], self.num_seen, self.ranks)
+            else:
+                self.layers[index] = ShardedWindowLayer.from_heads(self.layers[index], self.ranks)
+        self._by_sequence = True
 
     def _evict(self, slack: int) -> bool:
-        """While decoding: evict the rows of all layers that hold `slack` slots or more over their budget.
+        """While decoding: evict what is `slack` slots or more over its budget; whether anything was."""
+        return self._evictions().while_decoding(slack, self.step.positions)
 
-        All layers with one exchange between ranks, since little is held. Returns whether any row was due.
-        """
-        jobs = []
-        due_elsewhere = [head.evict(slack) for head in self._elsewhere()]
-        units = [(index, unit) for index in self.full_layers for unit in self.layers[index].units]
-        for index, layer in units:
-            if layer.slot_budgets is not None:
-                job = eviction_budget(layer.slot_budgets, layer.kv_len, slack, self.config, self._device(layer))
-                if job is not None:
-                    jobs.append((index, layer, *job))
-        if not jobs:
-            if any(due_elsewhere):
-                self._check_heads()
-            return False
-        if self._by_sequence:
-            shards = [
-                layer.job([old - new for old, new in zip(layer.kv_len, kv_len, strict=True)], self.num_seen)
-                for _, layer, _, kv_len in jobs
-            ]
-            evictions = evict_shards(
-                shards, self.config, self.ranks, num_seen_tokens=self._seen(jobs[0][1]), nearest=nearest_kept
-            )
-            for (_, layer, _, kv_len), eviction in zip(jobs, evictions, strict=True):
-                layer.take_eviction(eviction, kv_len)
-            self._check({job[0]: [one.victims, one.held] for job, one in zip(jobs, evictions, strict=True)})
-            return True
-        steps = [
-            self._steps_in_place(layer, kv_len) or self._steps(layer, budget, self.step.positions, finalize=False)
-            for _, layer, budget, kv_len in jobs
-        ]
-        results = run_evictions(steps, self._gather_reports)
-        for (_, layer, _, kv_len), (slots, state) in zip(jobs, results, strict=True):
-            layer.state = state
-            layer.store.replace(slots, kv_len)
-        self._check({index: [layer.store.slots.positions] for index, layer, _, _ in jobs})
-        self._check_heads()
-        return True
+    def _evictions(self) -> LayerEvictions | ShardEvictions:
+        kind = ShardEvictions if self._by_sequence else LayerEvictions
+        return kind(self._full(), self.config, self.ranks, self.num_seen)
 
-    def _steps_in_place(self, layer: FullLayer, kv_len: list[int]) -> EvictionSteps | None:
-        if self.config.budget_per == "head":
-            cuda_leaves("evictions of heads with budgets of their own")
-            return None
-        alone = self.ranks.tp.size == 1 and not self.ranks.deals_tokens
-        return steps_in_place(
-            layer.store.slots, layer.state, self.config, held=layer.kv_len, kept=kv_len, num_seen=self.num_seen,
-            all_heads_here=alone,
-        )  # fmt: skip
-
-    def _steps(self, layer: FullLayer, budget: LayerBudget, seen: Tensor, *, finalize: bool) -> EvictionSteps:
-        return eviction_steps(
-            layer.store.slots, budget, layer.state, self.config, finalize=finalize,
-            num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted,
-        )  # fmt: skip
-
-    def _seen(self, layer: FullLayer | ShardedLayer) -> Tensor:
-        return torch.tensor(self.num_seen, device=self._device(layer))
-
-    @staticmethod
-    def _device(layer: FullLayer | ShardedLayer) -> torch.device:
-        return layer.store.slots.positions.device
-
-    def _check(self, positions: dict[int, list[Tensor]]) -> None:
-        """With `check_replicas`: compare what was just decided between the ranks."""
-        if self.ranks.parallel.check_replicas and self.config.budget_per == "layer":
-            thresholds = {index: self.layers[index].state.threshold for index in positions}
-            check_agreement(thresholds, positions, self.ranks, by_sequence=self._by_sequence)
-
-    def _check_heads(self) -> None:
-        """As `_check`, of all layers at once, where heads have budgets of their own: which of them are due differs from
-        rank to rank. All ranks know the lengths of all heads; those with copies of a head, its slots too."""
-        if self.ranks.parallel.check_replicas and self.config.budget_per == "head":
-            layers = {index: self.layers[index] for index in self.full_layers}
-            lengths = {
-                index: torch.tensor([[head.kv_len, head.slot_budgets or head.kv_len] for head in layer.budgeted])
-                for index, layer in layers.items()
-            }
-            positions = {
-                index: [t for unit in layer.units for t in (unit.store.slots.positions, unit.state.threshold)]
-                for index, layer in layers.items()
-            }
-            check_agreement(lengths, positions, self.ranks, by_sequence=False, what="lengths or budgets of heads")
+    def _full(self) -> dict[int, FullLayer | HeadwiseLayer | ShardedLayer]:
+        """The layers that are compressed, by their index in the model."""
+        return {index: self.layers[index] for index in self.full_layers}
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
@@ -640,9 +440,3 @@ class CompressedCache:
         self.num_reread = [self.num_reread[row] for row in host] if self.num_reread else []
         if self.plans:
             self.plans = [self.plans[row].copy() for row in host]
-
-
-def _queries(config: D2OConfig) -> str:
-    """Which queries column sums are taken from, in words."""
-    sample = config.query_sample
-    return "all queries" if sample is None else f"one query in {sample.stride} (all within {sample.near} tokens)"

@@ -14,7 +14,7 @@ import torch
 import d2o_dist.cache.layer
 from d2o_dist import D2OCache, D2OConfig
 from d2o_dist.bench.checks import decode_graph
-from d2o_dist.cache import sequence
+from d2o_dist.cache import evictions as cache_evictions
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.core import merge as merging
 from d2o_dist.engine import session as session_module
@@ -329,8 +329,8 @@ def dense_merge(kept, evicted, similarity, target, merged, config):
 def test_an_eviction_asks_the_device_nothing(monkeypatch, preset):
     """Beside what the kernels for a CPU ask: how many there are to keep and to evict follows from lengths. The first of
     a batch brings the rows' budgets."""
-    monkeypatch.setattr(sequence, "nearest_kept", merging.nearest_kept)
-    monkeypatch.setattr(sequence, "merge_evicted", dense_merge)
+    monkeypatch.setattr(cache_evictions, "nearest_kept", merging.nearest_kept)
+    monkeypatch.setattr(cache_evictions, "merge_evicted", dense_merge)
     plain, other, logits = pair(tiny_model(), PRESETS[preset], BATCHES["ragged"])
     logits = go_on(plain, other, logits, INTERVAL)
     evict, evictions = other.cache.compressed._evict, []
