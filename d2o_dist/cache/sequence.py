@@ -100,11 +100,7 @@ class CompressedCache:
             layer.adopt(config)
 
     def _check_shared(self, config: D2OConfig) -> None:
-        if self.ranks.deals_tokens and not config.by_layer:
-            raise ValueError(
-                f"sp ({self.ranks.sp.size}) must be 1 with selection reread, allocation ranked or budget_per head: "
-                f"given are {config.selection}, {config.allocation} and {config.budget_per}; tp may be more"
-            )
+        self.ranks.parallel.check_rules(config)
 
     # ---- one forward ---------------------------------------------------------------------------------------------
 
@@ -173,13 +169,15 @@ class CompressedCache:
     def _attend(self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """One layer's step, where the tokens or heads of this forward are wanted."""
         ranks, forward = self.ranks, self._forward
-        if self._rereading:
-            return layer.reread(q, k, v, scale, self._rows)
         if isinstance(forward, DealtChunk):
             return layer.prefill(q, k, v, scale, forward, self.num_seen)
         if isinstance(forward, HeadExchange):
-            out = layer.prefill(*forward.to_heads(q, k, v), scale, self._rows, self.num_seen)
-            return forward.to_tokens(out)
+            heads = forward.to_heads(q, k, v)
+            if self._rereading:
+                return forward.to_tokens(layer.reread(*heads, scale, self._rows))
+            return forward.to_tokens(layer.prefill(*heads, scale, self._rows, self.num_seen))
+        if self._rereading:
+            return layer.reread(q, k, v, scale, self._rows)
         if self._layer_steps is None:
             return layer.prefill(q, k, v, scale, self._rows, self.num_seen)
         steps = self._layer_steps[self._next_layer]
@@ -191,12 +189,10 @@ class CompressedCache:
     def _begin(self, k: Tensor, mask: Tensor | None) -> None:
         """Settle the phase and the rows of this forward."""
         batch, _, length, _ = k.shape
-        if self._rereading:
-            self._rows, self._forward = Rows.of(batch, length, mask), None
-            return
         deal = self.dealt if self._deal_waits else None
         self._deal_waits = False
-        if deal is None and self.ranks.deals_tokens and (length > 1 or not self.num_seen_columns):
+        is_chunk = length > 1 or not self.num_seen_columns or self._rereading
+        if deal is None and self.ranks.deals_tokens and is_chunk:
             raise ValueError(
                 f"a chunk of {length} columns was not dealt: with sp ({self.ranks.sp.size}) every rank takes a part of "
                 "the prompt; announce it with deal()"
@@ -211,7 +207,7 @@ class CompressedCache:
             self.layers = [self._make_layer(batch, window) for window in self.windows]
         self._forward = self._layer_steps = None
         # A prompt of one token is a prefill; so is anything before the first token was seen.
-        if length == 1 and self.num_seen_columns > 0 and deal is None:
+        if not is_chunk and deal is None:
             if not self._step_announced:
                 rows = Rows.of(batch, length, mask)
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
@@ -220,7 +216,8 @@ class CompressedCache:
             return
         if self._step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
-        self._begin_prefill(batch)
+        if not self._rereading:
+            self._begin_prefill(batch)
         if deal is None or not self.ranks.deals_tokens:
             self._rows = Rows.of(batch, length, mask if deal is None else deal.mask())
             return
@@ -259,7 +256,7 @@ class CompressedCache:
             return
         if self._rereading:
             self.num_reread = [old + new for old, new in zip(self.num_reread, self._rows.counts, strict=True)]
-            self._rows = None
+            self._rows = self._forward = None
             return
         self.num_seen = [old + new for old, new in zip(self.num_seen, self._rows.counts, strict=True)]
         self.num_seen_columns += length if self._forward is None else self._rows.length
@@ -338,15 +335,18 @@ class CompressedCache:
         forward, and is not kept. What each slot got is noted, for `selection="reread"`.
 
         Raises:
-            ValueError: the first prefill is over or has not begun; ranks share the tokens of the request.
+            ValueError: the first prefill is over or has not begun; the prompt was not read by heads (`sp_prefill`).
         """
         if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
             raise ValueError(
                 f"a prompt is read a second time after the first and before it is compressed; this cache is in phase "
                 f"{self.phase} and has seen {self.num_seen_columns} tokens"
             )
-        if self.ranks.deals_tokens:
-            raise ValueError(f"sp ({self.ranks.sp.size}) must be 1 to read a prompt a second time")
+        if self._by_sequence:
+            raise ValueError(
+                f"sp_prefill ({self.ranks.parallel.sp_prefill}) must be ulysses to read a prompt a second time with sp "
+                f"({self.ranks.sp.size})"
+            )
         self.num_reread = self.num_reread or [0] * len(self.num_seen)
         self._rereading = True
         try:

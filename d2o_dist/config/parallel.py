@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2o_dist.config.checks import check_bool, check_int
+from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.io import check_choice
 
 TP_ENGINES = ("deepspeed", "transformers")
@@ -108,6 +109,20 @@ class ParallelConfig:
                 f"{self.sp}: use sequence"
             )
         return dataclasses.replace(self, sp_prefill=prefill, cache_layout=layout)
+
+    def check_rules(self, d2o: D2OConfig) -> None:
+        """Refuse rules that this way of sharing a request cannot follow; to be asked once `auto` is settled.
+
+        Raises:
+            ValueError: selection reread, allocation ranked or budget_per head, and slots of a head on several ranks.
+        """
+        if self.sp > 1 and self.cache_layout == "sequence" and not d2o.by_layer:
+            raise ValueError(
+                f"selection reread, allocation ranked and budget_per head need all slots of a KV head on one rank, and "
+                f"given are {d2o.selection}, {d2o.allocation} and {d2o.budget_per}; but with sp ({self.sp}) and "
+                f"sp_prefill ({self.sp_prefill}) cache_layout is sequence. Use tp, or sp_prefill ulysses and "
+                "cache_layout heads, for which every rank must get a KV head"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from d2o_dist.config.parallel import ParallelConfig
-from tests.sharded.play import Play
+from tests.ranks import run_ranks
+from tests.sharded.play import Play, on_rank
 from tests.sharded.test_parity import check
 
 pytestmark = pytest.mark.multirank
 
 DROP = {"merge": "none", "merge_targets": "kept", "gate": "threshold"}
+LAYERS = 4  # of the tiny model
 # Every way to rank, to share, and to merge that only these configurations have.
 RULES = {
     "reread": {},
@@ -55,6 +58,35 @@ def test_rules_on_tensor_ranks(rule, kinds):
     check(one, ParallelConfig(tp=2, tp_engine="transformers", check_replicas=True))
 
 
+@pytest.mark.parametrize(
+    ("tp", "sp", "kinds"), [(1, 2, (4, 2)), (1, 2, (6, 3)), (1, 3, (6, 3)), (1, 4, (8, 4)), (2, 2, (8, 4))], ids=str
+)
+def test_sequence_ranks(tp, sp, kinds):
+    """Chunks of both readings that the ranks do not divide; 3 KV heads on 2 ranks are 2 and 1."""
+    one = Play(preset="reread", lengths=(61, 40), steps=34, chunk=23, turn=(9, 14), model=heads(*kinds),
+               d2o={"reread_chunk": 27, "eviction_interval": 5})  # fmt: skip
+    check(one, ParallelConfig(tp=tp, sp=sp, tp_engine="transformers", check_replicas=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_on_sequence_ranks(rule):
+    one = Play(preset="reread", lengths=SHORT.get(rule, (70, 33)), turn=(12, 5), steps=20, model=heads(4, 2),
+               d2o=RULES[rule], ends=(1,))  # fmt: skip
+    check(one, ParallelConfig(sp=2, check_replicas=True))
+
+
+@pytest.mark.parametrize("lengths", [(1,), (2,), (5, 1)], ids=str)
+def test_prompts_of_a_few_tokens_on_sequence_ranks(lengths):
+    """Ranks without any token of a reading."""
+    one = Play(preset="reread", lengths=lengths, model=heads(6, 3), d2o={"keep_ratio": None, "keep_tokens": 12})
+    check(one, ParallelConfig(sp=3, check_replicas=True))
+
+
+@pytest.mark.parametrize("family", ["mistral_sliding", "qwen2", "phi3", "gemma3"])
+def test_families_on_sequence_ranks(family):
+    check(Play(family=family, preset="reread", lengths=(60, 41), turn=(20, 31), steps=20), ParallelConfig(sp=2))
+
+
 @pytest.mark.parametrize("lengths", [(1,), (2,), (5, 1)], ids=str)
 def test_prompts_of_a_few_tokens_on_tensor_ranks(lengths):
     """Copies that get no query of a second reading at all."""
@@ -66,3 +98,44 @@ def test_prompts_of_a_few_tokens_on_tensor_ranks(lengths):
 def test_families_on_tensor_ranks(family):
     one = Play(family=family, preset="reread", lengths=(60, 41), turn=(20, 31), steps=20)
     check(one, ParallelConfig(tp=2, tp_engine="transformers"))
+
+
+def calls(parallel: ParallelConfig, kinds: tuple[int, int], length: int, **fields) -> dict[str, dict]:
+    """By phase, axis and kind what the cache sent on rank 0: calls and bytes."""
+    d2o = {"reread_chunk": 50, "eviction_interval": 4}
+    one = Play(preset="reread", lengths=(length,), steps=12, model=heads(*kinds), d2o=d2o, **fields)
+    sent = run_ranks(parallel.tp * parallel.sp, on_rank, one, parallel, fresh=parallel.tp > 1)[0][1]
+    sent.pop("other")  # what the account itself gathers
+    return sent
+
+
+def test_what_is_sent_does_not_grow_with_the_prompt():
+    """Tensor ranks with heads of their own: budgets cost some small sums, and nothing else is sent."""
+    parallel = ParallelConfig(tp=2, tp_engine="transformers")
+    short, long = (calls(parallel, (4, 2), length, dtype=torch.float32) for length in (100, 200))
+    assert short == long
+    assert short.keys() == {"finalize"} and short["finalize"].keys() == {"tp"}
+    sent = short["finalize"]["tp"]
+    assert {kind: one["calls"] for kind, one in sent.items()} == {"all_reduce": 4, "all_gather": 1}
+    assert sent["all_reduce"]["bytes"] == 4 * 256 * 8 and sent["all_gather"]["bytes"] == 2 * LAYERS * 8
+
+
+def test_what_copies_of_a_head_exchange():
+    """Queries of the second reading, maxima and rates at its end, probabilities while decoding."""
+    sent = calls(ParallelConfig(tp=2, tp_engine="transformers"), (4, 1), 120)
+    forwards = 3  # of the second reading
+    assert sent["prefill"]["tp"].keys() == {"all_to_all"}
+    assert sent["prefill"]["tp"]["all_to_all"]["calls"] == 2 * LAYERS * forwards
+    assert {kind: one["calls"] for kind, one in sent["finalize"]["tp"].items()} == {
+        "all_reduce": 8, "all_gather": 1, "all_to_all": 2 * LAYERS
+    }  # fmt: skip
+    assert sent["decode"]["tp"]["all_to_all"]["calls"] == 12 * LAYERS and "evict" not in sent
+
+
+def test_what_sequence_ranks_exchange():
+    """Heads for tokens and back in each forward of both readings; a decode step joins the heads; evictions nothing."""
+    sent = calls(ParallelConfig(sp=2), (4, 2), 120)
+    forwards = 1 + 3
+    assert sent["prefill"]["sp"]["all_to_all"]["calls"] == 2 * LAYERS * forwards
+    assert {kind: one["calls"] for kind, one in sent["finalize"]["sp"].items()} == {"all_reduce": 8, "all_gather": 1}
+    assert sent["decode"]["sp"]["all_gather"]["calls"] == 12 * LAYERS and "evict" not in sent
