@@ -17,6 +17,7 @@ from torch import Tensor
 
 from d2o_dist.cache.headwise import HeadwiseLayer
 from d2o_dist.cache.layer import FullLayer
+from d2o_dist.cache.layers import CompressedLayer
 from d2o_dist.cache.sharded import ShardedLayer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.agree import check_agreement
@@ -207,7 +208,7 @@ class ShardEvictions:
         return True
 
 
-def _all_due(layers: Mapping[int, FullLayer | HeadwiseLayer | ShardedLayer], slack: int) -> list[DueUnit]:
+def _all_due(layers: Mapping[int, CompressedLayer], slack: int) -> list[DueUnit]:
     jobs = [
         due_unit(index, unit, slack)
         for index, layer in layers.items()
@@ -218,7 +219,7 @@ def _all_due(layers: Mapping[int, FullLayer | HeadwiseLayer | ShardedLayer], sla
 
 
 def _check(
-    layers: Mapping[int, FullLayer | HeadwiseLayer | ShardedLayer],
+    layers: Mapping[int, CompressedLayer],
     decided: dict[int, list[Tensor]],
     ranks: RequestRanks,
     *,

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from d2o_dist.cache.headwise import HeadwiseLayer
 from d2o_dist.cache.layer import FullLayer
+from d2o_dist.cache.layers import CompressedLayer
 from d2o_dist.cache.sharded import ShardedLayer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.budgets import highest_of_heads, row_log_weights, row_slots
@@ -145,7 +145,7 @@ def head_counts(
 
 
 def set_budgets(
-    layers: Collection[FullLayer | HeadwiseLayer | ShardedLayer],
+    layers: Collection[CompressedLayer],
     plans: list[RowPlan] | None,
     variances: Tensor | None,
     highest: Tensor | None,

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from d2o_dist.comm.collectives import Collectives
+
 
 class QueryWindow:
     """Per row the last `size` queries, their lse, and which tokens they are.
@@ -36,6 +38,33 @@ class QueryWindow:
             self.queries[row] = torch.cat([self.queries[row], q[local, :, -last:]], 1)[:, -last:].clone()
             self.lse[row] = torch.cat([self.lse[row], lse[local, :, -last:]], 1)[:, -last:].clone()
             self.tokens[row] = torch.cat([self.tokens[row], tokens[local][-last:]])[-last:]
+
+    def gather(self, sp: Collectives, like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The last `size` queries of each row, over the ranks among which the prompt was dealt. One exchange for all.
+
+        Args:
+            like: whose dtype and device the result has.
+
+        Returns:
+            Per row queries [Hq, m, D], lse [Hq, m] and positions [m] int64 that ascend; m <= size, as many as there
+            are.
+        """
+        batch, (heads, _, dim), last = len(self.queries), self.queries[0].shape, self.size
+        # Queries, their lse and their positions, -1 where a rank has fewer than `last`.
+        packed = torch.zeros(batch, heads, last, dim + 2, dtype=like.dtype, device=like.device)
+        packed[..., -1] = -1
+        for row in range(batch):
+            count = self.queries[row].shape[1]
+            packed[row, :, :count, :dim] = self.queries[row].to(packed)
+            packed[row, :, :count, dim] = self.lse[row]
+            packed[row, :, :count, dim + 1] = self.tokens[row].to(packed)
+        gathered = []
+        for row in sp.all_gather(packed, 2):
+            positions = row[0, :, -1].long()
+            order = positions.argsort(descending=True)[:last]
+            order = order[positions[order] >= 0].flip(0)
+            gathered.append((row[:, order, :dim], row[:, order, dim], positions[order]))
+        return gathered
 
     def shrink(self, size: int) -> None:
         """Keep fewer of them."""

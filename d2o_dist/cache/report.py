@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.cache.layer import WindowLayer
 from d2o_dist.cache.sequence import CompressedCache
+from d2o_dist.cache.window import WindowLayer
 
 
 @dataclass(frozen=True)

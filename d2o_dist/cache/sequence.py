@@ -12,13 +12,12 @@ from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.cache.evictions import LayerEvictions, ShardEvictions
+from d2o_dist.cache.forward import Chunk, ChunkOfHeads, DealtChunk, Forward, SecondReading, Step
 from d2o_dist.cache.headwise import HeadElsewhere, HeadwiseLayer
-from d2o_dist.cache.layer import FullLayer, WindowLayer
+from d2o_dist.cache.layers import CompressedLayer, Layer, make_layers, spread_layers
 from d2o_dist.cache.plans import RowPlan, check_gathered, head_counts, head_variances, on_full_layers, set_budgets
 from d2o_dist.cache.rows import Rows
-from d2o_dist.cache.sharded import DealtChunk, ShardedLayer
-from d2o_dist.cache.sharded_window import ShardedWindowLayer
-from d2o_dist.cache.step import DecodeStep, LayerStep
+from d2o_dist.cache.step import DecodeStep
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
@@ -58,7 +57,7 @@ class CompressedCache:
 
     def reset(self) -> None:
         """Forget everything: the next forward begins a new batch."""
-        self.layers: list[FullLayer | HeadwiseLayer | WindowLayer | ShardedLayer | ShardedWindowLayer] = []
+        self.layers: list[Layer] = []
         self.num_seen: list[int] = []
         self.num_reread: list[int] = []
         self._rereading = False
@@ -66,13 +65,11 @@ class CompressedCache:
         self.phase = "prefill"
         self.plans: list[RowPlan] | None = None
         self._next_layer = 0
-        self._rows: Rows | None = None
         self.dealt: Deal | None = None
         self._deal_waits = False
         self._placement: Placement | None = None
-        self._forward: DealtChunk | HeadExchange | None = None
+        self._forward: Forward | None = None
         self.step: DecodeStep | None = None
-        self._layer_steps: list[list[LayerStep]] | None = None
         self._step_announced = False
         # Whether every rank holds a part of the slots of every head, rather than all slots of some heads.
         self._by_sequence = self.ranks.deals_tokens and self.ranks.parallel.sp_prefill != "ulysses"
@@ -86,11 +83,7 @@ class CompressedCache:
         Raises:
             ValueError: the first prefill is over or has not begun, or did not gather what `config` needs.
         """
-        if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
-            raise ValueError(
-                f"only a cache in its first prefill can change its configuration; this one is in phase {self.phase} "
-                f"and has seen {self.num_seen_columns} tokens"
-            )
+        self._check_first_prefill("only a cache in its first prefill can change its configuration")
         check_gathered(config, self.config, reread=any(self.num_reread))
         compressed = on_full_layers(config, self.windows)
         check_total(compressed, len(self.full_layers))
@@ -98,6 +91,12 @@ class CompressedCache:
         self.config, self._compressed_config = config, compressed
         for layer in self._full().values():
             layer.adopt(config)
+
+    def _check_first_prefill(self, rule: str) -> None:
+        if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
+            raise ValueError(
+                f"{rule}; this cache is in phase {self.phase} and has seen {self.num_seen_columns} tokens"
+            )
 
     def _check_shared(self, config: D2OConfig) -> None:
         self.ranks.parallel.check_rules(config)
@@ -160,38 +159,18 @@ class CompressedCache:
         if layer == 0:
             self._begin(k, mask)
         with self.ranks.counter.phase(self.phase):
-            out = self._attend(self.layers[layer], q, k, v, scale)
+            out = self._forward.attend(layer, self.layers[layer], q, k, v, scale)
         self._next_layer = layer + 1
         if self._next_layer == len(self.windows):
-            self._end(k.shape[2])
+            self._end()
         return out
 
-    def _attend(self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """One layer's step, where the tokens or heads of this forward are wanted."""
-        ranks, forward = self.ranks, self._forward
-        if isinstance(forward, DealtChunk):
-            return layer.prefill(q, k, v, scale, forward, self.num_seen)
-        if isinstance(forward, HeadExchange):
-            heads = forward.to_heads(q, k, v)
-            if self._rereading:
-                return forward.to_tokens(layer.reread(*heads, scale, self._rows))
-            return forward.to_tokens(layer.prefill(*heads, scale, self._rows, self.num_seen))
-        if self._rereading:
-            return layer.reread(q, k, v, scale, self._rows)
-        if self._layer_steps is None:
-            return layer.prefill(q, k, v, scale, self._rows, self.num_seen)
-        steps = self._layer_steps[self._next_layer]
-        if not ranks.deals_tokens or self._by_sequence:
-            return layer.decode(q, k, v, scale, *steps)
-        mine = (ranks.my_heads(tensor) for tensor in (q, k, v))
-        return ranks.join_heads(layer.decode(*mine, scale, *steps))
-
     def _begin(self, k: Tensor, mask: Tensor | None) -> None:
-        """Settle the phase and the rows of this forward."""
+        """Settle the phase and the kind of this forward."""
         batch, _, length, _ = k.shape
         deal = self.dealt if self._deal_waits else None
         self._deal_waits = False
-        is_chunk = length > 1 or not self.num_seen_columns or self._rereading
+        is_chunk = length > 1 or not self.num_seen_columns or self._rereading or deal is not None
         if deal is None and self.ranks.deals_tokens and is_chunk:
             raise ValueError(
                 f"a chunk of {length} columns was not dealt: with sp ({self.ranks.sp.size}) every rank takes a part of "
@@ -204,38 +183,38 @@ class CompressedCache:
             )
         if not self.layers:
             self.num_seen = [0] * batch
-            self.layers = [self._make_layer(batch, window) for window in self.windows]
-        self._forward = self._layer_steps = None
+            self.layers = make_layers(self.windows, batch, self.config, self.ranks, by_sequence=self._by_sequence)
         # A prompt of one token is a prefill; so is anything before the first token was seen.
-        if not is_chunk and deal is None:
+        if not is_chunk:
             if not self._step_announced:
                 rows = Rows.of(batch, length, mask)
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
             steps = iter(self.step.begin())
-            self._layer_steps = [[next(steps) for _ in layer.units] for layer in self.layers]
+            by_layer = [[next(steps) for _ in layer.units] for layer in self.layers]
+            spread = self.ranks.deals_tokens and not self._by_sequence
+            self._forward = Step(by_layer, self.ranks if spread else None)
             return
         if self._step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
-        if not self._rereading:
-            self._begin_prefill(batch)
-        if deal is None or not self.ranks.deals_tokens:
-            self._rows = Rows.of(batch, length, mask if deal is None else deal.mask())
+        if self._rereading:
+            self._forward = self._second_reading(deal, Rows.of(batch, length, mask if deal is None else deal.mask()))
             return
-        self._rows = Rows.first(deal.counts)
-        if self._by_sequence:
+        self._begin_prefill(batch)
+        if deal is None or not self.ranks.deals_tokens:
+            rows = Rows.of(batch, length, mask if deal is None else deal.mask())
+            self._forward = Chunk(rows, self.num_seen)
+        elif self._by_sequence:
             self._placement.add(deal)
-            self._forward = DealtChunk(deal, self._placement, Rows.of(batch, length, deal.mask()))
+            rows = Rows.of(batch, length, deal.mask())
+            self._forward = DealtChunk(deal, self._placement, rows, self.num_seen)
         else:
-            self._forward = HeadExchange(self.ranks, deal)
+            self._forward = ChunkOfHeads(Rows.first(deal.counts), self.num_seen, HeadExchange(self.ranks, deal))
 
-    def _make_layer(self, batch: int, window: int | None):
-        if self._by_sequence:
-            return (
-                ShardedLayer(batch, self.config, self.ranks)
-                if window is None
-                else ShardedWindowLayer(batch, window, self.ranks)
-            )
-        return FullLayer(batch, self.config, self.ranks) if window is None else WindowLayer(batch, window)
+    def _second_reading(self, deal: Deal | None, rows: Rows) -> SecondReading:
+        """Of a chunk whose tokens here are `rows`."""
+        if deal is None or not self.ranks.deals_tokens:
+            return SecondReading(rows, None)
+        return SecondReading(Rows.first(deal.counts), HeadExchange(self.ranks, deal))
 
     def _begin_prefill(self, batch: int) -> None:
         if self._placement is None or self.phase != "prefill":
@@ -245,22 +224,18 @@ class CompressedCache:
                     layer.begin_prefill()
         self.phase = "prefill"
 
-    def _end(self, length: int) -> None:
+    def _end(self) -> None:
         """After the last layer: count the tokens, and evict what is due."""
-        self._next_layer = 0
-        if self._layer_steps is not None:
+        forward, self._forward, self._next_layer = self._forward, None, 0
+        if isinstance(forward, Step):
             self.step.end()
-            self._layer_steps = None
             if not self._step_announced:
                 self._close_step()
-            return
-        if self._rereading:
-            self.num_reread = [old + new for old, new in zip(self.num_reread, self._rows.counts, strict=True)]
-            self._rows = self._forward = None
-            return
-        self.num_seen = [old + new for old, new in zip(self.num_seen, self._rows.counts, strict=True)]
-        self.num_seen_columns += length if self._forward is None else self._rows.length
-        self._rows = self._forward = None
+        elif isinstance(forward, SecondReading):
+            self.num_reread = _added(self.num_reread, forward.rows.counts)
+        else:
+            self.num_seen = _added(self.num_seen, forward.counts)
+            self.num_seen_columns += forward.num_columns
 
     # ---- one decode step -----------------------------------------------------------------------------------------
 
@@ -294,7 +269,7 @@ class CompressedCache:
 
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded and not run, as far as it came."""
-        self._step_announced, self._next_layer, self._layer_steps = False, 0, None
+        self._step_announced, self._next_layer, self._forward = False, 0, None
 
     def _open_step(self, present: Sequence[bool] | None) -> None:
         self.finalize()
@@ -308,7 +283,7 @@ class CompressedCache:
             self.step = DecodeStep(self.num_seen, [unit.kv_len for unit in units], buffers, present)
         self.step.choose(present)
 
-    def _units(self) -> list[FullLayer | WindowLayer | ShardedLayer]:
+    def _units(self) -> list[Layer]:
         """All that holds slots of its own: layers, or their KV heads where these have budgets of their own."""
         return [unit for layer in self.layers for unit in layer.units]
 
@@ -321,7 +296,7 @@ class CompressedCache:
         moved = [unit.advance(counts) for unit in self._units()]
         for head in self._elsewhere():
             head.advance(counts)
-        self.num_seen = [old + new for old, new in zip(self.num_seen, counts, strict=True)]
+        self.num_seen = _added(self.num_seen, counts)
         self.num_seen_columns += 1
         if self.config.eviction_interval is not None:
             with self.ranks.counter.phase("evict"):
@@ -337,11 +312,7 @@ class CompressedCache:
         Raises:
             ValueError: the first prefill is over or has not begun; the prompt was not read by heads (`sp_prefill`).
         """
-        if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
-            raise ValueError(
-                f"a prompt is read a second time after the first and before it is compressed; this cache is in phase "
-                f"{self.phase} and has seen {self.num_seen_columns} tokens"
-            )
+        self._check_first_prefill("a prompt is read a second time after the first and before it is compressed")
         if self._by_sequence:
             raise ValueError(
                 f"sp_prefill ({self.ranks.parallel.sp_prefill}) must be ulysses to read a prompt a second time with sp "
@@ -391,7 +362,8 @@ class CompressedCache:
             self.phase, self.step = "decode", None
             self._evictions().at_finalize()
             if self.ranks.deals_tokens and not self._by_sequence and not self.ranks.by_heads:
-                self._spread()
+                spread_layers(self.layers, self.num_seen, self.ranks)
+                self._by_sequence = True
         self._placement = None
 
     def _part_heads(self) -> None:
@@ -401,15 +373,6 @@ class CompressedCache:
             here = self.ranks.kv_heads(self.layers[index].store.shape[0], by_sequence=self._by_sequence)
             self.layers[index] = HeadwiseLayer(self.layers[index], here, num_heads)
 
-    def _spread(self) -> None:
-        """From all slots of some heads to some slots of all heads: compressed first, then moved."""
-        for index, window in enumerate(self.windows):
-            if window is None:
-                self.layers[index] = ShardedLayer.from_heads(self.layers[index], self.num_seen, self.ranks)
-            else:
-                self.layers[index] = ShardedWindowLayer.from_heads(self.layers[index], self.ranks)
-        self._by_sequence = True
-
     def _evict(self, slack: int) -> bool:
         """While decoding: evict what is `slack` slots or more over its budget; whether anything was."""
         return self._evictions().while_decoding(slack, self.step.positions)
@@ -418,7 +381,7 @@ class CompressedCache:
         kind = ShardEvictions if self._by_sequence else LayerEvictions
         return kind(self._full(), self.config, self.ranks, self.num_seen)
 
-    def _full(self) -> dict[int, FullLayer | HeadwiseLayer | ShardedLayer]:
+    def _full(self) -> dict[int, CompressedLayer]:
         """The layers that are compressed, by their index in the model."""
         return {index: self.layers[index] for index in self.full_layers}
 
@@ -440,3 +403,8 @@ class CompressedCache:
         self.num_reread = [self.num_reread[row] for row in host] if self.num_reread else []
         if self.plans:
             self.plans = [self.plans[row].copy() for row in host]
+
+
+def _added(old: Sequence[int], new: Sequence[int]) -> list[int]:
+    """Row by row."""
+    return [one + other for one, other in zip(old, new, strict=True)]

@@ -6,8 +6,6 @@ a rank during a prefill, C slots of a rank while decoding, D head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -16,12 +14,11 @@ from d2o_dist.attention.decode import sharded_decode_attention
 from d2o_dist.attention.ring import ring_attention
 from d2o_dist.attention.sampled import last_query_sums, rest_sums
 from d2o_dist.attention.shard import ShardView
+from d2o_dist.cache.forward import DealtChunk
 from d2o_dist.cache.layer import FullLayer
 from d2o_dist.cache.query_window import QueryWindow
-from d2o_dist.cache.rows import Rows, is_uniform
 from d2o_dist.cache.step import LayerStep
 from d2o_dist.cache.store import GROWTH, SlotStore
-from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.shard_evict import ShardEviction, ShardJob
 from d2o_dist.compression.shard_finalize import Shard
@@ -32,31 +29,6 @@ from d2o_dist.core.types import D2OState, Slots, stats_dtype
 # With `sp_prefill: auto`: keys and values of one head of all ranks, in bytes, above which they are not gathered. A ring
 # sends half as much again, but holds one rank's tokens only.
 RING_FROM_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class DealtChunk:
-    """One chunk of a prompt as the layers see it.
-
-    Attributes:
-        deal: of this chunk; placement: of all tokens since the prefill began, this chunk included.
-        rows: the tokens among the columns of this rank's part.
-    """
-
-    deal: Deal
-    placement: Placement
-    rows: Rows
-
-    @property
-    def groups(self) -> list[tuple[slice, int]]:
-        """Rows that are dealt alike, with the first of them: all together, or one by one."""
-        batch = len(self.deal.maps)
-        alike = is_uniform(self.deal.counts) and is_uniform(self.placement.counts)
-        return [(slice(0, batch), 0)] if alike else [(slice(row, row + 1), row) for row in range(batch)]
-
-    def columns(self, row: int) -> slice:
-        """This rank's columns that are tokens of a row: the last ones."""
-        return slice(self.deal.width - self.deal.local_counts()[row], self.deal.width)
 
 
 class ShardedLayer:
@@ -230,27 +202,13 @@ class ShardedLayer:
         """Measure what needs the last queries of this prefill: all rates, and the rest of sampled column sums."""
         if self._window is None:
             return
-        mine, config, last = self._window, self.config, self._window.size
-        sp, slots, dtype = self.ranks.sp, self.store.slots, self.store.slots.rates.dtype
-        heads, dim = mine.queries[0].shape[0], mine.queries[0].shape[2]
-        batch = len(self.kv_len)
-        # One exchange for all rows: queries, their lse and their positions, -1 where a rank has fewer than `last`.
-        packed = torch.zeros(batch, heads, last, dim + 2, dtype=dtype, device=slots.rates.device)
-        packed[..., -1] = -1
-        for row in range(batch):
-            count = mine.queries[row].shape[1]
-            packed[row, :, :count, :dim] = mine.queries[row].to(dtype)
-            packed[row, :, :count, dim] = mine.lse[row]
-            packed[row, :, :count, dim + 1] = mine.tokens[row].to(packed)
-        everyone = sp.all_gather(packed, 2)
-        for row in range(batch):
-            positions = everyone[row, 0, :, -1].long()
-            order = positions.argsort(descending=True)[:last]
-            order = order[positions[order] >= 0].flip(0)
-            if len(order) == 0:
+        mine, config = self._window, self.config
+        slots = self.store.slots
+        everyone = mine.gather(self.ranks.sp, slots.rates)
+        for row, (queries, lse, positions) in enumerate(everyone):
+            if len(positions) == 0:
                 continue
-            queries = everyone[row, :, order, :dim].to(slots.keys.dtype)[None]
-            lse, positions = everyone[row, :, order, dim][None], positions[order]
+            queries, lse = queries.to(slots.keys.dtype)[None], lse[None]
             here, count = slice(row, row + 1), self.store.kv_len[row]
             keys, held = slots.keys[here, :, :count], slots.positions[row, :, :count]
             bias = slots.log_mass[here, :, :count].masked_fill(held < 0, -torch.inf)

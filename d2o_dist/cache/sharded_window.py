@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2o_dist.cache.layer import WindowLayer
+from d2o_dist.cache.forward import DealtChunk
 from d2o_dist.cache.rows import Rows
-from d2o_dist.cache.sharded import DealtChunk
+from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.types import Slots
 from d2o_dist.kernels.prefill_attention import prefill_attention

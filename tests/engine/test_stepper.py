@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import d2o_dist.cache.layer
+import d2o_dist.cache.window
 from d2o_dist import D2OCache, D2OConfig
 from d2o_dist.bench.checks import decode_graph
 from d2o_dist.cache import evictions as cache_evictions
@@ -112,7 +113,7 @@ def test_replays_are_the_steps_of_python(family, preset, batch):
 @pytest.mark.parametrize("family", ["mistral_sliding", "gemma3", "phi3", "llama_mha", "qwen2"])
 def test_other_models(family, monkeypatch):
     """Windows that move, packed projections, biases; a window's buffers grow to their size first."""
-    monkeypatch.setattr(d2o_dist.cache.layer.WindowLayer, "SLACK", 9)
+    monkeypatch.setattr(d2o_dist.cache.window.WindowLayer, "SLACK", 9)
     plain, taped, logits = pair(tiny_model(family), PRESETS["mass"], [51, 9])
     go_on(plain, taped, logits, 40)
     assert_same(plain, taped)

@@ -1,0 +1,147 @@
+"""One forward of the model through the cache: where its tokens are, and what each layer is to do with them.
+
+Shape legend: B rows, Hq query heads, Hkv KV heads, n columns of this rank's part of a chunk, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from d2o_dist.attention.exchange import HeadExchange
+from d2o_dist.cache.rows import Rows, is_uniform
+from d2o_dist.cache.step import LayerStep
+from d2o_dist.comm.deal import Deal, Placement
+from d2o_dist.comm.request import RequestRanks
+
+
+class Forward(Protocol):
+    """What a forward of any kind can do."""
+
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Let layer `index` take q [B, Hq, n, D] and k, v [B, Hkv, n, D]; returns [B, Hq, n, D]."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of a prompt that lies here as a whole.
+
+    Attributes:
+        rows: its tokens.
+        num_seen: tokens of each row before it.
+    """
+
+    rows: Rows
+    num_seen: list[int]
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each row, on all ranks together."""
+        return self.rows.counts
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the whole chunk, padding included."""
+        return self.rows.length
+
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As `Forward.attend`."""
+        return layer.prefill(q, k, v, scale, self.rows, self.num_seen)
+
+
+@dataclass(frozen=True)
+class ChunkOfHeads(Chunk):
+    """A chunk whose tokens are spread over ranks, and travel to where all tokens of some heads are.
+
+    Attributes:
+        rows: the tokens of the whole chunk.
+        exchange: takes them there and back.
+    """
+
+    exchange: HeadExchange
+
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As `Forward.attend`."""
+        return self.exchange.to_tokens(super().attend(index, layer, *self.exchange.to_heads(q, k, v), scale))
+
+
+@dataclass(frozen=True)
+class DealtChunk:
+    """A chunk whose tokens are spread over ranks, and stay there.
+
+    Attributes:
+        deal: of this chunk; placement: of all tokens since the prefill began, this chunk included.
+        rows: the tokens among the columns of this rank's part.
+        num_seen: tokens of each row before it.
+    """
+
+    deal: Deal
+    placement: Placement
+    rows: Rows
+    num_seen: list[int]
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each row, on all ranks together."""
+        return list(self.deal.counts)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the whole chunk, padding included."""
+        return max(self.deal.counts)
+
+    @property
+    def groups(self) -> list[tuple[slice, int]]:
+        """Rows that are dealt alike, with the first of them: all together, or one by one."""
+        batch = len(self.deal.maps)
+        alike = is_uniform(self.deal.counts) and is_uniform(self.placement.counts)
+        return [(slice(0, batch), 0)] if alike else [(slice(row, row + 1), row) for row in range(batch)]
+
+    def columns(self, row: int) -> slice:
+        """This rank's columns that are tokens of a row: the last ones."""
+        return slice(self.deal.width - self.deal.local_counts()[row], self.deal.width)
+
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As `Forward.attend`."""
+        return layer.prefill(q, k, v, scale, self, self.num_seen)
+
+
+@dataclass(frozen=True)
+class SecondReading:
+    """A chunk of a prompt that is read a second time, and not kept.
+
+    Attributes:
+        rows: the tokens of the whole chunk.
+        exchange: takes them to where all tokens of some heads are, and back; None for a chunk that lies here.
+    """
+
+    rows: Rows
+    exchange: HeadExchange | None
+
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As `Forward.attend`."""
+        if self.exchange is None:
+            return layer.reread(q, k, v, scale, self.rows)
+        return self.exchange.to_tokens(layer.reread(*self.exchange.to_heads(q, k, v), scale, self.rows))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step.
+
+    Attributes:
+        layers: by layer, the step of each unit of it.
+        to_heads: the ranks, if each takes its heads only of a token that all of them have; None otherwise.
+    """
+
+    layers: list[list[LayerStep]]
+    to_heads: RequestRanks | None
+
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As `Forward.attend`."""
+        if self.to_heads is None:
+            return layer.decode(q, k, v, scale, *self.layers[index])
+        mine = (self.to_heads.my_heads(tensor) for tensor in (q, k, v))
+        return self.to_heads.join_heads(layer.decode(*mine, scale, *self.layers[index]))
