@@ -17,6 +17,7 @@ from d2o_dist.cache.layers import CompressedLayer
 from d2o_dist.cache.sharded import ShardedLayer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.budgets import highest_of_heads, row_log_weights, row_slots
+from d2o_dist.compression.shard_finalize import statistics_of_all
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.select import rank_scores
 
@@ -137,10 +138,13 @@ def head_counts(
     """
     if config.allocation != "ranked" or config.keeps_everything or not layers:
         return None
-    slots = [layer.store.slots for layer in layers]
-    seen = torch.tensor(num_seen, device=slots[0].positions.device)
-    rankings = [rank_scores(one, config, finalize=True, num_seen_tokens=seen) for one in slots]
-    live = [one.live for one in slots]
+    rankings, live = [], []
+    for layer in layers:
+        # Over sequence ranks the statistics are gathered: a rank may be a maximum over neighbours on another rank.
+        slots = statistics_of_all(layer.slots_for_finalize(), ranks.sp)[0] if by_sequence else layer.store.slots
+        seen = torch.tensor(num_seen, device=slots.positions.device)
+        rankings.append(rank_scores(slots, config, finalize=True, num_seen_tokens=seen))
+        live.append(slots.live)
     return highest_of_heads(rankings, live, num_seen, num_kv_heads, config, ranks, by_sequence=by_sequence)
 
 

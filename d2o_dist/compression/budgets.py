@@ -48,19 +48,20 @@ def highest_of_heads(
     """[B, L, H] int64, the same on all ranks: how many of the model's highest ranked tokens each KV head has.
 
     Args:
-        rankings: L tensors [B, h, S], what the slots at hand are ranked by; live: [B, h, S] bool, which of them count.
+        rankings: L tensors [B, h, S], what all slots of the heads at hand are ranked by; live: [B, h, S] bool, which of
+            them count.
         num_tokens: of each row; num_kv_heads: H, of a layer of the whole model.
-        by_sequence: whether a rank has some slots of every head of its tensor rank, rather than all slots of some.
+        by_sequence: whether every sequence rank has all heads of its tensor rank at hand, rather than some of them.
     """
     num_highest = [num_ranked(count, len(rankings) * num_kv_heads, config) for count in num_tokens]
     wanted = torch.tensor(num_highest, device=rankings[0].device)
 
     def over_ranks(counts: Tensor) -> Tensor:
         # Copies of a KV head hold the same: each token was counted as often as there are copies.
-        return ranks.tp.all_reduce(ranks.sp.all_reduce(counts)) // ranks.kv_replicas
+        return ranks.tp.all_reduce(counts if by_sequence else ranks.sp.all_reduce(counts)) // ranks.kv_replicas
 
     both = torch.cat(count_highest(rankings, live, wanted, over_ranks), -1)
-    both = ranks.sp.all_reduce(both) if by_sequence else ranks.join_heads(both)
+    both = both if by_sequence else ranks.join_heads(both)
     above, level = ranks.gather_kv_heads(both).chunk(2, -1)
     return deal_level(above, level, wanted)
 

@@ -114,14 +114,13 @@ class ParallelConfig:
         """Refuse rules that this way of sharing a request cannot follow; to be asked once `auto` is settled.
 
         Raises:
-            ValueError: selection reread, allocation ranked or budget_per head, and slots of a head on several ranks.
+            ValueError: selection reread or budget_per head, and slots of a head on several ranks.
         """
-        if self.sp > 1 and self.cache_layout == "sequence" and not d2o.by_layer:
+        if self.sp > 1 and self.cache_layout == "sequence" and (d2o.needs_reread or d2o.budget_per == "head"):
             raise ValueError(
-                f"selection reread, allocation ranked and budget_per head need all slots of a KV head on one rank, and "
-                f"given are {d2o.selection}, {d2o.allocation} and {d2o.budget_per}; but with sp ({self.sp}) and "
-                f"sp_prefill ({self.sp_prefill}) cache_layout is sequence. Use tp, or sp_prefill ulysses and "
-                "cache_layout heads, for which every rank must get a KV head"
+                f"selection reread and budget_per head (given are {d2o.selection} and {d2o.budget_per}) need all slots "
+                f"of a KV head on one rank, but with sp ({self.sp}) and sp_prefill ({self.sp_prefill}) cache_layout is "
+                "sequence. Use tp, or sp_prefill ulysses and cache_layout heads (every rank must then get a KV head)"
             )
 
     def to_dict(self) -> dict[str, Any]:

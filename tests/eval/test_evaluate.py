@@ -226,7 +226,7 @@ def test_parallel_checks(folder, tmp_path):
     values = {"model": folder, "output": "o", "tasks": TASKS[1:2], "methods": [], "parallel": {"sp": 2}}
     with pytest.raises(ValueError, match=r"task fidelity: continuation \(chunk\) needs a request on one rank"):
         check_parallel(EvalConfig.from_dict(values), 2)
-    with pytest.raises(ValueError, match="method reread@30%: selection reread, .* cache_layout is sequence"):
+    with pytest.raises(ValueError, match="method reread@30%: selection reread .* cache_layout is sequence"):
         plan_of(folder, tmp_path, methods=["reread"], parallel={"sp": 2, "sp_prefill": "allgather"})
 
 

@@ -325,10 +325,10 @@ SPREAD = [{"sp_prefill": "ring"}, {"cache_layout": "sequence"}, {"merge_scope": 
 @pytest.mark.parametrize("layout", SPREAD, ids=str)
 def test_slots_of_a_head_on_several_ranks_are_refused_before_there_are_ranks(layout):
     parallel = ParallelConfig(sp=2, **layout).resolve(4)
-    for changes in ({"selection": "window"}, {"selection": "window", "allocation": "uniform"}, {}):
+    for changes in ({"selection": "window"}, {"budget_per": "layer"}, {}):
         with pytest.raises(ValueError, match=r"sp \(2\) and sp_prefill \(.*\) cache_layout is sequence. Use tp"):
             parallel.check_rules(D2OConfig.preset("reread", **changes))
-    parallel.check_rules(D2OConfig())
+    parallel.check_rules(D2OConfig(allocation="ranked"))
     ParallelConfig(sp=2).resolve(4).check_rules(D2OConfig.preset("reread"))
 
 
