@@ -69,9 +69,7 @@ class LayerEvictions:
             for unit in layer.units:
                 if unit.slot_budgets is not None:
                     self._finalize(index, unit)
-        self._count_elsewhere(1)
-        if self._by_head:
-            self._check_heads()
+        self._end_of_heads(1)
 
     def _finalize(self, index: int, unit: FullLayer) -> None:
         due = due_unit(index, unit, 1)
@@ -92,11 +90,10 @@ class LayerEvictions:
         Args:
             seen: [B] int64 tokens seen, on the device.
         """
-        jobs, due_elsewhere = _all_due(self.layers, slack), self._count_elsewhere(slack)
+        jobs = _all_due(self.layers, slack)
         if jobs:
             self._run(jobs, seen)
-        if self._by_head and (jobs or due_elsewhere):
-            self._check_heads()
+        self._end_of_heads(slack)
         return bool(jobs)
 
     def _run(self, jobs: Sequence[DueUnit], seen: Tensor) -> None:
@@ -112,10 +109,13 @@ class LayerEvictions:
         """Whether each KV head is evicted by itself: which of them are due then differs from rank to rank."""
         return self.config.budget_per == "head"
 
-    def _count_elsewhere(self, slack: int) -> bool:
-        """Count what other ranks evict of heads with budgets of their own; whether anything."""
-        heads = [head for layer in self.layers.values() if isinstance(layer, HeadwiseLayer) for head in layer.elsewhere]
-        return any([head.evict(slack) for head in heads])
+    def _end_of_heads(self, slack: int) -> None:
+        """Of heads with budgets of their own: count what other ranks have evicted, and compare."""
+        if self._by_head:
+            for layer in self.layers.values():
+                for head in layer.elsewhere:
+                    head.evict(slack)
+            self._check_heads()
 
     def _steps_in_place(self, job: DueUnit) -> EvictionSteps | None:
         if self._by_head:
@@ -146,8 +146,10 @@ class LayerEvictions:
             _check(self.layers, decided, self.ranks, by_sequence=False)
 
     def _check_heads(self) -> None:
-        """As `_check`, of all layers at once, whatever was due here. All ranks know the lengths and budgets of all
-        heads; those that hold copies of a head, its slots and its threshold too."""
+        """As `_check`, of all layers at once, due or not: ranks that differ may disagree on what is due.
+
+        All ranks know the lengths and budgets of all heads; those that hold copies of one, its slots and its threshold.
+        """
         if not self.ranks.parallel.check_replicas:
             return
         lengths = {

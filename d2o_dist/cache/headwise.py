@@ -41,15 +41,11 @@ class HeadElsewhere:
         """Count what each row took."""
         self.kv_len = [held + new for held, new in zip(self.kv_len, counts, strict=True)]
 
-    def evict(self, slack: int) -> bool:
-        """Count the eviction of each row that holds `slack` slots or more over its budget; whether any did."""
-        if self.slot_budgets is None:
-            return False
-        before = self.kv_len
-        self.kv_len = [
-            slots if held >= slots + slack else held for held, slots in zip(before, self.slot_budgets, strict=True)
-        ]
-        return self.kv_len != before
+    def evict(self, slack: int) -> None:
+        """Count the eviction of each row that holds `slack` slots or more over its budget."""
+        if self.slot_budgets is not None:
+            both = zip(self.kv_len, self.slot_budgets, strict=True)
+            self.kv_len = [slots if held >= slots + slack else held for held, slots in both]
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""

@@ -21,7 +21,8 @@ class LayerReport:
         num_heavy, num_recent: the budget of each row; None before finalize and for layers that are never evicted.
         kv_len: slots held by each row. Where heads have budgets of their own, these three are means over the KV heads.
         dispersion: statistic that the budget came from, per row; None if the allocation does not use it.
-        threshold: moving similarity threshold per row; None before the first eviction of a row.
+        threshold: moving similarity threshold per row; None before the first eviction of a row. Where heads have
+            budgets of their own, the mean over the KV heads of this rank.
         num_merged, num_dropped: evicted tokens folded into others or lost so far, over all rows and the KV heads that
             this rank knows of: all of the layer on one device, its own where ranks share the heads.
         num_bytes, full_bytes: keys and values held (by all ranks), and what an uncompressed cache would hold.

@@ -33,7 +33,8 @@ class ParallelConfig:
         merge_scope: `global`: an evicted token is merged into the nearest kept one on any rank, as on one device;
             `local`: on its own rank only, which moves no keys. Only for `cache_layout: sequence`.
         check_replicas: compare checksums of positions and thresholds between ranks at every eviction, and stop,
-            naming layer and rank, if they differ. For debugging: it costs a collective an eviction.
+            naming layer and rank, if they differ. For debugging: it costs a collective an eviction, or a token where
+            heads have budgets of their own.
     """
 
     tp: int = 1

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from d2o_dist.comm import build_mesh
+from d2o_dist.compression.agree import DisagreementError
 from d2o_dist.config.parallel import ParallelConfig
-from tests.ranks import run_ranks
+from d2o_dist.engine.session import Session
+from d2o_dist.integrations.tensor_parallel import shard_model
+from tests.models import tiny_model, tokens
+from tests.ranks import RankError, run_ranks
 from tests.sharded.play import Play, on_rank
 from tests.sharded.test_parity import LAYOUTS, check
 
@@ -146,3 +151,31 @@ def test_what_sequence_ranks_exchange():
     assert sent["prefill"]["sp"]["all_to_all"]["calls"] == 2 * LAYERS * forwards
     assert {kind: one["calls"] for kind, one in sent["finalize"]["sp"].items()} == {"all_reduce": 8, "all_gather": 1}
     assert sent["decode"]["sp"]["all_gather"]["calls"] == 12 * LAYERS and "evict" not in sent
+
+
+@torch.no_grad()
+def spoil(rank: int, world: int, parallel: ParallelConfig, what: str) -> None:
+    """Two ranks of which one comes to hold something else."""
+    mesh = build_mesh(dp=1, sp=parallel.sp, tp=parallel.tp)
+    model = shard_model(tiny_model(**heads(4, 2 // parallel.tp)), mesh, parallel, torch.device("cpu"))
+    session = Session(model, Play(preset="reread").config, mesh, parallel)
+    ids = tokens(1, 80)
+    session.prefill(ids, torch.ones_like(ids))
+    layer = session.cache.compressed.layers[2]
+    if rank == 1 and what == "lengths":
+        layer.elsewhere[0].kv_len[0] += 1
+    if rank == 1 and what == "slots":
+        layer.units[0].store.buffers.positions[0, 0, 5] += 1
+    for _ in range(16):
+        session.decode([7])
+
+
+@pytest.mark.parametrize(
+    ("axis", "what", "said"),
+    [("sp", "lengths", "lengths or budgets of heads"), ("tp", "slots", "positions of a copied KV head")],
+)
+def test_ranks_that_differ_are_named(axis, what, said):
+    parallel = ParallelConfig(**{axis: 2}, tp_engine="transformers", check_replicas=True)
+    with pytest.raises(RankError, match=f"layer 2: rank tp ., sp . differs from the first in {said}") as caught:
+        run_ranks(2, spoil, parallel, what, fresh=axis == "tp")
+    assert isinstance(caught.value.error, DisagreementError)

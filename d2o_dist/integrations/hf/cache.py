@@ -80,7 +80,10 @@ class D2OLayer(CacheLayerMixin):
 
     @property
     def threshold(self) -> Tensor | None:
-        """[B] moving similarity threshold, NaN before a row's first eviction; None before any, or if never used."""
+        """[B] moving similarity threshold, NaN before a row's first eviction; None before any, or if never used.
+
+        Where heads have budgets of their own: the mean over the heads of this rank.
+        """
         return None if self.is_sliding or not self._cache.layers else self._cache.layers[self.index].state.threshold
 
     @property
