@@ -1,4 +1,4 @@
-"""`D2OConfig`: every knob of the algorithm, validated, frozen, with the named presets."""
+"""`D2OConfig`: every knob of the algorithm, validated and frozen."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o_dist.config.io import build, check_choice, did_you_mean, dump_yaml, load_yaml, refuse_unknown
+from d2o_dist.config.presets import PRESETS
 
 ALLOCATIONS = ("dynamic", "uniform", "pyramid", "ranked")
 BUDGETS = ("layer", "head")
@@ -356,68 +357,3 @@ class D2OConfig:
                 f"keep_tokens ({self.keep_tokens}) gives a layer {num_heavy} heavy and {num_recent} recent slots; it "
                 f"must hold at least num_sink_tokens + 1 = {self.num_sink_tokens + 1} heavy and 1 recent token"
             )
-
-
-# Every preset but the default names each field in which it differs from it, so that a better default changes no other
-# preset. The paper's rules, with dispersions that do not depend on the prompt's length:
-_PAPER = {
-    "dispersion": "layers_minmax",
-    "dispersion_sign": -1,
-    "temperature": 1.0,
-    "heavy_fraction": 0.75,
-    "selection": "cumulative",
-    "selection_pool": 7,
-    "selection_pool_side": "both",
-    "merge": "keys_values",
-    "merge_targets": "kept",
-    "gate": "threshold",
-}
-_BASELINE = {**_PAPER, "allocation": "uniform", "merge": "none"}
-_MASS = {
-    **_PAPER,
-    "selection": "window",
-    "dispersion": "log_zscore",
-    "dispersion_sign": 1,
-    "temperature": 3.3,
-    "heavy_fraction": 0.8,
-    "merge": "mass",
-    "merge_targets": "tail",
-    "gate": "quantile",
-}
-_SPAN = {**_MASS, "selection_pool": 15, "selection_pool_side": "after"}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "d2o": {},
-    "paper": {**_PAPER, "dispersion": "raw", "eviction_interval": 1},
-    "paper_minmax": _PAPER,
-    "released": {
-        **_PAPER,
-        "dispersion": "heads_minmax",
-        "exact_total": False,
-        "protected_layers": (0, 1, -1),
-        "heavy_fraction": 0.5,
-        "ema_beta": 0.5,
-        "threshold_agg": "mean",
-        "eviction_interval": 1,
-        "merge": "released",
-    },
-    "mass": _MASS,
-    "span": _SPAN,
-    "lean": {**_SPAN, "allocation": "uniform"},
-    "reread": {
-        **_PAPER,
-        "allocation": "ranked",
-        "budget_per": "head",
-        "selection": "reread",
-        "heavy_fraction": 0.8,
-        "min_layer_tokens": 16,
-        "merge": "mass",
-        "merge_targets": "tail",
-        "gate": "quantile",
-    },
-    "full": {**_BASELINE, "keep_ratio": 1.0, "eviction_interval": None},
-    "streaming": {**_BASELINE, "selection": "recent"},
-    "h2o": {**_BASELINE, "heavy_fraction": 0.5},
-    "snapkv": {**_BASELINE, "selection": "window"},
-    "pyramidkv": {**_BASELINE, "allocation": "pyramid", "selection": "window"},
-}

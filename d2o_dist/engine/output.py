@@ -90,6 +90,14 @@ def stale_parts(path: Path) -> list[Path]:
     return sorted(p for p in path.parent.iterdir() if p.name.startswith(prefix)) if path.parent.is_dir() else []
 
 
+def lock_path(output: str | None) -> Path | None:
+    """The file that one run at a time holds; None for standard output, a device or a pipe."""
+    path = None if output in (None, "-") else Path(output)
+    if path is None or (path.exists() and not path.is_file()):
+        return None
+    return path.with_name(path.name + ".lock")
+
+
 def clear_parts(output: str | None, mesh: ParallelMesh) -> None:
     """Delete what an earlier run left, once nothing can be wrong any more; by rank 0, before any part is opened."""
     if mesh.rank == 0 and output not in (None, "-"):

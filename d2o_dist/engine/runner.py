@@ -18,8 +18,9 @@ from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
+from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.loop import generate
-from d2o_dist.engine.output import clear_parts, join_parts, open_writer
+from d2o_dist.engine.output import check_output, clear_parts, join_parts, lock_path, open_writer
 from d2o_dist.engine.plan import Plan
 from d2o_dist.engine.records import Record, error_record, make_record
 from d2o_dist.engine.session import Session
@@ -138,9 +139,28 @@ def run(
             since the last call.
 
     Raises:
-        ValueError: the weights cannot be loaded. Nothing is written then, and no earlier output is replaced.
+        ValueError: the weights cannot be loaded; another run writes to the output, or did since the plan was made.
+            Nothing is written then, and no earlier output is replaced.
     """
     mesh = ParallelMesh.local() if mesh is None else mesh
+    output = config.output
+
+    def check() -> None:
+        check_output(output, config.overwrite, mesh.dp)
+
+    with only_writer(output, lock_path(output) if mesh.rank == 0 else None, mesh, check):
+        return _run(config, plan, mesh, on_text, on_report, on_rows, log)
+
+
+def _run(
+    config: InferConfig,
+    plan: Plan,
+    mesh: ParallelMesh,
+    on_text: Callable[[str], None] | None,
+    on_report: Callable[[CacheReport], None] | None,
+    on_rows: Callable[[int], None],
+    log: Callable[[str], None],
+) -> Summary:
     trace = None if config.trace is None else Trace(config.trace, mesh)
     runner = None
     if plan.requests:

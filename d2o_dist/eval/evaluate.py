@@ -15,12 +15,13 @@ from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
+from d2o_dist.engine.lock import only_writer
 from d2o_dist.eval.aggregate import summarise
 from d2o_dist.eval.plan import Plan
 from d2o_dist.eval.plots import draw
 from d2o_dist.eval.provenance import environment
 from d2o_dist.eval.runner import Runner, batches, pending
-from d2o_dist.eval.store import RankFile, merge_records, read_records
+from d2o_dist.eval.store import LOCK, RankFile, merge_records, read_records
 from d2o_dist.eval.table import report
 
 
@@ -75,9 +76,23 @@ def evaluate(
         log: called with lines about rows that failed.
 
     Raises:
-        ValueError: the weights cannot be loaded, or the folder holds something that is not records.
+        ValueError: the weights cannot be loaded, the folder holds something that is not records, or another evaluation
+            writes to it.
     """
-    config, folder = plan.config, Path(plan.config.output).expanduser()
+    folder = Path(plan.config.output).expanduser()
+    with only_writer(folder, folder / LOCK, mesh):
+        return _evaluate(plan, mesh, folder, on_start, on_results, log)
+
+
+def _evaluate(
+    plan: Plan,
+    mesh: ParallelMesh,
+    folder: Path,
+    on_start: Callable[[int], None],
+    on_results: Callable[[int], None],
+    log: Callable[[str], None],
+) -> Outcome:
+    config = plan.config
     with agreed(mesh) as same:
         found = read_records(folder)
         todo = pending(plan.jobs, plan.methods, found)

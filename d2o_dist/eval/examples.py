@@ -71,7 +71,8 @@ class Task(ABC):
         name: in tables and records; primary: the metric of the table; metrics: all of them.
         uses_template: whether prompts may go through the chat template.
         axes: groups that span a heat map: `(x, y)`, or None.
-        definition: plain values that say what is computed; results of another definition are not reused.
+        scoring: plain values that say how a result comes of a row: together with the row all that it depends on, so
+            nothing about how many rows there are. Results of another scoring are not reused.
         higher_is_better: of the primary metric.
     """
 
@@ -81,7 +82,7 @@ class Task(ABC):
     uses_template: bool = True
     axes: tuple[str, str] | None = None
     higher_is_better: bool = True
-    definition: Mapping[str, Any]
+    scoring: Mapping[str, Any]
 
     @abstractmethod
     def rows(self, tools: Tools) -> Sequence[Example] | Sequence[Passage]:

@@ -28,7 +28,7 @@ class Job:
 
     Attributes:
         index: place among all rows of the evaluation; encoded: None for a passage.
-        digest: of everything that its results depend on, the method aside.
+        digest: of everything that its results depend on, the method aside; not of what other rows the task has.
     """
 
     index: int
@@ -117,12 +117,12 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
 
 
 def _make_job(index: int, task: Task, row: Example | Passage, encoder: Encoder, settings: dict[str, Any]) -> Job:
-    about: list[Any] = [settings, task.name, row.id, dict(task.definition)]
+    about: list[Any] = [settings, task.name, row.id, dict(row.groups), dict(task.scoring)]
     if isinstance(row, Passage):
-        return Job(index, task, row, None, digest([*about, row.tokens, row.num_prompt]))
+        return Job(index, task, row, None, digest([*about, row.tokens, row.num_prompt, row.continuation]))
     try:
         encoded = encoder.encode(row, task.uses_template)
     except ValueError as error:
         raise ValueError(f"task {task.name}: {error}") from error
-    about += [encoded.context, encoded.question, row.max_new_tokens, row.stop, row.answers]
+    about += [encoded.context, encoded.question, row.max_new_tokens, row.stop, row.answers, dict(row.extra)]
     return Job(index, task, row, encoded, digest(about))

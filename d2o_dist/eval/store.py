@@ -12,6 +12,8 @@ from d2o_dist.engine.records import to_line
 
 Record = dict[str, Any]
 MERGED = "predictions.jsonl"
+# Whoever holds it appends and merges; see `engine.lock`.
+LOCK = ".lock"
 _PARTS = "predictions.rank*.jsonl"
 
 

@@ -32,3 +32,15 @@ def check_queries_keys(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     if v is not None and (v.shape != k.shape or v.dtype != k.dtype):
         raise ValueError(f"v {tuple(v.shape)} {v.dtype} must match k {tuple(k.shape)} {k.dtype}")
     group_size(q.shape[1], k.shape[1])
+
+
+def check_lse(q: Tensor, lse: Tensor) -> None:
+    """lse [B, Hq, Tq] against q [B, Hq, Tq, D]."""
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse {tuple(lse.shape)} must have the shape of q without its last dim {tuple(q.shape[:3])}")
+
+
+def check_bias(k: Tensor, bias: Tensor | None) -> None:
+    """bias [B, Hkv, Tk] against k [B, Hkv, Tk, D]."""
+    if bias is not None and bias.shape != k.shape[:3]:
+        raise ValueError(f"bias {tuple(bias.shape)} must have the shape of k without its last dim {tuple(k.shape[:3])}")

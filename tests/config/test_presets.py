@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from d2o_dist.config.d2o import PRESETS, D2OConfig
+from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.config.presets import PRESETS
 
 # Fields in which presets differ, in this order; all others are the same everywhere.
 FIELDS = (

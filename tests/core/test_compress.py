@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2o_dist.config import D2OConfig
-from d2o_dist.config.d2o import PRESETS
+from d2o_dist.config.presets import PRESETS
 from d2o_dist.core import D2OState, LayerBudget, Slots, compress_layer
 from tests.core.naive import assert_row_equals, naive_compress, to_lists
 from tests.oracle.published_step import PublishedStep

@@ -11,6 +11,8 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine import plan
 from d2o_dist.engine import runner as running
+from d2o_dist.engine.lock import OutputLock
+from d2o_dist.engine.output import lock_path
 from d2o_dist.engine.plan import prepare
 from d2o_dist.engine.runner import run
 from tests.engine.tiny import MAX_POSITIONS, make_folder, make_tokenizer
@@ -214,3 +216,20 @@ def test_dtype(folder, dtype):
     model = loading.load_model(InferConfig(model=str(folder), dtype=dtype, device="cpu"))
     assert model.dtype == (torch.float64 if dtype == "auto" else torch.float32)
     assert not model.training and model.config._attn_implementation == "d2o"
+
+
+def test_one_run_at_a_time_writes_to_an_output(folder, tmp_path):
+    config = make_config(folder, tmp_path, ROWS[:2])
+    plan = prepare(config)
+    held = OutputLock(config.output, lock_path(config.output))
+    with pytest.raises(ValueError, match=r"output .*out.jsonl is written by process \d+ on"):
+        run(config, plan)
+    held.release()
+    assert not (tmp_path / "out.jsonl").exists()
+    run(config, plan)
+    done = read(tmp_path)
+    # Planned before the other run ended: its results are not replaced unasked.
+    with pytest.raises(ValueError, match="exists: delete it, name another, or set overwrite=true"):
+        run(config, plan)
+    assert read(tmp_path) == done and len(done) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "p.jsonl"]

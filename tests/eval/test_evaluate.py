@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -135,6 +139,95 @@ def test_finished_rows_are_not_run_again(done, folder, tmp_path, monkeypatch):
     assert sum(counted) == 3 * 2 and len(read_records(tmp_path)) == 27 + 6
 
 
+def test_a_grid_is_extended(done, folder, tmp_path):
+    """Rows that were there are not run again, and their results are those of a run of their own."""
+    *_, output, _ = done
+    (tmp_path / "predictions.jsonl").write_text((output / "predictions.jsonl").read_text())
+    wider = {**TASKS[0], "lengths": [200, 230, 260], "depths": [0, 0.4, 1], "samples": 2}
+    counted: list[int] = []
+    outcome = run(plan_of(folder, tmp_path, tasks=[wider]), on_results=counted.append)
+    assert (sum(counted), outcome.num_results) == ((18 - 4) * 3, 18 * 3)
+    old = comparable(output)
+    assert {key: record for key, record in comparable(tmp_path).items() if key in old} == old
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A file of rows for `jsonl`, and a folder of LongBench's form."""
+    rows = [{"context": f"the fox {n} folds", "input": "what?", "answers": [f"fox {n}"], "stop": n} for n in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{**row, "all_classes": ["fox", "dog"], "answers": ["fox"]} for row in rows]
+    (tmp_path / "trec.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+JSONL = {"kind": "jsonl", "question": "{input}", "samples": 2}
+
+
+def digests(folder, data, **task) -> dict[tuple[str, str], str]:
+    """(task, row) -> digest."""
+    if task["kind"] in ("jsonl", "longbench"):
+        task = {"data": str(data / "rows.jsonl" if task["kind"] == "jsonl" else data), **task}
+    plan = plan_of(folder, data / "out", tasks=[task])
+    found = {(job.task.name, job.row.id): job.digest for job in plan.jobs}
+    assert len(set(found.values())) == len(plan.jobs), "one row, one digest"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "common"),
+    [
+        (TASKS[0], {"samples": 3}, 4),
+        (TASKS[0], {"lengths": [260, 150, 200], "depths": [0.25, 1, 0]}, 4),
+        ({**TASKS[0], "fact": "It is 7.", "question": "What?", "answer": "7"}, {"samples": 2, "lengths": [200]}, 2),
+        (TASKS[1], {"lengths": [100, 70]}, 3),
+        (TASKS[1], {"samples": 4}, 1),  # the others lie elsewhere in the text
+        (TASKS[2], {"samples": 4, "lengths": [450, 400]}, 2),
+        ({**TASKS[2], "tasks": ["fwe", "niah_single_2"], "max_new_tokens": 8}, {"tasks": ["fwe"], "samples": 5}, 2),
+        (JSONL, {"samples": 5}, 2),
+        ({"kind": "longbench", "tasks": ["trec"], "samples": 2}, {"samples": None}, 2),
+    ],
+    ids=str,
+)
+def test_a_row_is_known_whatever_other_rows_there_are(folder, data, task, more, common):
+    before, after = digests(folder, data, **task), digests(folder, data, **{**task, **more})
+    assert len(set(before.values()) & set(after.values())) == common
+    assert all(after[row] == one for row, one in before.items() if one in after.values())
+
+
+@pytest.mark.parametrize(
+    ("task", "other"),
+    [
+        (TASKS[0], {"max_new_tokens": 7}),
+        (TASKS[0], {"digits": 6}),
+        (TASKS[0], {"needles": 2}),
+        (TASKS[0], {"name": "another"}),
+        (TASKS[1], {"kind": "perplexity", "name": "fidelity"}),
+        (TASKS[1], {"continuation": "decode"}),
+        (TASKS[1], {"num_scored": 19}),
+        (TASKS[2], {"max_new_tokens": 5}),
+        (TASKS[2], {"lengths": [401]}),
+        (JSONL, {"metric": "qa_f1"}),
+        (JSONL, {"stop": ["x"]}),
+        (JSONL, {"answers": "input"}),
+        (JSONL, {"prefix": "the"}),
+        (JSONL, {"max_new_tokens": 5}),
+    ],
+    ids=str,
+)
+def test_what_a_result_depends_on_is_in_its_digest(folder, data, task, other):
+    assert not set(digests(folder, data, **task).values()) & set(digests(folder, data, **{**task, **other}).values())
+
+
+def test_rows_that_read_alike_are_rows_of_their_own(folder, data):
+    (data / "rows.jsonl").write_text('{"context": "the fox", "input": "what?", "answers": "fox"}\n' * 3)
+    assert len(digests(folder, data, **{**JSONL, "samples": 3})) == 3
+    before = digests(folder, data, kind="longbench", tasks=["trec"])
+    text = (data / "trec.jsonl").read_text()
+    (data / "trec.jsonl").write_text(text.replace('"dog"', '"cat"'))  # scoring looks for wrong classes too
+    assert not set(before.values()) & set(digests(folder, data, kind="longbench", tasks=["trec"]).values())
+
+
 def test_batches_change_nothing(done, folder, tmp_path):
     *_, output, _ = done
     run(plan_of(folder, tmp_path, batch_size=3, prefill_chunk=64))
@@ -183,6 +276,59 @@ def test_an_interruption_keeps_what_is_written(folder, tmp_path):
     outcome = run(plan, on_results=stop)
     assert outcome.interrupted and outcome.table is None and len(read_records(tmp_path)) == 1
     assert run(plan).num_missing == 0
+
+
+def rival(rank: int, world: int, folder: str, output: str) -> tuple[int, str]:
+    """Rank 0 waits at its first result until rank 1 has been refused; rank 1 tries again when rank 0 is done."""
+    tried, begun, counted = Path(output + ".tried"), Path(output + ".begun"), []
+
+    def wait_for(path: Path) -> None:
+        while not path.exists():
+            time.sleep(0.02)
+
+    def on_results(count: int) -> None:
+        counted.append(count)
+        begun.touch()
+        wait_for(tried)
+
+    plan, said = plan_of(folder, output, tasks=TASKS[1:2]), ""
+    if rank == 0:
+        run(plan, on_results=on_results)
+        Path(output + ".done").touch()
+    else:
+        wait_for(begun)
+        try:
+            run(plan)
+        except ValueError as error:
+            said = str(error)
+        tried.touch()
+        wait_for(Path(output + ".done"))
+        run(plan, on_results=counted.append)
+    return sum(counted), said
+
+
+def test_two_evaluations_do_not_write_into_one_folder(done, folder, tmp_path):
+    *_, output, _ = done
+    mine = tmp_path / "out"
+    (first, _), (second, said) = run_ranks(2, rival, folder, str(mine), init=False, timeout_s=120)
+    assert (first, second) == (9, 0) and f"output {mine} is written by process" in said
+    assert comparable(mine) == {key: record for key, record in comparable(output).items() if key[0] == "fidelity"}
+    assert not [path.name for path in mine.iterdir() if path.name.startswith(".")]
+
+
+def dies(rank: int, world: int, folder: str, output: str) -> None:
+    def on_results(count: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run(plan_of(folder, output, tasks=TASKS[1:2]), on_results=on_results)
+
+
+def test_a_killed_evaluation_is_resumed(folder, tmp_path):
+    run_ranks(1, dies, folder, str(tmp_path), init=False, lost=[0], timeout_s=120)
+    assert (tmp_path / ".lock").exists() and len(read_records(tmp_path)) == 1
+    counted: list[int] = []
+    assert run(plan_of(folder, tmp_path, tasks=TASKS[1:2]), on_results=counted.append).num_missing == 0
+    assert sum(counted) == 8 and not (tmp_path / ".lock").exists()
 
 
 def rank_evaluates(rank: int, world: int, folder: str, output: str, tasks: list, parallel: dict) -> tuple[int, bool]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist.config.d2o import PRESETS, D2OConfig
+from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.config.presets import PRESETS
 from d2o_dist.engine.session import Session
 from d2o_dist.eval.gathering import gathering_config, group_by_queries
 from d2o_dist.eval.reading import Reading

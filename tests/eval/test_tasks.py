@@ -319,7 +319,7 @@ def test_jsonl_templates_write_values_as_json(tools, tmp_path):
 def test_jsonl_metrics(tools, tmp_path, metric, text, score):
     task = jsonl(tmp_path, metric=metric)
     assert task.score(task.rows(tools)[0], text) == {"score": pytest.approx(score)}
-    assert task.definition["metric"] == metric
+    assert task.scoring["metric"] == metric
 
 
 def test_jsonl_metrics_are_those_of_the_configuration():

@@ -44,8 +44,7 @@ class Jsonl(Task):
         self.config = config
         self.name = config.name
         self.uses_template = config.chat
-        # Prompts and answers are part of a row's own digest.
-        self.definition: Mapping = {"kind": "jsonl", "metric": config.metric, "version": 1}
+        self.scoring: Mapping = {"kind": "jsonl", "metric": config.metric, "version": 1}
 
     def rows(self, tools: Tools) -> Sequence[Example]:
         """The first `samples` rows of the file, in its order."""

@@ -30,7 +30,7 @@ class LongBench(Task):
         self.config, self.task, self.spec = config, task, SPECS[task]
         self.name = f"{config.name}/{task}"
         self.uses_template = self.spec.chat
-        self.definition: Mapping = {"kind": "longbench", "task": task, "version": 1}
+        self.scoring: Mapping = {"kind": "longbench", "task": task, "version": 1}
 
     def rows(self, tools: Tools) -> Sequence[Example]:
         """The first `samples` rows of the data, in its order."""

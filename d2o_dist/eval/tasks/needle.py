@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from d2o_dist.config.eval_tasks import NeedleTask, task_to_dict
+from d2o_dist.config.eval_tasks import NeedleTask
 from d2o_dist.eval.examples import Example, Task, Tools
 from d2o_dist.eval.fill import largest_fit
 from d2o_dist.eval.metrics.answers import correct_characters, correct_prefix, starts_with_answer
@@ -48,7 +48,7 @@ class Needle(Task):
         self.config = config
         self.name = config.name
         self.primary = "exact" if config.fact is None else "rouge1"
-        self.definition: Mapping = {**task_to_dict(config), "version": 1}
+        self.scoring: Mapping = {"kind": "needle", "fixed": config.fact is not None, "version": 1}
 
     def rows(self, tools: Tools) -> Sequence[Example]:
         """One example for each length, depth and sample."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from d2o_dist.config.eval_tasks import FidelityTask, PassageTask, task_to_dict
+from d2o_dist.config.eval_tasks import FidelityTask, PassageTask
 from d2o_dist.eval.examples import Passage, Task, Tools
 
 
@@ -21,7 +21,7 @@ class Passages(Task):
         self.config = config
         self.name = config.name
         self.primary = "kl" if isinstance(config, FidelityTask) else "nll"
-        self.definition: Mapping = {**task_to_dict(config), "version": 1}
+        self.scoring: Mapping = {"kind": config.kind, "version": 1}
 
     def rows(self, tools: Tools) -> Sequence[Passage]:
         """The passages of every length. Those of one sample end at the same place of the text, whatever their length,

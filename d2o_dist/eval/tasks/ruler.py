@@ -33,7 +33,7 @@ class Ruler(Task):
     def __init__(self, config: RulerTask, task: str) -> None:
         self.config, self.task = config, task
         self.name = f"{config.name}/{task}"
-        self.definition: Mapping = {"kind": "ruler", "task": task, "haystack": config.haystack, "version": 1}
+        self.scoring: Mapping = {"kind": "ruler", "task": task, "version": 1}
 
     def rows(self, tools: Tools) -> Sequence[Example]:
         """`samples` examples of each length."""

@@ -5,7 +5,7 @@ from torch import Tensor
 from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.column_peaks.naive import naive_column_peaks
 from d2o_dist.kernels.column_peaks.torch_blocked import blocked_column_peaks
-from d2o_dist.kernels.common import check_queries_keys
+from d2o_dist.kernels.common import check_bias, check_lse, check_queries_keys
 
 __all__ = ["column_peaks", "naive_column_peaks"]
 
@@ -34,10 +34,8 @@ def column_peaks(
         ValueError: shapes that do not fit.
     """
     check_queries_keys(q, k)
-    if lse.shape != q.shape[:3]:
-        raise ValueError(f"lse {tuple(lse.shape)} must have the shape of q without its last dim {tuple(q.shape[:3])}")
-    if bias is not None and bias.shape != k.shape[:3]:
-        raise ValueError(f"bias {tuple(bias.shape)} must have the shape of k without its last dim {tuple(k.shape[:3])}")
+    check_lse(q, lse)
+    check_bias(k, bias)
     path = blocked_column_peaks
     if takes_triton(q, k, head_dim=q.shape[3]) and q.numel() and k.numel():
         from d2o_dist.kernels.column_peaks.triton import triton_column_peaks as path

@@ -5,7 +5,7 @@ from torch import Tensor
 from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.column_sums.naive import naive_column_sums
 from d2o_dist.kernels.column_sums.torch_blocked import blocked_column_sums
-from d2o_dist.kernels.common import check_queries_keys
+from d2o_dist.kernels.common import check_bias, check_lse, check_queries_keys
 
 __all__ = ["column_sums", "naive_column_sums"]
 
@@ -39,10 +39,8 @@ def column_sums(
     hold. Not differentiable: scores are statistics. Working memory is bounded (about 32 MiB on a CPU), whatever T.
     """
     check_queries_keys(q, k)
-    if lse.shape != q.shape[:3]:
-        raise ValueError(f"lse {tuple(lse.shape)} must have the shape of q without its last dim {tuple(q.shape[:3])}")
-    if bias is not None and bias.shape != k.shape[:3]:
-        raise ValueError(f"bias {tuple(bias.shape)} must have the shape of k without its last dim {tuple(k.shape[:3])}")
+    check_lse(q, lse)
+    check_bias(k, bias)
     if window is not None and (not causal or window < 1):
         raise ValueError(f"window ({window}) must be at least 1 and needs causal=True (causal={causal})")
     if num_last is not None:

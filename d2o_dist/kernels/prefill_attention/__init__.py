@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from d2o_dist.kernels.backend import get_backend, takes_triton, wants_grad
-from d2o_dist.kernels.common import acc_dtype, check_queries_keys
+from d2o_dist.kernels.common import acc_dtype, check_bias, check_queries_keys
 from d2o_dist.kernels.flash_attn import flash_attention_for
 from d2o_dist.kernels.prefill_attention.cpu import cpu_cross_attention, cpu_prefill_attention
 from d2o_dist.kernels.prefill_attention.cuda import cuda_cross_attention, cuda_prefill_attention, cuda_supports
@@ -46,7 +46,7 @@ def prefill_attention(
         raise ValueError(f"window ({window}) must be at least 1")
     if window is not None and window >= k.shape[2]:
         window = None  # it hides nothing
-    _check_bias(k, bias)
+    check_bias(k, bias)
     package = flash_attention_for(q, k, v) if bias is None else None
     if package is not None:
         return package.attend(q, k, v, scale, causal=True, window=window)
@@ -81,7 +81,7 @@ def cross_attention(
     Triton kernel; everything else: a blocked torch path. No gradient.
     """
     check_queries_keys(q, k, v)
-    _check_bias(k, bias)
+    check_bias(k, bias)
     if k.shape[2] == 0:
         raise ValueError("number of keys (0) must be at least 1")
     if q.numel() == 0:
@@ -100,11 +100,6 @@ def cross_attention(
     if q.device.type == "cpu":
         return cpu_cross_attention(q, k, v, scale)
     return (cuda_cross_attention if cuda_supports(q, None) else blocked_cross_attention)(q, k, v, scale)
-
-
-def _check_bias(k: Tensor, bias: Tensor | None) -> None:
-    if bias is not None and bias.shape != k.shape[:3]:
-        raise ValueError(f"bias {tuple(bias.shape)} must have the shape of k without its last dim {tuple(k.shape[:3])}")
 
 
 def _prefers_triton(q: Tensor, k: Tensor, v: Tensor, window: int | None, bias: Tensor | None) -> bool:
