@@ -12,7 +12,6 @@ from torch import Tensor
 from d2o_dist.attention.sampled import sampled_column_sums
 from d2o_dist.config.d2o import QuerySample
 from d2o_dist.core.statistics import group_sum
-from d2o_dist.kernels.column_peaks import column_peaks
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.lse import merge_partials
 from d2o_dist.kernels.prefill_attention import cross_attention, prefill_attention
@@ -65,11 +64,11 @@ def reread_attention(
         q: [B, Hq, n, D]; k, v: [B, Hkv, n, D] of the chunk; keys, values: [B, Hkv, S, D] of the slots.
 
     Returns:
-        output [B, Hq, n, D] in the dtype of q, and the column peaks of the slots [B, Hkv, S].
+        output [B, Hq, n, D] in the dtype of q, lse [B, Hq, n].
     """
     before, itself = cross_attention(q, keys, values, scale), prefill_attention(q, k, v, scale)
     out, lse = merge_partials([before[0], itself[0]], [before[1], itself[1]])
-    return out.to(q.dtype), column_peaks(q, keys, lse, scale, causal=False)
+    return out.to(q.dtype), lse
 
 
 def prompt_rates(q: Tensor, lse: Tensor, k: Tensor, scale: float, *, log_mass: Tensor | None = None) -> Tensor:

@@ -69,6 +69,7 @@ class LayerEvictions:
             for unit in layer.units:
                 if unit.slot_budgets is not None:
                     self._finalize(index, unit)
+        self._end_of_heads(1)
 
     def _finalize(self, index: int, unit: FullLayer) -> None:
         due = due_unit(index, unit, 1)
@@ -90,18 +91,34 @@ class LayerEvictions:
             seen: [B] int64 tokens seen, on the device.
         """
         jobs = _all_due(self.layers, slack)
-        if not jobs:
-            return False
+        if jobs:
+            self._run(jobs, seen)
+        self._end_of_heads(slack)
+        return bool(jobs)
+
+    def _run(self, jobs: Sequence[DueUnit], seen: Tensor) -> None:
         steps = [self._steps_in_place(job) or self._steps(job, seen, finalize=False) for job in jobs]
         results = run_evictions(steps, self._gather_reports)
         for job, (slots, state) in zip(jobs, results, strict=True):
             job.unit.state = state
             job.unit.store.replace(slots, job.kv_len)
         self._check(jobs)
-        return True
+
+    @property
+    def _by_head(self) -> bool:
+        """Whether each KV head is evicted by itself: which of them are due then differs from rank to rank."""
+        return self.config.budget_per == "head"
+
+    def _end_of_heads(self, slack: int) -> None:
+        """Of heads with budgets of their own: count what other ranks have evicted, and compare."""
+        if self._by_head:
+            for layer in self.layers.values():
+                for head in layer.elsewhere:
+                    head.evict(slack)
+            self._check_heads()
 
     def _steps_in_place(self, job: DueUnit) -> EvictionSteps | None:
-        if self.config.budget_per == "head":
+        if self._by_head:
             cuda_leaves("evictions of heads with budgets of their own")
             return None
         alone = self.ranks.tp.size == 1 and not self.ranks.deals_tokens
@@ -117,12 +134,33 @@ class LayerEvictions:
         )  # fmt: skip
 
     def _gather_reports(self, reports: Tensor) -> Tensor:
-        """[B, h, X] of the KV heads at hand -> [B, H, X] of the whole layer, the same on every rank."""
-        return self.ranks.gather_kv_heads(self.ranks.join_heads(reports))
+        """[B, h, X] of the KV heads at hand -> [B, H, X] of the whole layer, the same on every rank.
+
+        A head with a budget of its own is all of its layer.
+        """
+        return reports if self._by_head else self.ranks.gather_kv_heads(self.ranks.join_heads(reports))
 
     def _check(self, jobs: Sequence[DueUnit]) -> None:
-        decided = {job.index: [job.unit.store.slots.positions] for job in jobs}
-        _check(self.layers, decided, self.ranks, by_sequence=False)
+        if not self._by_head:
+            decided = {job.index: [job.unit.store.slots.positions] for job in jobs}
+            _check(self.layers, decided, self.ranks, by_sequence=False)
+
+    def _check_heads(self) -> None:
+        """As `_check`, of all layers at once, due or not: ranks that differ may disagree on what is due.
+
+        All ranks know the lengths and budgets of all heads; those that hold copies of one, its slots and its threshold.
+        """
+        if not self.ranks.parallel.check_replicas:
+            return
+        lengths = {
+            index: torch.tensor([[head.kv_len, head.slot_budgets or head.kv_len] for head in layer.budgeted])
+            for index, layer in self.layers.items()
+        }
+        copies = {
+            index: [tensor for unit in layer.units for tensor in (unit.store.slots.positions, unit.state.threshold)]
+            for index, layer in self.layers.items()
+        }
+        check_agreement(lengths, copies, self.ranks, by_sequence=False, what="lengths or budgets of heads")
 
 
 @dataclass(frozen=True)

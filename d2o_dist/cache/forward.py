@@ -110,13 +110,21 @@ class DealtChunk:
 
 @dataclass(frozen=True)
 class SecondReading:
-    """A chunk of a prompt that is read a second time, and not kept."""
+    """A chunk of a prompt that is read a second time, and not kept.
+
+    Attributes:
+        rows: the tokens of the whole chunk.
+        exchange: takes them to where all tokens of some heads are, and back; None for a chunk that lies here.
+    """
 
     rows: Rows
+    exchange: HeadExchange | None
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """As `Forward.attend`."""
-        return layer.reread(q, k, v, scale, self.rows)
+        if self.exchange is None:
+            return layer.reread(q, k, v, scale, self.rows)
+        return self.exchange.to_tokens(layer.reread(*self.exchange.to_heads(q, k, v), scale, self.rows))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,11 @@
 Heads differ far more than layers do: a few look tokens up anywhere in the prompt, most never leave their neighbourhood.
 Heads are attended one after the other.
 
-Shape legend: B rows, Hq query heads, Hkv KV heads, n tokens of a chunk, S slots of the fullest head, D head dim.
+Where ranks share the heads, every rank knows how many slots each head of the layer holds, its own or not: that follows
+from lengths and budgets alone, which all ranks know. So nothing is asked of other ranks to evict, or to report.
+
+Shape legend: B rows, Hq query heads, Hkv KV heads of this rank, n tokens of a chunk, S slots of the fullest head, D
+head dim.
 """
 
 from __future__ import annotations
@@ -22,18 +26,55 @@ from d2o_dist.cache.store import SlotStore
 from d2o_dist.core.types import D2OState, Slots
 
 
+class HeadElsewhere:
+    """A KV head that another rank holds: how many slots it has there.
+
+    Attributes:
+        kv_len, slot_budgets: as of the `FullLayer` that it is there.
+    """
+
+    def __init__(self, kv_len: Sequence[int]) -> None:
+        self.kv_len = list(kv_len)
+        self.slot_budgets: list[int] | None = None
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Count what each row took."""
+        self.kv_len = [held + new for held, new in zip(self.kv_len, counts, strict=True)]
+
+    def evict(self, slack: int) -> None:
+        """Count the eviction of each row that holds `slack` slots or more over its budget."""
+        if self.slot_budgets is not None:
+            both = zip(self.kv_len, self.slot_budgets, strict=True)
+            self.kv_len = [slots if held >= slots + slack else held for held, slots in both]
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index`, in that order, repeated where repeated."""
+        host = index.tolist()
+        self.kv_len = [self.kv_len[row] for row in host]
+        if self.slot_budgets is not None:
+            self.slot_budgets = [self.slot_budgets[row] for row in host]
+
+
 class HeadwiseLayer:
     """One layer, after its first prefill.
 
+    Args:
+        layer: all of this rank's heads; here: which heads of the whole model's `num_heads` they are.
+
     Attributes:
-        units: one layer a KV head.
-        store: all of their slots side by side, to look at.
+        units: one layer a KV head of this rank; elsewhere: the heads of other ranks.
+        budgeted: all heads of the layer, in order.
+        store: all slots of the units side by side, to look at.
     """
 
-    def __init__(self, layer: FullLayer) -> None:
-        slots, kv_len = layer.store.slots, layer.store.kv_len
-        self.units = [layer.of_head(head) for head in range(slots.positions.shape[1])]
+    def __init__(self, layer: FullLayer, here: range, num_heads: int) -> None:
+        assert layer.store.slots.positions.shape[1] == len(here)
+        kv_len = layer.store.kv_len
+        self.units = [layer.of_head(number) for number in range(len(here))]
         assert all(unit.kv_len == kv_len for unit in self.units)
+        before, after = ([HeadElsewhere(kv_len) for _ in range(count)] for count in (here.start, num_heads - here.stop))
+        self.elsewhere = before + after
+        self.budgeted: list[FullLayer | HeadElsewhere] = before + self.units + after
 
     @property
     def store(self) -> HeadStores:
@@ -42,25 +83,26 @@ class HeadwiseLayer:
 
     @property
     def kv_len(self) -> list[int]:
-        """Slots of each row's fullest head."""
-        return [max(held) for held in zip(*(unit.kv_len for unit in self.units), strict=True)]
+        """Slots of each row's fullest head, on whichever rank."""
+        return [max(held) for held in zip(*(head.kv_len for head in self.budgeted), strict=True)]
 
     @property
     def mean_kv_len(self) -> list[float]:
-        """Slots of each row, mean over its heads."""
-        return [sum(held) / len(held) for held in zip(*(unit.kv_len for unit in self.units), strict=True)]
+        """Slots of each row, mean over its heads on all ranks."""
+        return [sum(held) / len(held) for held in zip(*(head.kv_len for head in self.budgeted), strict=True)]
 
     @property
     def slot_budgets(self) -> list[float] | None:
-        """Slots each row is evicted to, mean over its heads; None before finalize and for a protected layer."""
-        budgets = [unit.slot_budgets for unit in self.units]
+        """Slots each row is evicted to, mean over its heads on all ranks; None before finalize and for a protected
+        layer."""
+        budgets = [head.slot_budgets for head in self.budgeted]
         if any(one is None for one in budgets):
             return None
         return [sum(slots) / len(slots) for slots in zip(*budgets, strict=True)]
 
     @property
     def state(self) -> D2OState:
-        """Thresholds averaged over the heads, counts added up."""
+        """Thresholds averaged over the heads of this rank, counts added up."""
 
         def over_heads(name: str, join: Callable[[Tensor], Tensor]) -> Tensor | None:
             values = [getattr(unit.state, name) for unit in self.units]
@@ -77,6 +119,8 @@ class HeadwiseLayer:
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
         """As `FullLayer.prefill`."""
+        for head in self.elsewhere:
+            head.advance(rows.counts)
         heads = zip(self.units, *self._by_head(q, k, v), strict=True)
         return torch.cat([unit.prefill(*of_head, scale, rows, num_seen) for unit, *of_head in heads], 1)
 
@@ -102,8 +146,8 @@ class HeadwiseLayer:
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
-        for unit in self.units:
-            unit.select_rows(index)
+        for head in self.budgeted:
+            head.select_rows(index)
 
 
 class HeadStores:

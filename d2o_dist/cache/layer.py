@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from d2o_dist.attention.peaks import partial_peaks
 from d2o_dist.attention.prefill import chunk_attention, prompt_rates, reread_attention
 from d2o_dist.attention.sampled import rest_sums
 from d2o_dist.cache.query_window import QueryWindow
@@ -19,7 +20,6 @@ from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.statistics import RATE_FLOOR, group_sum, squared_deviations
 from d2o_dist.core.types import D2OState, stats_dtype
-from d2o_dist.kernels.column_peaks import column_peaks
 from d2o_dist.kernels.scored_decode import scored_decode
 
 
@@ -43,7 +43,8 @@ class FullLayer:
         self._window: QueryWindow | None = None
         # Per query head, [B, Hq, S]: only the first prefill needs them, for its dispersions.
         self._column_sums: Tensor | None = None
-        # [B, Hkv, S]: the most attention that a query of the second reading gave. They become the scores.
+        # [B, Hkv, S]: the most attention that a query of the second reading gave. They become the scores. Between
+        # ranks that hold copies of the KV heads peaks are complete, here and in the scores, only when a prefill ends.
         self._peaks: Tensor | None = None
         self._first_prefill = True
 
@@ -59,7 +60,12 @@ class FullLayer:
 
     @property
     def units(self) -> list[FullLayer]:
-        """What has a budget of its own."""
+        """What holds slots of its own."""
+        return [self]
+
+    @property
+    def budgeted(self) -> list[FullLayer]:
+        """What has a budget of its own, here or on other ranks."""
         return [self]
 
     # ---- attention ---------------------------------------------------------------------------------------------
@@ -97,7 +103,8 @@ class FullLayer:
         if self._by_peaks or self._peaks is not None:
             # A later turn, or what follows the second reading before anything is compressed.
             peaks = (slots.scores if self._by_peaks else self._peaks)[group, :, here]
-            torch.maximum(peaks, column_peaks(q, keys, lse, scale, q_start=start, bias=log_mass), out=peaks)
+            found = partial_peaks(self.ranks, q, keys, lse, scale, q_start=start, bias=log_mass)
+            torch.maximum(peaks, found, out=peaks)
         if sums is not None:
             slots.scores[group, :, here] += self.ranks.sum_replicas(group_sum(sums, keys.shape[1]))
             if self._column_sums is not None:
@@ -134,8 +141,9 @@ class FullLayer:
     def _reread_rows(self, group: slice, q: Tensor, k: Tensor, v: Tensor, scale: float, count: int) -> Tensor:
         slots = self.store.slots
         keys, values = slots.keys[group, :, :count], slots.values[group, :, :count]
-        out, peaks = reread_attention(q, k, v, keys, values, scale)
-        torch.maximum(self._peaks[group, :, :count], peaks, out=self._peaks[group, :, :count])
+        out, lse = reread_attention(q, k, v, keys, values, scale)
+        peaks = self._peaks[group, :, :count]
+        torch.maximum(peaks, partial_peaks(self.ranks, q, keys, lse, scale, causal=False), out=peaks)
         return out
 
     def _grow_column_sums(self, q: Tensor) -> None:
@@ -211,8 +219,11 @@ class FullLayer:
 
     def finish_prefill(self) -> None:
         """Let peaks be the scores, and free what only a prefill needs."""
+        scores = self.store.slots.scores
         if self._peaks is not None and self.config.needs_reread:
-            self.store.slots.scores.copy_(self._peaks)
+            scores.copy_(self.ranks.max_replicas(self._peaks))
+        elif self._by_peaks and self.ranks.kv_replicas > 1:
+            scores.copy_(self.ranks.max_replicas(scores))
         self._window = self._column_sums = self._num_old = self._peaks = None
         self._first_prefill = False
 

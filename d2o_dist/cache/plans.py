@@ -16,7 +16,8 @@ from d2o_dist.cache.layer import FullLayer
 from d2o_dist.cache.layers import CompressedLayer
 from d2o_dist.cache.sharded import ShardedLayer
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.compression.budgets import row_log_weights, row_slots
+from d2o_dist.compression.budgets import highest_of_heads, row_log_weights, row_slots
+from d2o_dist.compression.shard_finalize import statistics_of_all
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.select import rank_scores
 
@@ -118,19 +119,50 @@ def head_variances(
     return variances.transpose(1, 2).contiguous()
 
 
+def head_counts(
+    layers: Collection[FullLayer | ShardedLayer],
+    config: D2OConfig,
+    num_seen: Sequence[int],
+    num_kv_heads: int,
+    ranks: RequestRanks,
+    *,
+    by_sequence: bool,
+) -> Tensor | None:
+    """[B, L, Hkv] int64, how many of the model's highest ranked tokens each KV head has.
+
+    None where no budget depends on them.
+
+    Args:
+        layers: those that are compressed, their first prefill finished.
+        num_kv_heads: of a layer of the whole model; num_seen, by_sequence: as for `head_variances`.
+    """
+    if config.allocation != "ranked" or config.keeps_everything or not layers:
+        return None
+    rankings, live = [], []
+    for layer in layers:
+        # Over sequence ranks the statistics are gathered: a rank may be a maximum over neighbours on another rank.
+        slots = statistics_of_all(layer.slots_for_finalize(), ranks.sp)[0] if by_sequence else layer.store.slots
+        seen = torch.tensor(num_seen, device=slots.positions.device)
+        rankings.append(rank_scores(slots, config, finalize=True, num_seen_tokens=seen))
+        live.append(slots.live)
+    return highest_of_heads(rankings, live, num_seen, num_kv_heads, config, ranks, by_sequence=by_sequence)
+
+
 def set_budgets(
     layers: Collection[CompressedLayer],
     plans: list[RowPlan] | None,
     variances: Tensor | None,
+    highest: Tensor | None,
     config: D2OConfig,
     num_seen: Sequence[int],
 ) -> list[RowPlan]:
-    """Give every layer, or each of its heads where these have budgets of their own, the slots of each row.
+    """Give every layer, or each of its heads where these have budgets of their own, the slots of each row. Heads of
+    other ranks too: all ranks derive the same.
 
     Args:
         layers: those that are compressed, their prefill finished.
         plans: of an earlier finalize, whose weights stay; None at the first.
-        variances: of `head_variances`, at the first finalize.
+        variances, highest: of `head_variances` and `head_counts`, at the first finalize.
         config: with `protected_layers` counted among `layers`.
         num_seen: tokens seen by each row.
 
@@ -139,30 +171,20 @@ def set_budgets(
     """
     if not layers:
         return []
-    units = [unit for layer in layers for unit in layer.units]
-    config, count = on_units(config, len(units) // len(layers)), len(units)
+    budgeted = [one for layer in layers for one in layer.budgeted]
+    config, count = on_units(config, len(budgeted) // len(layers)), len(budgeted)
     if plans is None:
         plans = []
-        rankings = _rankings(units, config, num_seen) if config.allocation == "ranked" else None
         for row, num_tokens in enumerate(num_seen):
             log_weights, dispersions = row_log_weights(
                 None if variances is None else variances[row].reshape(count, -1), config, count,
-                None if rankings is None else [one[row, :, :num_tokens] for one in rankings],
+                None if highest is None else highest[row].reshape(count, -1).sum(-1).tolist(),
             )  # fmt: skip
             plans.append(RowPlan(log_weights, dispersions, num_tokens))
     for plan, num_tokens in zip(plans, num_seen, strict=True):
         plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
         plan.num_tokens = num_tokens
     protected = config.protected(count)
-    for index, unit in enumerate(units):
-        unit.slot_budgets = None if index in protected else [plan.slots[index] for plan in plans]
+    for index, one in enumerate(budgeted):
+        one.slot_budgets = None if index in protected else [plan.slots[index] for plan in plans]
     return plans
-
-
-def _rankings(units: Sequence[FullLayer], config: D2OConfig, num_seen: Sequence[int]) -> list[Tensor]:
-    """Per unit [B, h, S], what its slots are ranked by at the end of the first prefill."""
-    ranked = []
-    for unit in units:
-        seen = torch.tensor(num_seen, device=unit.store.slots.positions.device)
-        ranked.append(rank_scores(unit.store.slots, config, finalize=True, num_seen_tokens=seen))
-    return ranked

@@ -21,7 +21,8 @@ class LayerReport:
         num_heavy, num_recent: the budget of each row; None before finalize and for layers that are never evicted.
         kv_len: slots held by each row. Where heads have budgets of their own, these three are means over the KV heads.
         dispersion: statistic that the budget came from, per row; None if the allocation does not use it.
-        threshold: moving similarity threshold per row; None before the first eviction of a row.
+        threshold: moving similarity threshold per row; None before the first eviction of a row. Where heads have
+            budgets of their own, the mean over the KV heads of this rank.
         num_merged, num_dropped: evicted tokens folded into others or lost so far, over all rows and the KV heads that
             this rank knows of: all of the layer on one device, its own where ranks share the heads.
         num_bytes, full_bytes: keys and values held (by all ranks), and what an uncompressed cache would hold.
@@ -155,16 +156,16 @@ def _layer_report(cache: CompressedCache, index: int) -> LayerReport:
         return LayerReport(
             index, "sliding", None, None, kv_len, None, [None] * len(seen), 0, 0, num_bytes, per_token * sum(kept),
         )  # fmt: skip
-    state, units = layer.state, layer.units
-    first = cache.full_layers.index(index) * len(units)
+    state, heads = layer.state, layer.budgeted
+    first = cache.full_layers.index(index) * len(heads)
     budgets = layer.slot_budgets
     num_heavy = num_recent = None
     if budgets is not None:
-        splits = [[cache.config.split(slots) for slots in unit.slot_budgets] for unit in units]
+        splits = [[cache.config.split(slots) for slots in head.slot_budgets] for head in heads]
         num_heavy, num_recent = ([_mean(part) for part in zip(*of, strict=True)] for of in (
-            [[heavy for heavy, _ in unit] for unit in splits], [[recent for _, recent in unit] for unit in splits]
+            [[heavy for heavy, _ in head] for head in splits], [[recent for _, recent in head] for head in splits]
         ))  # fmt: skip
-    plans = [plan.dispersions[first : first + len(units)] for plan in cache.plans or [] if plan.dispersions]
+    plans = [plan.dispersions[first : first + len(heads)] for plan in cache.plans or [] if plan.dispersions]
     dispersion = [_mean(one) for one in plans]
     protected = cache.plans is not None and budgets is None
     threshold = [None] * len(seen) if state.threshold is None else [

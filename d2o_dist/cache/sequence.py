@@ -13,9 +13,9 @@ from torch import Tensor
 from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.cache.evictions import LayerEvictions, ShardEvictions
 from d2o_dist.cache.forward import Chunk, ChunkOfHeads, DealtChunk, Forward, SecondReading, Step
-from d2o_dist.cache.headwise import HeadwiseLayer
+from d2o_dist.cache.headwise import HeadElsewhere, HeadwiseLayer
 from d2o_dist.cache.layers import CompressedLayer, Layer, make_layers, spread_layers
-from d2o_dist.cache.plans import RowPlan, check_gathered, head_variances, on_full_layers, set_budgets
+from d2o_dist.cache.plans import RowPlan, check_gathered, head_counts, head_variances, on_full_layers, set_budgets
 from d2o_dist.cache.rows import Rows
 from d2o_dist.cache.step import DecodeStep
 from d2o_dist.comm.deal import Deal, Placement
@@ -99,11 +99,7 @@ class CompressedCache:
             )
 
     def _check_shared(self, config: D2OConfig) -> None:
-        if self.ranks.is_shared and not config.by_layer:
-            raise ValueError(
-                f"tp ({self.ranks.tp.size}) and sp ({self.ranks.sp.size}) must be 1 with selection reread, allocation "
-                f"ranked or budget_per head: given are {config.selection}, {config.allocation} and {config.budget_per}"
-            )
+        self.ranks.parallel.check_rules(config)
 
     # ---- one forward ---------------------------------------------------------------------------------------------
 
@@ -172,12 +168,10 @@ class CompressedCache:
     def _begin(self, k: Tensor, mask: Tensor | None) -> None:
         """Settle the phase and the kind of this forward."""
         batch, _, length, _ = k.shape
-        if self._rereading:
-            self._forward = SecondReading(Rows.of(batch, length, mask))
-            return
         deal = self.dealt if self._deal_waits else None
         self._deal_waits = False
-        if deal is None and self.ranks.deals_tokens and (length > 1 or not self.num_seen_columns):
+        is_chunk = length > 1 or not self.num_seen_columns or self._rereading or deal is not None
+        if deal is None and self.ranks.deals_tokens and is_chunk:
             raise ValueError(
                 f"a chunk of {length} columns was not dealt: with sp ({self.ranks.sp.size}) every rank takes a part of "
                 "the prompt; announce it with deal()"
@@ -191,7 +185,7 @@ class CompressedCache:
             self.num_seen = [0] * batch
             self.layers = make_layers(self.windows, batch, self.config, self.ranks, by_sequence=self._by_sequence)
         # A prompt of one token is a prefill; so is anything before the first token was seen.
-        if length == 1 and self.num_seen_columns > 0 and deal is None:
+        if not is_chunk:
             if not self._step_announced:
                 rows = Rows.of(batch, length, mask)
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
@@ -202,6 +196,9 @@ class CompressedCache:
             return
         if self._step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
+        if self._rereading:
+            self._forward = self._second_reading(deal, Rows.of(batch, length, mask if deal is None else deal.mask()))
+            return
         self._begin_prefill(batch)
         if deal is None or not self.ranks.deals_tokens:
             rows = Rows.of(batch, length, mask if deal is None else deal.mask())
@@ -212,6 +209,12 @@ class CompressedCache:
             self._forward = DealtChunk(deal, self._placement, rows, self.num_seen)
         else:
             self._forward = ChunkOfHeads(Rows.first(deal.counts), self.num_seen, HeadExchange(self.ranks, deal))
+
+    def _second_reading(self, deal: Deal | None, rows: Rows) -> SecondReading:
+        """Of a chunk whose tokens here are `rows`."""
+        if deal is None or not self.ranks.deals_tokens:
+            return SecondReading(rows, None)
+        return SecondReading(Rows.first(deal.counts), HeadExchange(self.ranks, deal))
 
     def _begin_prefill(self, batch: int) -> None:
         if self._placement is None or self.phase != "prefill":
@@ -284,9 +287,15 @@ class CompressedCache:
         """All that holds slots of its own: layers, or their KV heads where these have budgets of their own."""
         return [unit for layer in self.layers for unit in layer.units]
 
+    def _elsewhere(self) -> list[HeadElsewhere]:
+        """KV heads of other ranks that have budgets of their own."""
+        return [head for layer in self.layers if isinstance(layer, HeadwiseLayer) for head in layer.elsewhere]
+
     def _close_step(self) -> None:
         counts = self.step.counts
         moved = [unit.advance(counts) for unit in self._units()]
+        for head in self._elsewhere():
+            head.advance(counts)
         self.num_seen = _added(self.num_seen, counts)
         self.num_seen_columns += 1
         if self.config.eviction_interval is not None:
@@ -301,12 +310,13 @@ class CompressedCache:
         forward, and is not kept. What each slot got is noted, for `selection="reread"`.
 
         Raises:
-            ValueError: the first prefill is over or has not begun; ranks share the request.
+            ValueError: the first prefill is over or has not begun; the prompt was not read by heads (`sp_prefill`).
         """
         self._check_first_prefill("a prompt is read a second time after the first and before it is compressed")
-        if self.ranks.is_shared:
+        if self._by_sequence:
             raise ValueError(
-                f"tp ({self.ranks.tp.size}) and sp ({self.ranks.sp.size}) must be 1 to read a prompt a second time"
+                f"sp_prefill ({self.ranks.parallel.sp_prefill}) must be ulysses to read a prompt a second time with sp "
+                f"({self.ranks.sp.size})"
             )
         self.num_reread = self.num_reread or [0] * len(self.num_seen)
         self._rereading = True
@@ -333,17 +343,21 @@ class CompressedCache:
         with self.ranks.counter.phase("finalize"):
             for index in self.full_layers:
                 self.layers[index].complete_statistics()
-            config, variances = self._compressed_config, None
+            config, variances, highest = self._compressed_config, None, None
             if self.plans is None:
                 variances = head_variances(
                     self._full().values(), config, self.num_seen, self.ranks, by_sequence=self._by_sequence
                 )
             for index in self.full_layers:
                 self.layers[index].finish_prefill()
-            if config.budget_per == "head" and self.plans is None:
-                for index in self.full_layers:
-                    self.layers[index] = HeadwiseLayer(self.layers[index])
-            self.plans = set_budgets(self._full().values(), self.plans, variances, config, self.num_seen)
+            if self.plans is None:
+                highest = head_counts(
+                    self._full().values(), config, self.num_seen, self.num_kv_heads, self.ranks,
+                    by_sequence=self._by_sequence,
+                )  # fmt: skip
+                if config.budget_per == "head":
+                    self._part_heads()
+            self.plans = set_budgets(self._full().values(), self.plans, variances, highest, config, self.num_seen)
             # Of this prefill's tokens a step from before it knows nothing.
             self.phase, self.step = "decode", None
             self._evictions().at_finalize()
@@ -351,6 +365,13 @@ class CompressedCache:
                 spread_layers(self.layers, self.num_seen, self.ranks)
                 self._by_sequence = True
         self._placement = None
+
+    def _part_heads(self) -> None:
+        """Let each KV head of a layer be a layer of its own."""
+        num_heads = self.num_kv_heads
+        for index in self.full_layers:
+            here = self.ranks.kv_heads(self.layers[index].store.shape[0], by_sequence=self._by_sequence)
+            self.layers[index] = HeadwiseLayer(self.layers[index], here, num_heads)
 
     def _evict(self, slack: int) -> bool:
         """While decoding: evict what is `slack` slots or more over its budget; whether anything was."""

@@ -111,6 +111,11 @@ class ShardedLayer:
 
     @property
     def units(self) -> list[ShardedLayer]:
+        """What holds slots of its own."""
+        return [self]
+
+    @property
+    def budgeted(self) -> list[ShardedLayer]:
         """What has a budget of its own."""
         return [self]
 

@@ -96,6 +96,13 @@ class RequestRanks:
         scale = num_heads // sum(self.kv_sizes)
         return [scale * size for size in self.kv_sizes]
 
+    def kv_heads(self, num_here: int, *, by_sequence: bool) -> range:
+        """Which KV heads of a layer of the whole model the `num_here` at hand are."""
+        dealt = self.deals_tokens and not by_sequence
+        block = sum(self.kv_sizes) if dealt else num_here
+        first = self.tp.rank // self.kv_replicas * block + (sum(self.kv_sizes[: self.sp.rank]) if dealt else 0)
+        return range(first, first + num_here)
+
     def my_heads(self, tensor: Tensor) -> Tensor:
         """[B, heads of the tensor rank, ...] -> those of this sequence rank."""
         sizes = self.sizes(tensor.shape[1])
@@ -123,11 +130,43 @@ class RequestRanks:
         """
         if self.kv_replicas == 1:
             return tensor
-        parts = self.tp.all_gather(tensor.unsqueeze(0), 0)
-        total = parts[self.replica_group[0]].clone()
-        for rank in self.replica_group[1:]:
-            total += parts[rank]
+        first, *others = self._of_replicas(tensor)
+        total = first.clone()
+        for part in others:
+            total += part
         return total
+
+    def max_replicas(self, tensor: Tensor) -> Tensor:
+        """The elementwise maximum over the tensor ranks that hold copies of the same KV head."""
+        if self.kv_replicas == 1:
+            return tensor
+        return torch.stack(self._of_replicas(tensor)).amax(0)
+
+    def _of_replicas(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all copies, in rank order. Ranks with other KV heads may have another shape at hand."""
+        nothing = tensor[:0]
+        inside = [rank in self.replica_group for rank in range(self.tp.size)]
+        chunks = [tensor if mine else nothing for mine in inside]
+        arrived = self.tp.all_to_all_list(chunks, [chunk.shape for chunk in chunks])
+        return arrived[self.replica_group.start : self.replica_group.stop]
+
+    def heads_of_replicas(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """[B, h, n, X] of this rank's query heads -> [B, R x h, m, X] of the query heads of all copies, in their order,
+        for this rank's part of the n queries, which may be empty; and which query that part begins with.
+
+        For what is not a sum over query heads: each copy works on all heads of its group, for its own queries.
+        """
+        if self.kv_replicas == 1:
+            return tensor, 0
+        group, (batch, heads, count, width) = self.replica_group, tensor.shape
+        lengths = Contiguous(count, self.kv_replicas).lengths()
+        part = dict(zip(group, tensor.split(lengths, 2), strict=True))
+        mine = self.tp.rank - group.start
+        nothing = tensor[:, :, :0]
+        chunks = [part.get(rank, nothing) for rank in range(self.tp.size)]
+        shapes = [(batch, heads, lengths[mine] if rank in group else 0, width) for rank in range(self.tp.size)]
+        arrived = self.tp.all_to_all_list(chunks, shapes)
+        return torch.cat(arrived[group.start : group.stop], 1), sum(lengths[:mine])
 
     # ---- tokens --------------------------------------------------------------------------------------------------
 

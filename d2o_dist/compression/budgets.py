@@ -8,29 +8,62 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.budget import layer_log_weights, layer_slots, ranked_log_weights
+from d2o_dist.core.budget import layer_log_weights, layer_slots, num_ranked, ranked_log_weights
+from d2o_dist.core.ranked import count_highest, deal_level
 from d2o_dist.core.statistics import layer_dispersions
 from d2o_dist.core.types import LayerBudget
 
 
 def row_log_weights(
-    variances: Tensor | None, config: D2OConfig, num_layers: int, rankings: Sequence[Tensor] | None = None
+    variances: Tensor | None, config: D2OConfig, num_layers: int, num_highest: Sequence[int] | None = None
 ) -> tuple[list[float], list[float]]:
     """`(log_weights, dispersions)` of one row, each of `num_layers` floats; no dispersions unless they are used.
 
     Args:
         variances: [L, Hq] variance of the column sums of every query head of the model; None if not computed.
-        rankings: L tensors [h, T], what the tokens of a layer's KV heads are ranked by; only for `allocation="ranked"`.
+        num_highest: L numbers of tokens that are among the highest ranked; only for `allocation="ranked"`.
     """
     if config.keeps_everything:
         return [0.0] * num_layers, []
     if config.allocation == "ranked":
-        return ranked_log_weights(rankings, config), []
+        return ranked_log_weights(num_highest), []
     if config.allocation != "dynamic":
         return layer_log_weights(None, config, num_layers), []
     dispersions = layer_dispersions(variances, config.dispersion)
     return layer_log_weights(dispersions, config, num_layers), dispersions.double().tolist()
+
+
+def highest_of_heads(
+    rankings: Sequence[Tensor],
+    live: Sequence[Tensor],
+    num_tokens: Sequence[int],
+    num_kv_heads: int,
+    config: D2OConfig,
+    ranks: RequestRanks,
+    *,
+    by_sequence: bool,
+) -> Tensor:
+    """[B, L, H] int64, the same on all ranks: how many of the model's highest ranked tokens each KV head has.
+
+    Args:
+        rankings: L tensors [B, h, S], what all slots of the heads at hand are ranked by; live: [B, h, S] bool, which of
+            them count.
+        num_tokens: of each row; num_kv_heads: H, of a layer of the whole model.
+        by_sequence: whether every sequence rank has all heads of its tensor rank at hand, rather than some of them.
+    """
+    num_highest = [num_ranked(count, len(rankings) * num_kv_heads, config) for count in num_tokens]
+    wanted = torch.tensor(num_highest, device=rankings[0].device)
+
+    def over_ranks(counts: Tensor) -> Tensor:
+        # Copies of a KV head hold the same: each token was counted as often as there are copies.
+        return ranks.tp.all_reduce(counts if by_sequence else ranks.sp.all_reduce(counts)) // ranks.kv_replicas
+
+    both = torch.cat(count_highest(rankings, live, wanted, over_ranks), -1)
+    both = both if by_sequence else ranks.join_heads(both)
+    above, level = ranks.gather_kv_heads(both).chunk(2, -1)
+    return deal_level(above, level, wanted)
 
 
 def row_slots(

@@ -60,7 +60,7 @@ def finalize_shard(
         room: slots that the fullest row must be able to hold, over all ranks, from now on.
     """
     sp = ranks.sp
-    everyone, source = _statistics_of_all(slots, sp)
+    everyone, source = statistics_of_all(slots, sp)
     owner, local = source // slots.positions.shape[-1], source % slots.positions.shape[-1]
     ranking = rank_scores(everyone, config, finalize=True, num_seen_tokens=num_seen_tokens)
     selection = select(everyone, budget, ranking, config, finalize=True)
@@ -84,7 +84,7 @@ def finalize_shard(
     return Shard(moved, count_held(taker, valid, sp.size), positions), state
 
 
-def _statistics_of_all(slots: Slots, sp: Collectives) -> tuple[Slots, Tensor]:
+def statistics_of_all(slots: Slots, sp: Collectives) -> tuple[Slots, Tensor]:
     """All ranks' slots by position, without keys and values; where each is: rank x W + slot. Both [B, H, world x W]."""
     positions = sp.all_gather(slots.positions, -1)
     scores, rates = sp.all_gather(torch.stack([slots.scores, slots.rates]), -1)

@@ -229,7 +229,7 @@ class D2OConfig:
     def by_layer(self) -> bool:
         """Whether layers are compressed as wholes, after one reading, by budgets that no ranking of tokens decides.
 
-        That is all that ranks that share a request, and training, can do.
+        That is all that training can do.
         """
         return not self.needs_reread and self.allocation != "ranked" and self.budget_per == "layer"
 

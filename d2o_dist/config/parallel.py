@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2o_dist.config.checks import check_bool, check_int
+from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.io import check_choice
 
 TP_ENGINES = ("deepspeed", "transformers")
@@ -32,7 +33,8 @@ class ParallelConfig:
         merge_scope: `global`: an evicted token is merged into the nearest kept one on any rank, as on one device;
             `local`: on its own rank only, which moves no keys. Only for `cache_layout: sequence`.
         check_replicas: compare checksums of positions and thresholds between ranks at every eviction, and stop,
-            naming layer and rank, if they differ. For debugging: it costs a collective an eviction.
+            naming layer and rank, if they differ. For debugging: it costs a collective an eviction, or a token where
+            heads have budgets of their own.
     """
 
     tp: int = 1
@@ -108,6 +110,19 @@ class ParallelConfig:
                 f"{self.sp}: use sequence"
             )
         return dataclasses.replace(self, sp_prefill=prefill, cache_layout=layout)
+
+    def check_rules(self, d2o: D2OConfig) -> None:
+        """Refuse rules that this way of sharing a request cannot follow; to be asked once `auto` is settled.
+
+        Raises:
+            ValueError: selection reread or budget_per head, and slots of a head on several ranks.
+        """
+        if self.sp > 1 and self.cache_layout == "sequence" and (d2o.needs_reread or d2o.budget_per == "head"):
+            raise ValueError(
+                f"selection reread and budget_per head (given are {d2o.selection} and {d2o.budget_per}) need all slots "
+                f"of a KV head on one rank, but with sp ({self.sp}) and sp_prefill ({self.sp_prefill}) cache_layout is "
+                "sequence. Use tp, or sp_prefill ulysses and cache_layout heads (every rank must then get a KV head)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""

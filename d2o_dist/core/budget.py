@@ -32,21 +32,18 @@ def layer_log_weights(dispersions: Tensor | None, config: D2OConfig, num_layers:
     return list(raw - peak - math.log(np.exp(raw - peak).sum()))
 
 
-def ranked_log_weights(rankings: Sequence[Tensor], config: D2OConfig) -> list[float]:
-    """Log of each layer's share where layers share by rank: by how many of the `floor(keep_ratio * N)` highest ranked
-    of all N tokens are its own. Ties: the lower layer, head and position.
-
-    Args:
-        rankings: L tensors [h, T], of one row: what the tokens of each KV head of a layer are ranked by.
-    """
-    flat = torch.cat([one.flatten() for one in rankings])
-    num_tokens = rankings[0].shape[-1]
+def num_ranked(num_tokens: int, num_heads: int, config: D2OConfig) -> int:
+    """How many of the highest ranked tokens decide the shares of a row: the budget's fraction of the `num_tokens`
+    tokens of `num_heads` KV heads in all layers, at least 1."""
     ratio = min(config.keep_tokens / num_tokens, 1.0) if config.keep_ratio is None else config.keep_ratio
-    best = flat.argsort(descending=True, stable=True)[: max(floor_tokens(ratio * len(flat)), 1)]
-    ends = torch.tensor([one.numel() for one in rankings]).cumsum(0).to(best.device)
-    counts = torch.bincount(torch.bucketize(best, ends, right=True), minlength=len(rankings)).double()
+    return max(floor_tokens(ratio * num_heads * num_tokens), 1)
+
+
+def ranked_log_weights(counts: Sequence[int]) -> list[float]:
+    """Log of each layer's share where layers share by rank; counts: of the highest ranked tokens, each layer's own."""
+    shares = torch.tensor(counts, dtype=torch.float64)
     # A layer without any gets the least there is; its logarithm must be finite.
-    return (counts / counts.sum()).clamp_min(torch.finfo(torch.float64).tiny).log().tolist()
+    return (shares / shares.sum()).clamp_min(torch.finfo(torch.float64).tiny).log().tolist()
 
 
 def water_fill(log_weights: Sequence[float], total: float, low: Sequence[float], high: Sequence[float]) -> list[float]:

@@ -54,13 +54,6 @@ def check_parallel(config: EvalConfig, world_size: int) -> int:
                 f"task {task.name}: continuation (chunk) needs a request on one rank, but tp is {parallel.tp} and sp "
                 f"{parallel.sp}: set continuation to decode"
             )
-    for method in config.expand_methods():
-        if parallel.tp * parallel.sp > 1 and not method.d2o.by_layer:
-            raise ValueError(
-                f"method {method.name} needs a request on one rank, but tp is {parallel.tp} and sp {parallel.sp}: it "
-                f"has selection {method.d2o.selection}, allocation {method.d2o.allocation} and budget_per "
-                f"{method.d2o.budget_per}"
-            )
     return parallel.replicas(world_size)
 
 

@@ -92,10 +92,11 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
     loading.pick_device(config.device)
     model_config = loading.load_config(infer)
     mark_replicas(model_config, config.parallel)
-    config.parallel.resolve(heads_of_tensor_rank(text_config(model_config), config.parallel.tp)[0])
+    parallel = config.parallel.resolve(heads_of_tensor_rank(text_config(model_config), config.parallel.tp)[0])
     for method in methods:
         # An empty cache costs nothing, and refuses what it cannot serve.
         try:
+            parallel.check_rules(method.d2o)
             D2OCache(config=model_config, d2o=method.d2o)
         except ValueError as error:
             raise ValueError(f"method {method.label}: {error}") from error

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2o_dist.config import D2OConfig
-from d2o_dist.core.budget import check_total, layer_log_weights, layer_slots, ranked_log_weights, water_fill
+from d2o_dist.core.budget import (
+    check_total,
+    layer_log_weights,
+    layer_slots,
+    num_ranked,
+    ranked_log_weights,
+    water_fill,
+)
+from d2o_dist.core.ranked import count_highest, deal_level
 from d2o_dist.core.statistics import column_sum_variance, layer_dispersions, naive_column_sums
 
 RATIOS = st.integers(2, 100).map(lambda n: n / 100)
@@ -98,15 +106,25 @@ def test_pyramid_falls_linearly_to_a_twentieth_of_the_average():
     assert slots == [1950, 1475, 1000, 525, 50]
 
 
+def ranked_counts(rankings: list[torch.Tensor], config: D2OConfig) -> torch.Tensor:
+    """[L, H] of one row whose tokens [H, T] are all at hand."""
+    rows = [one[None] for one in rankings]
+    heads, tokens = rankings[0].shape
+    wanted = torch.tensor([num_ranked(tokens, heads * len(rankings), config)])
+    live = [torch.ones_like(one, dtype=torch.bool) for one in rows]
+    return deal_level(*count_highest(rows, live, wanted, lambda counts: counts), wanted)[0]
+
+
 def test_shares_by_rank_are_counts_of_the_best():
     config = D2OConfig(allocation="ranked", selection="window", keep_ratio=0.5)
     first, second = torch.tensor([[9.0, 1.0, 8.0, 0.0]]), torch.tensor([[7.0, 1.0, 0.0, 6.0]])
-    assert ranked_log_weights([first, second], config) == pytest.approx([math.log(0.5)] * 2)
+    assert ranked_counts([first, second], config).tolist() == [[2], [2]]
     # Of the two ones the lower layer's is among the best 5 of 8.
-    shares = ranked_log_weights([first, second], config.replace(keep_ratio=0.625))
-    assert shares == pytest.approx([math.log(0.6), math.log(0.4)])
-    # Two heads a layer count together; a layer without any of the best has next to nothing, and is still finite.
-    shares = ranked_log_weights([torch.cat([first, second]), torch.zeros(2, 4)], config.replace(keep_ratio=0.25))
+    assert ranked_counts([first, second], config.replace(keep_ratio=0.625)).tolist() == [[3], [2]]
+    # A layer without any of the best has next to nothing, and is still finite.
+    counts = ranked_counts([torch.cat([first, second]), torch.zeros(2, 4)], config.replace(keep_ratio=0.25))
+    assert counts.tolist() == [[2, 2], [0, 0]]
+    shares = ranked_log_weights(counts.sum(1).tolist())
     assert shares[0] == 0 and -1000 < shares[1] < -700
     assert layer_slots(shares, 100, config.replace(keep_ratio=0.25, min_layer_tokens=0)) == [49, 1]
 
@@ -115,11 +133,15 @@ def test_shares_by_rank_are_counts_of_the_best():
 @given(
     layers=st.integers(1, 5), heads=st.integers(1, 3), tokens=st.integers(1, 20), kinds=st.integers(1, 30),
     seed=st.integers(0, 99), keep=st.one_of(RATIOS, st.integers(1, 30)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
 )  # fmt: skip
-def test_shares_by_rank_against_loops(layers, heads, tokens, kinds, seed, keep):
-    """Many ties; absolute budgets beyond the prompt."""
+def test_shares_by_rank_against_loops(layers, heads, tokens, kinds, seed, keep, dtype):
+    """Many ties, negative numbers, zeros of both signs and infinities; absolute budgets beyond the prompt."""
     generator = torch.Generator().manual_seed(seed)
-    rankings = [torch.randint(kinds, (heads, tokens), generator=generator).double() for _ in range(layers)]
+    rankings = [torch.randint(kinds, (heads, tokens), generator=generator).to(dtype) for _ in range(layers)]
+    odd = torch.tensor([-torch.inf, -3.5e-30, -0.0, 1e-40, torch.inf, -2.0], dtype=dtype)
+    for one in rankings:
+        one.flatten()[:: 3] *= odd[torch.randint(len(odd), one.flatten()[:: 3].shape, generator=generator)].nan_to_num()
     size = {"keep_tokens": keep} if isinstance(keep, int) else {"keep_ratio": keep}
     config = D2OConfig(allocation="ranked", selection="window", **size)
     everything = sorted(
@@ -127,9 +149,60 @@ def test_shares_by_rank_against_loops(layers, heads, tokens, kinds, seed, keep):
         for layer in range(layers) for head in range(heads) for token in range(tokens)
     )  # fmt: skip
     ratio = min(1.0, keep / tokens) if isinstance(keep, int) else keep
-    best = [layer for _, layer, _, _ in everything[: max(1, math.floor(ratio * len(everything) + 1e-9))]]
-    for layer, share in enumerate(ranked_log_weights(rankings, config)):
-        assert math.exp(share) == pytest.approx(best.count(layer) / len(best), abs=1e-12)
+    best = [place for _, *place, _ in everything[: max(1, math.floor(ratio * len(everything) + 1e-9))]]
+    counts = ranked_counts(rankings, config)
+    assert counts.tolist() == [[best.count([layer, head]) for head in range(heads)] for layer in range(layers)]
+    for layer, share in enumerate(ranked_log_weights(counts.sum(1).tolist())):
+        wanted = sum(place[0] == layer for place in best) / len(best)
+        assert math.exp(share) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_highest_are_counted_row_by_row_over_shards_that_differ(dtype):
+    """Ragged rows, an empty shard, a head without tokens: against a sort of everything."""
+    generator = torch.Generator().manual_seed(1)
+    layers, heads, lengths = 3, 2, [[40, 7], [0, 0], [23, 31]]  # of each shard, of each row
+    shards = []
+    for counts in lengths:
+        width = max(counts)
+        rankings = [torch.randn(2, heads, width, generator=generator).mul(9).round().to(dtype) for _ in range(layers)]
+        live = [(torch.arange(width) < torch.tensor(counts)[:, None, None]).expand(2, heads, width).clone()
+                for _ in range(layers)]  # fmt: skip
+        live[1][0, 1] = False
+        shards.append((rankings, live))
+    num_highest = torch.tensor([100, 37])
+
+    def everywhere(part: int, row: int) -> list[float]:
+        """All live rankings of a row on all shards, of one layer and head or, with -1, of all."""
+        places = [divmod(part, heads)] if part >= 0 else [(i, g) for i in range(layers) for g in range(heads)]
+        return [value for rankings, live in shards for layer, head in places
+                for value in rankings[layer][row, head][live[layer][row, head]].tolist()]  # fmt: skip
+
+    # The ranks in turn: each call of `over_ranks` needs what the others have counted in theirs.
+    asked = [[] for _ in shards]
+
+    def add(number):
+        def over_ranks(counts):
+            asked[number].append(counts.clone())
+            return sum(seen[len(asked[number]) - 1] for seen in known) if known else counts
+        return over_ranks
+
+    known: list[list[torch.Tensor]] = []
+    # Digits are found one after the other: replay until the sums of all shards are known for every digit.
+    for _ in range(8 * dtype.itemsize // 8 + 1):
+        asked = [[] for _ in shards]
+        found = [count_highest(*shard, num_highest, add(number)) for number, shard in enumerate(shards)]
+        known = asked
+    above, level = (sum(parts) for parts in zip(*found, strict=True))
+    counts = deal_level(above, level, num_highest)
+    for row in range(2):
+        cut = sorted(everywhere(-1, row), reverse=True)[int(num_highest[row]) - 1]
+        for part in range(layers * heads):
+            layer, head = divmod(part, heads)
+            mine = everywhere(part, row)
+            assert int(above[row, head, layer]) == sum(value > cut for value in mine)
+            assert int(level[row, head, layer]) == sum(value == cut for value in mine)
+        assert int(counts[row].sum()) == int(num_highest[row])
 
 
 def test_protected_layers_that_exceed_the_total_are_refused():

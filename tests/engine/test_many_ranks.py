@@ -90,6 +90,21 @@ def test_the_records_are_those_of_one_process(folder, tmp_path, dp, sp, tp, engi
     assert many[0][1] == 6  # rank 0's progress bar counts the rows of all replicas
 
 
+@pytest.mark.parametrize(("sp", "tp"), [(2, 1), (1, 3)])
+def test_prompts_that_are_read_twice(tmp_path, sp, tp):
+    """With budgets of heads: the records, bytes among them, of one process."""
+    folder = make_folder(tmp_path / "model", num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
+    d2o = {"preset": "reread", "keep_ratio": 0.4, "min_layer_tokens": 8, "eviction_interval": 3}
+    values = write_config(folder, tmp_path, 1, 1, 1, d2o=d2o)
+    ((summary, _),) = run_ranks(1, whole_run, values)
+    want = read(values["output"])
+    assert summary.num_ok == 5
+    values = write_config(folder, tmp_path, 1, sp, tp, d2o=d2o)
+    many = run_ranks(sp * tp, whole_run, values, timeout_s=PATIENCE_S, fresh=tp > 1)
+    assert steady(read(values["output"])) == steady(want)
+    assert {found.held_bytes for found, _ in many} == {summary.held_bytes}
+
+
 def refused(rank, world, values):
     config = InferConfig.from_dict(values)
     with patch.object(running.loading, "load_model", None):  # no weights

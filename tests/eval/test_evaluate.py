@@ -31,6 +31,7 @@ TASKS = [
     {"kind": "ruler", "name": "r", "lengths": [400], "tasks": "fwe", "samples": 2},
 ]
 SMALL = {"min_layer_tokens": 8}
+TWICE = {"name": "reread", "preset": "reread", **SMALL}
 METHODS = [{"name": "mass", "preset": "mass", **SMALL}, {"name": "h2o", "preset": "h2o", **SMALL}]
 
 
@@ -348,14 +349,16 @@ def test_replicas_share_the_rows(done, folder, tmp_path):
 def test_ranks_that_share_a_request_find_what_one_finds(folder, tmp_path, question):
     tasks = [{**TASKS[0], "lengths": [200], "depths": 1}, {**TASKS[1], "continuation": "decode", "samples": 1}]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    run(plan_of(folder, alone, tasks=tasks, question=question))
+    run(plan_of(folder, alone, tasks=tasks, question=question, methods=[*METHODS, TWICE]))
     found = run_ranks(2, rank_asks, folder, str(shared), tasks, question, timeout_s=300)
-    assert found == [6, 6]
+    assert found == [8, 8]
     assert comparable(shared) == comparable(alone)
 
 
 def rank_asks(rank: int, world: int, folder: str, output: str, tasks: list, question: str) -> int:
-    plan = plan_of(folder, output, tasks=tasks, question=question, parallel={"sp": 2})
+    plan = plan_of(
+        folder, output, tasks=tasks, question=question, methods=[*METHODS, TWICE], parallel={"sp": 2}
+    )
     return evaluate(plan, build_mesh(1, 2, 1)).num_results
 
 
@@ -369,9 +372,8 @@ def test_parallel_checks(folder, tmp_path):
     values = {"model": folder, "output": "o", "tasks": TASKS[1:2], "methods": [], "parallel": {"sp": 2}}
     with pytest.raises(ValueError, match=r"task fidelity: continuation \(chunk\) needs a request on one rank"):
         check_parallel(EvalConfig.from_dict(values), 2)
-    values |= {"tasks": TASKS[:1], "methods": ["reread"], "keep_ratios": 0.5}
-    with pytest.raises(ValueError, match="method reread needs a request on one rank, but tp is 1 and sp 2.*per head"):
-        check_parallel(EvalConfig.from_dict(values), 2)
+    with pytest.raises(ValueError, match="method reread@30%: selection reread .* cache_layout is sequence"):
+        plan_of(folder, tmp_path, methods=["reread"], parallel={"sp": 2, "sp_prefill": "allgather"})
 
 
 def test_what_is_wrong_is_found_before_the_weights(folder, tmp_path):

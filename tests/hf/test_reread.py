@@ -319,29 +319,38 @@ def test_configurations_that_say_nothing(changes, message):
         D2OConfig.preset("reread", **changes)
 
 
-def on_rank(rank: int, world: int, tp: int) -> str:
-    mesh = build_mesh(dp=1, sp=world // tp, tp=tp)
-    model, parallel = tiny_model("llama"), ParallelConfig(tp=tp, sp=world // tp)
-    for changes in ({"selection": "window"}, {"selection": "window", "allocation": "uniform"}, {}):
-        config = D2OConfig.preset("reread", **changes)
-        with pytest.raises(ValueError, match=rf"tp \({tp}\) and sp \({world // tp}\) must be 1 with selection reread"):
-            D2OCache(model.config, config, mesh, parallel)
-    cache = D2OCache(model.config, D2OConfig(), mesh, parallel)
-    ids = tokens(1, 20)
-    if tp == 1:
-        with torch.no_grad():
-            model(**cache.deal(ids), past_key_values=cache)
-        with pytest.raises(ValueError, match="must be 1 to read a prompt a second time"):
+SPREAD = [{"sp_prefill": "ring"}, {"cache_layout": "sequence"}, {"merge_scope": "local"}]
+
+
+@pytest.mark.parametrize("layout", SPREAD, ids=str)
+def test_slots_of_a_head_on_several_ranks_are_refused_before_there_are_ranks(layout):
+    parallel = ParallelConfig(sp=2, **layout).resolve(4)
+    for changes in ({"selection": "window"}, {"budget_per": "layer"}, {}):
+        with pytest.raises(ValueError, match=r"sp \(2\) and sp_prefill \(.*\) cache_layout is sequence. Use tp"):
+            parallel.check_rules(D2OConfig.preset("reread", **changes))
+    parallel.check_rules(D2OConfig(allocation="ranked"))
+    ParallelConfig(sp=2).resolve(4).check_rules(D2OConfig.preset("reread"))
+
+
+def on_rank(rank: int, world: int, layout: dict) -> str:
+    mesh, model, parallel = build_mesh(sp=world), tiny_model("llama"), ParallelConfig(sp=world, **layout)
+    with pytest.raises(ValueError, match="cache_layout is sequence"):
+        D2OCache(model.config, D2OConfig.preset("reread"), mesh, parallel)
+    cache, ids = D2OCache(model.config, D2OConfig(), mesh, parallel), tokens(1, 20)
+    with torch.no_grad():
+        model(**cache.deal(ids), past_key_values=cache)
+    if layout.get("cache_layout") != "sequence":
+        with pytest.raises(ValueError, match="must be ulysses to read a prompt a second time"):
             cache.reread(model, ids)
-        with pytest.raises(ValueError, match="must be 1 with selection reread"):
-            cache.with_config(D2OConfig(budget_per="head"))
+    with pytest.raises(ValueError, match="cache_layout is sequence"):
+        cache.with_config(D2OConfig(budget_per="head"))
     return "refused"
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("tp", [1, 2])
-def test_ranks_that_share_a_request_are_refused(tp):
-    assert run_ranks(2, on_rank, tp, fresh=tp > 1) == ["refused", "refused"]
+@pytest.mark.parametrize("layout", SPREAD, ids=str)
+def test_slots_of_a_head_on_several_ranks_are_refused(layout):
+    assert run_ranks(2, on_rank, layout) == ["refused", "refused"]
 
 
 def test_configurations_share_one_second_reading():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from d2o_dist.comm import TrafficCounter, build_mesh
 from d2o_dist.config import D2OConfig
@@ -43,6 +44,8 @@ def positions_of(session: Session) -> list[torch.Tensor]:
     ranks, found = session.cache.ranks, []
     for layer in session.cache.layers:
         mine = layer.positions
+        if session.cache.d2o.budget_per == "head":  # ranks differ in their fullest head
+            mine = pad(mine, (0, max(layer.kv_len) - mine.shape[2]), value=-1)
         sharded = ranks.deals_tokens and not layer.is_sliding
         if sharded and ranks.by_heads:
             mine = ranks.join_heads(mine)
@@ -53,6 +56,25 @@ def positions_of(session: Session) -> list[torch.Tensor]:
         order = mine.masked_fill(mine < 0, 1 << 40).sort(-1).values
         found.append(ranks.tp.all_gather(order.masked_fill(order == 1 << 40, -1), 1)[:, :: ranks.kv_replicas])
     return [one[..., : int((one >= 0).sum(-1).max())] for one in found]
+
+
+def budgeted(session: Session, name: str) -> list[Any]:
+    """`name` of all that has a budget of its own, on other ranks too, and of sliding-window layers."""
+    layers = session.cache.compressed.layers
+    return [getattr(one, name, None) for layer in layers for one in getattr(layer, "budgeted", [layer])]
+
+
+def thresholds_of(session: Session) -> list[torch.Tensor | None]:
+    """Per layer [B], or [B, H] of all heads of the model, on every rank."""
+    ranks, found = session.cache.ranks, []
+    for view, layer in zip(session.cache.layers, session.cache.compressed.layers, strict=True):
+        if view.is_sliding or session.cache.d2o.budget_per == "layer":
+            found.append(view.threshold)
+            continue
+        nan = torch.full((len(view.kv_len),), torch.nan, dtype=view.scores.dtype)
+        mine = torch.stack([nan if unit.state.threshold is None else unit.state.threshold for unit in layer.units], 1)
+        found.append(ranks.gather_kv_heads(ranks.join_heads(mine)))
+    return found
 
 
 @torch.no_grad()
@@ -97,9 +119,9 @@ def play(one: Play, mesh=None, parallel=None, counter=None) -> dict[str, Any]:
         "logits": torch.cat(all_logits),
         "first": first,
         "last": positions_of(session),
-        "budgets": [layer.slot_budgets for layer in cache.layers],
-        "kv_len": [layer.kv_len for layer in cache.layers],
-        "thresholds": [layer.threshold for layer in cache.layers],
+        "budgets": budgeted(session, "slot_budgets"),
+        "kv_len": budgeted(session, "kv_len"),
+        "thresholds": thresholds_of(session),
         "usage": [session.row_usage(row) for row in range(len(logits))],
         "held": [getattr(layer, "held", None) for layer in cache.compressed.layers],
     }

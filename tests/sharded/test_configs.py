@@ -21,6 +21,7 @@ CONFIGS = [
     D2OConfig.preset("streaming", **SIZE),
     D2OConfig.preset("full"),
 ]
+TWICE = [D2OConfig.preset("reread", **SIZE, rate_window=16), D2OConfig.preset("reread", **SIZE, budget_per="layer")]
 
 
 @torch.no_grad()
@@ -32,10 +33,15 @@ def compare(mesh=None, parallel=None) -> None:
     def read(config: D2OConfig) -> D2OCache:
         cache = D2OCache(model.config, config, mesh, parallel)
         model(**cache.deal(ids, mask), past_key_values=cache)
+        if config.needs_reread:
+            cache.reread(model, ids, mask)
         return cache
 
     prompt = read(GATHERS)
-    for config in CONFIGS:
+    twice = prompt.ranks.by_heads
+    if twice:
+        prompt.reread(model, ids, mask)
+    for config in CONFIGS + TWICE * twice:
         mine, own = prompt.with_config(config), read(config)
         mine.finalize()
         own.finalize()

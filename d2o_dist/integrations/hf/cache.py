@@ -80,7 +80,10 @@ class D2OLayer(CacheLayerMixin):
 
     @property
     def threshold(self) -> Tensor | None:
-        """[B] moving similarity threshold, NaN before a row's first eviction; None before any, or if never used."""
+        """[B] moving similarity threshold, NaN before a row's first eviction; None before any, or if never used.
+
+        Where heads have budgets of their own: the mean over the heads of this rank.
+        """
         return None if self.is_sliding or not self._cache.layers else self._cache.layers[self.index].state.threshold
 
     @property
@@ -254,6 +257,8 @@ class D2OCache(Cache):
     def reread(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Read the prompts a second time, for `selection="reread"`: after the first reading, before `finalize()`.
 
+        Every rank of the request calls it with the same whole prompts; sequence ranks share each chunk of them.
+
         The model repeats the prompts, and what it looks up in the cache to do so is worth keeping, whatever will be
         asked. Each `reread_chunk` tokens of a row are one forward, at the positions that follow the prompt; it
         attends to the whole cache and to itself, and nothing of it is kept.
@@ -265,7 +270,8 @@ class D2OCache(Cache):
 
         Raises:
             ValueError: other prompts than those of the cache, as far as their lengths tell; no first reading, or one
-                that was compressed already; ranks that share the request; positions that the model does not have.
+                that was compressed already, or whose tokens ranks share by `allgather` or `ring`; positions that the
+                model does not have.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
@@ -288,11 +294,7 @@ class D2OCache(Cache):
                 ids, padding = input_ids.new_zeros(len(rows), width), mask.new_zeros(len(rows), width)
                 for row, part in enumerate(parts):
                     ids[row, width - len(part) :], padding[row, width - len(part) :] = part, 1
-                first = torch.tensor(seen, device=ids.device)[:, None]
-                model(
-                    input_ids=ids, attention_mask=None if bool(padding.all()) else padding, past_key_values=self,
-                    position_ids=first + (padding.cumsum(-1) - 1).clamp(min=0), use_cache=True, logits_to_keep=1,
-                )  # fmt: skip
+                model(**self.deal(ids, padding), past_key_values=self, use_cache=True, logits_to_keep=1)
 
     # ---- prompts that ranks share --------------------------------------------------------------------------------
 
