@@ -28,6 +28,7 @@ from d2o_dist.compression.shard_evict import evict_shards
 from d2o_dist.compression.shard_finalize import finalize_shard
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import EvictionSteps, eviction_steps
+from d2o_dist.core.select import add_rates, rate_gain
 from d2o_dist.core.types import LayerBudget
 from d2o_dist.kernels.backend import cuda_leaves
 from d2o_dist.kernels.nearest_kept import nearest_kept
@@ -77,6 +78,10 @@ class LayerEvictions:
         # From here on the buffers never move: room for the budget and what gathers between evictions.
         capacity = max(*unit.slot_budgets, *held) + (self.config.eviction_interval or 0)
         if due is None:
+            slots = unit.store.slots
+            gain = rate_gain(slots, self.config)
+            if gain is not None:
+                slots.rates.copy_(add_rates(slots, gain).rates)
             unit.store.reserve(capacity)
             return
         seen = torch.tensor(self.num_seen, device=unit.store.slots.positions.device)

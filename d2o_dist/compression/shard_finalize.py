@@ -21,7 +21,7 @@ from d2o_dist.compression.level import count_held, level_owners, move_slots
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import Nearest, count_dropped, judge
 from d2o_dist.core.merge import apply_merge, merge_sums
-from d2o_dist.core.select import Selection, compact, rank_scores, select
+from d2o_dist.core.select import Selection, add_rates, compact, rank_scores, rate_gain, select
 from d2o_dist.core.threshold import head_reports
 from d2o_dist.core.types import D2OState, LayerBudget, Slots
 
@@ -69,6 +69,7 @@ def finalize_shard(
         owner, local, positions = owner[..., :count], local[..., :count], everyone.positions[..., :count]
         valid = positions >= 0
         kept = _take_own(slots, owner, local, valid, sp.rank)
+        keep_idx = torch.arange(count, device=positions.device).expand_as(positions)
     else:
         keep_owner, keep_local = owner.gather(-1, selection.keep_idx), local.gather(-1, selection.keep_idx)
         valid = selection.keep_valid.expand_as(keep_owner)
@@ -77,7 +78,11 @@ def finalize_shard(
         kept, state = _merge(
             slots, selection, keep_owner, keep_local, evict_owner, evict_local, state, config, ranks, nearest
         )
-        owner = keep_owner
+        owner, keep_idx = keep_owner, selection.keep_idx
+    gain = rate_gain(everyone, config)
+    if gain is not None:
+        here = _columns_of(owner, valid, sp.rank, kept.positions.shape[-1])
+        kept = add_rates(kept, gain.gather(-1, keep_idx).gather(-1, here))
     taker = level_owners(owner, valid, sp.size)
     capacity = -(-max(room, positions.shape[-1]) // sp.size)
     moved = move_slots(kept, positions, valid, owner, taker, sp, capacity)

@@ -81,9 +81,9 @@ class D2OConfig:
         selection_pool: neighbours the rate is max-pooled over, the token itself among them; odd.
         selection_pool_side: `both`: as many of them before the token as after it; `after`: those before it, so that the
             `selection_pool - 1` tokens after a peak of attention are kept with it, and none before it.
-        selection_reach: None, or, instead of those two: at finalize a token ranks by the sum of its rate and of those
-            before it (the sinks' left out), whose weight falls by a factor e every so many positions. What follows
-            many or strong peaks is kept for longer than what follows one weak peak.
+        selection_reach: not None: those two are not read; a token's rate at finalize becomes the mean of its own and of
+            those before it (the sinks' left out), with weights that fall by a factor e every so many positions. What
+            follows many or strong peaks ranks high for longer than what follows one weak peak, while decoding too.
         rate_window: prompt queries that the rates are averaged over, and the decay of their average while decoding.
 
     Column sums, from which dispersions and cumulative scores come:
@@ -128,7 +128,7 @@ class D2OConfig:
     selection: str = "window"
     selection_pool: int = 15
     selection_pool_side: str = "after"
-    selection_reach: float | None = None
+    selection_reach: float | None = 20.0
     rate_window: int = 32
     reread_chunk: int = 2048
     score_queries: str = "all"

@@ -33,6 +33,7 @@ _MASS = {
     "gate": "quantile",
 }
 _SPAN = {**_MASS, "selection_pool": 15, "selection_pool_side": "after"}
+_REACH = {**_SPAN, "selection_reach": 20.0, "max_decode_tail": 16}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "d2o": {},
@@ -51,8 +52,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "mass": _MASS,
     "span": _SPAN,
-    "reach": {**_SPAN, "selection_reach": 20.0},
-    "lean": {**_SPAN, "max_decode_tail": 16, "allocation": "uniform"},
+    "reach": _REACH,
+    "lean": {**_REACH, "allocation": "uniform"},
     "reread": {
         **_PAPER,
         "allocation": "ranked",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.merge import merge_into, nearest_kept
-from d2o_dist.core.select import rank_scores, select
+from d2o_dist.core.select import add_rates, rank_scores, rate_gain, select
 from d2o_dist.core.threshold import head_reports, open_gate, read_reports, update_threshold
 from d2o_dist.core.types import D2OState, LayerBudget, Slots
 
@@ -41,19 +41,24 @@ def eviction_steps(
         num_seen_tokens = slots.positions.amax((1, 2)) + 1
     ranking = rank_scores(slots, config, finalize=finalize, num_seen_tokens=num_seen_tokens)
     selection = select(slots, budget, ranking, config, finalize=finalize)
+    gain = rate_gain(slots, config) if finalize else None
     if selection is None:
+        slots = slots if gain is None else add_rates(slots, gain)
         return slots.map(lambda tensor: tensor[:, :, : int(slots.kv_len.max())]), state
+
+    def settled(kept: Slots) -> Slots:
+        return kept if gain is None else add_rates(kept, gain.gather(-1, selection.keep_idx))
 
     kept = slots.take(selection.keep_idx, selection.keep_valid)
     valid = selection.evict_valid
     if config.merge == "none" or selection.keep_idx.shape[-1] == 0:
-        return kept, count_dropped(valid, selection.evict_idx.shape[1], state)
+        return settled(kept), count_dropped(valid, selection.evict_idx.shape[1], state)
 
     evicted = slots.take(selection.evict_idx, valid)
     similarity, target = nearest(evicted.keys, kept.keys, selection.is_target)
     reports = yield head_reports(similarity, valid.expand_as(similarity), config)
     merged, state = judge(similarity, valid, reports, state, config)
-    return merge(kept, evicted, similarity, target, merged, config), state
+    return settled(merge(kept, evicted, similarity, target, merged, config)), state
 
 
 def compress_layer(

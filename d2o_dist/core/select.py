@@ -5,6 +5,7 @@ Shape legend: B rows, Hkv key/value heads, S slots in order of position, K kept,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,12 +60,13 @@ def max_pool_positions(rates: Tensor, positions: Tensor, width: int, side: str =
     return pooled
 
 
-def decaying_sum(rates: Tensor, positions: Tensor, reach: float, first: int) -> Tensor:
-    """Sum of `rates` over a slot and the live slots before it, each weighted by `exp(-distance / reach)`.
+def decaying_mean(rates: Tensor, positions: Tensor, reach: float, first: int) -> Tensor:
+    """Mean of `rates` over a slot and the live slots before it, each weighted by `exp(-distance / reach)`.
 
-    All [B, Hkv, S], in order of position, unused slots (position -1) last. Slots before position `first` lend nothing
-    and keep their own rate: attention rests on the first tokens whatever follows them. Distance is in positions, so
-    what is gone neither counts nor moves anything nearer.
+    The weights of a prompt without gaps add up to 1, but for its beginning. All [B, Hkv, S], in order of position,
+    unused slots (position -1) last. Slots before position `first` lend nothing and keep their own rate: attention rests
+    on the first tokens whatever follows them. Distance is in positions, so what is gone neither counts nor moves
+    anything nearer.
 
     Every weight is a quotient of two powers of position, so one cumulative sum does it. It is a sum of logarithms in
     float64, because `exp(position / reach)` overflows; at a million positions and a reach of 5 it is good to 1e-9.
@@ -72,8 +74,31 @@ def decaying_sum(rates: Tensor, positions: Tensor, reach: float, first: int) -> 
     lends = positions >= first
     shift = positions.double() / reach
     logs = torch.where(lends, rates.double().log() + shift, -torch.inf)
-    sums = (logs.logcumsumexp(-1) - shift).exp().to(rates.dtype)
-    return torch.where(lends, sums, rates)
+    sums = (logs.logcumsumexp(-1) - shift).exp() * -math.expm1(-1 / reach)
+    return torch.where(lends, sums.to(rates.dtype), rates)
+
+
+def pool_rates(slots: Slots, config: D2OConfig) -> Tensor:
+    """The rates [B, Hkv, S] that slots rank by at the end of a prefill: those of their neighbours count too."""
+    if config.selection_reach is not None:
+        return decaying_mean(slots.rates, slots.positions, config.selection_reach, config.num_sink_tokens)
+    return max_pool_positions(slots.rates, slots.positions, config.selection_pool, config.selection_pool_side)
+
+
+def rate_gain(slots: Slots, config: D2OConfig) -> Tensor | None:
+    """What the rates [B, Hkv, S] gain at the end of a prefill, once evicted tokens are merged by them; None: nothing.
+
+    With `selection_reach` what stays keeps its pooled rate, and ranks by it while decoding. By its own rate the end of
+    an answer would be evicted before it is generated: nothing has looked at it so far.
+    """
+    if config.selection_reach is None or config.selection not in ("window", "mixed"):
+        return None
+    return pool_rates(slots, config) - slots.rates
+
+
+def add_rates(slots: Slots, gain: Tensor) -> Slots:
+    """The slots with `gain` [B, Hkv, S] added to the rates of those in use."""
+    return slots.replace(rates=torch.where(slots.positions >= 0, slots.rates + gain, slots.rates).clamp_min(0))
 
 
 def rank_scores(slots: Slots, config: D2OConfig, *, finalize: bool, num_seen_tokens: Tensor) -> Tensor:
@@ -88,11 +113,7 @@ def rank_scores(slots: Slots, config: D2OConfig, *, finalize: bool, num_seen_tok
         return slots.scores
     if config.selection == "recent":
         return slots.positions.to(slots.scores.dtype)
-    rates = slots.rates
-    if finalize and config.selection_reach is not None:
-        rates = decaying_sum(rates, slots.positions, config.selection_reach, config.num_sink_tokens)
-    elif finalize:
-        rates = max_pool_positions(rates, slots.positions, config.selection_pool, config.selection_pool_side)
+    rates = pool_rates(slots, config) if finalize else slots.rates
     if config.selection == "window":
         return rates
     assert config.selection == "mixed", config.selection

@@ -27,11 +27,11 @@ def but(base: tuple, **changes) -> tuple:
 
 BASELINE = but(PAPER, allocation="uniform", merge="none")
 SPAN = but(MASS, selection_pool=15, selection_pool_side="after")
-D2O = but(SPAN, max_decode_tail=16)
+D2O = but(SPAN, selection_reach=20.0, max_decode_tail=16)
 EXPECTED = {
     "d2o": D2O,
     "span": SPAN,
-    "reach": but(SPAN, selection_reach=20.0),
+    "reach": D2O,
     "lean": but(D2O, allocation="uniform"),
     "mass": MASS,
     "paper_minmax": PAPER,

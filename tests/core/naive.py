@@ -10,20 +10,24 @@ import torch
 def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: float | None, config, *, finalize: bool):
     """`slots[head]` is a dict of lists `k, v, p, s, r, m` in order of position; returns the same and the threshold."""
     size, seen = num_heavy + num_recent, 1 + max(max(head["p"]) for head in slots)
-    plans, similar = [], []
+    plans, similar, gains = [], [], []
     for head in slots:
         count = len(head["p"])
         rank = []
+        gains.append([])
         for i, position in enumerate(head["p"]):
             back, ahead = config.selection_pool // 2, config.selection_pool // 2
             if config.selection_pool_side == "after":
                 back, ahead = config.selection_pool - 1, 0
             near = [head["r"][j] for j, p in enumerate(head["p"]) if -back <= p - position <= ahead]
             if config.selection_reach is not None and position >= config.num_sink_tokens:
-                near = [sum(
+                near = [(1 - math.exp(-1 / config.selection_reach)) * sum(
                     head["r"][j] * math.exp((p - position) / config.selection_reach)
                     for j, p in enumerate(head["p"]) if config.num_sink_tokens <= p <= position
                 )]  # fmt: skip
+            elif config.selection_reach is not None:
+                near = [head["r"][i]]
+            gains[-1].append(max(near) - head["r"][i])
             rate = max(near) if finalize else head["r"][i]
             rank.append(
                 {"cumulative": head["s"][i], "window": rate, "recent": float(position),
@@ -56,7 +60,11 @@ def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: floa
         plans.append((keep, evict, found))
         similar += [u for u, _ in found]
 
+    carries = finalize and config.selection_reach is not None and config.selection in ("window", "mixed")
     if not similar:
+        if carries:
+            slots = [{**head, "r": [r + g for r, g in zip(head["r"], gain, strict=True)]}
+                     for head, gain in zip(slots, gains, strict=True)]  # fmt: skip
         return slots, tau
     finite = [u for u in similar if u > -math.inf]
     mean = sum(finite) / max(len(finite), 1)
@@ -69,7 +77,7 @@ def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: floa
     row_means = [sum(plan[2][n][0] for plan in plans) / len(plans) for n in range(len(plans[0][1]))]
 
     out = []
-    for head, (keep, evict, found) in zip(slots, plans, strict=True):
+    for head, gain, (keep, evict, found) in zip(slots, gains, plans, strict=True):
         new = {name: [values[i] for i in keep] for name, values in head.items()}
         for n, j in enumerate(keep):
             members = []
@@ -94,6 +102,8 @@ def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: floa
                     weight = config.self_weight + sum(math.exp(u) for _, u in members)
                     added = sum(math.exp(u) * head[name][i] for i, u in members)
                     new[name][n] = (config.self_weight * head[name][j] + added) / weight
+        if carries:
+            new["r"] = [rate + gain[j] for rate, j in zip(new["r"], keep, strict=True)]
         out.append(new)
     return out, tau
 

@@ -9,17 +9,17 @@ import torch
 
 from d2o_dist.config import D2OConfig
 from d2o_dist.core import Slots
-from d2o_dist.core.select import decaying_sum, rank_scores
+from d2o_dist.core.select import decaying_mean, rank_scores
 
 
-def naive_decaying_sum(rates: list[float], positions: list[int], reach: float, first: int) -> list[float]:
+def naive_decaying_mean(rates: list[float], positions: list[int], reach: float, first: int) -> list[float]:
     out = []
     for i, here in enumerate(positions):
         total = 0.0
         for j in range(i + 1):
             if positions[j] >= first:
                 total += rates[j] * math.exp((positions[j] - here) / reach)
-        out.append(total if here >= first else rates[i])
+        out.append(total * -math.expm1(-1 / reach) if here >= first else rates[i])
     return out
 
 
@@ -37,38 +37,44 @@ def ragged(lengths: list[int], heads: int, gap: int, seed: int) -> tuple[torch.T
 @pytest.mark.parametrize("reach", [0.01, 1.0, 20.0, 1e6])
 @pytest.mark.parametrize("first", [0, 4, 1000])
 @pytest.mark.parametrize("gap", [1, 40])
-def test_decaying_sum_equals_the_loops(reach, first, gap):
+def test_decaying_mean_equals_the_loops(reach, first, gap):
     lengths = [57, 1, 33]
     rates, positions = ragged(lengths, 2, gap, seed=7)
-    found = decaying_sum(rates, positions, reach, first)
+    found = decaying_mean(rates, positions, reach, first)
     for row, count in enumerate(lengths):
         for head in range(2):
             args = rates[row, head, :count].tolist(), positions[row, head, :count].tolist()
-            expected = torch.tensor(naive_decaying_sum(*args, reach, first), dtype=torch.float64)
+            expected = torch.tensor(naive_decaying_mean(*args, reach, first), dtype=torch.float64)
             torch.testing.assert_close(found[row, head, :count], expected, rtol=1e-11, atol=0)
 
 
 def test_nothing_before_the_first_peak_and_what_is_left_of_it_far_away():
     rates = torch.zeros(1, 1, 2000, dtype=torch.float64)
     rates[..., 5] = 1.0
-    found = decaying_sum(rates, torch.arange(2000)[None, None], 20.0, 4)[0, 0]
+    found = decaying_mean(rates, torch.arange(2000)[None, None], 20.0, 4)[0, 0]
     assert (found[:5] == 0).all()
-    expected = torch.exp(-torch.arange(1995, dtype=torch.float64) / 20)
+    expected = torch.exp(-torch.arange(1995, dtype=torch.float64) / 20) * -math.expm1(-1 / 20)
     torch.testing.assert_close(found[5:], expected, rtol=1e-12, atol=0)
 
 
 def test_far_positions_lose_no_precision():
     """At a million positions `exp(position / reach)` is far beyond any float."""
     rates, positions = ragged([500], 1, 3, seed=3)
-    far = decaying_sum(rates, positions + 1_000_000, 5.0, 4)
-    near = torch.tensor(naive_decaying_sum(rates[0, 0].tolist(), positions[0, 0].tolist(), 5.0, 0), dtype=torch.float64)
-    torch.testing.assert_close(far[0, 0], near, rtol=1e-9, atol=0)
+    far = decaying_mean(rates, positions + 1_000_000, 5.0, 4)
+    near = naive_decaying_mean(rates[0, 0].tolist(), positions[0, 0].tolist(), 5.0, 0)
+    torch.testing.assert_close(far[0, 0], torch.tensor(near, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+def test_a_mean_of_equal_rates_is_that_rate():
+    rates = torch.full((1, 1, 3000), 0.25, dtype=torch.float64)
+    found = decaying_mean(rates, torch.arange(3000)[None, None], 20.0, 0)[0, 0, 1000:]
+    torch.testing.assert_close(found, rates[0, 0, 1000:], rtol=1e-11, atol=0)
 
 
 def test_float32_rates_are_summed_in_float64():
     rates, positions = ragged([300, 200], 2, 2, seed=5)
-    wide = decaying_sum(rates.float().double(), positions, 20.0, 4)
-    found = decaying_sum(rates.float(), positions, 20.0, 4)
+    wide = decaying_mean(rates.float().double(), positions, 20.0, 4)
+    found = decaying_mean(rates.float(), positions, 20.0, 4)
     assert found.dtype == torch.float32
     assert torch.equal(found, wide.float())
 

@@ -482,9 +482,18 @@ class OracleCache:
             # "N_l = floor(heavy_fraction * S_l), M_l = S_l - N_l".
             heavy = [floor(config.heavy_fraction * s) for s in slots]
             self.budgets = [(n, s - n) for n, s in zip(heavy, slots, strict=True)]
-        for unit in range(len(self.units)):
-            if unit not in self.protected and self.num_live(unit) > sum(self.budgets[unit]):
+        for unit, (layer, heads) in enumerate(self.units):
+            if unit in self.protected:
+                continue
+            # With a reach slots keep their pooled rates from here on; merging still goes by those measured.
+            carries = config.selection_reach is not None and config.selection in ("window", "mixed")
+            carried = [slot for head in heads if carries for slot in self.slots[layer][head]]
+            pooled = [rate for head in heads if carries for rate in self.pooled_rates(self.slots[layer][head])]
+            gains = [rate - slot.rate for rate, slot in zip(pooled, carried, strict=True)]
+            if self.num_live(unit) > sum(self.budgets[unit]):
                 self.evict(unit, pooled=True)
+            for slot, gain in zip(carried, gains, strict=True):
+                slot.rate = max(slot.rate + gain, 0.0)
 
     def _log_weights(self) -> list[float]:
         """Of every unit. `ranked`: w is the share of the unit's tokens among the floor(keep_ratio * all) highest ranked
@@ -538,6 +547,26 @@ class OracleCache:
 
     # -- section 3 ----------------------------------------------------------------------------------------------------
 
+    def pooled_rates(self, slots: list[Slot]) -> list[float]:
+        """What slots rank by at the end of a prefill, in position order."""
+        config = self.config
+        if config.selection_reach is not None:
+            # A mean over the token and the live ones before it, sinks left out, whose weights fall by e every `reach`
+            # positions and would add up to 1 without a beginning and gaps.
+            rates = []
+            for number, slot in enumerate(slots):
+                lenders = [t for t in slots[: number + 1] if t.position >= config.num_sink_tokens]
+                weights = [math.exp((t.position - slot.position) / config.selection_reach) for t in lenders]
+                summed = sum(t.rate * weight for t, weight in zip(lenders, weights, strict=True))
+                rates.append(summed * (1 - math.exp(-1 / config.selection_reach)) if lenders else slot.rate)
+            return rates
+        # "max-pooled over selection_pool (7) neighbouring positions at finalize". READING: over all live slots,
+        # sinks and recent tokens too, by distance in POSITION (a later turn's slots have gaps).
+        below, above = config.selection_pool // 2, (config.selection_pool - 1) // 2
+        if config.selection_pool_side == "after":
+            below, above = config.selection_pool - 1, 0
+        return [max(t.rate for t in slots if -below <= t.position - s.position <= above) for s in slots]
+
     def ranks(self, slots: list[Slot], pooled: bool) -> list[float]:
         """What a KV head's slots are ranked by, larger is better."""
         config = self.config
@@ -545,22 +574,7 @@ class OracleCache:
             return [float(s.position) for s in slots]
         if config.selection in ("cumulative", "reread"):
             return [s.score for s in slots]
-        rates = [s.rate for s in slots]
-        if pooled and config.selection_reach is not None:
-            # A sum over the token and the live ones before it, sinks left out, that falls by e every `reach` positions.
-            rates = []
-            for number, slot in enumerate(slots):
-                lenders = [t for t in slots[: number + 1] if t.position >= config.num_sink_tokens]
-                weights = [math.exp((t.position - slot.position) / config.selection_reach) for t in lenders]
-                summed = sum(t.rate * weight for t, weight in zip(lenders, weights, strict=True))
-                rates.append(summed if lenders else slot.rate)
-        elif pooled:
-            # "max-pooled over selection_pool (7) neighbouring positions at finalize". READING: over all live slots,
-            # sinks and recent tokens too, by distance in POSITION (a later turn's slots have gaps).
-            below, above = config.selection_pool // 2, (config.selection_pool - 1) // 2
-            if config.selection_pool_side == "after":
-                below, above = config.selection_pool - 1, 0
-            rates = [max(t.rate for t in slots if -below <= t.position - s.position <= above) for s in slots]
+        rates = self.pooled_rates(slots) if pooled else [s.rate for s in slots]
         if config.selection == "window":
             return rates
         # mixed: "the pooled rate plus a / max(tokens seen - position, 32)".
