@@ -77,7 +77,7 @@ def compress_layer(
         slots: [B, Hkv, S, ...]; unused slots have position -1; rows may hold different numbers.
         budget: `num_heavy` and `num_recent`, ints or [B].
         state: `D2OState()` before the first eviction of the sequence.
-        finalize: at the end of a prefill (rates are max-pooled for the selection) rather than while decoding.
+        finalize: at the end of a prefill (rates are pooled for the selection) rather than while decoding.
         num_seen_tokens: [B] tokens seen by each row; by default one more than its last position.
         nearest: what finds the nearest target of each evicted key.
 
