@@ -69,6 +69,25 @@ def test_a_killed_rank_is_named_first():
     assert [result[2] for result in run_ranks(3, well, torch.ones(1))] == [9.0] * 3
 
 
+def abort_until(rank, world, marker, times):
+    """Rank 0 aborts as a C++ library does, the first `times` times."""
+    if rank == 0:
+        marker.write_bytes(marker.read_bytes() + b"." if marker.exists() else b".")
+        if marker.stat().st_size <= times:
+            os.write(2, b"terminate called: the reason\n")
+            os.abort()
+    return meet()
+
+
+def test_an_abort_is_shown_and_tried_once_more(tmp_path):
+    died = "(?s)rank 0 of 2 was killed by SIGABRT.*the reason"
+    with pytest.warns(UserWarning, match=died + ".*in abort_until"):
+        assert run_ranks(2, abort_until, tmp_path / "once", 1) == [6.0, 6.0]
+    with pytest.warns(UserWarning), pytest.raises(RankError, match=died):
+        run_ranks(2, abort_until, tmp_path / "twice", 2)
+    assert (tmp_path / "twice").stat().st_size == 2
+
+
 def outlive(rank, world):
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
