@@ -13,6 +13,7 @@ Exit status: 0 if all was right and timed; 1 if anything was wrong, failed or ra
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import subprocess
@@ -29,7 +30,7 @@ from d2o_dist.bench.checks import all_checks, cuda_checks
 from d2o_dist.bench.groups import GROUPS
 from d2o_dist.bench.timing import machine, markdown_table, write_report
 from d2o_dist.kernels.backend import has_triton
-from d2o_dist.kernels.cuda.build import LIBRARY, build, find_nvcc
+from d2o_dist.kernels.cuda.build import LIBRARY, find_nvcc, is_current
 
 LIMIT_SECONDS = 450
 # Arguments of `bench.layers`: a layer of each model at 32K tokens. Eight copies of a kept cache are more than L2 holds.
@@ -46,13 +47,24 @@ def run_module(module: str, arguments: Sequence[str], deadline: float) -> tuple[
         return "", "left out: no time left"
     try:
         command = [sys.executable, "-m", module, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=left)
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
-        return output.decode() if isinstance(output, bytes) else output, f"stopped after {left:.0f} s: no time left"
+        output = output.decode(errors="replace") if isinstance(output, bytes) else output
+        return output, f"stopped after {left:.0f} s: no time left"
     if done.returncode:
         return done.stdout, f"exit status {done.returncode}: {done.stderr[-3000:]}"
     return done.stdout, None
+
+
+def outcomes(output: str) -> list[dict]:
+    """What checks have printed, a JSON line each. The last is cut off where their process was ended."""
+    found = []
+    for line in output.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(line)
+            found += [value] if isinstance(value, dict) and "right" in value else []
+    return found
 
 
 def run_checks(ops: Sequence[str], device: str, deadline: float) -> tuple[list[dict], list[str]]:
@@ -65,7 +77,7 @@ def run_checks(ops: Sequence[str], device: str, deadline: float) -> tuple[list[d
         results = list(pool.map(lambda call: run_module(*call), calls))
     rows, problems = [], []
     for op, (output, failure) in zip(ops, results, strict=True):
-        found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        found = outcomes(output)
         wrong = [outcome for outcome in found if not outcome["right"]]
         expected = sum(check.op == op for check in (*all_checks(), *cuda_checks()))
         share, nearest = max(
@@ -83,17 +95,16 @@ def run_checks(ops: Sequence[str], device: str, deadline: float) -> tuple[list[d
     return rows, problems
 
 
-def cuda_library() -> tuple[str, str | None]:
+def cuda_library(deadline: float) -> tuple[str, str | None]:
     """What became of the library of CUDA kernels, which begins with `built` where it is there; and what failed."""
-    if LIBRARY.exists():
+    if is_current():
         return "built before", None
     if find_nvcc() is None:
+        if LIBRARY.exists():
+            return "built before, and its sources are newer; there is no nvcc", None
         return "left out: it is not built, and there is no nvcc", None
-    try:
-        build()
-    except RuntimeError as error:
-        return "left out: it cannot be built", str(error)
-    return "built now", None
+    _, failure = run_module("d2o_dist.kernels.cuda.build", [], deadline)
+    return ("left out: it cannot be built", failure) if failure else ("built now", None)
 
 
 def run_timings(
@@ -132,12 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     facts = {**machine(), "capability": torch.cuda.get_device_capability(), "cuda": torch.version.cuda}
     facts["triton"] = importlib.metadata.version("triton")
-    facts["CUDA C++"], failure = cuda_library()
+    checks_end = start + 0.6 * args.limit  # checks may not take all the time that timing needs
+    facts["CUDA C++"], failure = cuda_library(checks_end)
     with_cuda = facts["CUDA C++"].startswith("built")
     print(*(f"{key}: {value}" for key, value in facts.items()), "", sep="\n", flush=True)
-    # Checks may not take all the time that timing needs.
     ops = sorted({check.op for check in (*all_checks(), *(cuda_checks() if with_cuda else ()))})
-    rows, problems = run_checks(ops, "cuda", start + 0.6 * args.limit)
+    rows, problems = run_checks(ops, "cuda", checks_end)
     problems += [failure] if failure else []
     facts["seconds of checks"] = round(time.monotonic() - start, 1)
     print(markdown_table(rows), flush=True)

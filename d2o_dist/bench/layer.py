@@ -9,6 +9,7 @@ from torch import Tensor
 from d2o_dist.cache.layer import FullLayer
 from d2o_dist.cache.step import DecodeStep
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.compression.budgets import eviction_budget
 from d2o_dist.compression.evict import run_evictions
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.config.d2o import D2OConfig
@@ -27,19 +28,13 @@ def random_slots(num_kv_heads: int, num_slots: int, head_dim: int, dtype: torch.
     return Slots(keys, values, positions, scores, rates + 1e-6, torch.zeros_like(scores))
 
 
-def budget_of(num_slots: int, config: D2OConfig) -> LayerBudget:
-    """The budget of a layer that holds `num_slots`."""
-    heavy = int(config.heavy_fraction * num_slots)
-    return LayerBudget(heavy, num_slots - heavy)
-
-
 class DecodeLayer:
     """A layer of the cache at its budget, with room for what gathers between evictions: store, attend, score, evict."""
 
     def __init__(self, config: D2OConfig, layer: FullLayer, seen: int) -> None:
         self.layer, self.config, self.seen = layer, config, seen
         (held,) = layer.kv_len
-        self.budget = budget_of(held, config)
+        self.budget = LayerBudget(*config.split(held))
         self._step = DecodeStep([seen], [[held]], [layer.store.buffers], None)
 
     @classmethod
@@ -73,16 +68,18 @@ class DecodeLayer:
         self.seen += tokens
 
     def evict(self) -> None:
-        """Down to the budget, in place."""
+        """Down to the budget, in place. As in the cache, the device is asked nothing, and only told what is held."""
         store, layer = self.layer.store, self.layer
-        seen = torch.tensor([self.seen], device=store.buffers.positions.device)
+        device = store.buffers.positions.device
+        seen = torch.full((1,), self.seen, device=device)
+        budget, kv_len = eviction_budget([self.budget.num_slots], layer.kv_len, 1, self.config, device)
         # The slots are in order of position already, so unlike `compress_layer` this does not copy them to make sure.
         steps = eviction_steps(
-            store.slots, self.budget, layer.state, self.config, finalize=False, num_seen_tokens=seen,
+            store.slots, budget, layer.state, self.config, finalize=False, num_seen_tokens=seen,
             nearest=nearest_kept, merge=merge_evicted,
         )  # fmt: skip
         ((kept, layer.state),) = run_evictions([steps], lambda reports: reports)  # all heads are here
-        store.replace(kept, [kept.positions.shape[-1]])
+        store.replace(kept, kv_len)
         self._step.hold([layer.kv_len])
 
     def fill(self) -> None:
@@ -97,9 +94,8 @@ class DecodeLayer:
 
 def finalize_layer(slots: Slots, config: D2OConfig) -> Slots:
     """Select, find the nearest, merge: what the end of a prompt costs a layer after its attention."""
-    num_kept = int(config.keep_ratio * slots.positions.shape[-1])
-    steps = eviction_steps(
-        slots, budget_of(num_kept, config), D2OState(), config, nearest=nearest_kept, merge=merge_evicted
-    )
+    held = slots.positions.shape[-1]
+    budget, _ = eviction_budget([int(config.keep_ratio * held)], [held], 1, config, slots.positions.device)
+    steps = eviction_steps(slots, budget, D2OState(), config, nearest=nearest_kept, merge=merge_evicted)
     ((kept, _),) = run_evictions([steps], lambda reports: reports)  # all heads are here
     return kept

@@ -47,20 +47,24 @@ class Rows:
 
     def pick(self, tensor: Tensor, row: int) -> Tensor:
         """The real tokens of one row of [B, H, length, ...]: [1, H, counts[row], ...]."""
-        if self.index is None:
-            return tensor[row : row + 1]
-        columns = self.index[row]
-        first, count = int(columns[0]) if len(columns) else 0, len(columns)
-        if count and int(columns[-1]) - first + 1 == count:
-            return tensor[row : row + 1, :, first : first + count]
+        columns = self._columns(row)
+        if isinstance(columns, slice):
+            return tensor[row : row + 1, :, columns]
         return tensor[row : row + 1].index_select(2, columns.to(tensor.device))
 
     def put(self, out: Tensor, row: int, values: Tensor) -> None:
         """Write [1, H, counts[row], ...] into the real columns of one row of `out`."""
+        columns = self._columns(row)
+        out[row, :, columns if isinstance(columns, slice) else columns.to(out.device)] = values[0]
+
+    def _columns(self, row: int) -> slice | Tensor:
+        """The columns of a row's tokens: a slice if they lie side by side, for which no device waits."""
         if self.index is None:
-            out[row : row + 1] = values
-        else:
-            out[row, :, self.index[row].to(out.device)] = values[0]
+            return slice(0, self.length)
+        columns = self.index[row]
+        first, count = int(columns[0]) if len(columns) else 0, len(columns)
+        beside = not count or int(columns[-1]) - first + 1 == count
+        return slice(first, first + count) if beside else columns
 
 
 def is_uniform(counts: list[int]) -> bool:

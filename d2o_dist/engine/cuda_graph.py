@@ -71,7 +71,6 @@ class CudaGraphRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, run: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
         """Run it on the stream that will capture, where kernels are compiled and workspaces are made.
@@ -80,16 +79,17 @@ class CudaGraphRecorder:
         here, while it still does no harm.
         """
         current = torch.cuda.current_stream(self._device)
+        side = _side_stream(current, self._device)
         before = torch.cuda.get_sync_debug_mode()
-        self._stream.wait_stream(current)
-        with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(self._stream):
+        side.wait_stream(current)
+        with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(side):
             warnings.simplefilter("always")
             try:
                 torch.cuda.set_sync_debug_mode("warn")
                 result = run()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        current.wait_stream(self._stream)
+        current.wait_stream(side)
         # The memory belongs to the other stream, which may reuse it only when this one is done with it.
         result.record_stream(current)
         waits = None
@@ -105,12 +105,15 @@ class CudaGraphRecorder:
         """Capture it; nothing runs until the replay.
 
         Raises:
-            RuntimeError: CUDA refuses; it names the setting that does without.
+            RuntimeError: CUDA refuses; it names the setting that does without. torch.OutOfMemoryError: as it comes.
         """
         graph = torch.cuda.CUDAGraph()
+        side = _side_stream(torch.cuda.current_stream(self._device), self._device)
         try:
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=self._stream):
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=side):
                 result = run()
+        except torch.OutOfMemoryError:
+            raise  # callers make batches smaller; a step without a graph needs the same memory
         except Exception as error:
             raise RuntimeError(
                 "a decode step could not be captured as a CUDA graph; decode_graph=never does without. CUDA said: "
@@ -122,6 +125,15 @@ class CudaGraphRecorder:
             return result
 
         return replay
+
+
+@cache
+def _side_stream(current: torch.cuda.Stream, device: torch.device) -> torch.cuda.Stream:
+    """The stream beside `current` on which steps are warmed up and captured: one, whatever the number of batches.
+
+    PyTorch keeps a workspace of cuBLAS for every stream that ever multiplied (32 MiB on Hopper) until the process ends.
+    """
+    return torch.cuda.Stream(device)
 
 
 @cache

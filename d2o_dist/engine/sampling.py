@@ -68,18 +68,23 @@ class Sampler:
             self._seen = torch.tensor(rows, device=device)
 
     def pick(self, logits: Tensor) -> list[int]:
-        """The next token of each row from its logits [B, V]."""
+        """The next token of each row from its logits [B, V].
+
+        Raises:
+            ValueError: a row whose logits are NaN or infinite, where tokens are drawn.
+        """
         scores = logits if logits.dtype == torch.float64 else logits.float()
         scores = self._processors(self._seen, scores)
         if self._generators is None:
             chosen = scores.argmax(-1)
         else:
-            probs = scores.softmax(-1)
-            rows = zip(probs, self._generators, strict=True)
-            chosen = torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+            chosen = _draw(scores.softmax(-1), self._generators)
         if self._seen is not None:
             self._seen = torch.cat([self._seen, chosen[:, None]], 1)
-        return chosen.tolist()
+        tokens = chosen.tolist()
+        if (lost := [place for place, token in enumerate(tokens) if token < 0]):
+            raise ValueError(f"nothing can be drawn for row {lost[0]} of the batch: its logits are NaN or infinite")
+        return tokens
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch, in this order."""
@@ -87,3 +92,15 @@ class Sampler:
             self._generators = [self._generators[row] for row in rows]
         if self._seen is not None:
             self._seen = self._seen[list(rows)]
+
+
+def _draw(probs: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token a row [B] of probabilities [B, V], by the row's own generator; -1 for a row that holds NaN.
+
+    What `torch.multinomial` draws. But that asserts on a GPU that there is no NaN, and a device on which an assertion
+    failed serves nobody any more: one row would end all that come after it.
+    """
+    noise = torch.empty_like(probs)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (probs / noise).argmax(-1).masked_fill(probs.isnan().any(-1), -1)

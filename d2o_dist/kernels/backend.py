@@ -7,9 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.launch import is_interpreted
+from d2o_dist.kernels.launch import capability, is_interpreted
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
+# Triton and PyTorch's flash kernel have none for earlier GPUs (Turing, Volta).
+MIN_CAPABILITY = 80
 # What a block of a kernel holds in registers and shared memory ends here.
 MAX_HEAD_DIM = 256
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,13 +68,23 @@ def takes_triton(*tensors: Tensor, head_dim: int = 1) -> bool:
         return False
     if first.device.type != "cuda" and not (_chosen == "triton" and is_interpreted()):
         return False
-    if head_dim > MAX_HEAD_DIM or wants_grad(*tensors):
+    if head_dim > MAX_HEAD_DIM or wants_grad(*tensors) or not has_kernels(first.device):
         return False
     if not has_triton():
         _say(logging.WARNING, "triton is not installed: CUDA tensors are served by slower PyTorch operators")
         return False
     _say(logging.INFO, "CUDA tensors are served by Triton kernels")
     return True
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton and PyTorch's flash kernel serve this device; a GPU that is too old for them is a warning."""
+    if device.type != "cuda" or (found := capability(device)) >= MIN_CAPABILITY:
+        return True
+    needed, found = (f"{number // 10}.{number % 10}" for number in (MIN_CAPABILITY, found))
+    _say(logging.WARNING, f"the GPU has compute capability {found}, and kernels need {needed}: its tensors are served "
+                          "by slower PyTorch operators")  # fmt: skip
+    return False
 
 
 def takes_cuda(*tensors: Tensor) -> bool:

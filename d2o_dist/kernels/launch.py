@@ -7,6 +7,7 @@ the same block sizes; there bfloat16 has no arithmetic, so kernels take UPCAST, 
 import contextlib
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -57,8 +58,11 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 def capability(device: torch.device) -> int:
     """Compute capability of the device, 80 for 8.0."""
-    if device.type != "cuda":
-        return assumed_capability
+    return _capability_of_gpu(device) if device.type == "cuda" else assumed_capability
+
+
+@cache
+def _capability_of_gpu(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -45,6 +45,28 @@ def test_greedy_is_the_argmax():
     assert Sampler(SamplingConfig(), range(4), PROMPTS, CPU).pick(logits(0)) == logits(0).argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_are_those_of_multinomial(dtype):
+    config = SamplingConfig(temperature=0.8, top_k=9, seed=3)
+    sampler = Sampler(config, range(4), PROMPTS, CPU)
+    generators = [torch.Generator().manual_seed(row_seed(3, index)) for index in range(4)]
+    for step in range(30):
+        scores = logits(step).to(dtype)
+        probs = make_processors(config)(None, scores).softmax(-1)
+        want = [torch.multinomial(row, 1, generator=each).item() for row, each in zip(probs, generators, strict=True)]
+        assert sampler.pick(scores) == want
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_without_probabilities_is_an_error_of_the_host(monkeypatch, bad):
+    """An assertion on a GPU would make every later row of the process fail."""
+    monkeypatch.setattr(torch, "multinomial", lambda *args, **kwargs: pytest.fail("asserts on the device"))
+    scores = logits(0)
+    scores[2, 5] = bad
+    with pytest.raises(ValueError, match="row 2 of the batch: its logits are NaN or infinite"):
+        Sampler(SamplingConfig(temperature=1.0), range(4), PROMPTS, CPU).pick(scores)
+
+
 def test_rows_and_seeds_differ():
     seeds = {row_seed(seed, index) for seed in (0, 1, 2**32, 2**40) for index in range(50)}
     assert len(seeds) == 200 and max(seeds) < 2**32

@@ -393,12 +393,14 @@ class FakeCuda:
     def __init__(self, monkeypatch) -> None:
         self.calls: list[str] = []
         self.mode = 0
+        self.num_side_streams = 0
         self.graph_fails = False
         cuda, fake = torch.cuda, self
 
         class Stream:
             def __init__(self, device=None) -> None:
                 self.name = "side" if device is not None else "current"
+                fake.num_side_streams += device is not None
 
             def wait_stream(self, other) -> None:
                 fake.calls.append(f"{self.name} waits for {other.name}")
@@ -451,6 +453,16 @@ def test_what_the_recorder_asks_of_cuda(monkeypatch):
     assert cuda.calls == ["enter graph", "run", "leave graph", "replay", "replay"]
 
 
+def test_batches_share_a_stream(monkeypatch):
+    """cuBLAS keeps a workspace for each stream that it meets: a stream a batch would add them up."""
+    cuda = FakeCuda(monkeypatch)
+    for _ in range(3):
+        recorder = CudaGraphRecorder(torch.device("cuda", 0))
+        recorder.warm_up(FakeResult)
+        recorder.record(FakeResult)
+    assert cuda.num_side_streams == 1
+
+
 def test_a_wait_is_seen_in_the_warm_up_and_other_warnings_stay_warnings(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     recorder = CudaGraphRecorder(torch.device("cuda", 0))
@@ -477,3 +489,14 @@ def test_a_capture_that_cuda_refuses_names_the_way_out(monkeypatch):
     cuda.graph_fails = True
     with pytest.raises(RuntimeError, match="decode_graph=never does without. CUDA said: capture was invalidated"):
         CudaGraphRecorder(torch.device("cuda", 0)).record(FakeResult)
+
+
+def test_a_capture_for_which_memory_is_short_says_that(monkeypatch):
+    """Who tries a smaller batch then looks for this error, and for no other."""
+    FakeCuda(monkeypatch)
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory"):
+        CudaGraphRecorder(torch.device("cuda", 0)).record(full)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, Phi3Config
+from transformers import LlamaConfig, Phi3Config, PreTrainedModel
 
 from d2o_dist.comm import build_mesh
 from d2o_dist.config.parallel import ParallelConfig
@@ -180,3 +180,14 @@ def test_deepspeed_for_another_device():
     if torch.cuda.is_available():
         pytest.skip("DeepSpeed drives CUDA here")
     run_ranks(2, on_another_device, fresh=True)
+
+
+def test_another_version_of_transformers_is_refused_before_weights_are_loaded(monkeypatch):
+    """Since 5.17 the modules are there, but plans are resolved as they must be only by later versions."""
+    config = tiny_model().config
+    parallel = ParallelConfig(tp=2, tp_engine="transformers")
+    assert mark_replicas(config, parallel) == 1
+    owner = next(base for base in PreTrainedModel.__mro__ if "_resolve_parallel_plans" in vars(base))
+    monkeypatch.delattr(owner, "_resolve_parallel_plans")
+    with pytest.raises(ValueError, match=r"_resolve_parallel_plans.*use tp_engine deepspeed"):
+        mark_replicas(config, parallel)

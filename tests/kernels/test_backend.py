@@ -3,6 +3,13 @@ import torch
 
 from d2o_dist.kernels import backend
 from d2o_dist.kernels.backend import get_backend, set_backend, takes_cuda, takes_triton
+from d2o_dist.kernels.prefill_attention.cuda import cuda_supports
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """What GPU the stand-ins lie on."""
+    monkeypatch.setattr(backend, "capability", lambda device: 90)
 
 
 def test_names():
@@ -52,6 +59,19 @@ def test_choice_by_head_dim_gradient_and_setting(monkeypatch):
         assert takes_triton(OnCuda(requires_grad=True))
     monkeypatch.setattr(backend, "_chosen", "torch")
     assert not takes_triton(OnCuda())
+
+
+def test_a_gpu_that_is_too_old_goes_without_kernels(monkeypatch, caplog):
+    """Neither Triton nor PyTorch's flash kernel runs on it: both would end the first forward with an error."""
+    monkeypatch.setattr(backend, "has_triton", lambda: True)
+    queries = torch.empty(1, 2, 3, 64, dtype=torch.float16)
+    on_gpu = type("OnGpu", (OnCuda,), {"shape": queries.shape, "numel": queries.numel})(torch.float16)
+    assert takes_triton(on_gpu) and cuda_supports(on_gpu, None)
+    monkeypatch.setattr(backend, "capability", lambda device: 75)
+    backend._say.cache_clear()
+    assert not takes_triton(on_gpu) and not cuda_supports(on_gpu, None)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "7.5, and kernels need 8.0" in record.message
 
 
 def test_without_triton_it_says_so_once(monkeypatch, caplog):

@@ -41,8 +41,9 @@ def run(num_heads: int, num_kv_heads: int, num_slots: int, parts: str, device: s
     rows = (batch, num_kv_heads, num_slots + room)
     statistics = [normal(*rows, dtype=torch.float32, device=device, seed=s) for s in (1, 2)]
     scores, rates = (x[:, :, :num_slots] if name in parts else None for x, name in zip(statistics, "sr", strict=True))
-    newest = torch.tensor([num_slots - 1, 0, -1], device=device)
-    present = torch.tensor([True, True, False], device=device) if "p" in parts else None
+    # Columns of a table: one number a row, and not side by side.
+    newest = torch.tensor([[num_slots - 1, 0], [0, num_slots - 1], [-1, 0]], device=device)[:, 0]
+    present = torch.tensor([[True, False], [True, False], [False, True]], device=device)[:, 0] if "p" in parts else None
     before = on_cpu(logits, lse, *(x if x is None else x.clone() for x in (scores, rates)), newest, present)
     rest = [x[:, :, num_slots:].clone() for x in statistics]
     with poisoned():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from d2o_dist.comm.adapters import to_device_mesh
 from d2o_dist.comm.mesh import ParallelMesh
@@ -89,7 +90,9 @@ def check_version() -> None:
     try:
         from transformers.distributed import DistributedConfig  # noqa: F401
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # noqa: F401
-    except ImportError as error:
+
+        PreTrainedModel._resolve_parallel_plans  # noqa: B018
+    except (ImportError, AttributeError) as error:
         raise ValueError(
             f"tp_engine (transformers) was written for transformers 5.23, and this version differs ({error}): use "
             "tp_engine deepspeed"

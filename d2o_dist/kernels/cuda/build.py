@@ -37,6 +37,12 @@ def find_host_compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
+def is_current(library: Path = LIBRARY) -> bool:
+    """Whether the library is there, and no source of it is newer."""
+    sources = (Path(__file__), *HERE.glob("*.cu"), *HERE.glob("*.cuh"))
+    return library.exists() and all(source.stat().st_mtime <= library.stat().st_mtime for source in sources)
+
+
 def build(library: Path = LIBRARY) -> Path:
     """The library for GPUs.
 

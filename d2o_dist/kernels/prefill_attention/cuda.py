@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2o_dist.kernels.backend import has_kernels
 from d2o_dist.kernels.lse import merge_partials
 
 MAX_HEAD_DIM = 256  # the kernel's own limit
@@ -12,7 +13,8 @@ MAX_HEAD_DIM = 256  # the kernel's own limit
 def cuda_supports(q: Tensor, window: int | None) -> bool:
     """Whether `cuda_prefill_attention` takes these inputs; what it does not take goes to the blocked torch path."""
     half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.device.type == "cuda" and half and window is None and q.shape[3] <= MAX_HEAD_DIM and q.numel() > 0
+    fits = half and window is None and q.shape[3] <= MAX_HEAD_DIM and q.numel() > 0
+    return q.device.type == "cuda" and fits and has_kernels(q.device)
 
 
 def cuda_prefill_attention(

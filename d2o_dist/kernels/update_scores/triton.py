@@ -66,13 +66,16 @@ def triton_update_scores(
 ) -> Tensor | None:
     """In place; as `update_scores`. Returns probs [B, Hkv, S] if wanted."""
     batch, num_heads, num_slots = logits.shape
+    # Read as one number a row, side by side.
+    newest = None if newest is None else newest.contiguous()
+    present = None if present is None else present.contiguous().view(torch.uint8)
     probs = None
     if with_probs:
         probs = torch.empty(batch, num_kv_heads, num_slots, dtype=torch.float32, device=logits.device)
     launch(
         _update_scores_kernel,
         (triton.cdiv(num_slots, _SLOTS), batch * num_kv_heads),
-        logits, lse, scores, rates, newest, None if present is None else present.view(torch.uint8), probs,
+        logits, lse, scores, rates, newest, present, probs,
         *logits.stride(), *lse.stride(), *((0, 0, 0) if scores is None else scores.stride()),
         *((0, 0, 0) if rates is None else rates.stride()), num_kv_heads, num_slots, decay,
         tile=Tile(_SLOTS, 1, 4, 2),
