@@ -166,8 +166,8 @@ class D2OConfig:
         Raises:
             ValueError: unknown preset or field, or a value outside its limits.
         """
-        if name not in PRESETS:
-            raise ValueError(f'no preset "{name}".{did_you_mean(name, PRESETS)} Known: {", ".join(PRESETS)}')
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f'no preset "{name}".{did_you_mean(str(name), PRESETS)} Known: {", ".join(PRESETS)}')
         refuse_unknown(overrides, [f.name for f in dataclasses.fields(cls)], cls.__name__)
         # None for a size means that it is not given.
         given = {key: value for key, value in overrides.items() if value is not None or key not in SIZES}
@@ -182,6 +182,7 @@ class D2OConfig:
             raise ValueError(f"a D2O configuration must be a mapping of fields, not {type(values).__name__}")
         values = dict(values)
         name = values.pop("preset", None)
+        refuse_unknown(values, [f.name for f in dataclasses.fields(cls)], cls.__name__)
         return build(cls, values) if name is None else cls.preset(name, **values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -132,7 +132,8 @@ class EvalConfig:
         """`full`, then every method at every budget.
 
         Raises:
-            ValueError: an unknown preset or field, a size inside a method, a budget outside its limits, or no budget.
+            ValueError: an unknown preset or field, a size inside a method, a budget outside its limits, or no budget;
+                two methods of one name, or two budgets that tables would show alike.
         """
         expanded = [Method(FULL, "100%", D2OConfig.preset(FULL))]
         others = [fields for fields in self.methods if fields["name"] != FULL]
@@ -148,6 +149,13 @@ class EvalConfig:
                     expanded.append(Method(name, shown, D2OConfig.from_dict({**fields, size: value})))
                 except ValueError as error:
                     raise ValueError(f"method {name} at {shown}: {error}") from error
+        labels = [method.label for method in expanded]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(
+                    f'{labels.count(label)} methods would be called "{label}" in results: give each a name of its own, '
+                    "and budgets that differ in their first 6 digits"
+                )
         return expanded
 
     @classmethod

@@ -72,6 +72,11 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
         ({"keep_ratios": []}, "keep_ratios and keep_tokens are both empty"),
         ({"keep_ratios": [1.2]}, r"method d2o at 120%: keep_ratio \(1.2\) must be in \(0, 1\]"),
         ({"methods": ["snapkvv"]}, 'Did you mean "snapkv"'),
+        ({"methods": ["d2o", {"name": "d2o", "preset": "lean"}]}, '2 methods would be called "d2o@50%" in results'),
+        ({"keep_ratios": [0.1, 0.10000001]}, '2 methods would be called "d2o@10%" in results'),
+        ({"methods": [{"name": "x", "preset": ["d2o"]}]}, r"method x at 50%: no preset \"\['d2o'\]\""),
+        ({"methods": [{"name": "x", "preset": "d2o", 1: 2}]}, 'method x at 50%: D2OConfig has no field "1"'),
+        ({"tasks": [{"kind": ["needle"]}]}, r"task kind \(\['needle'\]\) must be one of needle"),
         ({"methods": [{"preset": "mass"}]}, "a method's name"),
         ({"methods": [{"name": "x", "keep_ratio": 0.1}]}, "method x sets keep_ratio: budgets are given once"),
         ({"methods": [{"name": "x", "prest": "mass"}]}, 'method x at 50%: .*no field "prest"'),
@@ -86,6 +91,11 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
 def test_refusals(values, words):
     with pytest.raises(ValueError, match=words):
         make(**values)
+
+
+def test_lengths_and_depths_count_once():
+    (task,) = make(tasks=[{"kind": "needle", "lengths": [128, 256, 128], "depths": [0.5, 0.50000001, 1]}]).tasks
+    assert task.lengths == (128, 256) and task.depths == (0.5, 1.0)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

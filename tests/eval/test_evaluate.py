@@ -23,6 +23,7 @@ from d2o_dist.eval.store import RankFile, read_records
 from d2o_dist.eval.table import report
 from tests.engine.tiny import make_folder
 from tests.eval.parts import TEXT
+from tests.eval.test_tasks import row_of, write
 from tests.ranks import run_ranks
 
 TASKS = [
@@ -383,6 +384,13 @@ def test_what_is_wrong_is_found_before_the_weights(folder, tmp_path):
         plan_of(folder, tmp_path, tasks=TASKS[:1], max_prompt_tokens=200, truncation="error")
     with pytest.raises(ValueError, match="does not exist"):
         plan_of(folder, tmp_path, tasks=[{**TASKS[0], "haystack": "nowhere.txt"}])
+
+
+def test_rows_of_one_task_have_ids_of_their_own(folder, tmp_path):
+    # Two rows of one id would be counted as one.
+    write(tmp_path, "trec", [row_of("trec", 0), row_of("trec", 1, _id="id0")])
+    with pytest.raises(ValueError, match="task longbench/trec: two rows have the id id0"):
+        plan_of(folder, tmp_path, tasks=[{"kind": "longbench", "data": str(tmp_path), "tasks": ["trec"]}])
 
 
 def test_a_broken_merged_file_is_an_error(tmp_path):
