@@ -29,7 +29,7 @@ from tests.ranks import run_ranks
 TASKS = [
     {"kind": "needle", "lengths": [200, 260], "depths": 2, "max_new_tokens": 6},
     {"kind": "fidelity", "lengths": [100], "num_scored": 20, "samples": 3},
-    {"kind": "ruler", "name": "r", "lengths": [400], "tasks": "fwe", "samples": 2},
+    {"kind": "ruler", "name": "r", "lengths": [500], "tasks": "fwe", "samples": 2},
 ]
 SMALL = {"min_layer_tokens": 8}
 TWICE = {"name": "reread", "preset": "reread", **SMALL}
@@ -38,7 +38,7 @@ METHODS = [{"name": "mass", "preset": "mass", **SMALL}, {"name": "h2o", "preset"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return str(make_folder(tmp_path_factory.mktemp("model"), template=False, max_position_embeddings=512))
+    return str(make_folder(tmp_path_factory.mktemp("model"), template=False, max_position_embeddings=640))
 
 
 def plan_of(folder: str, output, **values) -> Plan:
@@ -183,7 +183,7 @@ def digests(folder, data, **task) -> dict[tuple[str, str], str]:
         ({**TASKS[0], "fact": "It is 7.", "question": "What?", "answer": "7"}, {"samples": 2, "lengths": [200]}, 2),
         (TASKS[1], {"lengths": [100, 70]}, 3),
         (TASKS[1], {"samples": 4}, 1),  # the others lie elsewhere in the text
-        (TASKS[2], {"samples": 4, "lengths": [450, 400]}, 2),
+        (TASKS[2], {"samples": 4, "lengths": [550, 500]}, 2),
         ({**TASKS[2], "tasks": ["fwe", "niah_single_2"], "max_new_tokens": 8}, {"tasks": ["fwe"], "samples": 5}, 2),
         (JSONL, {"samples": 5}, 2),
         ({"kind": "longbench", "tasks": ["trec"], "samples": 2}, {"samples": None}, 2),
@@ -207,7 +207,7 @@ def test_a_row_is_known_whatever_other_rows_there_are(folder, data, task, more, 
         (TASKS[1], {"continuation": "decode"}),
         (TASKS[1], {"num_scored": 19}),
         (TASKS[2], {"max_new_tokens": 5}),
-        (TASKS[2], {"lengths": [401]}),
+        (TASKS[2], {"lengths": [501]}),
         (JSONL, {"metric": "qa_f1"}),
         (JSONL, {"stop": ["x"]}),
         (JSONL, {"answers": "input"}),

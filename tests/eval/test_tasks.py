@@ -114,6 +114,11 @@ def test_passages_refusals(tools):
         Passages(PerplexityTask(lengths=(1000,), num_scored=16, samples=20)).rows(tools)
     rows = Passages(PerplexityTask(lengths=(1000,), num_scored=16, samples=20, overlap=True)).rows(tools)
     assert len({row.tokens for row in rows}) == 20
+    # Passages that are the same would be counted as many.
+    with pytest.raises(ValueError, match=rf"20 passages of {count - 18} tokens need {count + 1}, but text essays has"):
+        Passages(PerplexityTask(lengths=(count - 34,), num_scored=16, samples=20, overlap=True)).rows(tools)
+    rows = Passages(PerplexityTask(lengths=(count - 35,), num_scored=16, samples=20, overlap=True)).rows(tools)
+    assert len({row.tokens for row in rows}) == 20
     with pytest.raises(ValueError, match=r"a length \(300\) and num_scored \(128\) must be at most the model's 256"):
         Passages(PerplexityTask(lengths=(300,))).rows(make_tools(max_positions=256))
 
@@ -162,6 +167,11 @@ def test_ruler_generates_no_more_than_it_is_told(tools, questions):
     assert [Ruler(short, name).rows(tools)[0].max_new_tokens for name in ("niah_single_1", "vt")] == [40, 30]
     row = Ruler(short, "fwe").rows(tools)[0]
     assert 1800 - SLACK - 160 <= tools.count(row, True) + 40 <= 1800
+
+
+def test_ruler_rows_are_not_longer_than_they_are_called(tools, questions):
+    with pytest.raises(ValueError, match=r"ruler/fwe 300-0: the least that .* has \d+ tokens, above 250"):
+        Ruler(config(questions, lengths=(300,)), "fwe").rows(tools)
 
 
 def test_ruler_facts_are_unambiguous(tools, questions):
