@@ -130,10 +130,11 @@ def train(run: Run) -> RunState:
             measured = _measure(run, done)
         is_best = measured is not None and (run.state.best is None or measured < run.state.best)
         run.state = RunState(done, measured if is_best else run.state.best, measured, run.state.facts)
+        if is_best:
+            # Before the checkpoint: a run that ends in between takes this step once more, and exports it again.
+            export_model(run.engine, run.tokenizer, run.output / "model-best", config.dtype, run.world)
         if last or is_best or (config.save_every is not None and done % config.save_every == 0):
             run.checkpoints.save(run.state, run.engine.save, is_best=is_best)
-        if is_best:
-            export_model(run.engine, run.tokenizer, run.output / "model-best", config.dtype, run.world)
     export_model(run.engine, run.tokenizer, run.output / "model", config.dtype, run.world)
     return run.state
 

@@ -57,6 +57,28 @@ def test_a_broken_run_goes_on_to_the_same_losses(inputs, objective, tmp_path, mo
     assert found[:3] + found[4:] == expected
 
 
+@pytest.mark.parametrize(("where", "name"), [(loop, "export_model"), (Checkpoints, "save")], ids=["export", "save"])
+def test_the_best_model_is_exported_also_if_the_run_was_broken_there(inputs, tmp_path, monkeypatch, where, name):
+    config = make_config(inputs, str(tmp_path / "out"), steps=2, eval_every=1)
+
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def run(*measured: float) -> None:
+        values = iter(measured)
+        monkeypatch.setattr(loop, "headline", lambda *args: next(values))
+        run_whole(config)
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(where, name, dies)
+        run(3.0, 1.0)  # before the first step, and after it
+    run(3.0, 1.0, 2.0)
+    best = torch.load(tmp_path / "out" / "checkpoints" / "step-00000001" / "torch_engine.pt")["weights"]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model-best")
+    for parameter, p in exported.named_parameters():
+        assert torch.equal(p, best[f"model.{parameter}"])
+
+
 def test_accumulated_gradients_equal_one_large_batch(inputs):
     expected = steps_of(make_config(inputs, micro_batch_size=4), 2)
     for size in (1, 2):
