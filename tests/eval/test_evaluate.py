@@ -345,6 +345,24 @@ def test_replicas_share_the_rows(done, folder, tmp_path):
     assert comparable(tmp_path) == {key: record for key, record in comparable(output).items() if key[0] == "fidelity"}
 
 
+def rank_of_a_machine(rank: int, world: int, folder: str, output: str, tasks: list, sp: int) -> int:
+    # As if each rank's machine had a file system of its own.
+    plan = plan_of(folder, f"{output}/{rank}", tasks=tasks, parallel={"sp": sp})
+    if sp == 1:
+        with pytest.raises(ValueError, match=r"cannot be seen by rank 0: with several replicas \(dp\)"):
+            evaluate(plan, build_mesh(dp=world))
+        return len(read_records(Path(output) / str(rank)))
+    return sum(evaluate(plan, build_mesh(sp=sp)).num_results for _ in range(2))
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("sp", "found"), [(1, 0), (2, 6)])
+def test_machines_that_do_not_share_the_folder(folder, tmp_path, sp, found):
+    tasks = [{**TASKS[1], "continuation": "decode", "samples": 1}]
+    assert run_ranks(2, rank_of_a_machine, folder, str(tmp_path), tasks, sp, timeout_s=300) == [found, found]
+    assert [len(read_records(tmp_path / str(rank))) for rank in range(2)] == [found // 2, 0]
+
+
 @pytest.mark.multirank
 @pytest.mark.parametrize("question", ["visible", "hidden"])
 def test_ranks_that_share_a_request_find_what_one_finds(folder, tmp_path, question):
