@@ -14,6 +14,7 @@ import yaml
 
 from d2o_dist.comm import ParallelMesh, build_mesh
 from d2o_dist.config.evaluate import EvalConfig
+from d2o_dist.engine.runner import BatchError
 from d2o_dist.eval import runner as runner_module
 from d2o_dist.eval.aggregate import summarise
 from d2o_dist.eval.evaluate import check_parallel, evaluate
@@ -267,6 +268,18 @@ def test_one_failing_method_does_not_stop_the_others(folder, tmp_path, monkeypat
     counted: list[int] = []
     assert run(plan, on_results=counted.append).num_missing == 0
     assert sum(counted) == 3
+
+
+def test_what_fails_on_one_rank_of_a_request_is_no_bad_usage(folder, tmp_path, monkeypatch):
+    """Bad usage is said by rank 0 alone, and this may happen on another one."""
+
+    def fails(*args):
+        raise ValueError("not on rank 0")
+
+    monkeypatch.setattr(runner_module.Runner, "_shared", True)
+    monkeypatch.setattr(runner_module.Runner, "_read", fails)
+    with pytest.raises(BatchError, match="rows 260-1-0 of needle failed: ValueError: not on rank 0"):
+        run(plan_of(folder, tmp_path, tasks=TASKS[:1]))
 
 
 def test_an_interruption_keeps_what_is_written(folder, tmp_path):
