@@ -12,7 +12,7 @@ from d2o_dist.config.io import dump_yaml
 
 REPO = Path(__file__).resolve().parents[2]
 BASE = {"model": "m", "output": "o", "tasks": [{"kind": "needle", "lengths": [128]}], "keep_ratios": [0.5, 0.2]}
-CONFIGS = sorted((REPO / "configs").glob("eval_*.yaml"))
+CONFIGS = sorted(path for kind in ("eval", "study") for path in (REPO / "configs").glob(f"{kind}_*.yaml"))
 
 
 def make(**values) -> EvalConfig:
