@@ -180,9 +180,10 @@ class D2OConfig:
         """From a mapping of fields; the extra key `preset` names the preset that the fields override."""
         if not isinstance(values, Mapping):
             raise ValueError(f"a D2O configuration must be a mapping of fields, not {type(values).__name__}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        refuse_unknown((key for key in values if key != "preset"), known, cls.__name__)
         values = dict(values)
         name = values.pop("preset", None)
-        refuse_unknown(values, [f.name for f in dataclasses.fields(cls)], cls.__name__)
         return build(cls, values) if name is None else cls.preset(name, **values)
 
     def to_dict(self) -> dict[str, Any]:
