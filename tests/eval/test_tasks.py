@@ -223,6 +223,25 @@ def test_ruler_question_files(tools, tmp_path, questions):
         Ruler(config(questions, lengths=(100_000,)), "qa_1").rows(tools)
 
 
+def test_question_files_may_hold_any_line_separator_and_be_compressed(tools, tmp_path):
+    row = {"question": "Who keeps?", "answers": "Keeper", "context": ["Keeper\u2028keeps.\x85 " + "Filler. " * 20]}
+    others = [{**row, "context": [f"{number} " + "Filler. " * 20]} for number in range(120)]
+    path = tmp_path / "qa.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in [row, *others]))
+    (found, _) = Ruler(config(str(path)), "qa_1").rows(tools)
+    assert "Keeper\u2028keeps.\x85" in found.context
+
+
+@pytest.mark.parametrize(("name", "data"), [("a.jsonl", b"\xff\xfe\n"), ("a.jsonl.gz", b"no archive\n")])
+def test_a_file_that_cannot_be_read_is_named(tools, tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: "):
+        Ruler(config(str(tmp_path / name)), "qa_1").rows(tools)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: "):
+        Jsonl(JsonlTask(data=str(tmp_path / name), question="?")).rows(tools)
+
+
 # LongBench.
 
 
