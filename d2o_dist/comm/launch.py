@@ -109,7 +109,8 @@ def init_distributed(backend: str | None = None, timeout_s: float = DEFAULT_TIME
         if launch.local_rank >= gpus:
             raise RankError(
                 f"local rank ({launch.local_rank}) must be below the number of visible GPUs ({gpus}): "
-                "start one rank a GPU, or pass backend gloo"
+                "start one rank a GPU, and show every rank all GPUs of its machine (Slurm: --gpus-per-node, not "
+                "--gpus-per-task), or pass backend gloo"
             )
         torch.cuda.set_device(launch.local_rank)
     if not dist.is_initialized():
