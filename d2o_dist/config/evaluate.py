@@ -118,7 +118,9 @@ class EvalConfig:
         if not isinstance(self.parallel, ParallelConfig):
             raise ValueError(f"parallel must be a ParallelConfig, not {type(self.parallel).__name__}")
         if self.reference is not None:
-            check_choice("reference", self.reference, [method["name"] for method in self.methods])
+            # The distance from `full`, at whatever budget, is in every table.
+            names = [method["name"] for method in self.methods if method["name"] != FULL]
+            check_choice("reference", self.reference, names)
         self.infer()
         self.expand_methods()
 

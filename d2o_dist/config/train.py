@@ -135,6 +135,8 @@ class TrainConfig:
     def _check_compression(self) -> None:
         if len(self.keep_ratio) != 2 or self.keep_ratio[0] > self.keep_ratio[1]:
             raise ValueError(f"keep_ratio ({list(self.keep_ratio)}) must be [low, high] with low <= high")
+        if self.objective != "d2o_distill" and self.distill != DistillConfig():
+            raise ValueError(f'distill is not used by objective "{self.objective}": leave it out, or set it to null')
         if self.objective == "lm":
             if self.context_length is not None:
                 raise ValueError(f'context_length ({self.context_length}) is not used by objective "lm"')

@@ -41,6 +41,7 @@ def test_overrides_take_precedence(tmp_path):
         ({"objective": "dpo"}, r"objective \('dpo'\) must be one of lm, d2o_lm, d2o_distill"),
         ({"context_length": None}, "needs context_length"),
         ({"context_length": 64}, r"context_length \(64\) must be in \[1, 63\]"),
+        ({"objective": "d2o_lm", "distill": {"lm_weight": 0.5}}, 'distill is not used by objective "d2o_lm"'),
         ({"objective": "lm"}, r'context_length \(48\) is not used by objective "lm"'),
         ({"keep_ratio": [0.3, 0.2]}, r"keep_ratio \(\[0.3, 0.2\]\) must be \[low, high\]"),
         ({"keep_ratio": [0.0, 0.2]}, r"keep_ratio has 0.0, which must be in \(0, 1\]"),

@@ -57,6 +57,7 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
         ({"tasks": []}, "tasks .* must be a list of at least one task"),
         ({"tasks": [{"kind": "neelde", "lengths": [99]}]}, 'Did you mean "needle"'),
         ({"methods": ["mass"], "reference": "h2o"}, r"reference \('h2o'\) must be one of mass"),
+        ({"methods": ["full", "mass"], "reference": "full"}, r"reference \('full'\) must be one of mass"),
         ({"tasks": [{"kind": "needle"}]}, "a task of kind needle needs lengths"),
         ({"tasks": [{"kind": "needle", "lengths": [10]}]}, r"lengths \(10\) must be at least 64"),
         ({"tasks": [{"kind": "needle", "lengths": [99], "depths": [1.5]}]}, r"depths has 1.5; a depth must be in"),

@@ -15,7 +15,7 @@ from d2o_dist.config.io import dump_yaml
 from d2o_dist.train import loop
 from d2o_dist.train.checkpoints import Checkpoints, RunState
 from tests.models import tokens
-from tests.train.runs import LM, make_config, make_inputs, records, run_whole, start, steps_of
+from tests.train.runs import D2O_LM, LM, make_config, make_inputs, records, run_whole, start, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_distillation_lowers_the_held_out_divergence_and_keeps_the_full_cache(in
     assert found[-1]["full_lm"] < found[0]["full_lm"]
 
 
-@pytest.mark.parametrize("objective", [{}, {"objective": "d2o_lm"}, LM], ids=["d2o_distill", "d2o_lm", "lm"])
+@pytest.mark.parametrize("objective", [{}, D2O_LM, LM], ids=["d2o_distill", "d2o_lm", "lm"])
 def test_a_broken_run_goes_on_to_the_same_losses(inputs, objective, tmp_path, monkeypatch):
     whole = make_config(inputs, str(tmp_path / "whole"), save_every=2, **objective)
     expected = losses(run_whole(whole))
