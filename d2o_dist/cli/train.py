@@ -18,7 +18,7 @@ from d2o_dist.config.io import dump_yaml
 from d2o_dist.config.overrides import parse_override
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.engine.model import pick_device
-from d2o_dist.train.loop import prepare, train
+from d2o_dist.train.loop import Run, prepare, train
 
 EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
 
@@ -47,8 +47,8 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.load(args.config, overrides + [parse_override(text) for text in [*args.overrides, *args.set]])
 
 
-def run_ranks(config: TrainConfig) -> None:
-    """Join the other ranks and train."""
+def prepare_ranks(config: TrainConfig) -> Run:
+    """Join the other ranks, and make everything ready."""
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     launch = init_distributed("gloo" if on_cpu else None)
     if launch.world_size % config.sp:
@@ -57,9 +57,7 @@ def run_ranks(config: TrainConfig) -> None:
     if config.engine.name == "deepspeed" and launch.launcher == "none":
         raise ValueError('engine.name "deepspeed" needs a launcher: deepspeed launch/train.py, or torchrun')
     mesh = build_mesh(dp=launch.world_size // config.sp, sp=config.sp)
-    state = train(prepare(config, mesh, device, {ESSAYS: load_essays}))
-    if launch.rank == 0:
-        print(f"done: {state.step} steps; the model is in {config.output}/model", file=sys.stderr)
+    return prepare(config, mesh, device, {ESSAYS: load_essays})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,14 +85,18 @@ def _say(error: ValueError) -> None:
 
 def _train(config: TrainConfig, launch: Launch) -> int:
     try:
-        run_ranks(config)
-    except ValueError as error:
-        # Most often all ranks have it. Where the first has, the launcher ends the others before they repeat it.
-        if launch.rank != 0:
-            time.sleep(SECONDARY_DELAY_S)
-        _say(error)
-        # Peers may be waiting for this rank: the status ends them, and `run_guarded` this process.
-        raise SystemExit(EXIT_USAGE) from error
+        try:
+            run = prepare_ranks(config)
+        except ValueError as error:
+            # Most often all ranks have it. Where the first has, the launcher ends the others before they repeat it.
+            if launch.rank != 0:
+                time.sleep(SECONDARY_DELAY_S)
+            _say(error)
+            # Peers may be waiting for this rank: the status ends them, and `run_guarded` this process.
+            raise SystemExit(EXIT_USAGE) from error
+        state = train(run)
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
+    if launch.rank == 0:
+        print(f"done: {state.step} steps; the model is in {config.output}/model", file=sys.stderr)
     return EXIT_OK

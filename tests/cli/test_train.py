@@ -13,7 +13,6 @@ from d2o_dist.cli import train
 from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.train import model as train_model
-from d2o_dist.train.checkpoints import RunState
 from tests.train.runs import LM, make_config, make_inputs
 from tests.train.test_launch import TORCHRUN, environment
 
@@ -58,8 +57,7 @@ def test_a_rank_trains_on_a_gpu_of_its_own(tmp_path, as_rank, monkeypatch, devic
     monkeypatch.setattr(train, "build_mesh", lambda **sizes: ParallelMesh.local())
     found = []
     monkeypatch.setattr(train, "prepare", lambda config, mesh, device, texts: found.append(device))
-    monkeypatch.setattr(train, "train", lambda run: RunState())
-    train.run_ranks(config)
+    train.prepare_ranks(config)
     assert found == [torch.device("cuda", 1)]
     # Where the weights are loaded, the device is chosen once more.
     loaded = []
@@ -67,6 +65,16 @@ def test_a_rank_trains_on_a_gpu_of_its_own(tmp_path, as_rank, monkeypatch, devic
     with pytest.raises(AttributeError):  # a linear layer is no model of transformers
         train_model.load_trainable(config, found[0])
     assert train.pick_device(loaded[0].device) == found[0]
+
+
+def test_what_fails_in_a_step_is_no_bad_usage(config, monkeypatch):
+    def fails(run):
+        raise ValueError("in a step")
+
+    monkeypatch.setattr(train, "prepare_ranks", lambda config: None)
+    monkeypatch.setattr(train, "train", fails)
+    with pytest.raises(ValueError, match="in a step"):
+        train.main(config)
 
 
 @pytest.mark.multirank
