@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from d2o_dist.cli.voice import parse_once, quiet_unless
-from d2o_dist.comm import Launch, ParallelMesh, build_mesh, init_distributed, read_environment
+from d2o_dist.comm import Launch, ParallelMesh, RankError, build_mesh, init_distributed, read_environment
 from d2o_dist.config.eval_tasks import ESSAYS
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.io import dump_yaml
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def refuse(error: Exception) -> int:
         # Before ranks have met, one of each machine speaks: what is wrong may be wrong there only.
-        if (launch.local_rank if mesh is None else mesh.rank) == 0:
+        if isinstance(error, RankError) or (launch.local_rank if mesh is None else mesh.rank) == 0:
             print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
 

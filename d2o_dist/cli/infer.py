@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from d2o_dist.cli.voice import parse_once, quiet_unless
 from d2o_dist.comm.collectives import Collectives
-from d2o_dist.comm.launch import Launch, init_distributed, read_environment
+from d2o_dist.comm.launch import Launch, RankError, init_distributed, read_environment
 from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.io import dump_yaml
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def refuse(error: ValueError) -> int:
         # Before ranks have met, one of each machine speaks: what is wrong may be wrong there only.
-        if (launch.local_rank if mesh is None else mesh.rank) == 0:
+        if isinstance(error, RankError) or (launch.local_rank if mesh is None else mesh.rank) == 0:
             print(f"infer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
 
 from d2o_dist.cli.evaluate import load_essays
-from d2o_dist.comm import build_mesh, init_distributed, run_guarded
+from d2o_dist.cli.voice import parse_once
+from d2o_dist.comm import Launch, build_mesh, init_distributed, read_environment, run_guarded
+from d2o_dist.comm.launch import SECONDARY_DELAY_S
 from d2o_dist.config.eval_tasks import ESSAYS
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.config.overrides import parse_override
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.engine.model import pick_device
-from d2o_dist.train.loop import prepare, train
+from d2o_dist.train.loop import Run, prepare, train
 
 EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
 
@@ -44,42 +47,56 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.load(args.config, overrides + [parse_override(text) for text in [*args.overrides, *args.set]])
 
 
-def run_ranks(config: TrainConfig) -> None:
-    """Join the other ranks and train."""
+def prepare_ranks(config: TrainConfig) -> Run:
+    """Join the other ranks, and make everything ready."""
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     launch = init_distributed("gloo" if on_cpu else None)
     if launch.world_size % config.sp:
         raise ValueError(f"world size ({launch.world_size}) must be a multiple of sp ({config.sp})")
-    device = pick_device(config.device if launch.launcher == "none" or on_cpu else str(launch.device))
+    device = pick_device(config.device)
     if config.engine.name == "deepspeed" and launch.launcher == "none":
         raise ValueError('engine.name "deepspeed" needs a launcher: deepspeed launch/train.py, or torchrun')
     mesh = build_mesh(dp=launch.world_size // config.sp, sp=config.sp)
-    state = train(prepare(config, mesh, device, {ESSAYS: load_essays}))
-    if launch.rank == 0:
-        print(f"done: {state.step} steps; the model is in {config.output}/model", file=sys.stderr)
+    return prepare(config, mesh, device, {ESSAYS: load_essays})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, train, tear down; the exit status."""
-    args = make_parser().parse_intermixed_args(argv)
+    """Parse, check, train, tear down; the exit status. One rank speaks."""
+    launch = Launch()
     try:
+        launch = read_environment()
+        args = parse_once(make_parser(), argv, launch.local_rank == 0)
+        if isinstance(args, int):
+            return args
         config = read_config(args)
-        if args.print_config:
-            print(dump_yaml(config.to_dict()), end="")
-            return EXIT_OK
     except ValueError as error:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if launch.local_rank == 0:
+            _say(error)
         return EXIT_USAGE
-    return run_guarded(lambda: _train(config))
+    if args.print_config:
+        print(dump_yaml(config.to_dict()) if launch.rank == 0 else "", end="")
+        return EXIT_OK
+    return run_guarded(lambda: _train(config, launch))
 
 
-def _train(config: TrainConfig) -> int:
+def _say(error: ValueError) -> None:
+    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _train(config: TrainConfig, launch: Launch) -> int:
     try:
-        run_ranks(config)
-    except ValueError as error:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        # Peers may be waiting for this rank: the status ends them, and `run_guarded` this process.
-        raise SystemExit(EXIT_USAGE) from error
+        try:
+            run = prepare_ranks(config)
+        except ValueError as error:
+            # Most often all ranks have it. Where the first has, the launcher ends the others before they repeat it.
+            if launch.rank != 0:
+                time.sleep(SECONDARY_DELAY_S)
+            _say(error)
+            # Peers may be waiting for this rank: the status ends them, and `run_guarded` this process.
+            raise SystemExit(EXIT_USAGE) from error
+        state = train(run)
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
+    if launch.rank == 0:
+        print(f"done: {state.step} steps; the model is in {config.output}/model", file=sys.stderr)
     return EXIT_OK

@@ -2,7 +2,7 @@
 
 from d2o_dist.comm.adapters import from_deepspeed, from_device_mesh, from_groups, from_megatron, to_device_mesh
 from d2o_dist.comm.collectives import CollectiveError, Collectives, Pending
-from d2o_dist.comm.launch import Launch, destroy, init_distributed, read_environment, run_guarded
+from d2o_dist.comm.launch import Launch, RankError, destroy, init_distributed, read_environment, run_guarded
 from d2o_dist.comm.mesh import Axis, ParallelMesh, build_mesh, check_world
 from d2o_dist.comm.mpu import Mpu
 from d2o_dist.comm.queue import WorkQueue
@@ -19,6 +19,7 @@ __all__ = [
     "Mpu",
     "ParallelMesh",
     "Pending",
+    "RankError",
     "ShardMap",
     "Traffic",
     "TrafficCounter",

@@ -36,6 +36,10 @@ SECONDARY_DELAY_S = 5.0
 _LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|remote process exited", re.I)
 
 
+class RankError(ValueError):
+    """Wrong on this rank and not on all of its machine: where one rank speaks for the others, this one must itself."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """What a launcher told this process. Without one: rank 0 of 1.
@@ -93,7 +97,8 @@ def init_distributed(backend: str | None = None, timeout_s: float = DEFAULT_TIME
         timeout_s: how long a collective waits for a peer before it raises. For all groups made from this one.
 
     Raises:
-        ValueError: on contradictory variables, no MASTER_ADDR, or more ranks on a machine than GPUs.
+        ValueError: on contradictory variables or no MASTER_ADDR.
+        RankError: more ranks on a machine than GPUs; on those that have none.
     """
     launch = read_environment()
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
@@ -102,9 +107,10 @@ def init_distributed(backend: str | None = None, timeout_s: float = DEFAULT_TIME
     if "nccl" in backend:
         gpus = torch.cuda.device_count()
         if launch.local_rank >= gpus:
-            raise ValueError(
+            raise RankError(
                 f"local rank ({launch.local_rank}) must be below the number of visible GPUs ({gpus}): "
-                "start one rank a GPU, or pass backend gloo"
+                "start one rank a GPU, and show every rank all GPUs of its machine (Slurm: --gpus-per-node, not "
+                "--gpus-per-task), or pass backend gloo"
             )
         torch.cuda.set_device(launch.local_rank)
     if not dist.is_initialized():
@@ -168,7 +174,9 @@ def run_guarded(main: Callable[[], int | None]) -> int:
             raise
         if code:
             try:
-                _report(error, rank, world)
+                # With a number, whoever raised it has said why.
+                if not (isinstance(error, SystemExit) and isinstance(code, int)):
+                    _report(error, rank, world)
             finally:
                 _exit_now(code if isinstance(code, int) else 1)
         status = 0

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d2o_dist.comm.groups import new_group
 from d2o_dist.comm.mpu import Mpu
 
 # Name -> the dimensions of the rank table [dp, sp, tp] that it spans.
@@ -172,7 +173,7 @@ def assemble(table: Tensor, given: Mapping[str, dist.ProcessGroup] | None = None
                 known[mine] = given[name]
             else:
                 for ranks in sets:  # all of them, on all ranks: new_group is collective
-                    group = dist.new_group(list(ranks))
+                    group = new_group(list(ranks))
                     if ranks == mine:
                         known[mine] = group
         axes[name] = Axis(name, mine.index(rank), mine, known.get(mine))

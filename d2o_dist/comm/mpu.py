@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from d2o_dist.comm.groups import new_group
+
 if TYPE_CHECKING:
     from d2o_dist.comm.mesh import Axis, ParallelMesh
 
@@ -23,7 +25,7 @@ class Mpu:
         self._alone = None
         if dist.is_available() and dist.is_initialized() and any(axis.size == 1 for axis in mesh.axes.values()):
             for rank in range(dist.get_world_size()):
-                group = dist.new_group([rank])
+                group = new_group([rank])
                 if rank == dist.get_rank():
                     self._alone = group
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store  # torch has no public name for it
@@ -15,6 +17,27 @@ from torch.distributed.distributed_c10d import _get_default_store  # torch has n
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
+
+
+@contextmanager
+def first_rank_first(mesh: ParallelMesh, poll_s: float = 0.5) -> Iterator[None]:
+    """A block that rank 0 goes through before the others, which find what it has left. Every rank calls it together.
+
+    They ask the store, as `WorkQueue.wait` does: rank 0 may take longer than any collective waits. If it fails there,
+    the launcher ends them.
+    """
+    store = _own_store(mesh) if mesh.world_size > 1 else None
+    while store is not None and mesh.rank != 0 and store.add("done", 0) == 0:
+        time.sleep(poll_s)
+    yield
+    if store is not None and mesh.rank == 0:
+        store.add("done", 1)
+
+
+def _own_store(mesh: ParallelMesh) -> dist.Store:
+    """A part of the job's store under a name of its own, so that a job may have several; all ranks call it."""
+    name = Collectives(mesh.axis("world")).broadcast_object(uuid.uuid4().hex)
+    return dist.PrefixStore(f"d2o_dist/queue/{name}", _get_default_store())
 
 
 class WorkQueue:
@@ -33,9 +56,7 @@ class WorkQueue:
         self._store: dist.Store | None = None
         self._claimed = self._done = 0
         if mesh.dp > 1:
-            # A name of its own, so that a job may make several queues.
-            name = Collectives(mesh.axis("world")).broadcast_object(uuid.uuid4().hex)
-            self._store = dist.PrefixStore(f"d2o_dist/queue/{name}", _get_default_store())
+            self._store = _own_store(mesh)
 
     def claim(self) -> int | None:
         """The next number, the same on all ranks of the replica; None when all are taken.

@@ -166,8 +166,8 @@ class D2OConfig:
         Raises:
             ValueError: unknown preset or field, or a value outside its limits.
         """
-        if name not in PRESETS:
-            raise ValueError(f'no preset "{name}".{did_you_mean(name, PRESETS)} Known: {", ".join(PRESETS)}')
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f'no preset "{name}".{did_you_mean(str(name), PRESETS)} Known: {", ".join(PRESETS)}')
         refuse_unknown(overrides, [f.name for f in dataclasses.fields(cls)], cls.__name__)
         # None for a size means that it is not given.
         given = {key: value for key, value in overrides.items() if value is not None or key not in SIZES}
@@ -180,6 +180,8 @@ class D2OConfig:
         """From a mapping of fields; the extra key `preset` names the preset that the fields override."""
         if not isinstance(values, Mapping):
             raise ValueError(f"a D2O configuration must be a mapping of fields, not {type(values).__name__}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        refuse_unknown((key for key in values if key != "preset"), known, cls.__name__)
         values = dict(values)
         name = values.pop("preset", None)
         return build(cls, values) if name is None else cls.preset(name, **values)

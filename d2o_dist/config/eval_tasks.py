@@ -32,7 +32,7 @@ def _lengths(name: str, values: Any) -> tuple[int, ...]:
         raise ValueError(f"{name} ({values!r}) must be a list of token counts")
     for value in values:
         check_int(name, value, low=MIN_LENGTH)
-    return tuple(values)
+    return tuple(dict.fromkeys(values))
 
 
 def _choices(name: str, values: Any, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -88,7 +88,8 @@ class NeedleTask:
             check_number("depths", depth)
             if not 0 <= depth <= 1:
                 raise ValueError(f"depths has {depth}; a depth must be in [0, 1]")
-        object.__setattr__(self, "depths", tuple(float(depth) for depth in depths))
+        # As precise as the names of rows; two of one name would be counted as one.
+        object.__setattr__(self, "depths", tuple(dict.fromkeys(round(float(depth), 6) for depth in depths)))
         for name in ("samples", "needles", "digits", "max_new_tokens"):
             check_int(name, getattr(self, name), low=1)
         check_string("haystack", self.haystack)
@@ -282,7 +283,7 @@ def task_from_dict(values: Any) -> TaskConfig:
         raise ValueError(f"a task must be a mapping with a kind, not {values!r:.60}")
     values = dict(values)
     kind = values.pop("kind", None)
-    if kind not in TASK_CONFIGS:
+    if not isinstance(kind, str) or kind not in TASK_CONFIGS:
         raise ValueError(
             f"task kind ({kind!r}) must be one of {', '.join(TASK_CONFIGS)}.{did_you_mean(str(kind), TASK_CONFIGS)}"
         )

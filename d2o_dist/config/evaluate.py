@@ -118,7 +118,9 @@ class EvalConfig:
         if not isinstance(self.parallel, ParallelConfig):
             raise ValueError(f"parallel must be a ParallelConfig, not {type(self.parallel).__name__}")
         if self.reference is not None:
-            check_choice("reference", self.reference, [method["name"] for method in self.methods])
+            # The distance from `full`, at whatever budget, is in every table.
+            names = [method["name"] for method in self.methods if method["name"] != FULL]
+            check_choice("reference", self.reference, names)
         self.infer()
         self.expand_methods()
 
@@ -132,7 +134,8 @@ class EvalConfig:
         """`full`, then every method at every budget.
 
         Raises:
-            ValueError: an unknown preset or field, a size inside a method, a budget outside its limits, or no budget.
+            ValueError: an unknown preset or field, a size inside a method, a budget outside its limits, or no budget;
+                two methods of one name, or two budgets that tables would show alike.
         """
         expanded = [Method(FULL, "100%", D2OConfig.preset(FULL))]
         others = [fields for fields in self.methods if fields["name"] != FULL]
@@ -148,6 +151,13 @@ class EvalConfig:
                     expanded.append(Method(name, shown, D2OConfig.from_dict({**fields, size: value})))
                 except ValueError as error:
                     raise ValueError(f"method {name} at {shown}: {error}") from error
+        labels = [method.label for method in expanded]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(
+                    f'{labels.count(label)} methods would be called "{label}" in results: give each a name of its own, '
+                    "and budgets that differ in their first 6 digits"
+                )
         return expanded
 
     @classmethod

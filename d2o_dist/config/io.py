@@ -42,17 +42,28 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**values)
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader, which would take the last of several values of a key without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 
     Raises:
-        ValueError: the file does not exist, is not YAML, or holds something else than a mapping.
+        ValueError: the file does not exist, is not YAML, holds something else than a mapping, or says a key twice.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"config file {path} is not valid YAML: {error}") from error
     if values is None:

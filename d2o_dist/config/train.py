@@ -127,10 +127,16 @@ class TrainConfig:
         object.__setattr__(self, "eval_tasks", tasks)
         if tasks and self.eval_every is None:
             raise ValueError(f"eval_tasks has {len(tasks)} tasks, but eval_every is null: say how often to run them")
+        if self.eval_every is not None and not tasks and self.data.validation is None:
+            raise ValueError(
+                f"eval_every ({self.eval_every}) has nothing to measure: data.validation is null, eval_tasks empty"
+            )
 
     def _check_compression(self) -> None:
         if len(self.keep_ratio) != 2 or self.keep_ratio[0] > self.keep_ratio[1]:
             raise ValueError(f"keep_ratio ({list(self.keep_ratio)}) must be [low, high] with low <= high")
+        if self.objective != "d2o_distill" and self.distill != DistillConfig():
+            raise ValueError(f'distill is not used by objective "{self.objective}": leave it out, or set it to null')
         if self.objective == "lm":
             if self.context_length is not None:
                 raise ValueError(f'context_length ({self.context_length}) is not used by objective "lm"')
@@ -146,6 +152,8 @@ class TrainConfig:
             )
         for ratio in (*self.keep_ratio, *self.eval_ratios):
             self.d2o_at(ratio)
+        if not self.eval_ratios and self.eval_every is not None:
+            raise ValueError(f"eval_ratios is empty, but eval_every is {self.eval_every}: name a ratio to measure at")
         if self.objective == "d2o_distill" and self.distill.teacher == "base" and self.lora is None:
             raise ValueError('distill.teacher ("base") is the model without its LoRA weights: lora is null')
 

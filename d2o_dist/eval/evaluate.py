@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.comm import ParallelMesh
+from d2o_dist.comm import Collectives, ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.lock import only_writer
+from d2o_dist.engine.output import check_shared
 from d2o_dist.eval.aggregate import summarise
 from d2o_dist.eval.plan import Plan
 from d2o_dist.eval.plots import draw
 from d2o_dist.eval.provenance import environment
 from d2o_dist.eval.runner import Runner, batches, pending
-from d2o_dist.eval.store import LOCK, RankFile, merge_records, read_records
+from d2o_dist.eval.store import LOCK, MERGED, RankFile, Record, merge_records, read_records
 from d2o_dist.eval.table import report
 
 
@@ -77,7 +78,7 @@ def evaluate(
 
     Raises:
         ValueError: the weights cannot be loaded, the folder holds something that is not records, or another evaluation
-            writes to it.
+            writes to it; several replicas whose machines do not share the folder.
     """
     folder = Path(plan.config.output).expanduser()
     with only_writer(folder, folder / LOCK, mesh):
@@ -92,11 +93,12 @@ def _evaluate(
     on_results: Callable[[int], None],
     log: Callable[[str], None],
 ) -> Outcome:
-    config = plan.config
-    with agreed(mesh) as same:
-        found = read_records(folder)
-        todo = pending(plan.jobs, plan.methods, found)
-        same.add([job.digest for job, _ in todo], [len(methods) for _, methods in todo])
+    config, world = plan.config, Collectives(mesh.axis("world"))
+    check_shared(str(folder / MERGED), mesh)
+    # What rank 0 sees counts: another machine may not share the folder where one replica writes.
+    with agreed(mesh):
+        finished = list(read_records(folder)) if mesh.rank == 0 else []
+    todo = pending(plan.jobs, plan.methods, world.broadcast_object(finished))
     on_start(sum(len(methods) for _, methods in todo))
     if todo:
         runner = Runner(plan, loading.load_model(config.infer(), mesh), mesh, log=log)
@@ -117,17 +119,18 @@ def _evaluate(
             return Outcome(folder, None, len(read_records(folder)), 0, interrupted=True)
         # Rank 0 reads what the others have written: not before they have.
         queue.wait(sum(len(methods) for _, methods in todo))
+    table, num_results = None, 0
     with agreed(mesh):
-        table = _write(plan, folder, mesh) if mesh.rank == 0 else None
-    # Nobody counts before the records are merged.
-    found = read_records(folder)
-    num_results = sum(job.key(method) in found for job in plan.jobs for method in plan.methods)
+        if mesh.rank == 0:
+            found = read_records(folder)
+            table = _write(plan, folder, mesh, found)
+            num_results = sum(job.key(method) in found for job in plan.jobs for method in plan.methods)
+    num_results = world.broadcast_object(num_results)
     return Outcome(folder, table, num_results, len(plan.jobs) * len(plan.methods) - num_results)
 
 
-def _write(plan: Plan, folder: Path, mesh: ParallelMesh) -> str:
+def _write(plan: Plan, folder: Path, mesh: ParallelMesh, found: Mapping[str, Record]) -> str:
     """Merge the records and write configuration, environment, metrics, table and pictures."""
-    found = read_records(folder)
     order = {name: place for place, name in enumerate([task.name for task in plan.tasks])}
     folder.mkdir(parents=True, exist_ok=True)
     merge_records(folder, sorted(found.values(), key=lambda record: order.get(record["task"], len(order))))

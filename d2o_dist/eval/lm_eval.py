@@ -19,7 +19,8 @@ from lm_eval.api.registry import model_registry
 from torch import Tensor
 from tqdm import tqdm
 
-from d2o_dist.comm import Collectives, ParallelMesh, build_mesh, init_distributed
+from d2o_dist.comm import Collectives, ParallelMesh, build_mesh, init_distributed, read_environment
+from d2o_dist.config.checks import check_int
 from d2o_dist.config.d2o import SIZES, D2OConfig
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.sampling import SamplingConfig
@@ -34,6 +35,7 @@ from d2o_dist.eval.reading import Reading
 
 NAME = "d2o_dist"
 MAX_POSITIONS_IF_UNKNOWN = 2048
+HARNESS_DEVICE = "cuda:0"
 # Generation arguments of tasks that mean something here; the harness passes others on, such as `min_p`.
 _SAMPLING = ("temperature", "top_p", "top_k")
 
@@ -82,13 +84,16 @@ class D2OLM(TemplateLM):
             raise ValueError(f"batch_size ({batch_size}) must be a number of rows; `auto` is not known here")
         if int(rolling_segment) < 2:
             raise ValueError(f"rolling_segment ({rolling_segment}) must be at least 2")
+        for name, value, low in (("max_length", max_length, 2), ("max_batch_tokens", max_batch_tokens, 1)):
+            if value is not None:
+                check_int(name, int(value), low=low)
         sizes = dict(zip(SIZES, (keep_ratio, keep_tokens), strict=True))
         self.d2o = D2OConfig.preset(preset, **sizes, **fields)
         config = InferConfig(
-            model=pretrained, tokenizer=tokenizer, dtype=dtype, device=device or "auto",
+            model=pretrained, tokenizer=tokenizer, dtype=dtype, device=_device(device, read_environment().world_size),
             trust_remote_code=trust_remote_code, revision=revision, prefill_chunk=prefill_chunk,
         )  # fmt: skip
-        mesh = mesh or build_mesh(dp=init_distributed().world_size)
+        mesh = mesh or build_mesh(dp=init_distributed("gloo" if config.device == "cpu" else None).world_size)
         self._world = Collectives(mesh.axis("world"))
         self._rank, self._world_size = mesh.rank, mesh.world_size
         self.tokenizer = loading.load_tokenizer(config)
@@ -97,7 +102,7 @@ class D2OLM(TemplateLM):
         self._device = self.model.device
         self._pad_id = loading.pad_id(self.tokenizer)
         self._eos_ids = loading.eos_ids(self.model, self.tokenizer)
-        self._batch_size, self._max_batch_tokens = int(batch_size), max_batch_tokens
+        self._batch_size, self._max_batch_tokens = int(batch_size), int(max_batch_tokens)
         self._max_gen_toks, self._chunk, self._segment = int(max_gen_toks), prefill_chunk, int(rolling_segment)
         positions = loading.max_positions(self.model.config) or MAX_POSITIONS_IF_UNKNOWN
         self.max_length = min(int(max_length or positions), positions)
@@ -158,7 +163,7 @@ class D2OLM(TemplateLM):
             max_new = int(arguments.get("max_gen_toks") or arguments.get("max_new_tokens") or self._max_gen_toks)
             if max_new >= self.max_length:
                 raise ValueError(f"max_gen_toks ({max_new}) must be below max_length ({self.max_length})")
-            ids = self.tok_encode(context)[max_new - self.max_length :]
+            ids = (self.tok_encode(context) or [self.prefix_token_id])[max_new - self.max_length :]
             jobs.append((_sampling(arguments), Request(place, place, tuple(ids), max_new, until)))
         answers = [""] * len(jobs)
         with self._progress(len(jobs), disable_tqdm) as bar:
@@ -257,10 +262,16 @@ def _score(logits: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
     return float(log_probs.double().sum()), bool((logits.argmax(-1) == targets).all())
 
 
+def _device(name: str | None, world_size: int) -> str:
+    """The device of `InferConfig`. What the harness means if nothing is said is one GPU; ranks have one each."""
+    return "cuda" if name == HARNESS_DEVICE and world_size > 1 else name or "auto"
+
+
 def _sampling(arguments: dict[str, Any]) -> SamplingConfig:
-    """Greedy, unless a task asks for sampling."""
+    """Greedy, unless a task asks for sampling: by `do_sample` or, where that is not said, by a temperature."""
     known = {name: arguments[name] for name in _SAMPLING if arguments.get(name) is not None}
-    if not (arguments.get("do_sample") or known.get("temperature")):
+    do_sample = arguments.get("do_sample")
+    if not (known.get("temperature") if do_sample is None else do_sample):
         return SamplingConfig()
     return SamplingConfig(**{"temperature": 1.0, **known})
 

@@ -111,7 +111,11 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
     settings = {name: getattr(config, name) for name in ("model", "tokenizer", "dtype", "revision", "question")}
     jobs: list[Job] = []
     for task in tasks:
+        ids: set[str] = set()
         for row in task.rows(tools):
+            if row.id in ids:
+                raise ValueError(f"task {task.name}: two rows have the id {row.id}; results are told apart by it")
+            ids.add(row.id)
             jobs.append(_make_job(len(jobs), task, row, encoder, settings))
     return Plan(config, tokenizer, tasks, jobs, methods)
 

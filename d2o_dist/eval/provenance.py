@@ -37,10 +37,12 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def git_revision(folder: Path = Path(__file__).parent) -> str | None:
+def git_revision(file: Path = Path(__file__)) -> str | None:
     """Commit of the checkout this package runs from, with `+changes` where it differs from it; None without one."""
-    run = ["git", "-C", str(folder)]
+    run = ["git", "-C", str(file.parent)]
     try:
+        # An installed package may lie inside the checkout of something else, which does not know it.
+        subprocess.run([*run, "ls-files", "--error-unmatch", file.name], capture_output=True, check=True)
         commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changes = subprocess.run(
             [*run, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True

@@ -15,6 +15,7 @@ from d2o_dist.engine import model as loading
 from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
+from d2o_dist.engine.runner import BatchError
 from d2o_dist.engine.session import RowUsage
 from d2o_dist.eval.continuation import compare, continuation_logits
 from d2o_dist.eval.plan import Job, Plan
@@ -65,6 +66,9 @@ class Runner:
 
         Where several ranks share a request nothing is tried again: they may have failed at different points, and would
         wait for each other. The error ends the job; what was written stays.
+
+        Raises:
+            BatchError: only where several ranks share a request.
         """
         jobs, methods = [job for job, _ in batch], batch[0][1]
         done: set[str] = set()
@@ -75,9 +79,11 @@ class Runner:
                 yield records
             return
         except Exception as error:  # whatever a row meets, the others go on
-            if self._shared:
-                raise
             message = f"{type(error).__name__}: {error}"
+            if self._shared:
+                # Of another type: a ValueError would be said by rank 0 alone, and this may be another.
+                rows = ", ".join(job.row.id for job in jobs)
+                raise BatchError(f"rows {rows} of {jobs[0].task.name} failed: {message}") from error
         # Out of the except block, so that the traceback lets go of the failed batch's tensors before the next try.
         gc.collect()
         if torch.cuda.is_available():

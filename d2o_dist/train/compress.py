@@ -18,6 +18,7 @@ from d2o_dist.cache.plans import on_full_layers
 from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
 from d2o_dist.compression.evict import GatherHeads, run_evictions
 from d2o_dist.config import D2OConfig
+from d2o_dist.core.autocast import without_autocast
 from d2o_dist.core.budget import check_total
 from d2o_dist.core.compress import Nearest, eviction_steps
 from d2o_dist.core.types import D2OState, Slots
@@ -79,13 +80,14 @@ def compress_prompt(
     def nearest_constant(evicted: Tensor, kept: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
         return nearest(evicted.detach(), kept.detach(), is_target)
 
-    for place, index in enumerate(full):
-        if place in protected:
-            continue
-        budget = [row[place] for row in slots]
-        past = _evict_layer(layers[index], budget, config, gather_heads, nearest_constant)
-        if past is not None:
-            pasts[index] = past
+    with without_autocast():
+        for place, index in enumerate(full):
+            if place in protected:
+                continue
+            budget = [row[place] for row in slots]
+            past = _evict_layer(layers[index], budget, config, gather_heads, nearest_constant)
+            if past is not None:
+                pasts[index] = past
     return Compressed(pasts, slots, num_tokens)
 
 

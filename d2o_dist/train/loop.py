@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from d2o_dist.comm import Collectives, ParallelMesh
+from d2o_dist.comm.queue import first_rank_first
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.engine.model import load_config, load_tokenizer
 from d2o_dist.eval.plan import Plan
@@ -80,7 +81,7 @@ def prepare(
     log = RunLog(Path(config.output).expanduser() if mesh.rank == 0 else None)
     if mesh.rank == 0:
         Path(config.output).expanduser().mkdir(parents=True, exist_ok=True)
-    train, validation = _read_rows(config, tokenizer, world)
+    train, validation = _read_rows(config, tokenizer, mesh)
     tasks = plan_tasks(config, named_texts)
     order = StepOrder(len(train), config.seed, config.global_batch_size, config.micro_batch_size, mesh.dp, mesh.dp_rank)
     checkpoints = Checkpoints(Path(config.output).expanduser() / "checkpoints", world)
@@ -130,10 +131,11 @@ def train(run: Run) -> RunState:
             measured = _measure(run, done)
         is_best = measured is not None and (run.state.best is None or measured < run.state.best)
         run.state = RunState(done, measured if is_best else run.state.best, measured, run.state.facts)
+        if is_best:
+            # Before the checkpoint: a run that ends in between takes this step once more, and exports it again.
+            export_model(run.engine, run.tokenizer, run.output / "model-best", config.dtype, run.world)
         if last or is_best or (config.save_every is not None and done % config.save_every == 0):
             run.checkpoints.save(run.state, run.engine.save, is_best=is_best)
-        if is_best:
-            export_model(run.engine, run.tokenizer, run.output / "model-best", config.dtype, run.world)
     export_model(run.engine, run.tokenizer, run.output / "model", config.dtype, run.world)
     return run.state
 
@@ -202,7 +204,7 @@ def _measure(run: Run, step: int) -> float | None:
     return None if held_out is None else headline(held_out, run.config)
 
 
-def _read_rows(config: TrainConfig, tokenizer: Any, world: Collectives) -> tuple[Rows, Rows | None]:
+def _read_rows(config: TrainConfig, tokenizer: Any, mesh: ParallelMesh) -> tuple[Rows, Rows | None]:
     """The first rank tokenizes; the others find the result in the cache of `datasets`."""
 
     def read(source: str, split: str) -> Rows:
@@ -211,13 +213,10 @@ def _read_rows(config: TrainConfig, tokenizer: Any, world: Collectives) -> tuple
             return PackedRows(documents, config.sequence_length, config.seed)
         return WindowRows(documents, config.sequence_length, config.context_length)
 
-    if world.rank != 0:
-        world.barrier()
-    train = read(config.data.train, config.data.train_split)
     held_out = config.data.validation
-    validation = None if held_out is None else read(held_out, config.data.validation_split)
-    if world.rank == 0:
-        world.barrier()
+    with first_rank_first(mesh):
+        train = read(config.data.train, config.data.train_split)
+        validation = None if held_out is None else read(held_out, config.data.validation_split)
     if validation is not None and not len(validation):
         raise ValueError(f"data.validation ({held_out}) gives no row of sequence_length ({config.sequence_length})")
     return train, validation

@@ -54,7 +54,8 @@ def load_trainable(config: TrainConfig, device: torch.device) -> Any:
     register()
     model = load_model(
         InferConfig(
-            model=config.model, tokenizer=config.tokenizer, dtype="float32", device=str(device),
+            # Without a number, which is the local rank's to give.
+            model=config.model, tokenizer=config.tokenizer, dtype="float32", device=device.type,
             trust_remote_code=config.trust_remote_code, revision=config.revision,
         )
     )  # fmt: skip

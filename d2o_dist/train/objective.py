@@ -86,13 +86,14 @@ class Objective(nn.Module):
         return self.plain(**kwargs) if kind == "lm" else self.compressed(distills=kind == "d2o_distill", **kwargs)
 
     def measure(self, context: Part, continuation: Part, configs: Sequence[D2OConfig]) -> list[dict[str, Tensor]]:
-        """Sums over the continuation, without gradients, under each way to compress (all need the same statistics).
+        """Sums over the continuation, without gradients, under each way to compress (all that evict need the same
+        statistics).
 
         `full_lm`: the loss over the full cache; `lm`: over the compressed one; `kl`: KL(full || compressed).
         """
         head = self.causal_lm.get_output_embeddings()
         with torch.no_grad():
-            _, layers = self.read_prompt(context, configs[0])
+            _, layers = self.read_prompt(context, next((d2o for d2o in configs if not d2o.keeps_everything), None))
             full = self.read_full(continuation, layers)
             full_lm = self._lm(full, continuation)
             found = []

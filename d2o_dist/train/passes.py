@@ -18,6 +18,7 @@ from torch import Tensor
 from d2o_dist.attention.prefill import prompt_rates
 from d2o_dist.attention.sampled import prompt_column_sums
 from d2o_dist.config import D2OConfig
+from d2o_dist.core.autocast import without_autocast
 from d2o_dist.core.statistics import RATE_FLOOR, column_sum_variance, group_sum
 from d2o_dist.core.types import stats_dtype
 from d2o_dist.integrations.hf.packed import by_document
@@ -95,7 +96,8 @@ class PromptPass:
         out, lse = prefill_attention(q, k, v, scale, window=window)
         # A recomputation gives the same again, on a graph that ends with it.
         if layer not in self.layers:
-            self.layers[layer] = self._observe(q.detach(), k, v, lse.detach(), scale, window)
+            with without_autocast():
+                self.layers[layer] = self._observe(q.detach(), k, v, lse.detach(), scale, window)
         return self.exchange.to_tokens(out)
 
     @torch.no_grad()

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from d2o_dist.cli import infer
+from d2o_dist.cli import evaluate, infer
 from tests.engine.tiny import make_folder
 
 REPO = Path(__file__).resolve().parents[2]
@@ -95,6 +96,20 @@ def test_of_many_ranks_one_says_what_is_wrong(argv, monkeypatch, capsys):
     assert "error: " in said[0] and said[1] == ""
     if argv[0] == "--tp":
         assert said[0] == "infer.py: error: world size (2) must be a multiple of sp (1) x tp (3) = 3\n"
+
+
+def test_a_rank_without_a_gpu_says_so_itself(monkeypatch, capsys):
+    # The first rank of the machine has one, and would not know.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = r"error: local rank (1) must be below the number of visible GPUs (1)"
+    assert infer.main(["--model", "m", "--prompt", "x"]) == 2 and said in capsys.readouterr().err
+    task = "tasks=[{kind: needle, lengths: [99]}]"
+    assert evaluate.main(["--model", "m", "--output", "o", task, "methods=[]"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_flags_of_the_mesh(tmp_path, capsys):

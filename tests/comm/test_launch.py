@@ -115,6 +115,22 @@ def test_join_and_leave(world):
     assert run_ranks(world, join, port, init=False, fresh=True) == [world * (world - 1) // 2] * world
 
 
+def timeouts(rank, world, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    init_distributed("gloo", timeout_s=77)
+    mesh = build_mesh(sp=2, tp=2)
+    groups = [dist.group.WORLD, mesh.axis("sp").group, mesh.axis("tp").group, mesh.mpu().get_data_parallel_group()]
+    found = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+    assert destroy()
+    return found
+
+
+@multirank
+def test_groups_of_a_mesh_wait_as_long_as_the_job():
+    assert run_ranks(4, timeouts, free_port(), init=False, fresh=True) == [{77.0}] * 4
+
+
 def guarded(rank, world, folder):
     sys.stderr = (Path(folder) / str(rank)).open("w")
     launch.SECONDARY_DELAY_S = 0.1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+import torch.distributed as dist
 
 from d2o_dist.comm import ParallelMesh, TrafficCounter, WorkQueue, build_mesh
+from d2o_dist.comm.queue import first_rank_first
 from tests.ranks import run_ranks
 
 
@@ -84,3 +88,24 @@ def draw(rank, world):
 def test_queues_of_one_job_are_apart():
     first, second = zip(*run_ranks(2, draw), strict=True)
     assert sorted(first) == sorted(second) == [0, 1]
+
+
+def in_turn(rank: int, world: int) -> tuple[float, float]:
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a collective would wait no longer than its timeout")
+
+    mesh = build_mesh(dp=world)
+    dist.barrier = forbidden  # of this process alone
+    with first_rank_first(mesh, poll_s=0.01):
+        entered = time.monotonic()
+        time.sleep(0.5 if rank == 0 else 0)
+        left = time.monotonic()
+    return entered, left
+
+
+@pytest.mark.multirank
+def test_the_first_rank_goes_first():
+    with first_rank_first(ParallelMesh.local()):
+        pass
+    (_, left), *others = run_ranks(3, in_turn, fresh=True)
+    assert all(entered >= left for entered, _ in others)

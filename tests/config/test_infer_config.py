@@ -136,3 +136,17 @@ def test_overrides_leave_their_base_alone():
 def test_the_model_must_be_named():
     with pytest.raises(ValueError, match="model is missing"):
         InferConfig.load(None, [("prompt", "x")])
+
+
+TWICE = ["model: m\nd2o: {keep_ratio: 0.1, keep_ratio: 0.3}\n", "model: m\nd2o: {}\nd2o: {}\n"]
+
+
+@pytest.mark.parametrize("text", TWICE)
+def test_a_key_that_is_given_twice_is_refused(tmp_path, text):
+    # YAML would take the last one without a word.
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"c.yaml is not valid YAML: (keep_ratio|d2o) is given twice(.|\n)*line [12]"):
+        InferConfig.load(path)
+    path.write_text("model: m\nd2o: &one {keep_ratio: 0.1}\nsampling: {seed: 1}\n")
+    assert InferConfig.load(path).d2o.keep_ratio == 0.1

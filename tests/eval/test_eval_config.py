@@ -12,7 +12,7 @@ from d2o_dist.config.io import dump_yaml
 
 REPO = Path(__file__).resolve().parents[2]
 BASE = {"model": "m", "output": "o", "tasks": [{"kind": "needle", "lengths": [128]}], "keep_ratios": [0.5, 0.2]}
-CONFIGS = sorted((REPO / "configs").glob("eval_*.yaml"))
+CONFIGS = sorted(path for kind in ("eval", "study") for path in (REPO / "configs").glob(f"{kind}_*.yaml"))
 
 
 def make(**values) -> EvalConfig:
@@ -57,6 +57,7 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
         ({"tasks": []}, "tasks .* must be a list of at least one task"),
         ({"tasks": [{"kind": "neelde", "lengths": [99]}]}, 'Did you mean "needle"'),
         ({"methods": ["mass"], "reference": "h2o"}, r"reference \('h2o'\) must be one of mass"),
+        ({"methods": ["full", "mass"], "reference": "full"}, r"reference \('full'\) must be one of mass"),
         ({"tasks": [{"kind": "needle"}]}, "a task of kind needle needs lengths"),
         ({"tasks": [{"kind": "needle", "lengths": [10]}]}, r"lengths \(10\) must be at least 64"),
         ({"tasks": [{"kind": "needle", "lengths": [99], "depths": [1.5]}]}, r"depths has 1.5; a depth must be in"),
@@ -72,6 +73,11 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
         ({"keep_ratios": []}, "keep_ratios and keep_tokens are both empty"),
         ({"keep_ratios": [1.2]}, r"method d2o at 120%: keep_ratio \(1.2\) must be in \(0, 1\]"),
         ({"methods": ["snapkvv"]}, 'Did you mean "snapkv"'),
+        ({"methods": ["d2o", {"name": "d2o", "preset": "lean"}]}, '2 methods would be called "d2o@50%" in results'),
+        ({"keep_ratios": [0.1, 0.10000001]}, '2 methods would be called "d2o@10%" in results'),
+        ({"methods": [{"name": "x", "preset": ["d2o"]}]}, r"method x at 50%: no preset \"\['d2o'\]\""),
+        ({"methods": [{"name": "x", "preset": "d2o", 1: 2}]}, 'method x at 50%: D2OConfig has no field "1"'),
+        ({"tasks": [{"kind": ["needle"]}]}, r"task kind \(\['needle'\]\) must be one of needle"),
         ({"methods": [{"preset": "mass"}]}, "a method's name"),
         ({"methods": [{"name": "x", "keep_ratio": 0.1}]}, "method x sets keep_ratio: budgets are given once"),
         ({"methods": [{"name": "x", "prest": "mass"}]}, 'method x at 50%: .*no field "prest"'),
@@ -86,6 +92,11 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
 def test_refusals(values, words):
     with pytest.raises(ValueError, match=words):
         make(**values)
+
+
+def test_lengths_and_depths_count_once():
+    (task,) = make(tasks=[{"kind": "needle", "lengths": [128, 256, 128], "depths": [0.5, 0.50000001, 1]}]).tasks
+    assert task.lengths == (128, 256) and task.depths == (0.5, 1.0)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ import yaml
 
 from d2o_dist.comm import ParallelMesh, build_mesh
 from d2o_dist.config.evaluate import EvalConfig
+from d2o_dist.engine.runner import BatchError
 from d2o_dist.eval import runner as runner_module
 from d2o_dist.eval.aggregate import summarise
 from d2o_dist.eval.evaluate import check_parallel, evaluate
@@ -23,12 +24,13 @@ from d2o_dist.eval.store import RankFile, read_records
 from d2o_dist.eval.table import report
 from tests.engine.tiny import make_folder
 from tests.eval.parts import TEXT
+from tests.eval.test_tasks import row_of, write
 from tests.ranks import run_ranks
 
 TASKS = [
     {"kind": "needle", "lengths": [200, 260], "depths": 2, "max_new_tokens": 6},
     {"kind": "fidelity", "lengths": [100], "num_scored": 20, "samples": 3},
-    {"kind": "ruler", "name": "r", "lengths": [400], "tasks": "fwe", "samples": 2},
+    {"kind": "ruler", "name": "r", "lengths": [500], "tasks": "fwe", "samples": 2},
 ]
 SMALL = {"min_layer_tokens": 8}
 TWICE = {"name": "reread", "preset": "reread", **SMALL}
@@ -37,7 +39,7 @@ METHODS = [{"name": "mass", "preset": "mass", **SMALL}, {"name": "h2o", "preset"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return str(make_folder(tmp_path_factory.mktemp("model"), template=False, max_position_embeddings=512))
+    return str(make_folder(tmp_path_factory.mktemp("model"), template=False, max_position_embeddings=640))
 
 
 def plan_of(folder: str, output, **values) -> Plan:
@@ -182,7 +184,7 @@ def digests(folder, data, **task) -> dict[tuple[str, str], str]:
         ({**TASKS[0], "fact": "It is 7.", "question": "What?", "answer": "7"}, {"samples": 2, "lengths": [200]}, 2),
         (TASKS[1], {"lengths": [100, 70]}, 3),
         (TASKS[1], {"samples": 4}, 1),  # the others lie elsewhere in the text
-        (TASKS[2], {"samples": 4, "lengths": [450, 400]}, 2),
+        (TASKS[2], {"samples": 4, "lengths": [550, 500]}, 2),
         ({**TASKS[2], "tasks": ["fwe", "niah_single_2"], "max_new_tokens": 8}, {"tasks": ["fwe"], "samples": 5}, 2),
         (JSONL, {"samples": 5}, 2),
         ({"kind": "longbench", "tasks": ["trec"], "samples": 2}, {"samples": None}, 2),
@@ -206,7 +208,7 @@ def test_a_row_is_known_whatever_other_rows_there_are(folder, data, task, more, 
         (TASKS[1], {"continuation": "decode"}),
         (TASKS[1], {"num_scored": 19}),
         (TASKS[2], {"max_new_tokens": 5}),
-        (TASKS[2], {"lengths": [401]}),
+        (TASKS[2], {"lengths": [501]}),
         (JSONL, {"metric": "qa_f1"}),
         (JSONL, {"stop": ["x"]}),
         (JSONL, {"answers": "input"}),
@@ -266,6 +268,18 @@ def test_one_failing_method_does_not_stop_the_others(folder, tmp_path, monkeypat
     counted: list[int] = []
     assert run(plan, on_results=counted.append).num_missing == 0
     assert sum(counted) == 3
+
+
+def test_what_fails_on_one_rank_of_a_request_is_no_bad_usage(folder, tmp_path, monkeypatch):
+    """Bad usage is said by rank 0 alone, and this may happen on another one."""
+
+    def fails(*args):
+        raise ValueError("not on rank 0")
+
+    monkeypatch.setattr(runner_module.Runner, "_shared", True)
+    monkeypatch.setattr(runner_module.Runner, "_read", fails)
+    with pytest.raises(BatchError, match="rows 260-1-0 of needle failed: ValueError: not on rank 0"):
+        run(plan_of(folder, tmp_path, tasks=TASKS[:1]))
 
 
 def test_an_interruption_keeps_what_is_written(folder, tmp_path):
@@ -344,6 +358,24 @@ def test_replicas_share_the_rows(done, folder, tmp_path):
     assert comparable(tmp_path) == {key: record for key, record in comparable(output).items() if key[0] == "fidelity"}
 
 
+def rank_of_a_machine(rank: int, world: int, folder: str, output: str, tasks: list, sp: int) -> int:
+    # As if each rank's machine had a file system of its own.
+    plan = plan_of(folder, f"{output}/{rank}", tasks=tasks, parallel={"sp": sp})
+    if sp == 1:
+        with pytest.raises(ValueError, match=r"cannot be seen by rank 0: with several replicas \(dp\)"):
+            evaluate(plan, build_mesh(dp=world))
+        return len(read_records(Path(output) / str(rank)))
+    return sum(evaluate(plan, build_mesh(sp=sp)).num_results for _ in range(2))
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("sp", "found"), [(1, 0), (2, 6)])
+def test_machines_that_do_not_share_the_folder(folder, tmp_path, sp, found):
+    tasks = [{**TASKS[1], "continuation": "decode", "samples": 1}]
+    assert run_ranks(2, rank_of_a_machine, folder, str(tmp_path), tasks, sp, timeout_s=300) == [found, found]
+    assert [len(read_records(tmp_path / str(rank))) for rank in range(2)] == [found // 2, 0]
+
+
 @pytest.mark.multirank
 @pytest.mark.parametrize("question", ["visible", "hidden"])
 def test_ranks_that_share_a_request_find_what_one_finds(folder, tmp_path, question):
@@ -383,6 +415,13 @@ def test_what_is_wrong_is_found_before_the_weights(folder, tmp_path):
         plan_of(folder, tmp_path, tasks=TASKS[:1], max_prompt_tokens=200, truncation="error")
     with pytest.raises(ValueError, match="does not exist"):
         plan_of(folder, tmp_path, tasks=[{**TASKS[0], "haystack": "nowhere.txt"}])
+
+
+def test_rows_of_one_task_have_ids_of_their_own(folder, tmp_path):
+    # Two rows of one id would be counted as one.
+    write(tmp_path, "trec", [row_of("trec", 0), row_of("trec", 1, _id="id0")])
+    with pytest.raises(ValueError, match="task longbench/trec: two rows have the id id0"):
+        plan_of(folder, tmp_path, tasks=[{"kind": "longbench", "data": str(tmp_path), "tasks": ["trec"]}])
 
 
 def test_a_broken_merged_file_is_an_error(tmp_path):

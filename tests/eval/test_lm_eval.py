@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval")
 
 from d2o_dist.config.d2o import D2OConfig  # noqa: E402
 from d2o_dist.engine.session import Session  # noqa: E402
-from d2o_dist.eval.lm_eval import D2OLM, register, segments  # noqa: E402
+from d2o_dist.eval.lm_eval import D2OLM, _device, _sampling, register, segments  # noqa: E402
 
 WORDS = "the quick brown fox jumps over the lazy dog and a cache keeps what it needs".split()
 CONTEXT = " ".join(WORDS[i % len(WORDS)] for i in range(0, 300, 7))
@@ -94,11 +94,21 @@ def test_generation_is_that_of_generate(folder):
     assert len(lm.tok_encode(texts[2])) <= 256 and lm.apply_chat_template([{"role": "user", "content": "hi"}])
 
 
+def test_a_text_without_context_is_generated_too(folder):
+    lm = make(folder, keep_ratio=0.2)
+    arguments = {"max_gen_toks": 4}
+    begins = lm.tokenizer.decode(lm.prefix_token_id)
+    empty, begin = (lm.generate_until(requests((text, arguments)), True) for text in ("", begins))
+    assert lm.tok_encode(begins) == [lm.prefix_token_id] and empty == begin
+
+
 def test_refusals(folder):
     with pytest.raises(ValueError, match=r"batch_size \(auto\)"):
         make(folder, batch_size="auto")
     with pytest.raises(ValueError, match=r"rolling_segment \(1\) must be at least 2"):
         make(folder, rolling_segment=1)
+    with pytest.raises(ValueError, match=r"max_length \(-5\) must be at least 2"):
+        make(folder, max_length=-5)
     with pytest.raises(ValueError, match='no preset "masss"'):
         make(folder, preset="masss")
     with pytest.raises(ValueError, match='no field "kep_ratio".*Did you mean "keep_ratio"'):
@@ -158,6 +168,28 @@ def test_the_harness_sees_the_ratio(task, folder):
 
 def rank_accuracy(rank: int, world: int, task: str, folder: str) -> float | None:
     return accuracy(task, folder, preset="streaming", keep_ratio=0.1, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "temperature"),
+    [
+        ({}, 0),
+        ({"temperature": 0.7}, 0.7),
+        ({"temperature": 0.0, "do_sample": True}, 0),
+        ({"do_sample": True}, 1),
+        ({"do_sample": True, "temperature": 0.5}, 0.5),
+        ({"do_sample": False, "temperature": 1.0, "top_p": 0.9}, 0),
+    ],
+)
+def test_sampling_is_what_the_harness_means(arguments, temperature):
+    assert _sampling(arguments).temperature == temperature
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "device"), [(None, 2, "auto"), ("cuda:0", 1, "cuda:0"), ("cuda:0", 2, "cuda"), ("cpu", 2, "cpu")]
+)
+def test_ranks_have_a_gpu_each_where_the_harness_means_the_first(name, ranks, device):
+    assert _device(name, ranks) == device
 
 
 @pytest.mark.multirank

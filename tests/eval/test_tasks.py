@@ -114,6 +114,11 @@ def test_passages_refusals(tools):
         Passages(PerplexityTask(lengths=(1000,), num_scored=16, samples=20)).rows(tools)
     rows = Passages(PerplexityTask(lengths=(1000,), num_scored=16, samples=20, overlap=True)).rows(tools)
     assert len({row.tokens for row in rows}) == 20
+    # Passages that are the same would be counted as many.
+    with pytest.raises(ValueError, match=rf"20 passages of {count - 18} tokens need {count + 1}, but text essays has"):
+        Passages(PerplexityTask(lengths=(count - 34,), num_scored=16, samples=20, overlap=True)).rows(tools)
+    rows = Passages(PerplexityTask(lengths=(count - 35,), num_scored=16, samples=20, overlap=True)).rows(tools)
+    assert len({row.tokens for row in rows}) == 20
     with pytest.raises(ValueError, match=r"a length \(300\) and num_scored \(128\) must be at most the model's 256"):
         Passages(PerplexityTask(lengths=(300,))).rows(make_tools(max_positions=256))
 
@@ -164,6 +169,11 @@ def test_ruler_generates_no_more_than_it_is_told(tools, questions):
     assert 1800 - SLACK - 160 <= tools.count(row, True) + 40 <= 1800
 
 
+def test_ruler_rows_are_not_longer_than_they_are_called(tools, questions):
+    with pytest.raises(ValueError, match=r"ruler/fwe 300-0: the least that .* has \d+ tokens, above 250"):
+        Ruler(config(questions, lengths=(300,)), "fwe").rows(tools)
+
+
 def test_ruler_facts_are_unambiguous(tools, questions):
     row = Ruler(config(questions), "niah_multikey_2").rows(tools)[0]
     key = re.search(r"number for (\S+) does", row.question).group(1)
@@ -211,6 +221,25 @@ def test_ruler_question_files(tools, tmp_path, questions):
         Ruler(config(str(bad)), "qa_1").rows(tools)
     with pytest.raises(ValueError, match="pieces of text give .* short of its length"):
         Ruler(config(questions, lengths=(100_000,)), "qa_1").rows(tools)
+
+
+def test_question_files_may_hold_any_line_separator_and_be_compressed(tools, tmp_path):
+    row = {"question": "Who keeps?", "answers": "Keeper", "context": ["Keeper\u2028keeps.\x85 " + "Filler. " * 20]}
+    others = [{**row, "context": [f"{number} " + "Filler. " * 20]} for number in range(120)]
+    path = tmp_path / "qa.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in [row, *others]))
+    (found, _) = Ruler(config(str(path)), "qa_1").rows(tools)
+    assert "Keeper\u2028keeps.\x85" in found.context
+
+
+@pytest.mark.parametrize(("name", "data"), [("a.jsonl", b"\xff\xfe\n"), ("a.jsonl.gz", b"no archive\n")])
+def test_a_file_that_cannot_be_read_is_named(tools, tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: "):
+        Ruler(config(str(tmp_path / name)), "qa_1").rows(tools)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: "):
+        Jsonl(JsonlTask(data=str(tmp_path / name), question="?")).rows(tools)
 
 
 # LongBench.

@@ -47,7 +47,8 @@ def make_config(folder: Path | str, output: str = "out", **changes) -> TrainConf
     return TrainConfig.from_dict({**values, **changes})
 
 
-LM = {"objective": "lm", "context_length": None}
+LM = {"objective": "lm", "context_length": None, "distill": None}
+D2O_LM = {"objective": "d2o_lm", "distill": None}
 
 
 def start(config: TrainConfig, mesh: ParallelMesh | None = None) -> Run:

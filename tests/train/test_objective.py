@@ -7,8 +7,10 @@ import torch
 
 from d2o_dist.config import D2OConfig
 from d2o_dist.config.distill import DistillConfig
+from d2o_dist.train.compress import compress_prompt
 from d2o_dist.train.model import enable_activation_checkpointing
 from d2o_dist.train.objective import Objective
+from d2o_dist.train.passes import PromptPass
 from tests.models import tiny_model, tokens
 from tests.train.helpers import cut, exchange, parts, tiny_objective
 
@@ -53,6 +55,40 @@ def test_weights_add_the_losses_up():
     assert float(losses.total) == pytest.approx(
         2 * float(sums["kl"]) + 0.5 * float(sums["lm"]) + 0.25 * float(sums["context_lm"])
     )
+
+
+@pytest.mark.parametrize("preset", ["d2o", "h2o", "snapkv"])
+def test_a_ratio_that_keeps_everything_is_measured_beside_others_in_any_order(preset):
+    parts_, objective = parts(2, 36, 48), tiny_objective()
+    d2o = [D2OConfig.preset(preset, keep_ratio=ratio, min_layer_tokens=8, eviction_interval=None)
+           for ratio in (1.0, 0.3)]  # fmt: skip
+    first, second = objective.measure(*parts_, configs=d2o)
+    assert float(first["kl"]) == pytest.approx(0, abs=1e-9) and float(second["kl"]) > 1e-3
+    assert objective.measure(*parts_, configs=d2o[::-1]) == [second, first]
+
+
+@pytest.mark.parametrize("queries", ["all", "strided"])
+@pytest.mark.parametrize("preset", ["d2o", "paper_minmax", "released"])
+def test_autocast_does_not_reach_what_is_decided(preset, queries):
+    d2o = D2OConfig.preset(preset, keep_ratio=0.2, min_layer_tokens=8, score_queries=queries, protected_layers=())
+    generator = torch.Generator().manual_seed(0)
+    layers = [[torch.randn(1, heads, 150, 32, generator=generator).bfloat16() for heads in (4, 2, 2)] for _ in range(3)]
+
+    def compressed():
+        step = PromptPass(exchange(), d2o)
+        for index, (q, k, v) in enumerate(layers):
+            step.attend(index, q * 3, k, v, 32**-0.5, None)
+        return step.layers, compress_prompt(step.layers, d2o)
+
+    seen, expected = compressed()
+    with torch.autocast("cpu", torch.bfloat16):
+        seen_there, found = compressed()
+    assert found.slots == expected.slots
+    for index in range(3):
+        assert torch.equal(seen_there[index].scores, seen[index].scores)
+        for name in ("keys", "values", "log_mass"):
+            one, two = getattr(found.pasts[index], name), getattr(expected.pasts[index], name)
+            assert (one is None and two is None) or torch.equal(one, two), name
 
 
 def test_a_base_teacher_ignores_lora():

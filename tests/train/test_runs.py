@@ -15,7 +15,7 @@ from d2o_dist.config.io import dump_yaml
 from d2o_dist.train import loop
 from d2o_dist.train.checkpoints import Checkpoints, RunState
 from tests.models import tokens
-from tests.train.runs import LM, make_config, make_inputs, records, run_whole, start, steps_of
+from tests.train.runs import D2O_LM, LM, make_config, make_inputs, records, run_whole, start, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_distillation_lowers_the_held_out_divergence_and_keeps_the_full_cache(in
     assert found[-1]["full_lm"] < found[0]["full_lm"]
 
 
-@pytest.mark.parametrize("objective", [{}, {"objective": "d2o_lm"}, LM], ids=["d2o_distill", "d2o_lm", "lm"])
+@pytest.mark.parametrize("objective", [{}, D2O_LM, LM], ids=["d2o_distill", "d2o_lm", "lm"])
 def test_a_broken_run_goes_on_to_the_same_losses(inputs, objective, tmp_path, monkeypatch):
     whole = make_config(inputs, str(tmp_path / "whole"), save_every=2, **objective)
     expected = losses(run_whole(whole))
@@ -55,6 +55,28 @@ def test_a_broken_run_goes_on_to_the_same_losses(inputs, objective, tmp_path, mo
     found = losses(run_whole(broken))
     assert [step for step, *_ in found] == [1, 2, 3, 3, 4, 5]
     assert found[:3] + found[4:] == expected
+
+
+@pytest.mark.parametrize(("where", "name"), [(loop, "export_model"), (Checkpoints, "save")], ids=["export", "save"])
+def test_the_best_model_is_exported_also_if_the_run_was_broken_there(inputs, tmp_path, monkeypatch, where, name):
+    config = make_config(inputs, str(tmp_path / "out"), steps=2, eval_every=1)
+
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def run(*measured: float) -> None:
+        values = iter(measured)
+        monkeypatch.setattr(loop, "headline", lambda *args: next(values))
+        run_whole(config)
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(where, name, dies)
+        run(3.0, 1.0)  # before the first step, and after it
+    run(3.0, 1.0, 2.0)
+    best = torch.load(tmp_path / "out" / "checkpoints" / "step-00000001" / "torch_engine.pt")["weights"]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model-best")
+    for parameter, p in exported.named_parameters():
+        assert torch.equal(p, best[f"model.{parameter}"])
 
 
 def test_accumulated_gradients_equal_one_large_batch(inputs):

@@ -91,6 +91,16 @@ def test_figures_of_merged_lora_are_exactly_those_of_the_export(inputs):
     assert run_tasks(run.engine, run.tasks) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
+def test_in_bfloat16_they_are_read_as_steps_are(inputs):
+    config = config_of(inputs, "bfloat16", dtype="bfloat16")
+    run = start(config)
+    found = run_tasks(run.engine, run.tasks)
+    wanted = evaluated(inputs, inputs / "model")
+    assert set(found) == set(wanted) and found["fidelity full"] == pytest.approx(0, abs=1e-5)
+    # Autocast, against float32.
+    assert found["fidelity d2o@30%"] == pytest.approx(wanted["fidelity d2o@30%"], rel=0.3)
+
+
 def test_without_held_out_rows(inputs):
     """Tasks alone are measured, and training goes on as without them."""
     data = {"train": str(inputs / "train.jsonl")}

@@ -35,7 +35,8 @@ class Passages(Task):
                 f"{self.name}: a length ({longest}) and num_scored ({config.num_scored}) must be at most the model's "
                 f"{tools.max_positions} positions together"
             )
-        need = span if config.overlap else span * config.samples
+        # Overlapping ones still differ: a passage that is counted twice would make errors look smaller than they are.
+        need = span + config.samples - 1 if config.overlap else span * config.samples
         if len(ids) < need:
             raise ValueError(
                 f"{self.name}: {config.samples} passages of {span} tokens need {need}, but text {config.text} has "

@@ -65,10 +65,14 @@ class Ruler(Task):
                 max_new_tokens=max_new_tokens, prefix=draft.prefix, groups={"length": material.length},
             )  # fmt: skip
 
-        count = largest_fit(
-            lambda n: tools.count(make(n), self.uses_template), material.length - max_new_tokens, most=draft.most,
-            what=f"{self.name} {row_id}",
-        )  # fmt: skip
+        def tokens(count: int) -> int:
+            return tools.count(make(count), self.uses_template)
+
+        what, limit = f"{self.name} {row_id}", material.length - max_new_tokens
+        count = largest_fit(tokens, limit, most=draft.most, what=what)
+        # `largest_fit` may stop a few tokens early.
+        if count < draft.least and (least := tokens(draft.least)) > limit:
+            raise ValueError(f"{what}: the least that the task makes sense with has {least} tokens, above {limit}")
         return make(max(count, draft.least))
 
     def score(self, example: Example, text: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2o_dist.config.checks import check_string, check_strings
+from d2o_dist.eval.tasks.json_lines import json_lines
 from d2o_dist.eval.tasks.ruler_parts import Draft, Material
 
 
@@ -30,9 +31,7 @@ def read_questions(path: str) -> list[Question]:
     if not file.is_file():
         raise ValueError(f"question file {file} does not exist")
     questions = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(file):
         try:
             row = json.loads(line)
             check_string("question", row.get("question"))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from d2o_dist.core.autocast import without_autocast
 from d2o_dist.integrations.hf.guards import ATTENTION_NAME, check_plain_softmax
 from d2o_dist.integrations.hf.packed import by_document, document_lengths
 
@@ -42,6 +43,10 @@ def d2o_attention(
         raise ValueError(f"d2o attention takes a 2D padding mask [B, T], not one of shape {shape}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     cache = getattr(key, CACHE_TAG, None)
+    if torch.is_autocast_enabled(query.device.type):
+        # Positions are added in float32 there, so that queries and keys are no longer what values are.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if cache is None:
         window = kwargs.get("sliding_window")
         documents = None
@@ -60,7 +65,7 @@ def d2o_attention(
             raise ValueError("a D2OCache does not carry gradients: call model.eval(), or run under torch.no_grad()")
         if dropout:
             raise ValueError(f"attention dropout ({dropout}) cannot be used with a compressed cache: call model.eval()")
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():
             out = cache.attend(module, query, key, value, scale, attention_mask)
     return out.transpose(1, 2), None
 

@@ -21,6 +21,7 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.core.autocast import without_autocast
 from d2o_dist.integrations.hf.attention import CACHE_TAG
 from d2o_dist.integrations.hf.guards import check_attention, layer_windows, text_config
 from d2o_dist.integrations.hf.heads import request_ranks
@@ -375,7 +376,8 @@ class D2OCache(Cache):
 
     def finalize(self) -> None:
         """Compress now. `generate` does so before the first decode step; call it to reuse a compressed prompt."""
-        self.compressed.finalize()
+        with without_autocast():
+            self.compressed.finalize()
 
     def report(self) -> CacheReport:
         """What was asked for, what is held, layer by layer; `print(cache.report())` is a table."""
