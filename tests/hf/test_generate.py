@@ -229,3 +229,15 @@ def test_budgets_of_next_to_nothing_run(preset, length):
     cache = make_cache(model, preset, keep_ratio=0.02, min_layer_tokens=0, eviction_interval=1,
                        exact_total=preset != "released")  # fmt: skip
     assert generate(model, tokens(2, length), cache, 9).shape == (2, length + 9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_holds_no_memory_but_its_slots(family):
+    """Phi-3 makes queries, keys and values in one projection: to hold values is not to hold all of it."""
+    model = tiny_model(family)
+    cache = make_cache(model)
+    with torch.no_grad():
+        model(tokens(2, 40), past_key_values=cache)
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            assert tensor.untyped_storage().nbytes() <= (40 + 64) * 2 * cache.layers[0].shape[0] * tensor.shape[3] * 8
