@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from d2o_dist import D2OCache, D2OConfig
 from tests.models import FAMILIES, left_padded, tiny_model, tokens
 
 SQUEEZE = dict(keep_ratio=0.3, min_layer_tokens=10, eviction_interval=4)
+FULL = dict(keep_ratio=1.0, eviction_interval=None)
 PRESETS = ["d2o", "paper_minmax", "released", "snapkv", "streaming"]
 
 
@@ -241,3 +243,35 @@ def test_a_prompt_holds_no_memory_but_its_slots(family):
     for layer in cache.layers:
         for tensor in (layer.keys, layer.values):
             assert tensor.untyped_storage().nbytes() <= (40 + 64) * 2 * cache.layers[0].shape[0] * tensor.shape[3] * 8
+
+
+@pytest.mark.parametrize("preset", ["d2o", "paper", "released", "reread", "full"])
+@pytest.mark.parametrize("inside", ["prompt", "decoding", "turn", "all but finalize"])
+@pytest.mark.parametrize("long", [True, False], ids=["evicts", "within its budget"])
+def test_inference_mode_may_be_entered_and_left(preset, inside, long):
+    """What is made in inference mode cannot be written outside of it: the cache sees to it, also with gradients on."""
+    model = tiny_model()
+    parts = {"prompt": tokens(2, 40), "decoding": tokens(2, 1, 1), "turn": tokens(2, 9, 2)}
+    found = []
+    for modes in ({"prompt", "decoding", "turn"} if inside == "all but finalize" else {inside}, set()):
+        cache = make_cache(model, preset, **(FULL if preset == "full" else {"keep_ratio": 0.3 if long else 0.99}))
+
+        def read(part, modes=modes, cache=cache):
+            with torch.inference_mode() if part in modes else nullcontext():
+                return model(parts[part], past_key_values=cache).logits
+
+        read("prompt")
+        if preset == "reread":
+            cache.reread(model, parts["prompt"])
+        copied = copy.deepcopy(cache)
+        cache.finalize()
+        logits = [read("decoding") for _ in range(20)]
+        cache.batch_select_indices(torch.tensor([1, 0]))
+        logits += [read("turn"), read("decoding")]
+        copied.finalize()
+        found.append((torch.cat(logits, 1).detach(), cache, copied))
+    (logits, cache, copied), (expected, plain, copied_plain) = found
+    assert torch.equal(logits, expected)
+    for one, other in ((cache, plain), (copied, copied_plain)):
+        for layer, of_plain in zip(one.layers, other.layers, strict=True):
+            assert torch.equal(layer.positions, of_plain.positions) and torch.equal(layer.values, of_plain.values)
