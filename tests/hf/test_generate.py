@@ -275,3 +275,39 @@ def test_inference_mode_may_be_entered_and_left(preset, inside, long):
     for one, other in ((cache, plain), (copied, copied_plain)):
         for layer, of_plain in zip(one.layers, other.layers, strict=True):
             assert torch.equal(layer.positions, of_plain.positions) and torch.equal(layer.values, of_plain.values)
+
+
+@pytest.mark.parametrize(
+    ("preset", "size"), [("d2o", {}), ("paper", {}), ("reread", {}), ("reread", {"keep_tokens": 12})], ids=str
+)
+def test_a_row_without_a_token_changes_nothing_for_the_others(preset, size):
+    """Dummy rows fill up a batch; the tokens they are fed while decoding are theirs alone."""
+    model = tiny_model()
+    size = {"keep_ratio": None, **size} if size else {}
+    ids, mask = left_padded([40, 0, 31])
+    caches = []
+    for rows in ([0, 1, 2], [0, 2]):
+        cache, seen = make_cache(model, preset, **size), mask[rows]
+        with torch.no_grad():
+            model(ids[rows], attention_mask=seen, past_key_values=cache)
+            if preset == "reread":
+                cache.reread(model, ids[rows], seen)
+            for step in range(12):
+                seen = torch.cat([seen, torch.ones(len(rows), 1, dtype=seen.dtype)], 1)
+                logits = model(tokens(3, 1, step)[rows], attention_mask=seen, past_key_values=cache).logits
+                assert logits.isfinite().all()
+        caches.append(cache)
+    assert caches[0].compressed.num_seen == [52, 12, 43]
+    assert_same_rows(caches[0], 0, caches[1], 0)
+    assert_same_rows(caches[0], 2, caches[1], 1)
+
+
+def test_attention_that_is_no_number_is_an_error():
+    """Shares made of it would be equal ones, without a word."""
+    model = tiny_model()
+    model.model.layers[2].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    cache = make_cache(model)
+    with torch.no_grad():
+        model(tokens(2, 40), past_key_values=cache)
+    with pytest.raises(ValueError, match="attention is not finite in 2 of 4 layers, the first of them 2"):
+        cache.finalize()
