@@ -401,6 +401,8 @@ class CompressedCache:
         host = index.tolist()
         if not self.layers:
             return
+        if not host:
+            raise ValueError(f"no row was selected of the cache's {len(self.num_seen)}: others need a new cache")
         for row in host:
             if not 0 <= row < len(self.num_seen):
                 raise ValueError(f"row {row} was selected, but the cache has {len(self.num_seen)} rows")

@@ -311,3 +311,43 @@ def test_attention_that_is_no_number_is_an_error():
         model(tokens(2, 40), past_key_values=cache)
     with pytest.raises(ValueError, match="attention is not finite in 2 of 4 layers, the first of them 2"):
         cache.finalize()
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "reread"])
+@pytest.mark.parametrize("when", ["in the prompt", "after the prompt"])
+def test_rows_are_selected_before_anything_is_compressed(preset, when):
+    """The longest row goes, another comes twice, and each is as it is alone."""
+    model = tiny_model()
+    ids, mask = left_padded([61, 9, 40])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, rows, start = make_cache(model, preset), torch.tensor([1, 2, 1]), 0
+    with torch.no_grad():
+        for end in (58, 61):
+            model(ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
+                  past_key_values=cache)  # fmt: skip
+            if end == 61 and preset == "reread":
+                cache.reread(model, ids, mask)
+            if (end == 61) == (when == "after the prompt"):
+                cache.batch_select_indices(rows)
+                ids, mask, positions = ids[rows], mask[rows], positions[rows]
+            start = end
+        cache.finalize()
+        for row, length in enumerate([9, 40, 9]):
+            alone, prompt = make_cache(model, preset), ids[row : row + 1, 61 - length :]
+            model(prompt, past_key_values=alone)
+            if preset == "reread":
+                alone.reread(model, prompt)
+            alone.finalize()
+            assert_same_rows(cache, row, alone)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([], "no row was selected of the cache's 2"), ([0, 2], "row 2 was selected, but")], ids=str
+)
+def test_rows_that_are_not_there_are_refused(rows, message):
+    model = tiny_model()
+    cache = make_cache(model)
+    with torch.no_grad():
+        model(tokens(2, 9), past_key_values=cache)
+    with pytest.raises(ValueError, match=message):
+        cache.batch_select_indices(torch.tensor(rows, dtype=torch.int64))
