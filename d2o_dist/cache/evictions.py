@@ -28,7 +28,7 @@ from d2o_dist.compression.shard_evict import evict_shards
 from d2o_dist.compression.shard_finalize import finalize_shard
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import EvictionSteps, eviction_steps
-from d2o_dist.core.select import add_rates, rate_gain
+from d2o_dist.core.select import add_rates, ranking_rates, rate_gain
 from d2o_dist.core.types import LayerBudget
 from d2o_dist.kernels.backend import cuda_leaves
 from d2o_dist.kernels.nearest_kept import nearest_kept
@@ -79,7 +79,7 @@ class LayerEvictions:
         capacity = max(*unit.slot_budgets, *held) + (self.config.eviction_interval or 0)
         if due is None:
             slots = unit.store.slots
-            gain = rate_gain(slots, self.config)
+            gain = rate_gain(slots, ranking_rates(slots, self.config, finalize=True), self.config)
             if gain is not None:
                 slots.rates.copy_(add_rates(slots, gain).rates)
             unit.store.reserve(capacity)

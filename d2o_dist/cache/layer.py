@@ -259,7 +259,8 @@ class FullLayer:
             self._num_old = [self._num_old[row] for row in host]
         if self._window is not None:
             self._window.select_rows(host)
+        width = max(self.store.kv_len)  # of the rows that stay
         if self._column_sums is not None:
-            self._column_sums = self._column_sums.index_select(0, index.to(self._column_sums.device))
+            self._column_sums = self._column_sums[:, :, :width].index_select(0, index.to(self._column_sums.device))
         if self._peaks is not None:
-            self._peaks = self._peaks.index_select(0, index.to(self._peaks.device))
+            self._peaks = self._peaks[:, :, :width].index_select(0, index.to(self._peaks.device))

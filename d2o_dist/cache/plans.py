@@ -19,7 +19,7 @@ from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.budgets import highest_of_heads, row_log_weights, row_slots
 from d2o_dist.compression.shard_finalize import statistics_of_all
 from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.select import rank_scores
+from d2o_dist.core.select import rank_scores, ranking_rates
 
 
 @dataclass
@@ -143,7 +143,8 @@ def head_counts(
         # Over sequence ranks the statistics are gathered: a rank may be a maximum over neighbours on another rank.
         slots = statistics_of_all(layer.slots_for_finalize(), ranks.sp)[0] if by_sequence else layer.store.slots
         seen = torch.tensor(num_seen, device=slots.positions.device)
-        rankings.append(rank_scores(slots, config, finalize=True, num_seen_tokens=seen))
+        rates = ranking_rates(slots, config, finalize=True)
+        rankings.append(rank_scores(slots, rates, config, num_seen_tokens=seen))
         live.append(slots.live)
     return highest_of_heads(rankings, live, num_seen, num_kv_heads, config, ranks, by_sequence=by_sequence)
 

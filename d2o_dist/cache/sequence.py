@@ -14,6 +14,7 @@ from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.cache.evictions import LayerEvictions, ShardEvictions
 from d2o_dist.cache.forward import Chunk, ChunkOfHeads, DealtChunk, Forward, SecondReading, Step
 from d2o_dist.cache.headwise import HeadElsewhere, HeadwiseLayer
+from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layers import CompressedLayer, Layer, make_layers, spread_layers
 from d2o_dist.cache.plans import RowPlan, check_gathered, head_counts, head_variances, on_full_layers, set_budgets
 from d2o_dist.cache.rows import Rows
@@ -39,6 +40,7 @@ class CompressedCache:
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
         num_reread: tokens of each row that were read a second time.
         dealt: the chunk that was dealt last, if any.
+        in_inference: whether it was ever used in `torch.inference_mode`.
         step: what decode steps read and advance on the device; None while there are none.
 
     Raises:
@@ -71,9 +73,11 @@ class CompressedCache:
         self._forward: Forward | None = None
         self.step: DecodeStep | None = None
         self._step_announced = False
+        self.in_inference = False
         # Whether every rank holds a part of the slots of every head, rather than all slots of some heads.
         self._by_sequence = self.ranks.deals_tokens and self.ranks.parallel.sp_prefill != "ulysses"
 
+    @in_own_mode
     def adopt(self, config: D2OConfig) -> None:
         """Compress as `config` says what was read under another configuration.
 
@@ -139,6 +143,7 @@ class CompressedCache:
         self.dealt, self._deal_waits = Deal.of(counts, rule, self.ranks.sp.size, self.ranks.sp.rank), True
         return self.dealt
 
+    @in_own_mode
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Append a chunk to one layer and attend from it. Layers come in order, 0 first.
 
@@ -239,6 +244,7 @@ class CompressedCache:
 
     # ---- one decode step -----------------------------------------------------------------------------------------
 
+    @in_own_mode
     def begin_step(self, present: Sequence[bool] | None = None) -> DecodeStep:
         """Announce a decode step: do what the host must before it, an end of the prefill included.
 
@@ -261,6 +267,7 @@ class CompressedCache:
         self._step_announced = True
         return self.step
 
+    @in_own_mode
     def end_step(self) -> None:
         """After the forward or the replay of an announced step: count the tokens, and evict what is due."""
         assert self._step_announced and not self.in_forward
@@ -327,6 +334,7 @@ class CompressedCache:
 
     # ---- compression ---------------------------------------------------------------------------------------------
 
+    @in_own_mode
     def finalize(self) -> None:
         """End the prefill: set the budgets and evict every layer to its own. A second call does nothing."""
         if self.in_forward:
@@ -387,11 +395,14 @@ class CompressedCache:
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
+    @in_own_mode
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated (beam search, prompts reused by several rows)."""
         host = index.tolist()
         if not self.layers:
             return
+        if not host:
+            raise ValueError(f"no row was selected of the cache's {len(self.num_seen)}: others need a new cache")
         for row in host:
             if not 0 <= row < len(self.num_seen):
                 raise ValueError(f"row {row} was selected, but the cache has {len(self.num_seen)} rows")

@@ -190,7 +190,8 @@ class ShardedLayer:
             return
         grown = torch.zeros(q.shape[0], q.shape[1], width, dtype=stats_dtype(q.dtype), device=q.device)
         if self._column_sums is not None:
-            grown[:, :, : self._column_sums.shape[-1]] = self._column_sums
+            old = self._column_sums[:, :, :width]  # of rows that were let go of it may have more
+            grown[:, :, : old.shape[-1]] = old
         self._column_sums = grown
 
     def squared_deviations(self, row: int) -> Tensor:

@@ -134,12 +134,12 @@ class SlotStore:
         self.kv_len = [old + new for old, new in zip(self.kv_len, counts, strict=True)]
 
     def _adopt(self, keys: Tensor, values: Tensor, num_seen: list[int]) -> None:
-        """Take the first tokens as the buffers themselves, without a copy."""
+        """Take the first tokens as the buffers themselves, without a copy where nothing else is held with them."""
         batch, heads, count, _ = keys.shape
         first = torch.tensor(num_seen, device=keys.device)[:, None, None]
         positions = (first + torch.arange(count, device=keys.device)).expand(batch, heads, count).clone()
         zeros = torch.zeros(3, batch, heads, count, dtype=stats_dtype(keys.dtype), device=keys.device)
-        self._buffers = Slots(keys, values, positions, *zeros.unbind(0))
+        self._buffers = Slots(_alone(keys), _alone(values), positions, *zeros.unbind(0))
 
     def reserve(self, capacity: int, *, like: Tensor | None = None, slack: int = 0) -> None:
         """Make room for `capacity` slots a row, and `slack` more if the buffers must move."""
@@ -179,6 +179,12 @@ class SlotStore:
         self.kv_len = [self.kv_len[row] for row in host]
         if self._buffers is not None:
             self._buffers = self._buffers.map(lambda t: t.index_select(0, index.to(t.device)))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of a part of a larger one (packed projections, an exchange), which would keep it alive."""
+    is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+    return tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor
 
 
 def _unused(batch: int, heads: int, capacity: int, dim: int, like: Tensor) -> Slots:

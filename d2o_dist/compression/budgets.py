@@ -24,6 +24,9 @@ def row_log_weights(
     Args:
         variances: [L, Hq] variance of the column sums of every query head of the model; None if not computed.
         num_highest: L numbers of tokens that are among the highest ranked; only for `allocation="ranked"`.
+
+    Raises:
+        ValueError: a variance that is no number: the model's attention was none.
     """
     if config.keeps_everything:
         return [0.0] * num_layers, []
@@ -31,6 +34,13 @@ def row_log_weights(
         return ranked_log_weights(num_highest), []
     if config.allocation != "dynamic":
         return layer_log_weights(None, config, num_layers), []
+    variances = variances.cpu()
+    wrong = [index for index, heads in enumerate(variances) if not bool(heads.isfinite().all())]
+    if wrong:
+        raise ValueError(
+            f"attention is not finite in {len(wrong)} of {num_layers} layers, the first of them {wrong[0]}: weights of "
+            "the model are not, or numbers became too large for its dtype (those of float16 end at 65504)"
+        )
     dispersions = layer_dispersions(variances, config.dispersion)
     return layer_log_weights(dispersions, config, num_layers), dispersions.double().tolist()
 

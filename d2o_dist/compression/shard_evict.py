@@ -154,7 +154,7 @@ def _pick_victims(
         heavy = torch.tensor([config.split(budget)[0] for budget in job.slot_budgets], device=device)
         sinks = heavy.clamp_max(config.num_sink_tokens)[:, None, None]
         candidate = slots.live & (slots.positions >= sinks) & (slots.positions < job.recent_from.unsqueeze(-1))
-        ranking = rank_scores(slots, config, finalize=False, num_seen_tokens=num_seen_tokens)
+        ranking = rank_scores(slots, slots.rates, config, num_seen_tokens=num_seen_tokens)
         ranking = ranking.masked_fill(~candidate, torch.inf)
         order = lowest_first(ranking, slots.positions)[..., : job.num_offered(config)]
         columns = [ranking.gather(-1, order), slots.positions.gather(-1, order)]

@@ -21,7 +21,7 @@ from d2o_dist.compression.level import count_held, level_owners, move_slots
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import Nearest, count_dropped, judge
 from d2o_dist.core.merge import apply_merge, merge_sums
-from d2o_dist.core.select import Selection, add_rates, compact, rank_scores, rate_gain, select
+from d2o_dist.core.select import Selection, add_rates, compact, rank_scores, ranking_rates, rate_gain, select
 from d2o_dist.core.threshold import head_reports
 from d2o_dist.core.types import D2OState, LayerBudget, Slots
 
@@ -62,7 +62,8 @@ def finalize_shard(
     sp = ranks.sp
     everyone, source = statistics_of_all(slots, sp)
     owner, local = source // slots.positions.shape[-1], source % slots.positions.shape[-1]
-    ranking = rank_scores(everyone, config, finalize=True, num_seen_tokens=num_seen_tokens)
+    rates = ranking_rates(everyone, config, finalize=True)
+    ranking = rank_scores(everyone, rates, config, num_seen_tokens=num_seen_tokens)
     selection = select(everyone, budget, ranking, config, finalize=True)
     if selection is None:
         count = int(everyone.kv_len.max())
@@ -79,7 +80,7 @@ def finalize_shard(
             slots, selection, keep_owner, keep_local, evict_owner, evict_local, state, config, ranks, nearest
         )
         owner, keep_idx = keep_owner, selection.keep_idx
-    gain = rate_gain(everyone, config)
+    gain = rate_gain(everyone, rates, config)
     if gain is not None:
         here = _columns_of(owner, valid, sp.rank, kept.positions.shape[-1])
         kept = add_rates(kept, gain.gather(-1, keep_idx).gather(-1, here))

@@ -11,6 +11,7 @@ from typing import Any
 
 from d2o_dist.config.io import build, check_choice, did_you_mean, dump_yaml, load_yaml, refuse_unknown
 from d2o_dist.config.presets import PRESETS
+from d2o_dist.config.readers import refuse_unread, refuse_unread_values, without_unread
 
 ALLOCATIONS = ("dynamic", "uniform", "pyramid", "ranked")
 BUDGETS = ("layer", "head")
@@ -52,6 +53,8 @@ class QuerySample:
 class D2OConfig:
     """How a KV cache is compressed. The defaults are the preset `d2o`; see `docs/algorithm.md` for the equations.
 
+    A field that only some rules read is refused where it is set and no rule would read it (`config/readers.py`).
+
     Size of the cache (exactly one of the first two; `keep_ratio=0.2` when neither is given):
 
     Attributes:
@@ -65,15 +68,16 @@ class D2OConfig:
         dispersion_sign: -1 gives even attention more (the paper), +1 gives uneven attention more.
         temperature: divides the exponent of the softmax over layers.
         pyramid_beta: with `allocation="pyramid"`, the last layer gets `1/pyramid_beta` of the average.
-        exact_total: water-fill the layers so that the total is exactly what was asked for, never more.
-        min_layer_ratio: no layer's ratio falls below this.
-        min_layer_tokens: prompts shorter than this are not squeezed, whatever the ratio.
+        exact_total: water-fill the layers so that the total is exactly what was asked for; only `min_layer_tokens` can
+            exceed it.
+        min_layer_ratio: no layer's ratio falls below this, or below that of all where `keep_tokens` makes it smaller.
+        min_layer_tokens: a layer gets at least so many slots, or as many as the prompt has tokens, whatever the ratio.
         protected_layers: layers that keep everything; negative indices count from the last layer.
 
     Which tokens:
         heavy_fraction: share of a layer's slots that is chosen by score (sinks included); the rest are the newest.
-        num_sink_tokens: first tokens of the sequence, never evicted.
-        selection: `cumulative` (accumulated attention), `window` (attention of the last queries, max-pooled over
+        num_sink_tokens: first tokens of the sequence, never evicted, as far as there are heavy slots for them.
+        selection: `cumulative` (accumulated attention), `window` (attention of the last queries, pooled over
             neighbours at finalize), `mixed` (both), `recent` (newest first: a plain sliding window with sinks),
             `reread` (the most attention that any query gave while the prompt was read a second time, by
             `D2OCache.reread`).
@@ -81,9 +85,10 @@ class D2OConfig:
         selection_pool: neighbours the rate is max-pooled over, the token itself among them; odd.
         selection_pool_side: `both`: as many of them before the token as after it; `after`: those before it, so that the
             `selection_pool - 1` tokens after a peak of attention are kept with it, and none before it.
-        selection_reach: not None: those two are not read; a token's rate at finalize becomes the mean of its own and of
-            those before it (the sinks' left out), with weights that fall by a factor e every so many positions. What
-            follows many or strong peaks ranks high for longer than what follows one weak peak, while decoding too.
+        selection_reach: takes the place of those two, which are read only where it is None: a token's rate at finalize
+            becomes the mean of its own and of those before it (the sinks' left out), with weights that fall by a factor
+            e every so many positions. What follows many or strong peaks ranks high for longer than what follows one
+            weak peak, while decoding too.
         rate_window: prompt queries that the rates are averaged over, and the decay of their average while decoding.
 
     Column sums, from which dispersions and cumulative scores come:
@@ -95,7 +100,8 @@ class D2OConfig:
     What happens to evicted tokens:
         merge: `keys_values`, `values`, `none` (drop), `mass` (values weighted by attention, and the slot draws the
             attention of all it stands for), `released` (the rule of the published code).
-        merge_targets: `kept`, or `tail`: only the lowest ranked of the kept tokens take others in.
+        merge_targets: `kept` (with `merge="mass"` all but the sinks), or `tail`: only the lowest ranked of those that
+            are neither sinks nor recent take others in.
         tail_fraction: share of a layer's slots that is the tail.
         max_decode_tail: most slots of a KV head's tail in an eviction while decoding, so that what ranks send then, and
             what is searched, do not grow with the budget; None: no bound.
@@ -105,7 +111,7 @@ class D2OConfig:
         threshold_agg: what an eviction adds to the threshold: `max` (paper) or `mean` of the similarities.
         self_weight: with `merge` `keys_values` or `values`, what a kept token weighs beside the `exp(cosine)` of those
             merged into it; `e` (the paper) is the weight of its own cosine of 1.
-        max_log_mass: bound on the log of the mass a merged slot may stand for.
+        max_log_mass: with `merge="mass"`, most that is added to the logit of a slot.
 
     While decoding:
         eviction_interval: a layer is evicted when it holds this many slots more than its budget; None: never.
@@ -156,6 +162,7 @@ class D2OConfig:
         self._check_types()
         self._check_values()
         self._check_room()
+        refuse_unread_values(vars(self), {f.name: f.default for f in dataclasses.fields(self)})
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -164,7 +171,7 @@ class D2OConfig:
         """A named configuration, with any field overridden.
 
         Raises:
-            ValueError: unknown preset or field, or a value outside its limits.
+            ValueError: unknown preset or field, a value outside its limits, or a field that no rule would read.
         """
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f'no preset "{name}".{did_you_mean(str(name), PRESETS)} Known: {", ".join(PRESETS)}')
@@ -173,7 +180,10 @@ class D2OConfig:
         given = {key: value for key, value in overrides.items() if value is not None or key not in SIZES}
         if name == "full" and (given.get("keep_ratio", 1.0) != 1.0 or "keep_tokens" in given):
             raise ValueError('preset "full" keeps the whole cache: keep_ratio must be 1.0 and keep_tokens unset')
-        return cls(**{**PRESETS[name], **given})
+        config = cls(**{**without_unread(PRESETS[name], given), **given})
+        if not config.keeps_everything:
+            refuse_unread(vars(config), given)
+        return config
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> D2OConfig:
@@ -184,7 +194,11 @@ class D2OConfig:
         refuse_unknown((key for key in values if key != "preset"), known, cls.__name__)
         values = dict(values)
         name = values.pop("preset", None)
-        return build(cls, values) if name is None else cls.preset(name, **values)
+        if name is None:
+            return build(cls, values)
+        if all(f.name in values for f in dataclasses.fields(cls)):
+            raise ValueError(f'preset "{name}" would change nothing: every field is given beside it. Leave one out')
+        return cls.preset(name, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values; `from_dict` is its inverse."""
@@ -205,9 +219,11 @@ class D2OConfig:
         return text
 
     def replace(self, **changes: Any) -> D2OConfig:
-        """A copy with some fields changed, validated anew."""
+        """A copy with some fields changed, validated anew; a changed field that no rule would read is refused."""
         refuse_unknown(changes, [f.name for f in dataclasses.fields(self)], type(self).__name__)
-        return dataclasses.replace(self, **changes)
+        config = type(self)(**{**without_unread(vars(self), changes), **changes})
+        refuse_unread(vars(config), changes)
+        return config
 
     # ---- what follows from the fields --------------------------------------------------------------------------
 

@@ -35,15 +35,15 @@ def layer_log_weights(dispersions: Tensor | None, config: D2OConfig, num_layers:
 def num_ranked(num_tokens: int, num_heads: int, config: D2OConfig) -> int:
     """How many of the highest ranked tokens decide the shares of a row: the budget's fraction of the `num_tokens`
     tokens of `num_heads` KV heads in all layers, at least 1."""
-    ratio = min(config.keep_tokens / num_tokens, 1.0) if config.keep_ratio is None else config.keep_ratio
+    ratio = config.keep_ratio or min(config.keep_tokens / max(num_tokens, 1), 1.0)
     return max(floor_tokens(ratio * num_heads * num_tokens), 1)
 
 
 def ranked_log_weights(counts: Sequence[int]) -> list[float]:
     """Log of each layer's share where layers share by rank; counts: of the highest ranked tokens, each layer's own."""
     shares = torch.tensor(counts, dtype=torch.float64)
-    # A layer without any gets the least there is; its logarithm must be finite.
-    return (shares / shares.sum()).clamp_min(torch.finfo(torch.float64).tiny).log().tolist()
+    # A layer without any gets the least there is; its logarithm must be finite. A row without tokens has none anywhere.
+    return (shares / shares.sum().clamp_min(1)).clamp_min(torch.finfo(torch.float64).tiny).log().tolist()
 
 
 def water_fill(log_weights: Sequence[float], total: float, low: Sequence[float], high: Sequence[float]) -> list[float]:

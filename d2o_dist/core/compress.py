@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.merge import merge_into, nearest_kept
-from d2o_dist.core.select import add_rates, rank_scores, rate_gain, select
+from d2o_dist.core.select import add_rates, rank_scores, ranking_rates, rate_gain, select
 from d2o_dist.core.threshold import head_reports, open_gate, read_reports, update_threshold
 from d2o_dist.core.types import D2OState, LayerBudget, Slots
 
@@ -39,9 +39,10 @@ def eviction_steps(
     """
     if num_seen_tokens is None:
         num_seen_tokens = slots.positions.amax((1, 2)) + 1
-    ranking = rank_scores(slots, config, finalize=finalize, num_seen_tokens=num_seen_tokens)
+    rates = ranking_rates(slots, config, finalize=finalize)
+    gain = rate_gain(slots, rates, config)
+    ranking = rank_scores(slots, rates, config, num_seen_tokens=num_seen_tokens)
     selection = select(slots, budget, ranking, config, finalize=finalize)
-    gain = rate_gain(slots, config) if finalize else None
     if selection is None:
         slots = slots if gain is None else add_rates(slots, gain)
         return slots.map(lambda tensor: tensor[:, :, : int(slots.kv_len.max())]), state

@@ -24,7 +24,8 @@ def count_highest(
 
     Args:
         rankings: L tensors [B, h, S] float32 or float64, no NaN; live: L tensors [B, h, S] bool, the slots that count.
-        num_highest: [B] int64 on the device of the rankings, at least 1 and at most the row's tokens on all ranks.
+        num_highest: [B] int64 on the device of the rankings, at least 1 and at most the row's tokens on all ranks; what
+            it is for a row without tokens does not matter.
         over_ranks: [B, 256] int64 of the tokens at hand -> the sum over all ranks. Called 4 times for float32, 8 for
             float64.
 

@@ -78,22 +78,23 @@ def decaying_mean(rates: Tensor, positions: Tensor, reach: float, first: int) ->
     return torch.where(lends, sums.to(rates.dtype), rates)
 
 
-def pool_rates(slots: Slots, config: D2OConfig) -> Tensor:
-    """The rates [B, Hkv, S] that slots rank by at the end of a prefill: those of their neighbours count too."""
+def ranking_rates(slots: Slots, config: D2OConfig, *, finalize: bool) -> Tensor:
+    """The rates [B, Hkv, S] that slots rank by: at the end of a prefill those of their neighbours count too, if any."""
+    if not finalize or config.selection not in ("window", "mixed"):
+        return slots.rates
     if config.selection_reach is not None:
         return decaying_mean(slots.rates, slots.positions, config.selection_reach, config.num_sink_tokens)
     return max_pool_positions(slots.rates, slots.positions, config.selection_pool, config.selection_pool_side)
 
 
-def rate_gain(slots: Slots, config: D2OConfig) -> Tensor | None:
-    """What the rates [B, Hkv, S] gain at the end of a prefill, once evicted tokens are merged by them; None: nothing.
+def rate_gain(slots: Slots, rates: Tensor, config: D2OConfig) -> Tensor | None:
+    """What the rates [B, Hkv, S] gain where they ranked as `rates`, once evicted tokens are merged by them; None:
+    nothing.
 
     With `selection_reach` what stays keeps its pooled rate, and ranks by it while decoding. By its own rate the end of
     an answer would be evicted before it is generated: nothing has looked at it so far.
     """
-    if config.selection_reach is None or config.selection not in ("window", "mixed"):
-        return None
-    return pool_rates(slots, config) - slots.rates
+    return None if config.selection_reach is None or rates is slots.rates else rates - slots.rates
 
 
 def add_rates(slots: Slots, gain: Tensor) -> Slots:
@@ -101,19 +102,16 @@ def add_rates(slots: Slots, gain: Tensor) -> Slots:
     return slots.replace(rates=torch.where(slots.positions >= 0, slots.rates + gain, slots.rates).clamp_min(0))
 
 
-def rank_scores(slots: Slots, config: D2OConfig, *, finalize: bool, num_seen_tokens: Tensor) -> Tensor:
+def rank_scores(slots: Slots, rates: Tensor, config: D2OConfig, *, num_seen_tokens: Tensor) -> Tensor:
     """What slots are ranked by, higher is kept first: [B, Hkv, S].
 
     Args:
-        finalize: whether the rates are pooled over neighbours (at the end of a prefill) or taken as they stand
-            (decoding).
-        num_seen_tokens: [B] int64.
+        rates: from `ranking_rates`; num_seen_tokens: [B] int64.
     """
     if config.selection in ("cumulative", "reread"):
         return slots.scores
     if config.selection == "recent":
         return slots.positions.to(slots.scores.dtype)
-    rates = pool_rates(slots, config) if finalize else slots.rates
     if config.selection == "window":
         return rates
     assert config.selection == "mixed", config.selection
@@ -149,7 +147,8 @@ def select(
 
     Args:
         slots: in order of position, unused slots last.
-        ranking: [B, Hkv, S], from `rank_scores`; finalize: as there.
+        ranking: [B, Hkv, S], from `rank_scores`.
+        finalize: at the end of a prefill; while decoding `max_decode_tail` bounds the tail.
     """
     batch, _, num_slots = slots.positions.shape
     device = slots.positions.device

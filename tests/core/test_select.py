@@ -9,7 +9,7 @@ import torch
 
 from d2o_dist.config import D2OConfig
 from d2o_dist.core import Slots
-from d2o_dist.core.select import decaying_mean, rank_scores
+from d2o_dist.core.select import decaying_mean, rank_scores, ranking_rates
 
 
 def naive_decaying_mean(rates: list[float], positions: list[int], reach: float, first: int) -> list[float]:
@@ -88,11 +88,15 @@ def test_sinks_lend_nothing_and_recent_queries_rank_as_they_stand():
     slots = Slots(torch.zeros(1, 1, count, 2), torch.zeros(1, 1, count, 2), torch.arange(count)[None, None],
                   nothing, rates, nothing)  # fmt: skip
     config = D2OConfig(selection_reach=8.0)
-    seen = torch.tensor([count])
-    ranking = rank_scores(slots, config, finalize=True, num_seen_tokens=seen)[0, 0]
+
+    def rank(finalize: bool) -> torch.Tensor:
+        pooled = ranking_rates(slots, config, finalize=finalize)
+        return rank_scores(slots, pooled, config, num_seen_tokens=torch.tensor([count]))
+
+    ranking = rank(finalize=True)[0, 0]
     assert ranking[4:].argmax() == 16 and float(ranking[4:20].max()) < 1e-7
     assert (ranking[21:].diff() < 0).all()
-    assert torch.equal(rank_scores(slots, config, finalize=False, num_seen_tokens=seen), rates)
+    assert torch.equal(rank(finalize=False), rates)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, True, "20"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from d2o_dist import D2OCache, D2OConfig
 from tests.models import FAMILIES, left_padded, tiny_model, tokens
 
 SQUEEZE = dict(keep_ratio=0.3, min_layer_tokens=10, eviction_interval=4)
+FULL = dict(keep_ratio=1.0, eviction_interval=None)
 PRESETS = ["d2o", "paper_minmax", "released", "snapkv", "streaming"]
 
 
@@ -229,3 +231,123 @@ def test_budgets_of_next_to_nothing_run(preset, length):
     cache = make_cache(model, preset, keep_ratio=0.02, min_layer_tokens=0, eviction_interval=1,
                        exact_total=preset != "released")  # fmt: skip
     assert generate(model, tokens(2, length), cache, 9).shape == (2, length + 9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_holds_no_memory_but_its_slots(family):
+    """Phi-3 makes queries, keys and values in one projection: to hold values is not to hold all of it."""
+    model = tiny_model(family)
+    cache = make_cache(model)
+    with torch.no_grad():
+        model(tokens(2, 40), past_key_values=cache)
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            assert tensor.untyped_storage().nbytes() <= (40 + 64) * 2 * cache.layers[0].shape[0] * tensor.shape[3] * 8
+
+
+@pytest.mark.parametrize("preset", ["d2o", "paper", "released", "reread", "full"])
+@pytest.mark.parametrize("inside", ["prompt", "decoding", "turn", "all but finalize"])
+@pytest.mark.parametrize("long", [True, False], ids=["evicts", "within its budget"])
+def test_inference_mode_may_be_entered_and_left(preset, inside, long):
+    """What is made in inference mode cannot be written outside of it: the cache sees to it, also with gradients on."""
+    model = tiny_model()
+    parts = {"prompt": tokens(2, 40), "decoding": tokens(2, 1, 1), "turn": tokens(2, 9, 2)}
+    found = []
+    for modes in ({"prompt", "decoding", "turn"} if inside == "all but finalize" else {inside}, set()):
+        cache = make_cache(model, preset, **(FULL if preset == "full" else {"keep_ratio": 0.3 if long else 0.99}))
+
+        def read(part, modes=modes, cache=cache):
+            with torch.inference_mode() if part in modes else nullcontext():
+                return model(parts[part], past_key_values=cache).logits
+
+        read("prompt")
+        if preset == "reread":
+            cache.reread(model, parts["prompt"])
+        copied = copy.deepcopy(cache)
+        cache.finalize()
+        logits = [read("decoding") for _ in range(20)]
+        cache.batch_select_indices(torch.tensor([1, 0]))
+        logits += [read("turn"), read("decoding")]
+        copied.finalize()
+        found.append((torch.cat(logits, 1).detach(), cache, copied))
+    (logits, cache, copied), (expected, plain, copied_plain) = found
+    assert torch.equal(logits, expected)
+    for one, other in ((cache, plain), (copied, copied_plain)):
+        for layer, of_plain in zip(one.layers, other.layers, strict=True):
+            assert torch.equal(layer.positions, of_plain.positions) and torch.equal(layer.values, of_plain.values)
+
+
+@pytest.mark.parametrize(
+    ("preset", "size"), [("d2o", {}), ("paper", {}), ("reread", {}), ("reread", {"keep_tokens": 12})], ids=str
+)
+def test_a_row_without_a_token_changes_nothing_for_the_others(preset, size):
+    """Dummy rows fill up a batch; the tokens they are fed while decoding are theirs alone."""
+    model = tiny_model()
+    size = {"keep_ratio": None, **size} if size else {}
+    ids, mask = left_padded([40, 0, 31])
+    caches = []
+    for rows in ([0, 1, 2], [0, 2]):
+        cache, seen = make_cache(model, preset, **size), mask[rows]
+        with torch.no_grad():
+            model(ids[rows], attention_mask=seen, past_key_values=cache)
+            if preset == "reread":
+                cache.reread(model, ids[rows], seen)
+            for step in range(12):
+                seen = torch.cat([seen, torch.ones(len(rows), 1, dtype=seen.dtype)], 1)
+                logits = model(tokens(3, 1, step)[rows], attention_mask=seen, past_key_values=cache).logits
+                assert logits.isfinite().all()
+        caches.append(cache)
+    assert caches[0].compressed.num_seen == [52, 12, 43]
+    assert_same_rows(caches[0], 0, caches[1], 0)
+    assert_same_rows(caches[0], 2, caches[1], 1)
+
+
+def test_attention_that_is_no_number_is_an_error():
+    """Shares made of it would be equal ones, without a word."""
+    model = tiny_model()
+    model.model.layers[2].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    cache = make_cache(model)
+    with torch.no_grad():
+        model(tokens(2, 40), past_key_values=cache)
+    with pytest.raises(ValueError, match="attention is not finite in 2 of 4 layers, the first of them 2"):
+        cache.finalize()
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "reread"])
+@pytest.mark.parametrize("when", ["in the prompt", "after the prompt"])
+def test_rows_are_selected_before_anything_is_compressed(preset, when):
+    """The longest row goes, another comes twice, and each is as it is alone."""
+    model = tiny_model()
+    ids, mask = left_padded([61, 9, 40])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, rows, start = make_cache(model, preset), torch.tensor([1, 2, 1]), 0
+    with torch.no_grad():
+        for end in (58, 61):
+            model(ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
+                  past_key_values=cache)  # fmt: skip
+            if end == 61 and preset == "reread":
+                cache.reread(model, ids, mask)
+            if (end == 61) == (when == "after the prompt"):
+                cache.batch_select_indices(rows)
+                ids, mask, positions = ids[rows], mask[rows], positions[rows]
+            start = end
+        cache.finalize()
+        for row, length in enumerate([9, 40, 9]):
+            alone, prompt = make_cache(model, preset), ids[row : row + 1, 61 - length :]
+            model(prompt, past_key_values=alone)
+            if preset == "reread":
+                alone.reread(model, prompt)
+            alone.finalize()
+            assert_same_rows(cache, row, alone)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([], "no row was selected of the cache's 2"), ([0, 2], "row 2 was selected, but")], ids=str
+)
+def test_rows_that_are_not_there_are_refused(rows, message):
+    model = tiny_model()
+    cache = make_cache(model)
+    with torch.no_grad():
+        model(tokens(2, 9), past_key_values=cache)
+    with pytest.raises(ValueError, match=message):
+        cache.batch_select_indices(torch.tensor(rows, dtype=torch.int64))

@@ -157,3 +157,14 @@ def test_training_through_the_cache_is_refused_and_evaluation_with_gradients_ena
     assert not cache.layers[0].keys.requires_grad
     with pytest.raises(ValueError, match="does not carry gradients"):
         model.train()(tokens(1, 20), past_key_values=D2OCache(config=model.config))
+
+
+def test_layers_on_several_devices():
+    """As with `device_map`: budgets and steps of all layers are decided on one device."""
+    model = tiny_model()
+    cache = D2OCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(1, 9), past_key_values=cache)
+    elsewhere = torch.empty(1, 2, 1, 16, dtype=torch.float64, device="meta")
+    with pytest.raises(ValueError, match=r"filled with device cpu and is now used with meta: .*\(device_map\)"):
+        cache.update(elsewhere, elsewhere, 0)

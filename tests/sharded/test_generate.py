@@ -67,3 +67,30 @@ def test_the_documented_loop_on_sequence_ranks():
     wanted = by_hand()
     for found in run_ranks(3, by_hand_on_rank):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # the models' norms are float32
+
+
+@torch.no_grad()
+def selected(mesh=None, sp_prefill="auto") -> tuple[torch.Tensor, list[int]]:
+    """Of two prompts the longer one is let go of while they are read."""
+    model, (ids, mask) = tiny_model(), left_padded([97, 40])
+    parallel = None if mesh is None else ParallelConfig(sp=mesh.sp, sp_prefill=sp_prefill)
+    cache = D2OCache(config=model.config, d2o=D2OConfig(keep_ratio=0.2), mesh=mesh, parallel=parallel)
+    model(**cache.deal(ids[:, :80], mask[:, :80]), past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([1]))
+    model(**cache.deal(ids[1:, 80:], mask[1:, 80:]), past_key_values=cache)
+    cache.finalize()
+    steps = [model(torch.tensor([[5 + step]]), past_key_values=cache).logits for step in range(20)]
+    return torch.cat(steps, 1), cache.layers[0].kv_len
+
+
+def selected_on_rank(rank: int, world: int, sp_prefill: str) -> tuple[torch.Tensor, list[int]]:
+    return selected(build_mesh(sp=world), sp_prefill)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("sp_prefill", ["allgather", "ring", "ulysses"])
+def test_a_row_is_let_go_of_while_prompts_are_read(sp_prefill):
+    wanted, held = selected()
+    for found, found_held in run_ranks(2, selected_on_rank, sp_prefill):
+        assert found_held == held
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)

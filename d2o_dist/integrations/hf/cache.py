@@ -193,12 +193,13 @@ class D2OCache(Cache):
         if layer_idx >= len(self.layers):
             raise ValueError(f"layer {layer_idx} uses the cache, but it was made for {len(self.layers)} layers")
         batch, heads, _, dim = keys.shape
-        shape = {"batch size": batch, "dtype": keys.dtype}
+        shape = {"batch size": batch, "dtype": keys.dtype, "device": keys.device}
         if self._shape is not None and shape != self._shape:
             name = next(name for name in shape if shape[name] != self._shape[name])
             raise ValueError(
                 f"the cache was filled with {name} {self._shape[name]} and is now used with {shape[name]}: the model "
-                "or the batch changed. Make a new cache (or select rows with batch_select_indices)"
+                "or the batch changed, or layers lie on several devices (device_map), which a D2OCache cannot serve. "
+                "Make a new cache (or select rows with batch_select_indices)"
             )
         self._shape = shape
         held = self.layers[layer_idx].shape
