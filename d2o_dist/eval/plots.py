@@ -66,6 +66,7 @@ def heat_maps(task: Mapping[str, Any], lines: list[Mapping[str, Any]], title: st
 def curves(task: Mapping[str, Any], lines: list[Mapping[str, Any]], name: str, path: Path) -> Path:
     """The primary metric with its standard error against the share of the cache that was kept, a line a method."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -85,6 +86,9 @@ def curves(task: Mapping[str, Any], lines: list[Mapping[str, Any]], name: str, p
         kept, means, errors = zip(*points, strict=True)
         axes.errorbar(kept, means, yerr=errors, marker="o", markersize=3, linewidth=1, capsize=2, label=method)
     axes.set(xscale="log", xlabel="achieved keep ratio", ylabel=task["primary"], title=name)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=130)
     return path
