@@ -134,9 +134,10 @@ def _export(launch: Launch, env: MutableMapping[str, str]) -> None:
         env.setdefault("MASTER_PORT", "0")  # any free one: nobody else has to find it
     if not env.get("MASTER_ADDR"):
         raise ValueError(f"MASTER_ADDR must name the host of rank 0; this is rank {launch.rank} of {launch.world_size}")
-    # Ranks of one job must agree on a port, and two jobs on one machine should differ.
+    # Ranks of one job must agree on a port, and two jobs on one machine should differ. Below 32768, where systems begin
+    # to give ports to whoever asks for any; above 29500, which is the default of other launchers.
     job = int(env.get("SLURM_JOB_ID", 0)) if launch.launcher == "slurm" else 0
-    env.setdefault("MASTER_PORT", str(29500 + job % 10000))
+    env.setdefault("MASTER_PORT", str(29500 + job % 3000))
     env.setdefault("RANK", str(launch.rank))
     env.setdefault("WORLD_SIZE", str(launch.world_size))
     env.setdefault("LOCAL_RANK", str(launch.local_rank))

@@ -83,7 +83,7 @@ def test_slurm_variables_become_those_of_torchrun():
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",
     }
-    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("gpu2", str(29500 + 3456))
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("gpu2", str(29500 + 456))
     with pytest.raises(ValueError, match="MASTER_ADDR must name the host of rank 0; this is rank 1 of 4"):
         launch._export(Launch(1, 4, 1, "openmpi"), {})
 
