@@ -36,8 +36,8 @@ PRELOAD = ["torch", "torch.distributed.device_mesh", "numpy", "pytest", "hypothe
 DEFAULT_TIMEOUT_S = 60.0
 # Tries to connect the ranks of one run.
 RENDEZVOUS_ATTEMPTS = 4
-# Of some ten thousand runs one lost a rank so, amid collectives, and never again: gloo's threads end the process where
-# they cannot raise. Python code cannot cause it, so a first time is a warning; a second time in a row is a failure.
+# Seen once, amid collectives of a test that passes otherwise: gloo's threads end the process where they cannot raise.
+# The first time is a warning, so that it is seen and its words are kept; a second time in a row is a failure.
 ABORTED = "was killed by SIGABRT"
 GRACE_S = 0.5  # after a first failure, how long to listen for another that explains it
 
