@@ -6,8 +6,8 @@
     model.generate(**inputs, past_key_values=cache)
 """
 
-from d2o_dist.config import D2OConfig
 from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.policy import D2OConfig
 
 __version__ = "0.1.0"
 __all__ = ["D2OCache", "D2OConfig"]

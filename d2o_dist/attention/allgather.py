@@ -12,8 +12,8 @@ from torch import Tensor
 from d2o_dist.attention.prefill import chunk_attention
 from d2o_dist.attention.shard import ShardView
 from d2o_dist.comm.collectives import Collectives, Pending
-from d2o_dist.config.d2o import QuerySample
-from d2o_dist.core.types import stats_dtype
+from d2o_dist.policy.statistics import QuerySample
+from d2o_dist.slots.slots import stats_dtype
 
 
 def allgather_attention(

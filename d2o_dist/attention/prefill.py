@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from d2o_dist.attention.sampled import sampled_column_sums
-from d2o_dist.config.d2o import QuerySample
 from d2o_dist.core.statistics import group_sum
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.lse import merge_partials
 from d2o_dist.kernels.prefill_attention import cross_attention, prefill_attention
 from d2o_dist.kernels.scored_prefill import scored_prefill_attention
+from d2o_dist.policy.statistics import QuerySample
 
 
 def chunk_attention(

@@ -14,11 +14,11 @@ from d2o_dist.attention.prefill import chunk_attention
 from d2o_dist.attention.sampled import sampled_column_sums
 from d2o_dist.attention.shard import ShardView
 from d2o_dist.comm.collectives import Collectives
-from d2o_dist.config.d2o import QuerySample
-from d2o_dist.core.types import stats_dtype
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.lse import merge_partials
 from d2o_dist.kernels.prefill_attention import cross_attention
+from d2o_dist.policy.statistics import QuerySample
+from d2o_dist.slots.slots import stats_dtype
 
 
 def ring_attention(

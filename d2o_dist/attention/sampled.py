@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2o_dist.config.d2o import QuerySample
 from d2o_dist.kernels.column_sums import column_sums
+from d2o_dist.policy.statistics import QuerySample
 
 
 def sampled_column_sums(

@@ -8,8 +8,8 @@ from d2o_dist.bench.checks.common import Result
 from d2o_dist.bench.groups import Group, Shape, out_limit
 from d2o_dist.bench.layer import DecodeLayer
 from d2o_dist.bench.roofline import Work, eviction_work
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.kernels.update_scores import update_scores
+from d2o_dist.policy.config import D2OConfig
 
 PRESETS = ("d2o", "paper_minmax", "h2o")
 GATE_LENGTH = 700

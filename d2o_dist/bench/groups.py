@@ -13,7 +13,6 @@ from d2o_dist.bench.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Result
 from d2o_dist.bench.layer import DecodeLayer, finalize_layer, random_slots
 from d2o_dist.bench.roofline import Work, decode_work, merge_work, nearest_work, prefill_work
 from d2o_dist.bench.timing import captured
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits, naive_decode_with_logits
 from d2o_dist.kernels.merge_into import merge_into, naive_merge_into
@@ -22,6 +21,7 @@ from d2o_dist.kernels.prefill_attention import prefill_attention
 from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.kernels.scored_prefill import naive_scored_prefill_attention, scored_prefill_attention
 from d2o_dist.kernels.update_scores import update_scores
+from d2o_dist.policy.config import D2OConfig
 
 GATE_LENGTH = 300
 SAMPLE = D2OConfig(score_queries="strided").query_sample

@@ -12,10 +12,10 @@ from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.budgets import eviction_budget
 from d2o_dist.compression.evict import run_evictions
 from d2o_dist.compression.merge import merge_evicted
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import eviction_steps
-from d2o_dist.core.types import D2OState, LayerBudget, Slots, stats_dtype
 from d2o_dist.kernels.nearest_kept import nearest_kept
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots, stats_dtype
 
 
 def random_slots(num_kv_heads: int, num_slots: int, head_dim: int, dtype: torch.dtype, device: str) -> Slots:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from d2o_dist.cache.sequence import CompressedCache
-from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.policy.config import D2OConfig
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3-8B
 LIMIT_GIB = 3.0  # whole process, at 32K

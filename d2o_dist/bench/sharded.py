@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from d2o_dist.bench.timing import machine, write_report
 from d2o_dist.comm import Collectives, TrafficCounter, build_mesh, init_distributed, run_guarded
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
+from d2o_dist.policy.config import D2OConfig
 
 SCHEMES = {
     "ulysses, heads": {"sp_prefill": "ulysses", "cache_layout": "heads"},

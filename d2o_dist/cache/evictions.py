@@ -26,12 +26,12 @@ from d2o_dist.compression.evict import run_evictions, steps_in_place
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.compression.shard_evict import evict_shards
 from d2o_dist.compression.shard_finalize import finalize_shard
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import EvictionSteps, eviction_steps
 from d2o_dist.core.select import add_rates, ranking_rates, rate_gain
-from d2o_dist.core.types import LayerBudget
 from d2o_dist.kernels.backend import cuda_leaves
 from d2o_dist.kernels.nearest_kept import nearest_kept
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.slots import LayerBudget
 
 
 class DueUnit(NamedTuple):
@@ -112,7 +112,7 @@ class LayerEvictions:
     @property
     def _by_head(self) -> bool:
         """Whether each KV head is evicted by itself: which of them are due then differs from rank to rank."""
-        return self.config.budget_per == "head"
+        return self.config.budget.per_head
 
     def _end_of_heads(self, slack: int) -> None:
         """Of heads with budgets of their own: count what other ranks have evicted, and compare."""

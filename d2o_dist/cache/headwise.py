@@ -23,7 +23,7 @@ from d2o_dist.cache.layer import FullLayer
 from d2o_dist.cache.rows import Rows
 from d2o_dist.cache.step import LayerStep
 from d2o_dist.cache.store import SlotStore
-from d2o_dist.core.types import D2OState, Slots
+from d2o_dist.slots.slots import D2OState, Slots
 
 
 class HeadElsewhere:

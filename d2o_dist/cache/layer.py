@@ -17,10 +17,10 @@ from d2o_dist.cache.rows import Rows, is_uniform
 from d2o_dist.cache.step import LayerStep
 from d2o_dist.cache.store import GROWTH, SlotStore
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.statistics import RATE_FLOOR, group_sum, squared_deviations
-from d2o_dist.core.types import D2OState, stats_dtype
 from d2o_dist.kernels.scored_decode import scored_decode
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.slots import D2OState, stats_dtype
 
 
 class FullLayer:
@@ -94,7 +94,7 @@ class FullLayer:
         config, slots = self.config, self.store.slots
         here = slice(0, start + q.shape[2])
         keys, values = slots.keys[group, :, here], slots.values[group, :, here]
-        log_mass = slots.log_mass[group, :, here] if config.merge == "mass" and not self._first_prefill else None
+        log_mass = slots.log_mass[group, :, here] if config.merge.keeps_mass and not self._first_prefill else None
         out, lse, sums = chunk_attention(
             q, keys, values, scale,
             with_sums=config.needs_column_sums and not self._by_peaks, sample=config.query_sample, num_old=num_old,
@@ -170,11 +170,11 @@ class FullLayer:
             q[:, :, 0], buffers.keys, buffers.values, scale,
             valid=step.live(self.store.capacity),
             newest=step.slot,
-            log_mass=buffers.log_mass if config.merge == "mass" else None,
+            log_mass=buffers.log_mass if config.merge.keeps_mass else None,
             scores=buffers.scores if config.needs_column_sums or config.needs_reread else None,
             peaks=config.needs_reread,
             rates=buffers.rates if config.needs_rates else None,
-            rate_window=config.rate_window,
+            rate_window=config.statistics.rate_window,
             present=step.present,
             total=None if self.ranks.kv_replicas == 1 else self.ranks.sum_replicas,
         )  # fmt: skip
@@ -202,9 +202,9 @@ class FullLayer:
                 continue
             here, count, old = slice(row, row + 1), self.store.kv_len[row], self._num_old[row]
             keys = slots.keys[here, :, :count]
-            mass = slots.log_mass[here, :, :count] if config.merge == "mass" else None
+            mass = slots.log_mass[here, :, :count] if config.merge.keeps_mass else None
             if config.needs_rates:
-                last = slice(-config.rate_window, None)
+                last = slice(-config.statistics.rate_window, None)
                 rates = prompt_rates(queries[None, :, last], lse[None, :, last], keys, scale, log_mass=mass)
                 slots.rates[here, :, :count] = self.ranks.sum_replicas(rates) + RATE_FLOOR
             rest = 0 if config.query_sample is None or self._by_peaks else (count - old) % config.query_sample.stride

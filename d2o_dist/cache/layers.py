@@ -10,7 +10,7 @@ from d2o_dist.cache.sharded import ShardedLayer
 from d2o_dist.cache.sharded_window import ShardedWindowLayer
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.config.d2o import D2OConfig
+from d2o_dist.policy.config import D2OConfig
 
 # Those that are compressed, and all.
 CompressedLayer = FullLayer | HeadwiseLayer | ShardedLayer

@@ -18,8 +18,9 @@ from d2o_dist.cache.sharded import ShardedLayer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.budgets import highest_of_heads, row_log_weights, row_slots
 from d2o_dist.compression.shard_finalize import statistics_of_all
-from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.select import rank_scores, ranking_rates
+from d2o_dist.core.select import ranking_rates
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.statistics import COLUMN_SUMS
 
 
 @dataclass
@@ -43,23 +44,24 @@ def on_full_layers(config: D2OConfig, windows: list[int | None]) -> D2OConfig:
     the budget.
     """
     full = [index for index, window in enumerate(windows) if window is None]
-    protected = config.protected(len(windows))
-    return config.replace(protected_layers=tuple(n for n, index in enumerate(full) if index in protected))
+    protected = config.budget.protected(len(windows))
+    return config.replace(budget={"protected_layers": tuple(n for n, index in enumerate(full) if index in protected)})
 
 
 def on_units(config: D2OConfig, per_layer: int) -> D2OConfig:
     """The configuration with `protected_layers` counted among the `per_layer` budgets of each layer."""
     if per_layer == 1:
         return config
-    layers = config.protected_layers
-    return config.replace(protected_layers=tuple(n * per_layer + unit for n in layers for unit in range(per_layer)))
+    layers = config.budget.protected_layers
+    units = tuple(n * per_layer + unit for n in layers for unit in range(per_layer))
+    return config.replace(budget={"protected_layers": units})
 
 
-def check_gathered(config: D2OConfig, prefill: D2OConfig, *, reread: bool) -> None:
+def check_gathered(config: D2OConfig, prefill: D2OConfig, *, reread_chunk: int | None) -> None:
     """Whether a prefill under the configuration `prefill` gathered what `config` needs.
 
     Args:
-        reread: whether the prompt was read a second time.
+        reread_chunk: in forwards of how many tokens the prompt was read a second time; None: it was not.
 
     Raises:
         ValueError: it did not; which of the two differs in what.
@@ -67,20 +69,19 @@ def check_gathered(config: D2OConfig, prefill: D2OConfig, *, reread: bool) -> No
     for name in ("needs_column_sums", "needs_rates"):
         if getattr(config, name) and not getattr(prefill, name):
             raise ValueError(f"the new configuration {name.replace('_', ' ')}, and the prefill did not gather them")
-    if config.needs_reread and not reread:
+    if config.needs_reread and reread_chunk is None:
         raise ValueError("the new configuration needs a second reading of the prompt, and there was none")
-    if config.needs_reread and config.reread_chunk != prefill.reread_chunk:
-        raise ValueError(
-            f"reread_chunk ({config.reread_chunk}) must be the {prefill.reread_chunk} of the second reading"
-        )
+    if config.needs_reread and config.score.chunk != reread_chunk:
+        raise ValueError(f"score.chunk ({config.score.chunk}) must be the {reread_chunk} of the second reading")
     if config.needs_column_sums and config.query_sample != prefill.query_sample:
         raise ValueError(
             f"the new configuration takes column sums from {_queries(config)}, and the prefill took them from "
             f"{_queries(prefill)}"
         )
-    if config.needs_rates and config.rate_window > prefill.rate_window:
+    if config.needs_rates and config.statistics.rate_window > prefill.statistics.rate_window:
         raise ValueError(
-            f"rate_window ({config.rate_window}) must be at most the {prefill.rate_window} of the prefill"
+            f"statistics.rate_window ({config.statistics.rate_window}) must be at most the "
+            f"{prefill.statistics.rate_window} of the prefill"
         )
 
 
@@ -107,7 +108,7 @@ def head_variances(
         num_seen: tokens seen by each row.
         by_sequence: whether every sequence rank holds a part of the tokens of every head, not all tokens of some.
     """
-    if config.allocation != "dynamic" or not config.needs_column_sums or not layers:
+    if COLUMN_SUMS not in config.budget.statistics or config.keeps_everything or not layers:
         return None
     rows = range(len(num_seen))
     squares = torch.stack([torch.stack([layer.squared_deviations(row) for layer in layers], -1) for row in rows])
@@ -136,7 +137,7 @@ def head_counts(
         layers: those that are compressed, their first prefill finished.
         num_kv_heads: of a layer of the whole model; num_seen, by_sequence: as for `head_variances`.
     """
-    if config.allocation != "ranked" or config.keeps_everything or not layers:
+    if not config.budget.by_ranking or config.keeps_everything or not layers:
         return None
     rankings, live = [], []
     for layer in layers:
@@ -144,7 +145,7 @@ def head_counts(
         slots = statistics_of_all(layer.slots_for_finalize(), ranks.sp)[0] if by_sequence else layer.store.slots
         seen = torch.tensor(num_seen, device=slots.positions.device)
         rates = ranking_rates(slots, config, finalize=True)
-        rankings.append(rank_scores(slots, rates, config, num_seen_tokens=seen))
+        rankings.append(config.score.rank(slots, rates, seen))
         live.append(slots.live)
     return highest_of_heads(rankings, live, num_seen, num_kv_heads, config, ranks, by_sequence=by_sequence)
 
@@ -185,7 +186,7 @@ def set_budgets(
     for plan, num_tokens in zip(plans, num_seen, strict=True):
         plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
         plan.num_tokens = num_tokens
-    protected = config.protected(count)
+    protected = config.budget.protected(count)
     for index, one in enumerate(budgeted):
         one.slot_budgets = None if index in protected else [plan.slots[index] for plan in plans]
     return plans

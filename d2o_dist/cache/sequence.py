@@ -22,8 +22,8 @@ from d2o_dist.cache.step import DecodeStep
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
-from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.budget import check_total
+from d2o_dist.policy.budget import check_total
+from d2o_dist.policy.config import D2OConfig
 
 
 class CompressedCache:
@@ -38,7 +38,7 @@ class CompressedCache:
         num_seen: tokens seen by each row, padding not counted (the logical length).
         num_seen_columns: columns seen, padding included: what a padded batch's masks and ids are indexed by.
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
-        num_reread: tokens of each row that were read a second time.
+        num_reread: tokens of each row that were read a second time; reread_chunk: in forwards of so many; None: none.
         dealt: the chunk that was dealt last, if any.
         in_inference: whether it was ever used in `torch.inference_mode`.
         step: what decode steps read and advance on the device; None while there are none.
@@ -53,7 +53,7 @@ class CompressedCache:
         self.windows = list(windows)
         self.full_layers = [index for index, window in enumerate(windows) if window is None]
         self._compressed_config = on_full_layers(config, windows)
-        check_total(self._compressed_config, len(self.full_layers))
+        check_total(self._compressed_config.budget, config.size, len(self.full_layers))
         self._check_shared(config)
         self.reset()
 
@@ -62,6 +62,7 @@ class CompressedCache:
         self.layers: list[Layer] = []
         self.num_seen: list[int] = []
         self.num_reread: list[int] = []
+        self.reread_chunk: int | None = None
         self._rereading = False
         self.num_seen_columns = 0
         self.phase = "prefill"
@@ -88,9 +89,9 @@ class CompressedCache:
             ValueError: the first prefill is over or has not begun, or did not gather what `config` needs.
         """
         self._check_first_prefill("only a cache in its first prefill can change its configuration")
-        check_gathered(config, self.config, reread=any(self.num_reread))
+        check_gathered(config, self.config, reread_chunk=self.reread_chunk)
         compressed = on_full_layers(config, self.windows)
-        check_total(compressed, len(self.full_layers))
+        check_total(compressed.budget, config.size, len(self.full_layers))
         self._check_shared(config)
         self.config, self._compressed_config = config, compressed
         for layer in self._full().values():
@@ -312,9 +313,12 @@ class CompressedCache:
             self.step.hold([unit.kv_len for unit in self._units()])
 
     @contextmanager
-    def rereading(self) -> Iterator[None]:
+    def rereading(self, chunk: int) -> Iterator[None]:
         """What is read inside is a second reading of the prompt: it attends to all slots and, causally, to its own
-        forward, and is not kept. What each slot got is noted, for `selection="reread"`.
+        forward, and is not kept. What each slot got is noted, for the score rule `reread`.
+
+        Args:
+            chunk: tokens of each of its forwards.
 
         Raises:
             ValueError: the first prefill is over or has not begun; the prompt was not read by heads (`sp_prefill`).
@@ -326,7 +330,7 @@ class CompressedCache:
                 f"({self.ranks.sp.size})"
             )
         self.num_reread = self.num_reread or [0] * len(self.num_seen)
-        self._rereading = True
+        self.reread_chunk, self._rereading = chunk, True
         try:
             yield
         finally:
@@ -345,7 +349,7 @@ class CompressedCache:
             raise ValueError("finalize() was called before any token was seen")
         if self.config.needs_reread and self.plans is None and not any(self.num_reread):
             raise ValueError(
-                'selection "reread" ranks tokens by a second reading of the prompt, and there was none: call '
+                'score.rule "reread" ranks tokens by a second reading of the prompt, and there was none: call '
                 "cache.reread(model, input_ids) before finalize() or generate()"
             )
         with self.ranks.counter.phase("finalize"):
@@ -363,7 +367,7 @@ class CompressedCache:
                     self._full().values(), config, self.num_seen, self.num_kv_heads, self.ranks,
                     by_sequence=self._by_sequence,
                 )  # fmt: skip
-                if config.budget_per == "head":
+                if config.budget.per_head:
                     self._part_heads()
             self.plans = set_budgets(self._full().values(), self.plans, variances, highest, config, self.num_seen)
             # Of this prefill's tokens a step from before it knows nothing.

@@ -22,9 +22,9 @@ from d2o_dist.cache.store import GROWTH, SlotStore
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.shard_evict import ShardEviction, ShardJob
 from d2o_dist.compression.shard_finalize import Shard
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.statistics import RATE_FLOOR, group_sum, squared_deviations
-from d2o_dist.core.types import D2OState, Slots, stats_dtype
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.slots import D2OState, Slots, stats_dtype
 
 # With `sp_prefill: auto`: keys and values of one head of all ranks, in bytes, above which they are not gathered. A ring
 # sends half as much again, but holds one rank's tokens only.
@@ -215,7 +215,7 @@ class ShardedLayer:
             bias = slots.log_mass[here, :, :count].masked_fill(held < 0, -torch.inf)
             tokens = held[0, self._past :]  # slots of this prefill have the same position in all heads
             if config.needs_rates:
-                at = slice(-config.rate_window, None)
+                at = slice(-config.statistics.rate_window, None)
                 # The queries are tokens of this prefill, and so are the slots that may lie after one of them.
                 newest = int((tokens >= positions[at][0]).sum())
                 rates = last_query_sums(
@@ -291,7 +291,7 @@ class ShardedLayer:
 
         slot = torch.arange(slots.positions.shape[-1], device=device)
         valid = slot < self.held[..., ranks.sp.rank, None]
-        log_mass = slots.log_mass if config.merge == "mass" else None
+        log_mass = slots.log_mass if config.merge.keeps_mass else None
         out, probs = sharded_decode_attention(
             ranks.sp, q[:, :, 0], slots.keys, slots.values, scale, valid=valid, log_mass=log_mass
         )
@@ -302,7 +302,7 @@ class ShardedLayer:
         if config.needs_column_sums:
             slots.scores.add_(probs)
         if config.needs_rates:
-            decay = 1 / config.rate_window
+            decay = 1 / config.statistics.rate_window
             is_new = (slot == column.unsqueeze(-1)) & mine.unsqueeze(-1)
             fresh = torch.where(is_new, probs, slots.rates * (1 - decay) + probs * decay)
             slots.rates.copy_(torch.where(present.unsqueeze(-1), fresh, slots.rates))

@@ -12,8 +12,8 @@ from d2o_dist.cache.forward import DealtChunk
 from d2o_dist.cache.rows import Rows
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.core.types import Slots
 from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.slots.slots import Slots
 
 
 class ShardedWindowLayer(WindowLayer):

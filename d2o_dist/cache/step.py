@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2o_dist.core.types import Slots
+from d2o_dist.slots.slots import Slots
 
 
 @dataclass(frozen=True)

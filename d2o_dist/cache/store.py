@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from d2o_dist.cache.rows import Rows
-from d2o_dist.core.types import Slots, stats_dtype
 from d2o_dist.kernels.backend import takes_cuda
+from d2o_dist.slots.slots import Slots, stats_dtype
 
 # Slots added at once when a layer that is never evicted outgrows its buffer while decoding.
 GROWTH = 256

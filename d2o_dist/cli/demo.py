@@ -15,7 +15,6 @@ from d2o_dist.cli.voice import parse_once, quiet_unless
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.launch import init_distributed, read_environment, run_guarded
 from d2o_dist.comm.mesh import ParallelMesh, build_mesh
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.demo.compare import answer_all, table
@@ -24,6 +23,7 @@ from d2o_dist.demo.model import prepare_model
 from d2o_dist.demo.question import build_questions
 from d2o_dist.demo.text import essays
 from d2o_dist.engine.model import load_model, load_tokenizer
+from d2o_dist.policy.config import D2OConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,11 +16,11 @@ from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.launch import Launch, RankError, init_distributed, read_environment
 from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.config.io import dump_yaml
-from d2o_dist.config.overrides import parse_override
 from d2o_dist.engine.plan import Plan, prepare
 from d2o_dist.engine.runner import run
 from d2o_dist.engine.summary import Summary
+from d2o_dist.fields.io import dump_yaml
+from d2o_dist.fields.overrides import parse_override
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 

@@ -14,10 +14,10 @@ from d2o_dist.cli.voice import parse_once
 from d2o_dist.comm import Launch, build_mesh, init_distributed, read_environment, run_guarded
 from d2o_dist.comm.launch import SECONDARY_DELAY_S
 from d2o_dist.config.eval_tasks import ESSAYS
-from d2o_dist.config.io import dump_yaml
-from d2o_dist.config.overrides import parse_override
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.engine.model import pick_device
+from d2o_dist.fields.io import dump_yaml
+from d2o_dist.fields.overrides import parse_override
 from d2o_dist.train.loop import Run, prepare, train
 
 EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.budget import layer_log_weights, layer_slots, num_ranked, ranked_log_weights
 from d2o_dist.core.ranked import count_highest, deal_level
-from d2o_dist.core.statistics import layer_dispersions
-from d2o_dist.core.types import LayerBudget
+from d2o_dist.policy.budget import layer_slots, num_ranked
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.slots import LayerBudget
 
 
 def row_log_weights(
@@ -23,17 +22,15 @@ def row_log_weights(
 
     Args:
         variances: [L, Hq] variance of the column sums of every query head of the model; None if not computed.
-        num_highest: L numbers of tokens that are among the highest ranked; only for `allocation="ranked"`.
+        num_highest: L numbers of tokens that are among the highest ranked; only where shares are by ranking.
 
     Raises:
         ValueError: a variance that is no number: the model's attention was none.
     """
     if config.keeps_everything:
         return [0.0] * num_layers, []
-    if config.allocation == "ranked":
-        return ranked_log_weights(num_highest), []
-    if config.allocation != "dynamic":
-        return layer_log_weights(None, config, num_layers), []
+    if variances is None:
+        return config.budget.log_weights(num_layers, num_highest), []
     variances = variances.cpu()
     wrong = [index for index, heads in enumerate(variances) if not bool(heads.isfinite().all())]
     if wrong:
@@ -41,8 +38,8 @@ def row_log_weights(
             f"attention is not finite in {len(wrong)} of {num_layers} layers, the first of them {wrong[0]}: weights of "
             "the model are not, or numbers became too large for its dtype (those of float16 end at 65504)"
         )
-    dispersions = layer_dispersions(variances, config.dispersion)
-    return layer_log_weights(dispersions, config, num_layers), dispersions.double().tolist()
+    dispersions = config.budget.dispersions(variances).double().tolist()
+    return config.budget.log_weights(num_layers, dispersions), dispersions
 
 
 def highest_of_heads(
@@ -63,7 +60,7 @@ def highest_of_heads(
         num_tokens: of each row; num_kv_heads: H, of a layer of the whole model.
         by_sequence: whether every sequence rank has all heads of its tensor rank at hand, rather than some of them.
     """
-    num_highest = [num_ranked(count, len(rankings) * num_kv_heads, config) for count in num_tokens]
+    num_highest = [num_ranked(count, len(rankings) * num_kv_heads, config.size) for count in num_tokens]
     wanted = torch.tensor(num_highest, device=rankings[0].device)
 
     def over_ranks(counts: Tensor) -> Tensor:
@@ -82,7 +79,7 @@ def row_slots(
     """Slots `S_l` of each layer for one row; absolute budgets stay as they were set first."""
     if previous is not None and config.keep_tokens is not None:
         return list(previous)
-    return layer_slots(log_weights, num_tokens, config)
+    return layer_slots(log_weights, num_tokens, config.budget, config.size)
 
 
 def eviction_budget(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import EvictionSteps
-from d2o_dist.core.types import D2OState, Slots
 from d2o_dist.kernels.backend import cuda_leaves, takes_cuda
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.slots import D2OState, Slots
 
 # [B, h, X] of the heads at hand -> [B, H, X] of all heads, in the order of the heads; the same on every rank.
 GatherHeads = Callable[[Tensor], Tensor]

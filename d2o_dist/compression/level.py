@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2o_dist.comm.collectives import Collectives
-from d2o_dist.core.types import Slots, stats_dtype
+from d2o_dist.slots.slots import Slots, stats_dtype
 
 
 def count_held(owner: Tensor, valid: Tensor, world: int) -> Tensor:

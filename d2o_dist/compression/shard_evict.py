@@ -19,12 +19,12 @@ from torch import Tensor
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.level import count_held
 from d2o_dist.compression.merge import merge_evicted
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import Nearest, count_dropped, judge
-from d2o_dist.core.select import compact, rank_scores, tail_sizes
-from d2o_dist.core.threshold import head_reports
-from d2o_dist.core.types import D2OState, Slots
+from d2o_dist.core.select import compact
 from d2o_dist.kernels.backend import cuda_leaves
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.gate import head_reports
+from d2o_dist.slots.slots import D2OState, Slots
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,8 @@ class ShardJob:
 
     def num_tail(self, config: D2OConfig) -> list[int]:
         """Per row how many of the lowest ranked kept slots are targets; 0 if targets are not told by rank."""
-        if config.merge == "none" or config.merge_targets != "tail":
-            return [0] * len(self.surplus)
-        return tail_sizes(torch.tensor(self.slot_budgets), config, finalize=False).tolist()
+        tail = config.merge.targets.tail_sizes(torch.tensor(self.slot_budgets), finalize=False)
+        return [0] * len(self.surplus) if tail is None else tail.tolist()
 
     def num_offered(self, config: D2OConfig) -> int:
         """k."""
@@ -107,7 +106,7 @@ def evict_shards(
     cuda_leaves("evictions of heads whose slots are spread over ranks")
     picked = _pick_victims(jobs, config, ranks, num_seen_tokens)
     results = []
-    if config.merge == "none":
+    if not config.merge.merges:
         for job, pick in zip(jobs, picked, strict=True):
             state = count_dropped(pick.valid, job.slots.positions.shape[1], job.state)
             results.append(ShardEviction(_keep(job.slots, pick.kept), pick.held, pick.positions, state))
@@ -154,11 +153,11 @@ def _pick_victims(
         heavy = torch.tensor([config.split(budget)[0] for budget in job.slot_budgets], device=device)
         sinks = heavy.clamp_max(config.num_sink_tokens)[:, None, None]
         candidate = slots.live & (slots.positions >= sinks) & (slots.positions < job.recent_from.unsqueeze(-1))
-        ranking = rank_scores(slots, slots.rates, config, num_seen_tokens=num_seen_tokens)
+        ranking = config.score.rank(slots, slots.rates, num_seen_tokens)
         ranking = ranking.masked_fill(~candidate, torch.inf)
         order = lowest_first(ranking, slots.positions)[..., : job.num_offered(config)]
         columns = [ranking.gather(-1, order), slots.positions.gather(-1, order)]
-        if config.merge == "mass":
+        if config.merge.keeps_mass:
             columns.append(slots.rates.gather(-1, order))
         # float64 holds statistics of either dtype and positions exactly.
         offers.append(torch.stack([column.double() for column in columns], -1))
@@ -189,9 +188,9 @@ def _pick(job: ShardJob, order: Tensor, offers: Tensor, config: D2OConfig, ranks
     is_victim = none.scatter(-1, order, (own < surplus) & real)
     is_tail = none.scatter(-1, order, (own >= surplus) & (own < surplus + tail) & real)
     kept = job.slots.live & ~is_victim
-    if config.merge_targets == "tail":
+    if any(job.num_tail(config)):
         is_target = is_tail
-    elif config.merge == "mass":
+    elif config.merge.keeps_mass:
         heavy = torch.tensor([config.split(budget)[0] for budget in job.slot_budgets], device=device)
         is_target = kept & (job.slots.positions >= heavy.clamp_max(config.num_sink_tokens)[:, None, None])
     else:
@@ -205,7 +204,7 @@ def _pick(job: ShardJob, order: Tensor, offers: Tensor, config: D2OConfig, ranks
     owner = chosen // offered
     return _Picked(
         positions=positions.gather(-1, chosen),
-        rates=flat[..., 2].gather(-1, chosen).to(job.slots.rates.dtype) if config.merge == "mass" else None,
+        rates=flat[..., 2].gather(-1, chosen).to(job.slots.rates.dtype) if config.merge.keeps_mass else None,
         valid=valid,
         mine=(owner == rank) & valid,
         local=order.gather(-1, (chosen - rank * offered).clamp(0, offered - 1)),

@@ -18,12 +18,12 @@ from torch import Tensor
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.level import count_held, level_owners, move_slots
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import Nearest, count_dropped, judge
-from d2o_dist.core.merge import apply_merge, merge_sums
-from d2o_dist.core.select import Selection, add_rates, compact, rank_scores, ranking_rates, rate_gain, select
-from d2o_dist.core.threshold import head_reports
-from d2o_dist.core.types import D2OState, LayerBudget, Slots
+from d2o_dist.core.select import Selection, add_rates, compact, ranking_rates, rate_gain, select
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.gate import head_reports
+from d2o_dist.policy.merge import apply_merge, merge_sums
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def finalize_shard(
     everyone, source = statistics_of_all(slots, sp)
     owner, local = source // slots.positions.shape[-1], source % slots.positions.shape[-1]
     rates = ranking_rates(everyone, config, finalize=True)
-    ranking = rank_scores(everyone, rates, config, num_seen_tokens=num_seen_tokens)
+    ranking = config.score.rank(everyone, rates, num_seen_tokens)
     selection = select(everyone, budget, ranking, config, finalize=True)
     if selection is None:
         count = int(everyone.kv_len.max())
@@ -127,7 +127,7 @@ def _merge(
     sp, rank = ranks.sp, ranks.sp.rank
     keep_valid = selection.keep_valid.expand_as(keep_owner)
     kept = _take_own(slots, keep_owner, keep_local, keep_valid, rank)
-    if config.merge == "none" or keep_owner.shape[-1] == 0:
+    if not config.merge.merges or keep_owner.shape[-1] == 0:
         return kept, count_dropped(selection.evict_valid, evict_owner.shape[1], state)
 
     # This rank's evicted tokens: which of all E they are, and their slots.
@@ -153,16 +153,16 @@ def _merge(
     spread = similarity.new_zeros(mine.shape).scatter_add_(-1, which, torch.where(have, similarity, 0))
     similarities = sp.all_reduce(spread)
     reports = ranks.gather_kv_heads(
-        head_reports(similarities, selection.evict_valid.expand_as(similarities), config)
+        head_reports(similarities, selection.evict_valid.expand_as(similarities), config.merge.gate)
     )
     merged, state = judge(similarities, selection.evict_valid, reports, state, config)
     if keys.shape[2] == 0:
         return kept, state  # with `local`, a rank that keeps nothing: its tokens have no target
     merged = merged.gather(-1, which) & have
-    sums = merge_sums(evicted, similarity, target, merged, config, keys.shape[2])
+    sums = merge_sums(evicted, similarity, target, merged, config.merge, keys.shape[2])
     if is_global:
         sums = sums.unpack(_to_owners(sums.pack(), keep_owner, keep_valid, sp)[:, :, : kept.positions.shape[-1]])
-    return apply_merge(kept, sums, config), state
+    return apply_merge(kept, sums, config.merge), state
 
 
 def _columns_of(owner: Tensor, valid: Tensor, rank: int, width: int) -> Tensor:

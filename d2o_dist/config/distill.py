@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from d2o_dist.config.checks import check_number
-from d2o_dist.config.io import check_choice
+from d2o_dist.fields.checks import check_number
+from d2o_dist.fields.io import check_choice
 
 TEACHERS = ("current", "base")
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from d2o_dist.config.checks import check_bool, check_int, check_number, check_string, check_strings
-from d2o_dist.config.io import build, check_choice, did_you_mean
+from d2o_dist.fields.checks import check_bool, check_int, check_number, check_string, check_strings
+from d2o_dist.fields.io import build, check_choice, did_you_mean
 
 RULER_TASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",

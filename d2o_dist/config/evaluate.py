@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.config.checks import check_int, check_number, check_string
-from d2o_dist.config.d2o import SIZES, D2OConfig
 from d2o_dist.config.eval_tasks import TASK_CONFIGS, TaskConfig, task_from_dict, task_to_dict
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.config.io import build, check_choice, load_yaml
-from d2o_dist.config.overrides import apply_overrides
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.config.presets import PRESETS
+from d2o_dist.fields.checks import check_int, check_number, check_string
+from d2o_dist.fields.io import build, check_choice, load_yaml
+from d2o_dist.fields.overrides import apply_overrides
+from d2o_dist.policy.config import SIZES, D2OConfig
+from d2o_dist.policy.presets import PRESETS
 
 QUESTIONS = ("visible", "hidden")
 EVAL_TRUNCATIONS = ("middle", "error")

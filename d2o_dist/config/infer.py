@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.config.checks import check_bool, check_int, check_string
-from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.config.io import build, check_choice, load_yaml
-from d2o_dist.config.overrides import apply_overrides
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.config.sampling import SamplingConfig
+from d2o_dist.fields.checks import check_bool, check_int, check_string
+from d2o_dist.fields.io import build, check_choice, load_yaml
+from d2o_dist.fields.overrides import apply_overrides
+from d2o_dist.policy.config import D2OConfig
 
 DTYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 CHAT_TEMPLATES = ("auto", "never", "always")

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from d2o_dist.config.checks import check_bool, check_int
-from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.config.io import check_choice
+from d2o_dist.fields.checks import check_bool, check_int
+from d2o_dist.fields.io import check_choice
+from d2o_dist.policy.config import D2OConfig
 
 TP_ENGINES = ("deepspeed", "transformers")
 SP_PREFILLS = ("auto", "ulysses", "allgather", "ring")
@@ -115,13 +115,14 @@ class ParallelConfig:
         """Refuse rules that this way of sharing a request cannot follow; to be asked once `auto` is settled.
 
         Raises:
-            ValueError: selection reread or budget_per head, and slots of a head on several ranks.
+            ValueError: a second reading or budgets of heads, and slots of a head on several ranks.
         """
-        if self.sp > 1 and self.cache_layout == "sequence" and (d2o.needs_reread or d2o.budget_per == "head"):
+        if self.sp > 1 and self.cache_layout == "sequence" and (d2o.needs_reread or d2o.budget.per_head):
             raise ValueError(
-                f"selection reread and budget_per head (given are {d2o.selection} and {d2o.budget_per}) need all slots "
-                f"of a KV head on one rank, but with sp ({self.sp}) and sp_prefill ({self.sp_prefill}) cache_layout is "
-                "sequence. Use tp, or sp_prefill ulysses and cache_layout heads (every rank must then get a KV head)"
+                f"score.rule reread and budget.per_head (given are {d2o.score.name} and {d2o.budget.per_head}) need "
+                f"all slots of a KV head on one rank, but with sp ({self.sp}) and sp_prefill ({self.sp_prefill}) "
+                "cache_layout is sequence. Use tp, or sp_prefill ulysses and cache_layout heads (every rank must then get "
+                "a KV head)"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from d2o_dist.config.checks import check_bool, check_int, check_number, check_strings
+from d2o_dist.fields.checks import check_bool, check_int, check_number, check_strings
 
 # A seed is hashed with the row's index, so any integer that JSON and YAML carry exactly will do.
 MAX_SEED = 2**63 - 1

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.config.checks import check_bool, check_int, check_number, check_string
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.distill import DistillConfig
 from d2o_dist.config.eval_tasks import TASK_CONFIGS, TaskConfig, task_from_dict, task_to_dict
-from d2o_dist.config.io import build, check_choice, load_yaml, refuse_unknown
-from d2o_dist.config.overrides import apply_overrides
 from d2o_dist.config.sampling import MAX_SEED
 from d2o_dist.config.train_parts import DataConfig, EngineConfig, LoraOptions, OptimizerConfig, plain
+from d2o_dist.fields.checks import check_bool, check_int, check_number, check_string
+from d2o_dist.fields.io import build, check_choice, load_yaml, refuse_unknown
+from d2o_dist.fields.overrides import apply_overrides
+from d2o_dist.policy.config import D2OConfig
 
 OBJECTIVES = ("lm", "d2o_lm", "d2o_distill")
 TRAINING_DTYPES = ("float32", "bfloat16")
@@ -146,9 +146,9 @@ class TrainConfig:
         check_int("context_length", self.context_length, low=1, high=self.sequence_length - 1)
         if not self.d2o.by_layer:
             raise ValueError(
-                f"training compresses by layer, after one reading: d2o has selection {self.d2o.selection}, allocation "
-                f"{self.d2o.allocation}, budget_per {self.d2o.budget_per}; selection reread, allocation ranked and "
-                "budget_per head are for inference"
+                f"training compresses by layer, after one reading: d2o has score.rule {self.d2o.score.name}, "
+                f"budget.rule {self.d2o.budget.name}, budget.per_head {self.d2o.budget.per_head}; score.rule reread, "
+                "budget.rule ranked and budget.per_head are for inference"
             )
         for ratio in (*self.keep_ratio, *self.eval_ratios):
             self.d2o_at(ratio)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2o_dist.config.checks import check_int, check_number, check_string, check_strings
-from d2o_dist.config.io import check_choice
+from d2o_dist.fields.checks import check_int, check_number, check_string, check_strings
+from d2o_dist.fields.io import check_choice
 
 KINDS = ("auto", "text", "chat")
 ENGINES = ("torch", "deepspeed")

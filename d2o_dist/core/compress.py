@@ -7,16 +7,16 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
-from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.merge import merge_into, nearest_kept
-from d2o_dist.core.select import add_rates, rank_scores, ranking_rates, rate_gain, select
-from d2o_dist.core.threshold import head_reports, open_gate, read_reports, update_threshold
-from d2o_dist.core.types import D2OState, LayerBudget, Slots
+from d2o_dist.core.select import add_rates, ranking_rates, rate_gain, select
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.gate import head_reports, read_reports
+from d2o_dist.policy.merge import MergeRule, merge_into, nearest_kept
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 
 # Finds the nearest target of each evicted key; the contract of `core.merge.nearest_kept`.
 Nearest = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # Folds evicted tokens into kept ones; the contract of `core.merge.merge_into`.
-Merge = Callable[[Slots, Slots, Tensor, Tensor, Tensor, D2OConfig], Slots]
+Merge = Callable[[Slots, Slots, Tensor, Tensor, Tensor, MergeRule], Slots]
 # Yields the reports [B, h, X] of the heads at hand, is sent those of all heads, returns slots and state.
 EvictionSteps = Generator[Tensor, Tensor, tuple[Slots, D2OState]]
 
@@ -41,7 +41,7 @@ def eviction_steps(
         num_seen_tokens = slots.positions.amax((1, 2)) + 1
     rates = ranking_rates(slots, config, finalize=finalize)
     gain = rate_gain(slots, rates, config)
-    ranking = rank_scores(slots, rates, config, num_seen_tokens=num_seen_tokens)
+    ranking = config.score.rank(slots, rates, num_seen_tokens)
     selection = select(slots, budget, ranking, config, finalize=finalize)
     if selection is None:
         slots = slots if gain is None else add_rates(slots, gain)
@@ -52,14 +52,14 @@ def eviction_steps(
 
     kept = slots.take(selection.keep_idx, selection.keep_valid)
     valid = selection.evict_valid
-    if config.merge == "none" or selection.keep_idx.shape[-1] == 0:
+    if not config.merge.merges or selection.keep_idx.shape[-1] == 0:
         return settled(kept), count_dropped(valid, selection.evict_idx.shape[1], state)
 
     evicted = slots.take(selection.evict_idx, valid)
     similarity, target = nearest(evicted.keys, kept.keys, selection.is_target)
-    reports = yield head_reports(similarity, valid.expand_as(similarity), config)
+    reports = yield head_reports(similarity, valid.expand_as(similarity), config.merge.gate)
     merged, state = judge(similarity, valid, reports, state, config)
-    return settled(merge(kept, evicted, similarity, target, merged, config)), state
+    return settled(merge(kept, evicted, similarity, target, merged, config.merge)), state
 
 
 def compress_layer(
@@ -106,8 +106,8 @@ def judge(
         reports: [B, H, X] of all heads (`head_reports`).
     """
     layer = read_reports(reports)
-    threshold = update_threshold(state.threshold, layer, config)
-    merged = open_gate(similarity, valid, layer, threshold, config)
+    threshold = config.merge.gate.move(state.threshold, layer)
+    merged = config.merge.gate.open(similarity, valid, layer, threshold)
     num_merged = merged.sum((1, 2))
     return merged, _count(state, threshold, num_merged, valid.sum((1, 2)) * similarity.shape[1] - num_merged)
 

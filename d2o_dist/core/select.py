@@ -5,17 +5,13 @@ Shape legend: B rows, Hkv key/value heads, S slots in order of position, K kept,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.core.types import LayerBudget, Slots
-
-# `mixed`: accumulated attention is divided by the age of the token, but by no less than this.
-MIN_AGE = 32
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.slots import LayerBudget, Slots
 
 
 @dataclass(frozen=True)
@@ -35,88 +31,23 @@ class Selection:
     is_target: Tensor
 
 
-def max_pool_positions(rates: Tensor, positions: Tensor, width: int, side: str = "both") -> Tensor:
-    """Maximum of `rates` over the live slots near by, `width` positions with the slot's own. All [B, Hkv, S], in order.
-
-    Before anything is evicted this is a plain max pooling; later, neighbours that are gone do not count.
-
-    Args:
-        side: `both`: half of them before the slot and half after it; `after`: all of them before it, so that what
-            follows a peak ranks with the peak.
-    """
-    before, after = (width - 1, 0) if side == "after" else (width // 2, width // 2)
-    pooled = rates
-    slots = rates.shape[-1]
-    for shift in range(1, min(max(before, after), slots - 1) + 1):
-        apart = positions[..., shift:] - positions[..., :-shift]
-        live = positions[..., shift:] >= 0
-        pooled = pooled.clone() if pooled is rates else pooled
-        if shift <= after:
-            later = torch.where(live & (apart <= after), rates[..., shift:], -torch.inf)
-            pooled[..., :-shift] = torch.maximum(pooled[..., :-shift], later)
-        if shift <= before:
-            earlier = torch.where(live & (apart <= before), rates[..., :-shift], -torch.inf)
-            pooled[..., shift:] = torch.maximum(pooled[..., shift:], earlier)
-    return pooled
-
-
-def decaying_mean(rates: Tensor, positions: Tensor, reach: float, first: int) -> Tensor:
-    """Mean of `rates` over a slot and the live slots before it, each weighted by `exp(-distance / reach)`.
-
-    The weights of a prompt without gaps add up to 1, but for its beginning. All [B, Hkv, S], in order of position,
-    unused slots (position -1) last. Slots before position `first` lend nothing and keep their own rate: attention rests
-    on the first tokens whatever follows them. Distance is in positions, so what is gone neither counts nor moves
-    anything nearer.
-
-    Every weight is a quotient of two powers of position, so one cumulative sum does it. It is a sum of logarithms in
-    float64, because `exp(position / reach)` overflows; at a million positions and a reach of 5 it is good to 1e-9.
-    """
-    lends = positions >= first
-    shift = positions.double() / reach
-    logs = torch.where(lends, rates.double().log() + shift, -torch.inf)
-    sums = (logs.logcumsumexp(-1) - shift).exp() * -math.expm1(-1 / reach)
-    return torch.where(lends, sums.to(rates.dtype), rates)
-
-
 def ranking_rates(slots: Slots, config: D2OConfig, *, finalize: bool) -> Tensor:
     """The rates [B, Hkv, S] that slots rank by: at the end of a prefill those of their neighbours count too, if any."""
-    if not finalize or config.selection not in ("window", "mixed"):
-        return slots.rates
-    if config.selection_reach is not None:
-        return decaying_mean(slots.rates, slots.positions, config.selection_reach, config.num_sink_tokens)
-    return max_pool_positions(slots.rates, slots.positions, config.selection_pool, config.selection_pool_side)
+    return config.score.pooled_rates(slots, config.num_sink_tokens) if finalize else slots.rates
 
 
 def rate_gain(slots: Slots, rates: Tensor, config: D2OConfig) -> Tensor | None:
     """What the rates [B, Hkv, S] gain where they ranked as `rates`, once evicted tokens are merged by them; None:
     nothing.
 
-    With `selection_reach` what stays keeps its pooled rate, and ranks by it while decoding. By its own rate the end of
-    an answer would be evicted before it is generated: nothing has looked at it so far.
+    Where the score rule says so, what stays keeps its pooled rate, and ranks by it while decoding.
     """
-    return None if config.selection_reach is None or rates is slots.rates else rates - slots.rates
+    return rates - slots.rates if config.score.keeps_pooled_rates and rates is not slots.rates else None
 
 
 def add_rates(slots: Slots, gain: Tensor) -> Slots:
     """The slots with `gain` [B, Hkv, S] added to the rates of those in use."""
     return slots.replace(rates=torch.where(slots.positions >= 0, slots.rates + gain, slots.rates).clamp_min(0))
-
-
-def rank_scores(slots: Slots, rates: Tensor, config: D2OConfig, *, num_seen_tokens: Tensor) -> Tensor:
-    """What slots are ranked by, higher is kept first: [B, Hkv, S].
-
-    Args:
-        rates: from `ranking_rates`; num_seen_tokens: [B] int64.
-    """
-    if config.selection in ("cumulative", "reread"):
-        return slots.scores
-    if config.selection == "recent":
-        return slots.positions.to(slots.scores.dtype)
-    if config.selection == "window":
-        return rates
-    assert config.selection == "mixed", config.selection
-    age = (num_seen_tokens[:, None, None] - slots.positions).clamp_min(MIN_AGE)
-    return rates + slots.scores / age
 
 
 def compact(mask: Tensor, width: int) -> Tensor:
@@ -128,16 +59,6 @@ def compact(mask: Tensor, width: int) -> Tensor:
     return out.scatter_(-1, target, index)[..., :width]
 
 
-def tail_sizes(num_slots: Tensor, config: D2OConfig, *, finalize: bool) -> Tensor:
-    """How many of the lowest ranked kept slots are the tail of a layer of `num_slots` slots; int64, any shape.
-
-    Args:
-        finalize: at the end of a prefill; while decoding `max_decode_tail` bounds it.
-    """
-    sizes = torch.floor(config.tail_fraction * num_slots.double() + 1e-9).long().clamp_min(1)
-    return sizes if finalize or config.max_decode_tail is None else sizes.clamp_max(config.max_decode_tail)
-
-
 def select(
     slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig, *, finalize: bool
 ) -> Selection | None:
@@ -147,8 +68,8 @@ def select(
 
     Args:
         slots: in order of position, unused slots last.
-        ranking: [B, Hkv, S], from `rank_scores`.
-        finalize: at the end of a prefill; while decoding `max_decode_tail` bounds the tail.
+        ranking: [B, Hkv, S], from `ScoreRule.rank`.
+        finalize: at the end of a prefill; while decoding the tail may be bounded.
     """
     batch, _, num_slots = slots.positions.shape
     device = slots.positions.device
@@ -175,9 +96,10 @@ def select(
     evict = live & ~keep
 
     is_target = keep
-    if config.merge_targets == "tail":
-        is_target = chosen & (rank >= quota - tail_sizes(num_heavy + num_recent, config, finalize=finalize))
-    elif config.merge == "mass":
+    tail = config.merge.targets.tail_sizes(num_heavy + num_recent, finalize=finalize)
+    if tail is not None:
+        is_target = chosen & (rank >= quota - tail)
+    elif config.merge.keeps_mass:
         is_target = keep & ~sink
 
     num_kept = int((kv_len - surplus).max()) if budget.most_kept is None else budget.most_kept

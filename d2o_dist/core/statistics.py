@@ -1,6 +1,6 @@
-"""Prefill statistics: column sums, their variance, and the scalar dispersion of a layer (paper section 3.2).
+"""Prefill statistics: column sums and their variance (paper section 3.2).
 
-Shape legend: B rows, Hq query heads, Hkv key/value heads, T tokens, D head dim, L layers.
+Shape legend: B rows, Hq query heads, Hkv key/value heads, T tokens, D head dim.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2o_dist.core.types import stats_dtype
+from d2o_dist.slots.slots import stats_dtype
 
-# Keeps a min-max normalisation finite when all values agree (released code).
-MINMAX_EPSILON = 1e-6
 # A token that no query of the window looked at still counts a little, so that ratios of rates are defined.
 RATE_FLOOR = 1e-9
 
@@ -49,34 +47,3 @@ def column_sum_variance(column_sums: Tensor) -> Tensor:
 def squared_deviations(column_sums: Tensor) -> Tensor:
     """Sum over tokens of the squared deviation from the mean of 1: [..., Hq, T] -> [..., Hq]; adds up over shards."""
     return (column_sums - 1).square().sum(-1)
-
-
-def layer_dispersions(variances: Tensor, rule: str) -> Tensor:
-    """The scalar statistic `F_l` of each layer, from the variances of all its query heads.
-
-    Args:
-        variances: [L, Hq], of one row, over all tensor shards.
-        rule: `heads_minmax`, `layers_minmax`, `raw` or `log_zscore`.
-
-    Returns:
-        [L], in the dtype of `variances`.
-    """
-
-    def minmax(x: Tensor) -> Tensor:
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        return (x - low) / (high - low + MINMAX_EPSILON)
-
-    if rule == "heads_minmax":
-        return minmax(variances).mean(-1)
-    mean = variances.mean(-1)
-    if rule == "layers_minmax":
-        return minmax(mean)
-    if rule == "raw":
-        return mean
-    assert rule == "log_zscore", rule
-    # A layer of exactly uniform attention has variance 0: its log must not be -inf.
-    log = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
-    if log.numel() < 2:
-        return torch.zeros_like(log)
-    deviation = log.std(unbiased=True)
-    return (log - log.mean()) / deviation if deviation > 0 else torch.zeros_like(log)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.config.checks import check_int, check_string, check_strings
 from d2o_dist.engine.messages import check_messages
+from d2o_dist.fields.checks import check_int, check_string, check_strings
 
 LIMITS = ("max_new_tokens", "max_prompt_tokens", "stop")
 SUFFIXES = (".jsonl", ".txt")

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.cuda_graph import graph_recorder
 from d2o_dist.engine.stepper import Stepper
 from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.policy.config import D2OConfig
 
 
 @dataclass(frozen=True)

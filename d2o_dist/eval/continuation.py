@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2o_dist.core.types import stats_dtype
 from d2o_dist.eval.reading import ReadSession, TokenRows
+from d2o_dist.slots.slots import stats_dtype
 
 # Positions whose distributions are compared at once: each takes V numbers, several times over.
 _BLOCK = 64

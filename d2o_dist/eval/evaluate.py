@@ -12,7 +12,6 @@ from typing import Any
 from d2o_dist.comm import Collectives, ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.evaluate import EvalConfig
-from d2o_dist.config.io import dump_yaml
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.lock import only_writer
@@ -24,6 +23,7 @@ from d2o_dist.eval.provenance import environment
 from d2o_dist.eval.runner import Runner, batches, pending
 from d2o_dist.eval.store import LOCK, MERGED, RankFile, Record, merge_records, read_records
 from d2o_dist.eval.table import report
+from d2o_dist.fields.io import dump_yaml
 
 
 @dataclass(frozen=True)

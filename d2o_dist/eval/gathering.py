@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
-from d2o_dist.config.d2o import D2OConfig, QuerySample
-
-QUERY_FIELDS = ("score_queries", "score_query_stride", "score_near_distance")
+from d2o_dist.policy.budget import Uniform
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.merge import Drop
+from d2o_dist.policy.score import Newest, Reach
+from d2o_dist.policy.statistics import QuerySample, StatisticsConfig
 
 
 def gathering_config(configs: Sequence[D2OConfig]) -> D2OConfig:
     """A configuration whose prefill gathers what each of `configs` needs, and no more; a second reading is not part of
-    it, but its chunks are.
+    it.
 
     Raises:
         ValueError: second readings in different chunks, or column sums from different queries: one prefill cannot
             serve both.
     """
     scored = [config for config in configs if config.needs_column_sums]
-    sums = bool(scored)
     if len({config.query_sample for config in scored}) > 1:
         raise ValueError("one prefill cannot gather column sums from different queries: group_by_queries() first")
-    rates = any(config.needs_rates for config in configs)
-    windows = [config.rate_window for config in configs if config.needs_rates]
-    chunks = {config.reread_chunk for config in configs if config.needs_reread}
-    if len(chunks) > 1:
-        raise ValueError(f"methods have several reread_chunk ({sorted(chunks)}): one prompt is read again in one way")
+    second_reading(configs)
+    rates = [config.statistics.rate_window for config in configs if config.needs_rates]
+    statistics = scored[0].statistics if scored else StatisticsConfig()
     return D2OConfig(
-        reread_chunk=max(chunks, default=D2OConfig.reread_chunk),
-        allocation="uniform",
-        selection="mixed" if sums else "window" if rates else "recent",
-        merge="none",
-        rate_window=max(windows, default=1),
-        **({name: getattr(scored[0], name) for name in QUERY_FIELDS} if scored else {}),
+        score=Reach(add_accumulated=bool(scored)) if scored or rates else Newest(),
+        budget=Uniform(),
+        merge=Drop(),
+        statistics=dataclasses.replace(statistics, rate_window=max(rates, default=1)),
     )
+
+
+def second_reading(configs: Sequence[D2OConfig]) -> int | None:
+    """In forwards of how many tokens the prompt is read a second time; None: no configuration needs it.
+
+    Raises:
+        ValueError: second readings in different chunks.
+    """
+    chunks = {config.score.chunk for config in configs if config.needs_reread}
+    if len(chunks) > 1:
+        raise ValueError(f"methods have several score.chunk ({sorted(chunks)}): one prompt is read again in one way")
+    return max(chunks, default=None)
 
 
 def group_by_queries(configs: Sequence[D2OConfig]) -> list[list[D2OConfig]]:

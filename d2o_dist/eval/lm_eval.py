@@ -20,11 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from d2o_dist.comm import Collectives, ParallelMesh, build_mesh, init_distributed, read_environment
-from d2o_dist.config.checks import check_int
-from d2o_dist.config.d2o import SIZES, D2OConfig
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.sampling import SamplingConfig
-from d2o_dist.core.types import stats_dtype
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
@@ -32,6 +29,10 @@ from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session
 from d2o_dist.eval.continuation import continuation_logits
 from d2o_dist.eval.reading import Reading
+from d2o_dist.fields.checks import check_int
+from d2o_dist.fields.overrides import apply_overrides
+from d2o_dist.policy.config import SIZES, D2OConfig
+from d2o_dist.slots.slots import stats_dtype
 
 NAME = "d2o_dist"
 MAX_POSITIONS_IF_UNKNOWN = 2048
@@ -88,7 +89,7 @@ class D2OLM(TemplateLM):
             if value is not None:
                 check_int(name, int(value), low=low)
         sizes = dict(zip(SIZES, (keep_ratio, keep_tokens), strict=True))
-        self.d2o = D2OConfig.preset(preset, **sizes, **fields)
+        self.d2o = D2OConfig.preset(preset, **sizes, **apply_overrides({}, fields.items()))
         config = InferConfig(
             model=pretrained, tokenizer=tokenizer, dtype=dtype, device=_device(device, read_environment().world_size),
             trust_remote_code=trust_remote_code, revision=revision, prefill_chunk=prefill_chunk,

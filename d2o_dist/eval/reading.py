@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from d2o_dist.comm import ParallelMesh
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import RowUsage, Session, chunk_ends, left_pad
-from d2o_dist.eval.gathering import gathering_config, group_by_queries
+from d2o_dist.eval.gathering import gathering_config, group_by_queries, second_reading
 from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.policy.config import D2OConfig
 
 TokenRows = Sequence[Sequence[int]]
 
@@ -60,8 +60,9 @@ class Reading:
             for end in chunk_ends(ids.shape[1], chunk):
                 logits = _forward(model, cache, ids[:, start:end], mask[:, start:end], all_logits=all_logits)
                 start = end
-            if any(config.needs_reread for config in group):
-                cache.reread(model, ids.to(model.device), mask.to(model.device))
+            reread_chunk = second_reading(group)
+            if reread_chunk is not None:
+                cache.reread(model, ids.to(model.device), mask.to(model.device), chunk=reread_chunk)
         self.logits = logits if all_logits else logits[:, -1]
 
     @property

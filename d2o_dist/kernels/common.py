@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from d2o_dist.core.types import stats_dtype
+from d2o_dist.slots.slots import stats_dtype
 
 LOG2_E = 1.4426950408889634  # exp(x) == exp2(x * LOG2_E)
 LN_2 = 0.6931471805599453

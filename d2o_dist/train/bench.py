@@ -23,9 +23,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from d2o_dist.comm import Collectives, ParallelMesh
-from d2o_dist.config import D2OConfig
 from d2o_dist.config.distill import DistillConfig
 from d2o_dist.config.train_parts import OptimizerConfig
+from d2o_dist.policy import D2OConfig
 from d2o_dist.train.attention import TRAINING_ATTENTION, register
 from d2o_dist.train.batches import make_batch
 from d2o_dist.train.engine import TorchEngine

@@ -17,12 +17,13 @@ from torch import Tensor
 from d2o_dist.cache.plans import on_full_layers
 from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
 from d2o_dist.compression.evict import GatherHeads, run_evictions
-from d2o_dist.config import D2OConfig
 from d2o_dist.core.autocast import without_autocast
-from d2o_dist.core.budget import check_total
 from d2o_dist.core.compress import Nearest, eviction_steps
-from d2o_dist.core.types import D2OState, Slots
 from d2o_dist.kernels.nearest_kept import nearest_kept
+from d2o_dist.policy import D2OConfig
+from d2o_dist.policy.budget import check_total
+from d2o_dist.policy.statistics import COLUMN_SUMS
+from d2o_dist.slots.slots import D2OState, Slots
 from d2o_dist.train.passes import PromptLayer
 from d2o_dist.train.past import Past, window_past
 
@@ -73,8 +74,8 @@ def compress_prompt(
     if not full:
         return Compressed(pasts, [], num_tokens)
     config = on_full_layers(config, [layers[index].window for index in sorted(layers)])
-    check_total(config, len(full))
-    protected = config.protected(len(full))
+    check_total(config.budget, config.size, len(full))
+    protected = config.budget.protected(len(full))
     slots = _slot_budgets([layers[index] for index in full], num_tokens, config, gather_heads)
 
     def nearest_constant(evicted: Tensor, kept: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,7 @@ def _slot_budgets(
     """[B][L] slots. The variances of all layers and heads meet in one exchange."""
     batch = layers[0].keys.shape[0]
     variances: list[Tensor | None] = [None] * batch
-    if config.allocation == "dynamic" and config.needs_column_sums:
+    if COLUMN_SUMS in config.budget.statistics and not config.keeps_everything:
         at_hand = torch.stack([layer.variances for layer in layers], -1)  # [B, h, L]
         everyone = gather_heads(at_hand)
         if not bool(everyone.isfinite().all()):
@@ -129,6 +130,6 @@ def _evict_layer(
     return Past(
         kept.keys,
         kept.values,
-        kept.log_mass if config.merge == "mass" else None,
+        kept.log_mass if config.merge.keeps_mass else None,
         kept.live[:, 0] if ragged else None,
     )

@@ -42,7 +42,7 @@ def check_trainable(model_config: Any, config: TrainConfig) -> None:
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     check_heads(text.num_attention_heads, kv_heads, config.sp, compressed=config.objective != "lm")
     if config.objective != "lm":
-        config.d2o.protected(len(windows))
+        config.d2o.budget.protected(len(windows))
 
 
 def load_trainable(config: TrainConfig, device: torch.device) -> Any:

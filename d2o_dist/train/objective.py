@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2o_dist.config import D2OConfig
 from d2o_dist.config.distill import DistillConfig
 from d2o_dist.core.compress import Nearest
 from d2o_dist.kernels.nearest_kept import nearest_kept
+from d2o_dist.policy import D2OConfig
 from d2o_dist.train.attention import PASS_KEYWORD
 from d2o_dist.train.compress import Compressed, compress_prompt
 from d2o_dist.train.losses import IGNORED, distill_loss, lm_loss

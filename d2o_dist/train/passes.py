@@ -17,12 +17,12 @@ from torch import Tensor
 
 from d2o_dist.attention.prefill import prompt_rates
 from d2o_dist.attention.sampled import prompt_column_sums
-from d2o_dist.config import D2OConfig
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.core.statistics import RATE_FLOOR, column_sum_variance, group_sum
-from d2o_dist.core.types import stats_dtype
 from d2o_dist.integrations.hf.packed import by_document
 from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.policy import D2OConfig
+from d2o_dist.slots.slots import stats_dtype
 from d2o_dist.train.past import Past, attend_past, window_past
 from d2o_dist.train.ulysses import GradientExchange
 
@@ -111,7 +111,7 @@ class PromptPass:
             sums = prompt_column_sums(q, k, lse, scale, config.query_sample)
             scores, variances = group_sum(sums, heads), column_sum_variance(sums)
         if config.needs_rates:
-            last = slice(-config.rate_window, None)
+            last = slice(-config.statistics.rate_window, None)
             rates = prompt_rates(q[:, :, last], lse[:, :, last], k, scale) + RATE_FLOOR
         return PromptLayer(k, v, None, scores, rates, variances)
 

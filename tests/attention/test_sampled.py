@@ -12,10 +12,11 @@ from d2o_dist.attention.sampled import (
     rest_sums,
     sampled_column_sums,
 )
-from d2o_dist.config.d2o import D2OConfig, QuerySample
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.prefill_attention import naive_prefill_attention
+from d2o_dist.policy.config import QuerySample
 from tests.kernels.helpers import make
+from tests.spec import spec
 
 SAMPLES = [QuerySample(8, 64), QuerySample(4, 3), QuerySample(5, 0), QuerySample(3, 20), QuerySample(200, 1)]
 SCALE = 0.3
@@ -125,14 +126,14 @@ def test_keys_of_other_ranks(sample):
 
 
 def test_which_queries_a_configuration_takes():
-    assert D2OConfig().query_sample is None
-    assert D2OConfig(score_queries="strided").query_sample == QuerySample(8, 64)
-    assert D2OConfig(score_queries="strided", score_query_stride=1).query_sample is None
-    assert D2OConfig.preset("snapkv", score_queries="strided").query_sample is None
-    assert D2OConfig.preset("h2o", score_queries="strided", score_query_stride=50).num_last_queries == 49
+    assert spec().query_sample is None
+    assert spec(score_queries="strided").query_sample == QuerySample(8, 64)
+    assert spec(score_queries="strided", score_query_stride=1).query_sample is None
+    assert spec("snapkv", score_queries="strided").query_sample is None
+    assert spec("h2o", score_queries="strided", score_query_stride=50).num_last_queries == 49
     with pytest.raises(ValueError, match=r"score_query_stride \(0\) must be at least 1"):
-        D2OConfig(score_query_stride=0)
+        spec(score_query_stride=0)
     with pytest.raises(ValueError, match=r"score_near_distance \(-1\) must be at least 0"):
-        D2OConfig(score_near_distance=-1)
+        spec(score_near_distance=-1)
     with pytest.raises(ValueError, match="score_queries"):
-        D2OConfig(score_queries="stride")
+        spec(score_queries="stride")

@@ -8,9 +8,9 @@ import torch
 from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.comm import ParallelMesh, TrafficCounter, build_mesh
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.config import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from tests.ranks import run_ranks
+from tests.spec import spec
 
 LAYERS, STEPS = 3, 40
 PRESETS = {
@@ -27,7 +27,7 @@ SHAPES = [(2, 4, 2), (3, 6, 3), (4, 8, 4), (2, 4, 4), (1, 4, 2)]
 def run(preset: str, shape, rank: int, world: int, ranks: RequestRanks | None, ragged: bool):
     """Prefill and decode on this rank's heads; tokens are the same on all ranks. What is kept and put out."""
     _, num_heads, num_kv_heads = shape
-    config = D2OConfig.preset(preset, **{"keep_ratio": 0.4, "min_layer_tokens": 8, **PRESETS[preset]})
+    config = spec(preset, **{"keep_ratio": 0.4, "min_layer_tokens": 8, **PRESETS[preset]})
     cache = CompressedCache(config, [None] * LAYERS, ranks)
     generator = torch.Generator().manual_seed(num_heads)
     mask = None

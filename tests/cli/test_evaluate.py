@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from d2o_dist.cli import evaluate
-from d2o_dist.config.io import dump_yaml
+from d2o_dist.fields.io import dump_yaml
 from tests.engine.tiny import make_folder
 from tests.eval.parts import TEXT
 

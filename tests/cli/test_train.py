@@ -11,7 +11,7 @@ import torch
 
 from d2o_dist.cli import train
 from d2o_dist.comm import ParallelMesh
-from d2o_dist.config.io import dump_yaml
+from d2o_dist.fields.io import dump_yaml
 from d2o_dist.train import model as train_model
 from tests.train.runs import LM, make_config, make_inputs
 from tests.train.test_launch import TORCHRUN, environment

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from d2o_dist.compression.merge import merge_evicted
-from d2o_dist.config import D2OConfig
-from d2o_dist.core import merge as core_merge
-from d2o_dist.core.merge import merge_into
-from d2o_dist.core.types import Slots, stats_dtype
+from d2o_dist.policy import merge as core_merge
+from d2o_dist.policy.merge import merge_into
+from d2o_dist.slots.slots import Slots, stats_dtype
+from tests.spec import spec
 
 
 def slots(batch: int, heads: int, count: int, dtype: torch.dtype, seed: int) -> Slots:
@@ -27,7 +27,7 @@ def slots(batch: int, heads: int, count: int, dtype: torch.dtype, seed: int) -> 
 @pytest.mark.parametrize("num_evicted", [0, 1, 40])
 def test_equals_the_core(rule, num_evicted, dtype):
     """Several evicted tokens a target, targets that take nothing, tokens that are not merged and hold rubbish."""
-    config = D2OConfig.preset("paper_minmax", merge=rule)
+    config = spec("paper_minmax", merge=rule)
     kept, evicted = slots(2, 3, 11, dtype, 1), slots(2, 3, num_evicted, dtype, 2)
     generator = torch.Generator().manual_seed(3)
     shape = (2, 3, num_evicted)
@@ -35,8 +35,8 @@ def test_equals_the_core(rule, num_evicted, dtype):
     target = torch.randint(0, 9, shape, generator=generator)
     merged = torch.rand(shape, generator=generator) > 0.4
     similarity[~merged] = -torch.inf
-    found = merge_evicted(kept, evicted, similarity, target, merged, config)
-    wanted = merge_into(kept, evicted, similarity, target, merged, config)
+    found = merge_evicted(kept, evicted, similarity, target, merged, config.merge)
+    wanted = merge_into(kept, evicted, similarity, target, merged, config.merge)
     exact = dtype == torch.float64
     for name in ("keys", "values", "rates", "log_mass", "scores", "positions"):
         mine, theirs = getattr(found, name), getattr(wanted, name)
@@ -54,14 +54,14 @@ def test_equals_the_core(rule, num_evicted, dtype):
 def test_sums_in_order_and_their_gradients(monkeypatch, rule, sorts):
     """The way of CPUs and the way of CUDA (run here on a CPU): against a loop over the tokens, bit for bit."""
     monkeypatch.setattr(core_merge, "_sorts", lambda device: sorts)
-    config = D2OConfig.preset("paper_minmax", merge=rule)
+    config = spec("paper_minmax", merge=rule)
     kept, evicted = slots(2, 3, 11, torch.float64, 1), slots(2, 3, 40, torch.float64, 2)
     similarity = torch.rand(2, 3, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     target = torch.randint(0, 9, (2, 3, 40), generator=torch.Generator().manual_seed(4))
     merged = similarity > 0.3
     evicted.values[~merged] = torch.nan  # is not read
-    sums = core_merge.merge_sums(evicted, similarity, target, merged, config, 11)
-    weight = core_merge.evicted_weight(evicted, similarity, config)
+    sums = core_merge.merge_sums(evicted, similarity, target, merged, config.merge, 11)
+    weight = config.merge.evicted_weight(evicted, similarity)
     expected = torch.zeros(2, 3, 11, 8, dtype=torch.float64)
     for b, h, i in merged.nonzero().tolist():
         expected[b, h, target[b, h, i]] += weight[b, h, i] * evicted.values[b, h, i]
@@ -70,7 +70,7 @@ def test_sums_in_order_and_their_gradients(monkeypatch, rule, sorts):
 
     def values(kept_values, evicted_values):
         old, new = kept.replace(values=kept_values), evicted.replace(values=evicted_values)
-        return merge_into(old, new, similarity, target, merged, config).values.square()
+        return merge_into(old, new, similarity, target, merged, config.merge).values.square()
 
     leaves = [kept.values.clone().requires_grad_(), evicted.values.nan_to_num().requires_grad_()]
     torch.autograd.gradcheck(values, leaves, fast_mode=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.config.overrides import apply_overrides, parse_override
 from d2o_dist.config.sampling import SamplingConfig
+from d2o_dist.fields.overrides import apply_overrides, parse_override
+from d2o_dist.policy.config import D2OConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.config.presets import PRESETS
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.presets import PRESETS
 
 # Fields in which presets differ, in this order; all others are the same everywhere.
 FIELDS = (

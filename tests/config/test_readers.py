@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.config.presets import PRESETS
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.presets import PRESETS
 
 UNREAD = {
     ("d2o", "selection_pool"): (7, "selection_reach is null, and selection_reach is 20.0: set selection_reach=null"),

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from d2o_dist.config.distill import DistillConfig
-from d2o_dist.config.io import dump_yaml
 from d2o_dist.config.train import TrainConfig
+from d2o_dist.fields.io import dump_yaml
 from tests.test_house import REPO
 
 BASE = {"model": "m", "output": "o", "data": {"train": "t.txt"}}

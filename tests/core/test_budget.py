@@ -9,19 +9,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2o_dist.config import D2OConfig
-from d2o_dist.core.budget import (
-    check_total,
-    layer_log_weights,
-    layer_slots,
-    num_ranked,
-    ranked_log_weights,
-    water_fill,
-)
 from d2o_dist.core.ranked import count_highest, deal_level
-from d2o_dist.core.statistics import column_sum_variance, layer_dispersions, naive_column_sums
+from d2o_dist.core.statistics import column_sum_variance, naive_column_sums
+from d2o_dist.policy import D2OConfig
+from d2o_dist.policy import budget as rules
+from d2o_dist.policy.budget import Ranked, layer_dispersions, num_ranked, water_fill
+from tests.spec import spec
 
 RATIOS = st.integers(2, 100).map(lambda n: n / 100)
+
+
+def layer_slots(log_weights: list[float], num_tokens: int, config: D2OConfig) -> list[int]:
+    return rules.layer_slots(log_weights, num_tokens, config.budget, config.size)
+
+
+def check_total(config: D2OConfig, num_layers: int) -> None:
+    rules.check_total(config.budget, config.size, num_layers)
+
+
+def ranked_log_weights(counts: list[int]) -> list[float]:
+    return Ranked().log_weights(len(counts), counts)
 
 
 def log_softmax(values: list[float]) -> list[float]:
@@ -39,7 +46,7 @@ def test_the_total_is_met_and_never_exceeded(weights, keep_ratio, num_tokens, da
     layers = len(weights)
     room = math.floor(keep_ratio * layers - 0.01 * layers - 1e-6)
     count = data.draw(st.integers(0, max(min(room, layers - 1), 0)))
-    config = D2OConfig(keep_ratio=keep_ratio, min_layer_tokens=0, protected_layers=tuple(range(count)))
+    config = spec(keep_ratio=keep_ratio, min_layer_tokens=0, protected_layers=tuple(range(count)))
     slots = layer_slots(log_softmax(weights), num_tokens, config)
     assert sum(slots) == math.floor(keep_ratio * layers * num_tokens + 1e-9)
     assert all(s == num_tokens for s in slots[:count])
@@ -71,29 +78,29 @@ def test_a_round_that_hits_both_clamps_still_meets_the_total():
 
 
 def test_remainders_go_to_the_largest_then_to_the_lower_layer():
-    config = D2OConfig(keep_ratio=0.5, allocation="uniform", min_layer_tokens=0)
+    config = spec(keep_ratio=0.5, allocation="uniform", min_layer_tokens=0)
     assert layer_slots([0.0] * 4, 7, config) == [4, 4, 3, 3]
-    config = D2OConfig(keep_ratio=0.29, allocation="uniform", min_layer_tokens=0)
+    config = spec(keep_ratio=0.29, allocation="uniform", min_layer_tokens=0)
     assert layer_slots([0.0], 100, config) == [29]
 
 
 def test_short_prompts_are_not_squeezed():
-    config = D2OConfig(keep_ratio=0.1, allocation="uniform")
+    config = spec(keep_ratio=0.1, allocation="uniform")
     assert layer_slots([0.0] * 2, 20, config) == [20, 20]
     assert layer_slots([0.0] * 2, 100, config) == [32, 32]
     assert layer_slots([0.0] * 2, 1000, config) == [100, 100]
 
 
 def test_absolute_budgets():
-    config = D2OConfig(keep_tokens=64, allocation="uniform")
+    config = spec(keep_tokens=64, allocation="uniform")
     assert layer_slots([0.0] * 3, 50, config) == [64] * 3
     assert layer_slots([0.0] * 3, 100_000, config) == [64] * 3
-    uneven = layer_slots(log_softmax([0.0, 1.0, 2.0]), 500, config.replace(min_layer_tokens=0))
+    uneven = layer_slots(log_softmax([0.0, 1.0, 2.0]), 500, config.replace(budget={"min_layer_tokens": 0}))
     assert sum(uneven) == 3 * 64 and uneven[0] < uneven[1] < uneven[2]
 
 
 def test_released_budgets_are_plain_floors():
-    config = D2OConfig.preset("released", keep_ratio=0.2)
+    config = spec("released", keep_ratio=0.2)
     weights = [0.0, -0.5, -1.0, -0.2, -0.7]
     shares = torch.tensor(weights, dtype=torch.float64).softmax(0) * 5 * 0.2
     slots = layer_slots(log_softmax(weights), 1000, config)
@@ -101,8 +108,8 @@ def test_released_budgets_are_plain_floors():
 
 
 def test_pyramid_falls_linearly_to_a_twentieth_of_the_average():
-    config = D2OConfig(keep_ratio=0.1, allocation="pyramid", min_layer_tokens=0, min_layer_ratio=0.0)
-    slots = layer_slots(layer_log_weights(None, config, 5), 10_000, config)
+    config = spec(keep_ratio=0.1, allocation="pyramid", min_layer_tokens=0, min_layer_ratio=0.0)
+    slots = layer_slots(config.budget.log_weights(5, None), 10_000, config)
     assert slots == [1950, 1475, 1000, 525, 50]
 
 
@@ -110,13 +117,13 @@ def ranked_counts(rankings: list[torch.Tensor], config: D2OConfig) -> torch.Tens
     """[L, H] of one row whose tokens [H, T] are all at hand."""
     rows = [one[None] for one in rankings]
     heads, tokens = rankings[0].shape
-    wanted = torch.tensor([num_ranked(tokens, heads * len(rankings), config)])
+    wanted = torch.tensor([num_ranked(tokens, heads * len(rankings), config.size)])
     live = [torch.ones_like(one, dtype=torch.bool) for one in rows]
     return deal_level(*count_highest(rows, live, wanted, lambda counts: counts), wanted)[0]
 
 
 def test_shares_by_rank_are_counts_of_the_best():
-    config = D2OConfig(allocation="ranked", selection="window", keep_ratio=0.5)
+    config = spec(allocation="ranked", selection="window", keep_ratio=0.5)
     first, second = torch.tensor([[9.0, 1.0, 8.0, 0.0]]), torch.tensor([[7.0, 1.0, 0.0, 6.0]])
     assert ranked_counts([first, second], config).tolist() == [[2], [2]]
     # Of the two ones the lower layer's is among the best 5 of 8.
@@ -126,7 +133,7 @@ def test_shares_by_rank_are_counts_of_the_best():
     assert counts.tolist() == [[2, 2], [0, 0]]
     shares = ranked_log_weights(counts.sum(1).tolist())
     assert shares[0] == 0 and -1000 < shares[1] < -700
-    assert layer_slots(shares, 100, config.replace(keep_ratio=0.25, min_layer_tokens=0)) == [49, 1]
+    assert layer_slots(shares, 100, config.replace(keep_ratio=0.25, budget={"min_layer_tokens": 0})) == [49, 1]
 
 
 @settings(max_examples=100, deadline=None)
@@ -143,7 +150,7 @@ def test_shares_by_rank_against_loops(layers, heads, tokens, kinds, seed, keep, 
     for one in rankings:
         one.flatten()[:: 3] *= odd[torch.randint(len(odd), one.flatten()[:: 3].shape, generator=generator)].nan_to_num()
     size = {"keep_tokens": keep} if isinstance(keep, int) else {"keep_ratio": keep}
-    config = D2OConfig(allocation="ranked", selection="window", **size)
+    config = spec(allocation="ranked", selection="window", **size)
     everything = sorted(
         (-float(rankings[layer][head, token]), layer, head, token)
         for layer in range(layers) for head in range(heads) for token in range(tokens)
@@ -207,9 +214,9 @@ def test_the_highest_are_counted_row_by_row_over_shards_that_differ(dtype):
 
 def test_protected_layers_that_exceed_the_total_are_refused():
     with pytest.raises(ValueError, match=r"keep_ratio \(0.2\) of 4 layers is 0.8 layers.*2 protected.*2.02"):
-        check_total(D2OConfig(keep_ratio=0.2, protected_layers=(0, 1)), 4)
-    check_total(D2OConfig.preset("released", keep_ratio=0.2), 4)
-    config = D2OConfig(keep_tokens=64, protected_layers=(0,))
+        check_total(spec(keep_ratio=0.2, protected_layers=(0, 1)), 4)
+    check_total(spec("released", keep_ratio=0.2), 4)
+    config = spec(keep_tokens=64, protected_layers=(0,))
     with pytest.raises(ValueError, match=r"keep_tokens \(64\) of 4 layers is 256 tokens.*5000"):
         layer_slots([0.0] * 4, 5000, config)
 
@@ -265,10 +272,10 @@ def test_column_sums_add_up_to_the_length_and_permuting_heads_permutes_them(leng
 
 
 def test_remainders_that_are_equal_in_exact_arithmetic_tie():
-    config = D2OConfig(keep_ratio=0.25, allocation="pyramid", min_layer_tokens=0, min_layer_ratio=0.0)
-    assert layer_slots(layer_log_weights(None, config, 2), 40, config) == [20, 0]
+    config = spec(keep_ratio=0.25, allocation="pyramid", min_layer_tokens=0, min_layer_ratio=0.0)
+    assert layer_slots(config.budget.log_weights(2, None), 40, config) == [20, 0]
 
 
 def test_without_an_exact_total_the_minimum_holds_above_the_ratio():
-    config = D2OConfig.preset("released", keep_ratio=0.005, protected_layers=())
+    config = spec("released", keep_ratio=0.005, protected_layers=())
     assert layer_slots(log_softmax([0.0, -9.0]), 100_000, config) == [1000, 1000]

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2o_dist.config import D2OConfig
 from d2o_dist.core import D2OState, LayerBudget, Slots, compress_layer
 from tests.core.naive import assert_row_equals, naive_compress, to_lists
 from tests.oracle.published_step import PublishedStep
+from tests.spec import flat, spec
 
 BASE = {"num_sink_tokens": 2, "heavy_fraction": 0.6}
 RULES = {
@@ -72,14 +72,15 @@ def append(slots: Slots, extra: Slots) -> Slots:
 )
 @pytest.mark.parametrize("rule", RULES)
 def test_equals_the_loops_over_successive_evictions(rule, lengths, heads, budget, seed, finalize):
-    config = D2OConfig.preset("paper_minmax", **{**BASE, **RULES[rule]})
+    rules = flat("paper_minmax", **{**BASE, **RULES[rule]})
+    config = spec("paper_minmax", **{**BASE, **RULES[rule]})
     slots, state = random_slots(lengths, heads, 4, seed), D2OState()
     taus = [None] * len(lengths)
     for step in range(3):
         expected = [to_lists(slots, row) for row in range(len(lengths))]
         slots, state = compress_layer(slots, LayerBudget(*budget), state, config, finalize=finalize)
         for row in range(len(lengths)):
-            lists, taus[row] = naive_compress(expected[row], *budget, taus[row], config, finalize=finalize)
+            lists, taus[row] = naive_compress(expected[row], *budget, taus[row], rules, finalize=finalize)
             assert_row_equals(slots, row, lists)
             if taus[row] is not None and rule != "none":
                 assert float(state.threshold[row]) == pytest.approx(taus[row], rel=1e-9)
@@ -88,7 +89,7 @@ def test_equals_the_loops_over_successive_evictions(rule, lengths, heads, budget
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rows_may_have_budgets_of_their_own(rule):
-    config = D2OConfig.preset("paper_minmax", **{**BASE, **RULES[rule]})
+    config = spec("paper_minmax", **{**BASE, **RULES[rule]})
     lengths, heavy, recent = [25, 9, 17], torch.tensor([5, 9, 3]), torch.tensor([4, 0, 2])
     slots = random_slots(lengths, 2, 4, seed=1)
     found, state = compress_layer(slots, LayerBudget(heavy, recent), D2OState(), config)
@@ -107,7 +108,7 @@ def test_rows_may_have_budgets_of_their_own(rule):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_accumulates_in_float32_and_stores_in_its_own(rule, dtype):
-    config = D2OConfig.preset("paper_minmax", **{**BASE, **RULES[rule]})
+    config = spec("paper_minmax", **{**BASE, **RULES[rule]})
     slots = random_slots([40, 31], 3, 16, seed=4, dtype=dtype)
     found, state = compress_layer(slots, LayerBudget(9, 4), D2OState(), config)
     wide = slots.replace(keys=slots.keys.float(), values=slots.values.float())
@@ -121,7 +122,7 @@ def test_every_dtype_accumulates_in_float32_and_stores_in_its_own(rule, dtype):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_permuting_heads_permutes_the_result(rule):
-    config = D2OConfig.preset("paper_minmax", **{**BASE, **RULES[rule]})
+    config = spec("paper_minmax", **{**BASE, **RULES[rule]})
     slots, order = random_slots([33], 4, 8, seed=9), torch.tensor([2, 0, 3, 1])
     one, state = compress_layer(slots, LayerBudget(8, 3), D2OState(), config)
     two, other = compress_layer(slots.map(lambda t: t[:, order]), LayerBudget(8, 3), D2OState(), config)
@@ -132,7 +133,7 @@ def test_permuting_heads_permutes_the_result(rule):
 
 
 def test_unordered_slots_with_gaps_are_put_in_order():
-    config = D2OConfig.preset("paper_minmax", **BASE)
+    config = spec("paper_minmax", **BASE)
     slots = random_slots([20], 2, 4, seed=2, width=26)
     shuffled = slots.map(lambda t: t[:, :, torch.randperm(26, generator=torch.Generator().manual_seed(0))])
     one, _ = compress_layer(slots, LayerBudget(6, 3), D2OState(), config)
@@ -143,7 +144,7 @@ def test_unordered_slots_with_gaps_are_put_in_order():
 
 def test_within_the_budget_nothing_changes():
     slots = random_slots([12, 7], 2, 4, seed=3)
-    found, state = compress_layer(slots, LayerBudget(9, 3), D2OState(), D2OConfig.preset("paper_minmax", **BASE))
+    found, state = compress_layer(slots, LayerBudget(9, 3), D2OState(), spec("paper_minmax", **BASE))
     live = slots.live
     assert all(torch.equal(getattr(found, name)[live], getattr(slots, name)[live]) for name in slots.__dict__)
     assert torch.equal(found.live, live)
@@ -152,13 +153,13 @@ def test_within_the_budget_nothing_changes():
 
 def test_what_is_merged_and_dropped_adds_up_to_what_was_evicted():
     slots = random_slots([30, 12, 5], 3, 4, seed=5)
-    _, state = compress_layer(slots, LayerBudget(6, 4), D2OState(), D2OConfig.preset("paper_minmax", **BASE))
+    _, state = compress_layer(slots, LayerBudget(6, 4), D2OState(), spec("paper_minmax", **BASE))
     assert (state.num_merged + state.num_dropped).tolist() == [20 * 3, 2 * 3, 0]
     assert 0 < int(state.num_merged.sum()) < 66
 
 
 def test_the_tail_stays_apart_from_the_tokens_that_answers_are_read_from():
-    config = D2OConfig.preset("paper_minmax", **{**BASE, **RULES["mass_tail"]})
+    config = spec("paper_minmax", **{**BASE, **RULES["mass_tail"]})
     slots = random_slots([60], 2, 8, seed=6)
     found, _ = compress_layer(slots, LayerBudget(20, 10), D2OState(), config)
     kept = slots.take((slots.positions[..., None] == found.positions[:, :, None]).int().argmax(2), found.live)
@@ -171,7 +172,7 @@ def test_the_tail_stays_apart_from_the_tokens_that_answers_are_read_from():
 @pytest.mark.parametrize("bound, decoding", [(None, 8), (9, 8), (8, 8), (7, 7), (1, 1)], ids=str)
 def test_the_tail_is_bounded_only_while_decoding(bound, decoding):
     rule = {**RULES["mass_tail"], "tail_fraction": 0.2, "drop_quantile": 0.0, "max_decode_tail": bound}
-    config = D2OConfig.preset("paper_minmax", **{**BASE, **rule})
+    config = spec("paper_minmax", **{**BASE, **rule})
     slots = random_slots([400], 2, 8, seed=7)
     for finalize, size in ((True, 8), (False, decoding)):
         found, _ = compress_layer(slots, LayerBudget(28, 12), D2OState(), config, finalize=finalize)
@@ -198,7 +199,7 @@ def test_released_equals_the_published_step(heads, dim, length, heavy, recent):
     scores = torch.rand(1, heads, length, generator=generator)
     positions = torch.arange(length).expand(1, heads, length)
     slots = Slots(keys, values, positions, scores, scores + 0.1, torch.zeros_like(scores))
-    config, state = D2OConfig.preset("released"), D2OState()
+    config, state = spec("released"), D2OState()
     published = PublishedStep()
     attention = scores[0]
     for step in range(6):
@@ -217,7 +218,7 @@ def test_released_equals_the_published_step(heads, dim, length, heavy, recent):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_token_alone_passes_the_mean_that_it_alone_makes(dtype):
     """First eviction, one token a head: the released gate compares their mean with itself, in any batch."""
-    config = D2OConfig.preset("released")
+    config = spec("released")
     for seed in range(40):
         slots = random_slots([12, 15], 8, 8, seed=seed, dtype=dtype)
         _, state = compress_layer(slots, LayerBudget(8, 3), D2OState(), config)

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from d2o_dist.config import D2OConfig
 from d2o_dist.core import Slots
-from d2o_dist.core.select import decaying_mean, rank_scores, ranking_rates
+from d2o_dist.core.select import ranking_rates
+from d2o_dist.policy.score import decaying_mean
+from tests.spec import spec
 
 
 def naive_decaying_mean(rates: list[float], positions: list[int], reach: float, first: int) -> list[float]:
@@ -87,11 +88,11 @@ def test_sinks_lend_nothing_and_recent_queries_rank_as_they_stand():
     nothing = torch.zeros(1, 1, count)
     slots = Slots(torch.zeros(1, 1, count, 2), torch.zeros(1, 1, count, 2), torch.arange(count)[None, None],
                   nothing, rates, nothing)  # fmt: skip
-    config = D2OConfig(selection_reach=8.0)
+    config = spec(selection_reach=8.0)
 
     def rank(finalize: bool) -> torch.Tensor:
         pooled = ranking_rates(slots, config, finalize=finalize)
-        return rank_scores(slots, pooled, config, num_seen_tokens=torch.tensor([count]))
+        return config.score.rank(slots, pooled, torch.tensor([count]))
 
     ranking = rank(finalize=True)[0, 0]
     assert ranking[4:].argmax() == 16 and float(ranking[4:20].max()) < 1e-7
@@ -101,5 +102,5 @@ def test_sinks_lend_nothing_and_recent_queries_rank_as_they_stand():
 
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, True, "20"])
 def test_a_reach_that_is_no_length_is_refused(value):
-    with pytest.raises(ValueError, match=r"selection_reach \(.*\) must be (above 0|a finite number)"):
-        D2OConfig(selection_reach=value)
+    with pytest.raises(ValueError, match=r"score.reach \(.*\) must be (above 0|a finite number)"):
+        spec(selection_reach=value)

@@ -8,10 +8,10 @@ import weakref
 import pytest
 import torch
 
-from d2o_dist import D2OConfig
 from d2o_dist.bench.checks import decode_graph
 from d2o_dist.engine.session import Session, left_pad
 from tests.models import tiny_model
+from tests.spec import spec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +26,7 @@ def test_replays_equal_python(name):
 
 
 def session_of(model) -> Session:
-    session = Session(model, D2OConfig.preset("mass", keep_ratio=0.3, min_layer_tokens=12), decode_graph="always")
+    session = Session(model, spec("mass", keep_ratio=0.3, min_layer_tokens=12), decode_graph="always")
     with torch.inference_mode():
         session.prefill(*left_pad([list(range(2, 62))], 0))
     return session

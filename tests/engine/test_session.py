@@ -5,21 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist import D2OCache, D2OConfig
+from d2o_dist import D2OCache
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session, chunk_ends, left_pad
 from tests.engine.tiny import Numbers, request
 from tests.models import left_padded, tiny_model, tokens
+from tests.spec import spec
 
 NEW = 40
 SIZES = dict(keep_ratio=0.3, min_layer_tokens=12)
 PRESETS = {
-    "d2o": D2OConfig.preset("d2o", **SIZES),
-    "paper_minmax": D2OConfig.preset("paper_minmax", **SIZES),
-    "paper": D2OConfig.preset("paper", **SIZES),
-    "mass": D2OConfig.preset("mass", **SIZES),
-    "full": D2OConfig.preset("full"),
+    "d2o": spec("d2o", **SIZES),
+    "paper_minmax": spec("paper_minmax", **SIZES),
+    "paper": spec("paper", **SIZES),
+    "mass": spec("mass", **SIZES),
+    "full": spec("full"),
 }
 RAGGED = [51, 23, 38]
 

@@ -13,7 +13,7 @@ import torch
 
 import d2o_dist.cache.layer
 import d2o_dist.cache.window
-from d2o_dist import D2OCache, D2OConfig
+from d2o_dist import D2OCache
 from d2o_dist.bench.checks import decode_graph
 from d2o_dist.cache import evictions as cache_evictions
 from d2o_dist.config.sampling import SamplingConfig
@@ -26,14 +26,15 @@ from d2o_dist.engine.stepper import Stepper
 from tests.engine.tape import HostSync, TapeRecorder, watched
 from tests.engine.tiny import Numbers, request
 from tests.models import left_padded, tiny_model, tokens
+from tests.spec import spec
 
 SIZES = dict(keep_ratio=0.3, min_layer_tokens=12)
 INTERVAL = 5
 NAMES = ("d2o", "paper_minmax", "mass", "reread", "h2o", "snapkv", "streaming", "released", "paper")
 PRESETS = {
-    name: D2OConfig.preset(name, **SIZES, **({} if name in ("released", "paper") else {"eviction_interval": INTERVAL}))
+    name: spec(name, **SIZES, **({} if name in ("released", "paper") else {"eviction_interval": INTERVAL}))
     for name in NAMES
-} | {"full": D2OConfig.preset("full")}
+} | {"full": spec("full")}
 BATCHES = {"one": [47], "ragged": [51, 23, 38]}
 FIELDS = ("keys", "values", "positions", "scores", "rates", "log_mass")
 

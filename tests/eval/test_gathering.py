@@ -5,20 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist.config.d2o import D2OConfig
-from d2o_dist.config.presets import PRESETS
 from d2o_dist.engine.session import Session
 from d2o_dist.eval.gathering import gathering_config, group_by_queries
 from d2o_dist.eval.reading import Reading
 from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.presets import PRESETS
 from tests.models import left_padded, tiny_model, tokens
+from tests.spec import spec
 
 LENGTHS = [70, 41]
 
 
 def config_of(name: str, **overrides) -> D2OConfig:
     size = {} if name == "full" else {"keep_ratio": 0.4}
-    return D2OConfig.preset(name, **({} if name == "full" else {"min_layer_tokens": 8}), **size, **overrides)
+    return spec(name, **({} if name == "full" else {"min_layer_tokens": 8}), **size, **overrides)
 
 
 ALL = {name: config_of(name) for name in PRESETS} | {"short": config_of("mass", rate_window=5)}

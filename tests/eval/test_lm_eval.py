@@ -11,10 +11,10 @@ import torch
 
 from tests.engine.tiny import make_folder
 from tests.ranks import run_ranks
+from tests.spec import spec
 
 pytest.importorskip("lm_eval")
 
-from d2o_dist.config.d2o import D2OConfig  # noqa: E402
 from d2o_dist.engine.session import Session  # noqa: E402
 from d2o_dist.eval.lm_eval import D2OLM, _device, _sampling, register, segments  # noqa: E402
 
@@ -56,7 +56,7 @@ def test_compressed_loglikelihood_is_that_of_a_session(folder):
     lm = make(folder, preset="mass", keep_ratio=0.2, **SMALL)
     ((total, _),) = lm.loglikelihood(requests((CONTEXT, " fox")), True)
     ids, (token, *rest) = lm.tok_encode(CONTEXT), lm.tok_encode(" fox")
-    session = Session(lm.model, D2OConfig.preset("mass", keep_ratio=0.2, **SMALL))
+    session = Session(lm.model, spec("mass", keep_ratio=0.2, **SMALL))
     with torch.inference_mode():
         session.prefill(torch.tensor([ids[:-1]]), torch.ones(1, len(ids) - 1))
         expected = 0.0

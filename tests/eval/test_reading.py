@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.loop import generate
 from d2o_dist.eval.continuation import compare, continuation_logits
@@ -13,9 +12,10 @@ from d2o_dist.eval.reading import Reading
 from d2o_dist.integrations.hf import D2OCache
 from tests.engine.tiny import Numbers, request
 from tests.models import tiny_model, tokens
+from tests.spec import spec
 
-FULL = D2OConfig.preset("full")
-MASS = D2OConfig.preset("mass", keep_ratio=0.4, min_layer_tokens=8)
+FULL = spec("full")
+MASS = spec("mass", keep_ratio=0.4, min_layer_tokens=8)
 
 
 @pytest.fixture(scope="module")

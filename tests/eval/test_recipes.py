@@ -11,11 +11,11 @@ import pytest
 from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.config.io import load_yaml
 from d2o_dist.engine.plan import prepare as prepare_inference
 from d2o_dist.engine.runner import run
 from d2o_dist.eval.evaluate import evaluate
 from d2o_dist.eval.plan import prepare
+from d2o_dist.fields.io import load_yaml
 from tests.engine.tiny import make_folder
 from tests.eval.parts import TEXT
 from tests.eval.test_tasks import row_of, write

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist import D2OCache, D2OConfig
+from d2o_dist import D2OCache
 from tests.models import tiny_model, tokens
+from tests.spec import spec
 
 
 @torch.inference_mode()
@@ -25,7 +26,7 @@ def test_an_uncompressed_cache_is_plain_attention(family):
     expected = logits(tiny_model(family, attention="sdpa").float())
     model = tiny_model(family).float()
     torch.testing.assert_close(logits(model), expected, rtol=0.05, atol=0.3)
-    cache = D2OCache(config=model.config, d2o=D2OConfig.preset("full"))
+    cache = D2OCache(config=model.config, d2o=spec("full"))
     torch.testing.assert_close(logits(model, cache), expected, rtol=0.05, atol=0.3)
     assert cache.layers[1].keys.dtype == torch.bfloat16
 
@@ -33,7 +34,7 @@ def test_an_uncompressed_cache_is_plain_attention(family):
 @pytest.mark.parametrize("preset", ["d2o", "paper_minmax"])
 def test_what_is_kept_and_merged_does_not_depend_on_where_it_is_compressed(preset):
     model, ids = tiny_model().float(), tokens(1, 96)
-    d2o = D2OConfig.preset(preset, keep_ratio=0.3, min_layer_tokens=8)
+    d2o = spec(preset, keep_ratio=0.3, min_layer_tokens=8)
     caches = [D2OCache(config=model.config, d2o=d2o) for _ in range(2)]
     with torch.inference_mode():
         with torch.autocast("cpu", torch.bfloat16):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from d2o_dist import D2OCache, D2OConfig
+from d2o_dist import D2OCache
 from tests.models import FAMILIES, left_padded, tiny_model, tokens
+from tests.spec import spec
 
 SQUEEZE = dict(keep_ratio=0.3, min_layer_tokens=10, eviction_interval=4)
 FULL = dict(keep_ratio=1.0, eviction_interval=None)
@@ -21,7 +22,7 @@ def make_cache(model, preset="d2o", **changes) -> D2OCache:
     values = {**SQUEEZE, **changes}
     if preset == "released":
         values["protected_layers"] = (0,)
-    return D2OCache(config=model.config, d2o=D2OConfig.preset(preset, **values))
+    return D2OCache(config=model.config, d2o=spec(preset, **values))
 
 
 def generate(model, ids, cache, new=24, mask=None, **kwargs):
@@ -54,7 +55,7 @@ def test_nothing_evicted_equals_the_full_cache(family):
     ids, mask = left_padded([61, 61, 9])
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
     model.set_attn_implementation("d2o")
-    full = D2OCache(config=model.config, d2o=D2OConfig.preset("full"))
+    full = D2OCache(config=model.config, d2o=spec("full"))
     for cache in (full, make_cache(model, keep_ratio=None, keep_tokens=90), None):
         found = generate(model, ids, cache, 20, mask)
         assert torch.equal(found, expected), cache

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist import D2OCache, D2OConfig
+from d2o_dist import D2OCache
 from tests.models import tiny_model, tokens
 from tests.oracle.naive_d2o import OracleConfig, run_oracle, use_float64_norms
+from tests.spec import spec
 
 CASES = {
     "d2o": ("d2o", {}),
@@ -49,7 +50,7 @@ def both(case: str, **changes):
     overrides = {"keep_ratio": 0.3, "min_layer_tokens": 12, **overrides, **changes}
     if overrides.get("keep_tokens"):
         overrides.pop("keep_ratio")
-    config = D2OConfig.preset(preset, **overrides)
+    config = spec(preset, **overrides)
     values = config.to_dict()
     values.pop("pyramid_beta")
     return config, OracleConfig(**values)

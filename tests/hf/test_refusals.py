@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from d2o_dist import D2OCache, D2OConfig
+from d2o_dist import D2OCache
 from tests.models import tiny_model, tokens
+from tests.spec import spec
 
 
 def test_a_model_whose_attention_is_not_d2o_is_refused_at_once():
@@ -113,9 +114,9 @@ def test_models_of_other_kinds_are_refused(family, changes, message):
 def test_budgets_the_model_cannot_have_are_refused_before_any_forward():
     config = tiny_model().config
     with pytest.raises(ValueError, match="keep_ratio \\(0.2\\) of 4 layers is 0.8 layers.*2 protected layers"):
-        D2OCache(config=config, d2o=D2OConfig(keep_ratio=0.2, protected_layers=(0, 1)))
+        D2OCache(config=config, d2o=spec(keep_ratio=0.2, protected_layers=(0, 1)))
     with pytest.raises(ValueError, match="protected_layers has 7, but the model has 4 layers"):
-        D2OCache(config=config, d2o=D2OConfig(protected_layers=(7,)))
+        D2OCache(config=config, d2o=spec(protected_layers=(7,)))
     with pytest.raises(ValueError, match="must be a D2OConfig, not dict"):
         D2OCache(config=config, d2o={"keep_ratio": 0.2})
 

@@ -14,6 +14,7 @@ from d2o_dist.engine.session import Session
 from tests.models import left_padded, tiny_model, tokens
 from tests.oracle.naive_d2o import OracleConfig, OracleResult, run_oracle, use_float64_norms
 from tests.ranks import run_ranks
+from tests.spec import spec
 
 DROP = {"merge": "none", "merge_targets": "kept", "gate": "threshold"}
 CASES = {
@@ -40,7 +41,7 @@ def both(case: str, **changes) -> tuple[D2OConfig, OracleConfig]:
     overrides = {"keep_ratio": 0.3, "min_layer_tokens": 8, **rule, **CASES[case], **changes}
     if overrides.get("keep_tokens"):
         overrides.pop("keep_ratio")
-    config = D2OConfig.preset("reread", **overrides)
+    config = spec("reread", **overrides)
     values = config.to_dict()
     values.pop("pyramid_beta")
     return config, OracleConfig(**values)
@@ -316,7 +317,7 @@ def test_refusals():
 )
 def test_configurations_that_say_nothing(changes, message):
     with pytest.raises(ValueError, match=message):
-        D2OConfig.preset("reread", **changes)
+        spec("reread", **changes)
 
 
 SPREAD = [{"sp_prefill": "ring"}, {"cache_layout": "sequence"}, {"merge_scope": "local"}]
@@ -327,23 +328,23 @@ def test_slots_of_a_head_on_several_ranks_are_refused_before_there_are_ranks(lay
     parallel = ParallelConfig(sp=2, **layout).resolve(4)
     for changes in ({"selection": "window"}, {"budget_per": "layer"}, {}):
         with pytest.raises(ValueError, match=r"sp \(2\) and sp_prefill \(.*\) cache_layout is sequence. Use tp"):
-            parallel.check_rules(D2OConfig.preset("reread", **changes))
-    parallel.check_rules(D2OConfig(allocation="ranked"))
-    ParallelConfig(sp=2).resolve(4).check_rules(D2OConfig.preset("reread"))
+            parallel.check_rules(spec("reread", **changes))
+    parallel.check_rules(spec(allocation="ranked"))
+    ParallelConfig(sp=2).resolve(4).check_rules(spec("reread"))
 
 
 def on_rank(rank: int, world: int, layout: dict) -> str:
     mesh, model, parallel = build_mesh(sp=world), tiny_model("llama"), ParallelConfig(sp=world, **layout)
     with pytest.raises(ValueError, match="cache_layout is sequence"):
-        D2OCache(model.config, D2OConfig.preset("reread"), mesh, parallel)
-    cache, ids = D2OCache(model.config, D2OConfig(), mesh, parallel), tokens(1, 20)
+        D2OCache(model.config, spec("reread"), mesh, parallel)
+    cache, ids = D2OCache(model.config, spec(), mesh, parallel), tokens(1, 20)
     with torch.no_grad():
         model(**cache.deal(ids), past_key_values=cache)
     if layout.get("cache_layout") != "sequence":
         with pytest.raises(ValueError, match="must be ulysses to read a prompt a second time"):
             cache.reread(model, ids)
     with pytest.raises(ValueError, match="cache_layout is sequence"):
-        cache.with_config(D2OConfig(budget_per="head"))
+        cache.with_config(spec(budget_per="head"))
     return "refused"
 
 
@@ -355,7 +356,7 @@ def test_slots_of_a_head_on_several_ranks_are_refused(layout):
 
 def test_configurations_share_one_second_reading():
     model, ids = tiny_model("llama"), tokens(1, 70, seed=2)
-    gathering = D2OConfig(allocation="uniform", selection="mixed", merge="none")
+    gathering = spec(allocation="uniform", selection="mixed", merge="none")
     cache = D2OCache(config=model.config, d2o=gathering)
     with torch.no_grad():
         model(ids, past_key_values=cache)

@@ -5,8 +5,8 @@ import torch
 
 from d2o_dist.bench import memory, prefill
 from d2o_dist.bench.layer import DecodeLayer, finalize_layer, random_slots
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core import compress
+from tests.spec import spec
 
 
 def test_prefill_reports_and_writes(tmp_path, capsys):
@@ -36,7 +36,7 @@ def test_evictions_are_timed_as_the_cache_runs_them(monkeypatch):
         return select(slots, budget, *args, **kwargs)
 
     monkeypatch.setattr(compress, "select", noted)
-    config = D2OConfig.preset("d2o", keep_ratio=0.2)
+    config = spec("d2o", keep_ratio=0.2)
     layer = DecodeLayer.full(config, (4, 2), 300, 16, torch.float32, "cpu")
     for _ in range(2):
         layer.fill()

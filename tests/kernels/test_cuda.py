@@ -13,9 +13,7 @@ import torch
 from d2o_dist.bench import cuda_step, layers
 from d2o_dist.bench.checks import cuda_checks, cuda_evict
 from d2o_dist.compression.evict import steps_in_place
-from d2o_dist.config import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.core.types import D2OState, Slots
 from d2o_dist.engine.session import Session
 from d2o_dist.kernels import backend
 from d2o_dist.kernels.backend import set_backend
@@ -25,11 +23,13 @@ from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict_over_ranks, ser
 from d2o_dist.kernels.cuda.evict import cuda_evict as evict
 from d2o_dist.kernels.cuda.library import Host, host_build
 from d2o_dist.kernels.update_scores import naive_update_scores, slot_probabilities, update_scores
+from d2o_dist.slots.slots import D2OState, Slots
 from tests.kernels.cuda_ranks import on_rank_in_cuda
 from tests.kernels.helpers import make
 from tests.models import left_padded, tiny_model
 from tests.ranks import run_ranks
 from tests.sharded.play import Play, assert_same, play
+from tests.spec import spec
 from tests.test_house import REPO, imported, sources
 
 SCHEDULES = (0, 1, 2, 7)  # in order, backwards, two mixed
@@ -64,7 +64,7 @@ def test_equals_its_oracle(host, check, schedule):
 @pytest.mark.parametrize("name", ["mass_tail", "ragged", "all_of_a_part", "released"])
 def test_no_order_of_threads_and_blocks_changes_a_bit(host, name):
     case, found = cuda_evict.CASES[name], []
-    config = D2OConfig.preset("paper_minmax", **{"num_sink_tokens": 2, **case.rule})
+    config = spec("paper_minmax", **{"num_sink_tokens": 2, **case.rule})
     rows = EvictionRows(case.held, [x or n for x, n in zip(case.heavy, case.held, strict=True)], case.recent, case.held)
     for schedule in range(9):
         slots = cuda_evict.buffers_of(case, torch.bfloat16, "cpu")
@@ -90,7 +90,7 @@ def test_every_bfloat16_and_float16_is_stored_and_read_as_torch_does(on_cpu):
         slots.values[0, 0, 4], slots.values[0, 0, 5] = every, every.flip(0)
         slots.keys[:] = 1
         slots.scores[0, 0] = torch.tensor([9.0, 9, 9, 9, 9, 0, 9, 9, 9])
-        config = D2OConfig.preset("paper_minmax", num_sink_tokens=0, merge="values", merge_targets="tail")
+        config = spec("paper_minmax", num_sink_tokens=0, merge="values", merge_targets="tail")
         slots.scores[0, 0, 4] = 1  # the lowest that is kept: the only target
         evict(slots, EvictionRows((9,), (6,), (2,), (9,)), D2OState(), config)
         weight = torch.tensor(1.0).exp()
@@ -110,7 +110,7 @@ def test_kept_slots_hold_their_bits(on_cpu):
     slots = random_slots(40, dtype=torch.bfloat16)
     slots.values.view(torch.int16).copy_(torch.arange(2 * 40 * 16).view(1, 2, 40, 16) * 40503 % 65536 - 32768)
     before = slots.map(torch.clone)
-    evict(slots, EvictionRows((40,), (20,), (5,), (40,)), D2OState(), D2OConfig(merge="none"))
+    evict(slots, EvictionRows((40,), (20,), (5,), (40,)), D2OState(), spec(merge="none"))
     for head in range(2):
         kept = slots.positions[0, head, :25]
         assert torch.equal(kept.sort().values, kept) and (slots.positions[0, head, 25:] == -1).all()
@@ -191,7 +191,7 @@ def test_heads_with_budgets_of_their_own_are_evicted_by_others(host, monkeypatch
     from d2o_dist.kernels.cuda import evict as module
 
     def run() -> torch.Tensor:
-        session = Session(tiny_model().float(), D2OConfig.preset("reread", eviction_interval=3, keep_ratio=0.4))
+        session = Session(tiny_model().float(), spec("reread", eviction_interval=3, keep_ratio=0.4))
         logits = [session.prefill(*left_padded([60, 41], 3))]
         for token in range(2, 12):
             logits.append(session.decode([token, token + 1]))
@@ -240,11 +240,11 @@ def test_a_whole_eviction_of_what_it_does_not_serve_is_left_to_others(on_cpu, ca
     assert not serves_eviction(random_slots(9).map(lambda x: x[:, :, ::2]).map(lambda x: x.transpose(0, -1)))
     lists = dict(held=[9], kept=[6], num_seen=[9], all_heads_here=True)
     backend._say.cache_clear()
-    assert steps_in_place(random_slots(9, dim=6), D2OState(), D2OConfig(), **lists) is None
+    assert steps_in_place(random_slots(9, dim=6), D2OState(), spec(), **lists) is None
     assert [x.levelname for x in caplog.records if "6 numbers in torch.float32" in x.message] == ["WARNING"]
-    assert steps_in_place(random_slots(9), D2OState(), D2OConfig(), **lists) is not None
+    assert steps_in_place(random_slots(9), D2OState(), spec(), **lists) is not None
     set_backend("torch")
-    assert steps_in_place(random_slots(9), D2OState(), D2OConfig(), **lists) is None
+    assert steps_in_place(random_slots(9), D2OState(), spec(), **lists) is None
 
 
 @needs_compiler
@@ -254,7 +254,7 @@ def test_a_whole_eviction_of_what_it_does_not_serve_is_left_to_others(on_cpu, ca
 def test_heads_on_two_ranks_give_what_one_gives(on_cpu, name):
     """Two launches a rank, and an exchange of reports between them; one head here, the others there."""
     case, dtype = cuda_evict.CASES[name], torch.float32
-    config = D2OConfig.preset("paper_minmax", **{"num_sink_tokens": 2, **case.rule})
+    config = spec("paper_minmax", **{"num_sink_tokens": 2, **case.rule})
     rows = EvictionRows(case.held, [x or n for x, n in zip(case.heavy, case.held, strict=True)], case.recent, case.held)
     whole, state = cuda_evict.buffers_of(case, dtype, "cpu"), D2OState()
     parts = [whole.map(lambda x: x[:, :1].clone()), whole.map(lambda x: x[:, 1:].clone())]
@@ -308,9 +308,9 @@ def run_in_turns(steps: list) -> list:
 @needs_compiler
 def test_errors_name_both_numbers(on_cpu):
     with pytest.raises(ValueError, match=r"2000 slots a head.*1024"):
-        evict(random_slots(2010), EvictionRows((2010,), (6,), (4,), (2010,)), D2OState(), D2OConfig())
+        evict(random_slots(2010), EvictionRows((2010,), (6,), (4,), (2010,)), D2OState(), spec())
     with pytest.raises(ValueError, match=r"12 slots.*have 9"):
-        evict(random_slots(9), EvictionRows((12,), (4,), (2,), (12,)), D2OState(), D2OConfig())
+        evict(random_slots(9), EvictionRows((12,), (4,), (2,), (12,)), D2OState(), spec())
     slots, row, where = random_slots(9), torch.zeros(1, 2, 16), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"keys \(1, 2, 8\).*\(1, 2, 9, 16\)"):
         cuda_append(slots, row[..., :8], row, where, where)

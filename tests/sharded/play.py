@@ -9,12 +9,13 @@ import torch
 from torch.nn.functional import pad
 
 from d2o_dist.comm import TrafficCounter, build_mesh
-from d2o_dist.config import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
 from d2o_dist.integrations.tensor_parallel import shard_model
+from d2o_dist.policy import D2OConfig
 from tests.models import left_padded, tiny_model
 from tests.oracle.naive_d2o import use_float64_norms
+from tests.spec import spec
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Play:
     @property
     def config(self) -> D2OConfig:
         size = {} if self.preset == "full" else {"keep_ratio": 0.4}
-        return D2OConfig.preset(self.preset, **{**size, "min_layer_tokens": 8, **self.d2o})
+        return spec(self.preset, **{**size, "min_layer_tokens": 8, **self.d2o})
 
 
 def positions_of(session: Session) -> list[torch.Tensor]:

@@ -10,18 +10,19 @@ from d2o_dist.comm import build_mesh
 from d2o_dist.config.parallel import ParallelConfig
 from tests.models import left_padded, tiny_model
 from tests.ranks import run_ranks
+from tests.spec import spec
 
-GATHERS = D2OConfig(keep_ratio=0.9, selection="mixed", allocation="uniform", merge="none", rate_window=32)
+GATHERS = spec(keep_ratio=0.9, selection="mixed", allocation="uniform", merge="none", rate_window=32)
 SIZE = {"keep_ratio": 0.4, "min_layer_tokens": 8}
 CONFIGS = [
-    D2OConfig.preset("d2o", **SIZE),
-    D2OConfig.preset("paper_minmax", **SIZE),
-    D2OConfig.preset("mass", **SIZE),
-    D2OConfig.preset("snapkv", **SIZE, rate_window=16),
-    D2OConfig.preset("streaming", **SIZE),
-    D2OConfig.preset("full"),
+    spec("d2o", **SIZE),
+    spec("paper_minmax", **SIZE),
+    spec("mass", **SIZE),
+    spec("snapkv", **SIZE, rate_window=16),
+    spec("streaming", **SIZE),
+    spec("full"),
 ]
-TWICE = [D2OConfig.preset("reread", **SIZE, rate_window=16), D2OConfig.preset("reread", **SIZE, budget_per="layer")]
+TWICE = [spec("reread", **SIZE, rate_window=16), spec("reread", **SIZE, budget_per="layer")]
 
 
 @torch.no_grad()
@@ -72,21 +73,21 @@ def test_sequence_ranks(scheme):
 def test_refusals():
     model = tiny_model()
     ids, _ = left_padded([30])
-    cache = D2OCache(model.config, D2OConfig.preset("snapkv", **SIZE))
+    cache = D2OCache(model.config, spec("snapkv", **SIZE))
     with pytest.raises(ValueError, match="only a cache in its first prefill .* phase prefill and has seen 0 tokens"):
         cache.with_config(CONFIGS[0])
     model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="the new configuration needs column sums, and the prefill did not gather"):
         cache.with_config(CONFIGS[0])
     with pytest.raises(ValueError, match=r"rate_window \(64\) must be at most the 32 of the prefill"):
-        cache.with_config(D2OConfig.preset("snapkv", **SIZE, rate_window=64))
-    strided = D2OConfig.preset("paper_minmax", **SIZE, score_queries="strided")
+        cache.with_config(spec("snapkv", **SIZE, rate_window=64))
+    strided = spec("paper_minmax", **SIZE, score_queries="strided")
     other = D2OCache(model.config, strided)
     model(ids, past_key_values=other)
     with pytest.raises(ValueError, match=r"from all queries, and .* from one query in 8 \(all within 64 tokens\)"):
-        other.with_config(D2OConfig.preset("paper_minmax", **SIZE))
-    other.with_config(D2OConfig.preset("snapkv", **SIZE))  # reads no column sums
+        other.with_config(spec("paper_minmax", **SIZE))
+    other.with_config(spec("snapkv", **SIZE))  # reads no column sums
     other.with_config(strided.replace(keep_ratio=0.2))
     cache.finalize()
     with pytest.raises(ValueError, match="phase decode and has seen 30 tokens"):
-        cache.with_config(D2OConfig.preset("snapkv", keep_ratio=0.1))
+        cache.with_config(spec("snapkv", keep_ratio=0.1))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist import D2OCache, D2OConfig
+from d2o_dist import D2OCache
 from d2o_dist.comm import build_mesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.integrations.tensor_parallel import shard_model
 from tests.models import left_padded, tiny_model, tokens
 from tests.ranks import run_ranks
+from tests.spec import spec
 
 SETTINGS = {
     "greedy": {},
@@ -24,7 +25,7 @@ def generate(setting: str, mesh=None) -> tuple[list[list[int]], float]:
     model = tiny_model()
     if mesh is not None:
         model = shard_model(model, mesh, ParallelConfig(tp=mesh.tp, tp_engine="transformers"), torch.device("cpu"))
-    cache = D2OCache(model.config, D2OConfig(keep_ratio=0.4, min_layer_tokens=8), mesh=mesh)
+    cache = D2OCache(model.config, spec(keep_ratio=0.4, min_layer_tokens=8), mesh=mesh)
     ids, mask = left_padded([41, 60])
     torch.manual_seed(5)
     out = model.generate(
@@ -51,7 +52,7 @@ def test_generate_on_tensor_ranks(setting):
 def by_hand(mesh=None) -> torch.Tensor:
     """The loop of docs/sharding.md: a dealt prompt, then one token at a time, position ids left to the model."""
     model, ids = tiny_model(), tokens(1, 101)
-    cache = D2OCache(config=model.config, d2o=D2OConfig(keep_ratio=0.2), mesh=mesh)
+    cache = D2OCache(config=model.config, d2o=spec(keep_ratio=0.2), mesh=mesh)
     model(**cache.deal(ids), past_key_values=cache)
     cache.finalize()
     steps = [model(torch.tensor([[5 + step]]), past_key_values=cache).logits for step in range(20)]
@@ -74,7 +75,7 @@ def selected(mesh=None, sp_prefill="auto") -> tuple[torch.Tensor, list[int]]:
     """Of two prompts the longer one is let go of while they are read."""
     model, (ids, mask) = tiny_model(), left_padded([97, 40])
     parallel = None if mesh is None else ParallelConfig(sp=mesh.sp, sp_prefill=sp_prefill)
-    cache = D2OCache(config=model.config, d2o=D2OConfig(keep_ratio=0.2), mesh=mesh, parallel=parallel)
+    cache = D2OCache(config=model.config, d2o=spec(keep_ratio=0.2), mesh=mesh, parallel=parallel)
     model(**cache.deal(ids[:, :80], mask[:, :80]), past_key_values=cache)
     cache.batch_select_indices(torch.tensor([1]))
     model(**cache.deal(ids[1:, 80:], mask[1:, 80:]), past_key_values=cache)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from d2o_dist import D2OCache
-from d2o_dist.config import D2OConfig
+from d2o_dist.policy import D2OConfig
 from d2o_dist.train.compress import compress_prompt
 from tests.models import tiny_model, tokens
+from tests.spec import spec
 from tests.train.helpers import cut, tiny_objective
 
 CONTEXT, LENGTH = 70, 90
@@ -29,7 +30,7 @@ CASES = {
 
 def config_of(preset: str) -> D2OConfig:
     size = {} if preset == "full" else {"keep_ratio": 0.3, "min_layer_tokens": 8}
-    return D2OConfig.preset("paper_minmax" if preset == "strided" else preset, **size, **CASES[preset])
+    return spec("paper_minmax" if preset == "strided" else preset, **size, **CASES[preset])
 
 
 def cached_logits(family: str, d2o: D2OConfig, ids: torch.Tensor) -> tuple[torch.Tensor, D2OCache]:

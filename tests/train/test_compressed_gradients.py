@@ -5,21 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist.config import D2OConfig
 from d2o_dist.config.distill import DistillConfig
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.train import objective as objective_module
 from d2o_dist.train.compress import compress_prompt
 from d2o_dist.train.passes import PromptLayer
+from tests.spec import spec
 from tests.train.helpers import parts, tiny_objective
 
 CONFIGS = {
-    "keys_values": D2OConfig.preset("paper_minmax", keep_ratio=0.3, min_layer_tokens=8),
-    "values": D2OConfig.preset("paper_minmax", keep_ratio=0.3, min_layer_tokens=8, merge="values"),
-    "none": D2OConfig.preset("h2o", keep_ratio=0.3, min_layer_tokens=8),
-    "mass": D2OConfig.preset("mass", keep_ratio=0.3, min_layer_tokens=8, tail_fraction=0.4),
-    "mass_kept": D2OConfig.preset("mass", keep_ratio=0.3, min_layer_tokens=8, merge_targets="kept"),
-    "released": D2OConfig.preset("released", keep_ratio=0.3, min_layer_tokens=8, protected_layers=(0,)),
+    "keys_values": spec("paper_minmax", keep_ratio=0.3, min_layer_tokens=8),
+    "values": spec("paper_minmax", keep_ratio=0.3, min_layer_tokens=8, merge="values"),
+    "none": spec("h2o", keep_ratio=0.3, min_layer_tokens=8),
+    "mass": spec("mass", keep_ratio=0.3, min_layer_tokens=8, tail_fraction=0.4),
+    "mass_kept": spec("mass", keep_ratio=0.3, min_layer_tokens=8, merge_targets="kept"),
+    "released": spec("released", keep_ratio=0.3, min_layer_tokens=8, protected_layers=(0,)),
 }
 
 
@@ -154,7 +154,7 @@ def test_distillation_from_the_full_cache_is_zero_when_nothing_is_evicted():
     objective = tiny_objective()
     context, continuation = parts(2, 36, 48)
     losses = objective(
-        "d2o_distill", context=context, continuation=continuation, d2o=D2OConfig.preset("full")
+        "d2o_distill", context=context, continuation=continuation, d2o=spec("full")
     )
     assert losses.achieved_keep_ratio == 1.0
     assert float(losses.total) == pytest.approx(0, abs=1e-9)

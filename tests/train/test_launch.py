@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from d2o_dist.config.io import dump_yaml
+from d2o_dist.fields.io import dump_yaml
 from tests.ranks import REPO
 from tests.train.runs import LM, make_config, make_inputs, records, steps_of
 

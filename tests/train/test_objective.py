@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist.config import D2OConfig
 from d2o_dist.config.distill import DistillConfig
 from d2o_dist.train.compress import compress_prompt
 from d2o_dist.train.model import enable_activation_checkpointing
 from d2o_dist.train.objective import Objective
 from d2o_dist.train.passes import PromptPass
 from tests.models import tiny_model, tokens
+from tests.spec import spec
 from tests.train.helpers import cut, exchange, parts, tiny_objective
 
-D2O = D2OConfig(keep_ratio=0.3, min_layer_tokens=8)
+D2O = spec(keep_ratio=0.3, min_layer_tokens=8)
 
 
 def step(objective: Objective, d2o=D2O, kind="d2o_distill"):
@@ -27,7 +27,7 @@ def step(objective: Objective, d2o=D2O, kind="d2o_distill"):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("preset", ["d2o", "paper_minmax"])
 def test_recomputed_activations_give_the_same_gradients(family, preset):
-    d2o = D2OConfig.preset(preset, keep_ratio=0.3, min_layer_tokens=8)
+    d2o = spec(preset, keep_ratio=0.3, min_layer_tokens=8)
     weights = DistillConfig(context_lm_weight=0.5)
     plain, saving = (tiny_objective(family, distill=weights) for _ in range(2))
     enable_activation_checkpointing(saving.model)
@@ -60,7 +60,7 @@ def test_weights_add_the_losses_up():
 @pytest.mark.parametrize("preset", ["d2o", "h2o", "snapkv"])
 def test_a_ratio_that_keeps_everything_is_measured_beside_others_in_any_order(preset):
     parts_, objective = parts(2, 36, 48), tiny_objective()
-    d2o = [D2OConfig.preset(preset, keep_ratio=ratio, min_layer_tokens=8, eviction_interval=None)
+    d2o = [spec(preset, keep_ratio=ratio, min_layer_tokens=8, eviction_interval=None)
            for ratio in (1.0, 0.3)]  # fmt: skip
     first, second = objective.measure(*parts_, configs=d2o)
     assert float(first["kl"]) == pytest.approx(0, abs=1e-9) and float(second["kl"]) > 1e-3
@@ -70,7 +70,7 @@ def test_a_ratio_that_keeps_everything_is_measured_beside_others_in_any_order(pr
 @pytest.mark.parametrize("queries", ["all", "strided"])
 @pytest.mark.parametrize("preset", ["d2o", "paper_minmax", "released"])
 def test_autocast_does_not_reach_what_is_decided(preset, queries):
-    d2o = D2OConfig.preset(preset, keep_ratio=0.2, min_layer_tokens=8, score_queries=queries, protected_layers=())
+    d2o = spec(preset, keep_ratio=0.2, min_layer_tokens=8, score_queries=queries, protected_layers=())
     generator = torch.Generator().manual_seed(0)
     layers = [[torch.randn(1, heads, 150, 32, generator=generator).bfloat16() for heads in (4, 2, 2)] for _ in range(3)]
 
@@ -102,7 +102,7 @@ def test_a_base_teacher_ignores_lora():
         lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.0)
         model = peft.get_peft_model(tiny_model(attention="d2o_train"), lora).double().train()
         objective = Objective(model, exchange(), DistillConfig(teacher=teacher), 16)
-        results[teacher] = step(objective, D2OConfig.preset("full"))
+        results[teacher] = step(objective, spec("full"))
         trained = {name for name, p in model.named_parameters() if p.grad is not None}
         assert trained and all("lora_" in name for name in trained)
     assert float(results["current"].total) == pytest.approx(0, abs=1e-9)

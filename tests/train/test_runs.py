@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2o_dist import D2OCache, D2OConfig
+from d2o_dist import D2OCache
 from d2o_dist.cli.train import main
 from d2o_dist.comm import Collectives, ParallelMesh
-from d2o_dist.config.io import dump_yaml
+from d2o_dist.fields.io import dump_yaml
 from d2o_dist.train import loop
 from d2o_dist.train.checkpoints import Checkpoints, RunState
 from tests.models import tokens
+from tests.spec import spec
 from tests.train.runs import D2O_LM, LM, make_config, make_inputs, records, run_whole, start, steps_of
 
 
@@ -105,7 +106,7 @@ def test_the_exported_model_is_the_trained_one(inputs, tmp_path):
     trained = {name: p for name, p in run.engine.objective.model.named_parameters()}
     for name, p in exported.named_parameters():
         assert torch.equal(p, trained[name])
-    cache = D2OCache(config=exported.config, d2o=D2OConfig.preset("full"))
+    cache = D2OCache(config=exported.config, d2o=spec("full"))
     with torch.no_grad():
         torch.testing.assert_close(exported(ids, past_key_values=cache).logits, plain(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model").eos_token == "</s>"

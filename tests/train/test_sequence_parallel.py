@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from d2o_dist.comm import Collectives, ParallelMesh, build_mesh
-from d2o_dist.config import D2OConfig
 from d2o_dist.config.distill import DistillConfig
 from d2o_dist.train.model import enable_activation_checkpointing
 from d2o_dist.train.ulysses import check_heads
 from tests.models import tokens
 from tests.ranks import run_ranks
+from tests.spec import spec
 from tests.train.helpers import cut, parts, tiny_objective
 
 HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
@@ -35,7 +35,7 @@ def run(kind: str, mesh: ParallelMesh, checkpointing: bool, **heads):
         losses = objective("lm", row=row, documents=DOCUMENTS)
     else:
         context, continuation = parts(2, 36, 48, rank=rank, sp=sp)
-        d2o = D2OConfig.preset(kind, keep_ratio=0.3, min_layer_tokens=8, **PRESETS[kind])
+        d2o = spec(kind, keep_ratio=0.3, min_layer_tokens=8, **PRESETS[kind])
         losses = objective("d2o_distill", context=context, continuation=continuation, d2o=d2o)
     losses.total.backward()
     everyone = Collectives(mesh.axis("world"))

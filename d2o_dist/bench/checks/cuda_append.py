@@ -3,7 +3,7 @@
 import torch
 
 from d2o_dist.bench.checks.common import Check, Result, in_each_dtype, normal
-from d2o_dist.core.types import Slots
+from d2o_dist.slots.slots import Slots
 
 _NAMES = ("keys", "values", "positions", "scores", "rates", "log_mass")
 # name: (KV heads, head dim, slot of each row; -1 and 9: outside)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from d2o_dist.bench.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Check, Result, in_each_dtype, normal, poisoned
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import compress_layer
-from d2o_dist.core.types import D2OState, LayerBudget, Slots
 from d2o_dist.kernels.nearest_kept import naive_nearest_kept
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 
 _NAMES = ("keys", "values", "positions", "scores", "rates", "log_mass")
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from d2o_dist.bench.checks.common import STATISTICS_LIMIT, Check, Result, relative_error
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.engine.session import Session, left_pad
+from d2o_dist.policy.config import D2OConfig
 
 STEPS = 40
 LENGTHS = (70, 23, 51)

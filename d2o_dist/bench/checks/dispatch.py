@@ -7,7 +7,6 @@ from torch import Tensor
 
 from d2o_dist.attention.sampled import prompt_column_sums
 from d2o_dist.bench.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Check, Result, normal
-from d2o_dist.config.d2o import QuerySample
 from d2o_dist.kernels.backend import get_backend, set_backend
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
@@ -17,6 +16,7 @@ from d2o_dist.kernels.prefill_attention import cross_attention, prefill_attentio
 from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.kernels.scored_prefill import scored_prefill_attention
 from d2o_dist.kernels.update_scores import slot_probabilities, update_scores
+from d2o_dist.policy.statistics import QuerySample
 
 DTYPE = torch.bfloat16
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.config.checks import check_strings
 from d2o_dist.config.eval_tasks import JsonlTask
 from d2o_dist.eval.examples import Example, Task, Tools
 from d2o_dist.eval.metrics.answers import contains_all, contains_any, starts_with_answer
 from d2o_dist.eval.metrics.longbench import qa_f1, rouge_l
 from d2o_dist.eval.metrics.rouge import rouge_1
 from d2o_dist.eval.tasks.json_lines import json_lines
+from d2o_dist.fields.checks import check_strings
 
 _FIELD = re.compile(r"\{(\w+)\}")
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.config.checks import check_strings
 from d2o_dist.config.eval_tasks import LongBenchTask
 from d2o_dist.eval.examples import Example, Task, Tools
 from d2o_dist.eval.metrics.longbench import best, cut_chinese, qa_f1_zh, rouge_l_zh
 from d2o_dist.eval.tasks.json_lines import json_lines
 from d2o_dist.eval.tasks.longbench_prompts import SPECS
+from d2o_dist.fields.checks import check_strings
 
 HUB = "hub:"
 ARCHIVE = "data.zip"

@@ -7,9 +7,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2o_dist.config.checks import check_string, check_strings
 from d2o_dist.eval.tasks.json_lines import json_lines
 from d2o_dist.eval.tasks.ruler_parts import Draft, Material
+from d2o_dist.fields.checks import check_string, check_strings
 
 
 @dataclass(frozen=True)

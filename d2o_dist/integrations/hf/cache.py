@@ -19,12 +19,13 @@ from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.cache.step import DecodeStep
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.integrations.hf.attention import CACHE_TAG
 from d2o_dist.integrations.hf.guards import check_attention, layer_windows, text_config
 from d2o_dist.integrations.hf.heads import request_ranks
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.score import Reread
 
 
 class D2OLayer(CacheLayerMixin):
@@ -226,7 +227,7 @@ class D2OCache(Cache):
         """A copy of a cache that has read a prompt and compressed nothing yet, to be compressed as `d2o` says.
 
         For several configurations on one prompt: what is read under one serves the others, if it gathered what they
-        need (`selection="mixed"` gathers everything but a second reading).
+        need (`Reach(add_accumulated=True)` gathers everything but a second reading).
 
         Raises:
             ValueError: the cache was finalized, has seen nothing, or lacks statistics that `d2o` needs.
@@ -256,19 +257,22 @@ class D2OCache(Cache):
     # ---- prompts that are read twice ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def reread(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Read the prompts a second time, for `selection="reread"`: after the first reading, before `finalize()`.
+    def reread(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int | None = None
+    ) -> None:
+        """Read the prompts a second time, for the score rule `reread`: after the first reading, before `finalize()`.
 
         Every rank of the request calls it with the same whole prompts; sequence ranks share each chunk of them.
 
         The model repeats the prompts, and what it looks up in the cache to do so is worth keeping, whatever will be
-        asked. Each `reread_chunk` tokens of a row are one forward, at the positions that follow the prompt; it
+        asked. Each `chunk` tokens of a row are one forward, at the positions that follow the prompt; it
         attends to the whole cache and to itself, and nothing of it is kept.
 
         Args:
             model: that has read the prompts.
             input_ids: [B, T] int64, the prompts, all that the cache has seen; attention_mask: [B, T], 0 marks padding;
                 None: no padding.
+            chunk: tokens of a forward; by default that of the score rule.
 
         Raises:
             ValueError: other prompts than those of the cache, as far as their lengths tell; no first reading, or one
@@ -279,17 +283,18 @@ class D2OCache(Cache):
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask {tuple(mask.shape)} must have input_ids' shape {tuple(input_ids.shape)}")
         rows = [ids[keep.bool()] for ids, keep in zip(input_ids, mask, strict=True)]
-        lengths, seen, chunk = [len(row) for row in rows], self.compressed.num_seen, self.d2o.reread_chunk
+        chunk = getattr(self.d2o.score, "chunk", Reread().chunk) if chunk is None else chunk
+        lengths, seen = [len(row) for row in rows], self.compressed.num_seen
         if lengths != seen:
             raise ValueError(f"the prompts to read a second time have {lengths} tokens, but the cache has seen {seen}")
         last = max(count + min(count, chunk) for count in seen)
         limit = getattr(self.model_config, "max_position_embeddings", None)
         if limit is not None and last > limit:
             raise ValueError(
-                f"a second reading of {max(seen)} tokens in chunks of {chunk} (reread_chunk) needs {last} positions, "
+                f"a second reading of {max(seen)} tokens in chunks of {chunk} (score.chunk) needs {last} positions, "
                 f"but the model has {limit}"
             )
-        with self.compressed.rereading():
+        with self.compressed.rereading(chunk):
             for start in range(0, max(lengths), chunk):
                 parts = [row[start : start + chunk] for row in rows]
                 width = max(len(part) for part in parts)

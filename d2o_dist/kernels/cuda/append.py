@@ -10,9 +10,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from d2o_dist.core.types import Slots
 from d2o_dist.kernels.cuda.library import DTYPES, call, schedule, stream_of
 from d2o_dist.kernels.cuda.params import AppendParams, Strided
+from d2o_dist.slots.slots import Slots
 
 
 @torch.no_grad()

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import EvictionSteps, count_dropped, judge
-from d2o_dist.core.threshold import head_reports
-from d2o_dist.core.types import D2OState, Slots
 from d2o_dist.kernels.cuda.library import (
     DTYPES,
     aligned,
@@ -26,6 +23,9 @@ from d2o_dist.kernels.cuda.library import (
     workspace_bytes,
 )
 from d2o_dist.kernels.cuda.params import MERGES, SELECTIONS, EvictParams, Strided
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.gate import head_reports
+from d2o_dist.slots.slots import D2OState, Slots
 
 _FIND, _APPLY = 1, 2
 _STATISTICS = ("positions", "scores", "rates", "log_mass")
@@ -97,7 +97,7 @@ def cuda_evict(
         merged=merged,
         dropped=dropped,
     )
-    return D2OState(state.threshold if config.merge == "none" else threshold, merged, dropped)
+    return D2OState(state.threshold if not config.merge.merges else threshold, merged, dropped)
 
 
 @torch.no_grad()
@@ -113,12 +113,12 @@ def cuda_evict_over_ranks(
     device, victims = slots.keys.device, rows.most_victims
     evicted = (one.table[:, 0] - one.table[:, 1] - one.table[:, 2]).clamp_min(0)
     valid = (torch.arange(victims, device=device) < evicted[:, None])[:, None]
-    if config.merge == "none":
+    if not config.merge.merges:
         one.launch(_FIND | _APPLY, gated=torch.zeros(one.shape, dtype=torch.bool, device=device))
         return slots, count_dropped(valid, slots.keys.shape[1], state)
     one.launch(_FIND)
     similarity = one.similarity().masked_fill(~valid, 0)
-    reports = yield head_reports(similarity, valid.expand_as(similarity), config)
+    reports = yield head_reports(similarity, valid.expand_as(similarity), config.merge.gate)
     merged, state = judge(similarity, valid, reports, state, config)
     one.launch(_APPLY, gated=merged.contiguous())
     return slots, state

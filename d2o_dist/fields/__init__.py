@@ -1,0 +1,1 @@
+"""Fields of configurations: declared with their limits, read from YAML and flags, refused with clear words."""

@@ -1,0 +1,335 @@
+"""Budget rules: how layers (or KV heads) share the slots (paper section 3.2, eq. 4-5, made exact).
+
+All of it on the host, in float64. Where heads have budgets of their own, a "layer" is one KV head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2o_dist.fields.declare import choice, flag, integer, real
+from d2o_dist.policy.rule import Rule, registry
+from d2o_dist.policy.statistics import COLUMN_SUMS
+
+# Keeps a min-max normalisation finite when all values agree (released code).
+MINMAX_EPSILON = 1e-6
+# A product such as 0.29 * 100 is 28.999999999999996 in binary; the user meant 29.
+_FLOOR_SLACK = 1e-9
+
+
+def floor_tokens(tokens: float) -> int:
+    """`floor` of a token count that was computed from decimal fractions."""
+    return math.floor(tokens + _FLOOR_SLACK)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is kept, said in one of two ways.
+
+    Attributes:
+        keep_ratio: fraction of the full cache's tokens, averaged over the compressed layers; None where the other is
+            given.
+        keep_tokens: slots a layer, on average.
+    """
+
+    keep_ratio: float | None
+    keep_tokens: int | None
+
+    def ratio_of(self, num_tokens: int) -> float:
+        """The fraction that this is of a prompt."""
+        return self.keep_ratio or min(self.keep_tokens / max(num_tokens, 1), 1.0)
+
+
+@dataclass(frozen=True)
+class BudgetRule(Rule):
+    """How layers share the total.
+
+    Attributes:
+        per_head: each KV head has a budget of its own, rather than all heads of a layer holding as many slots; wherever
+            these rules speak of a layer, one KV head is meant then.
+        exact_total: water-fill the layers so that the total is exactly what was asked for; only `min_layer_tokens` can
+            exceed it.
+        min_layer_ratio: no layer's ratio falls below this, or below that of all where `keep_tokens` makes it smaller.
+        min_layer_tokens: no layer gets fewer slots, whatever the ratio; a shorter prompt may grow to it while decoding.
+        protected_layers: layers that keep everything; negative indices count from the last layer.
+    """
+
+    path: ClassVar[str] = "budget"
+    per_head: bool = flag(False)
+    exact_total: bool = flag(True)
+    min_layer_ratio: float = real(0.01, low=0, high=1)
+    min_layer_tokens: int = integer(32, low=0)
+    protected_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        layers = self.protected_layers
+        if isinstance(layers, (str, bytes)) or not hasattr(layers, "__iter__"):
+            raise ValueError(f"budget.protected_layers ({layers!r}) must be a list of layer indices")
+        object.__setattr__(self, "protected_layers", tuple(layers))
+        for index in self.protected_layers:
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise ValueError(f"budget.protected_layers has {index!r}; layer indices are integers")
+        super().__post_init__()
+
+    def protected(self, num_layers: int) -> frozenset[int]:
+        """Indices in `[0, num_layers)` of the layers that keep everything.
+
+        Raises:
+            ValueError: an index outside `[-num_layers, num_layers)`.
+        """
+        for index in self.protected_layers:
+            if not -num_layers <= index < num_layers:
+                raise ValueError(f"budget.protected_layers has {index}, but the model has {num_layers} layers")
+        return frozenset(index % num_layers for index in self.protected_layers)
+
+    @property
+    def by_ranking(self) -> bool:
+        """Whether shares follow from a ranking of all tokens of the model (`highest_of_heads`)."""
+        return False
+
+    def dispersions(self, variances: Tensor) -> Tensor | None:
+        """[L, Hq] variances of the column sums of all query heads, of one row -> [L]; None where shares need none."""
+        return None
+
+    def log_weights(self, num_layers: int, measured: Sequence[float] | None) -> list[float]:
+        """Log of each layer's share of the total, before clamps; normalised: `logsumexp = 0`.
+
+        Args:
+            measured: per layer what the rule measures: its dispersion, or how many of the highest ranked tokens it has.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dispersion(BudgetRule):
+    """Shares by how a layer's attention is spread: a softmax over the dispersions of the layers (the paper).
+
+    Attributes:
+        statistic: a layer's scalar statistic of its column sums: `layers_minmax`, `heads_minmax`, `raw`, `log_zscore`.
+        sign: -1 gives even attention more (the paper), +1 gives uneven attention more.
+        temperature: divides the exponent of the softmax.
+    """
+
+    name: ClassVar[str] = "dispersion"
+    statistics: ClassVar[frozenset[str]] = frozenset({COLUMN_SUMS})
+    statistic: str = choice("log_zscore", "layers_minmax", "heads_minmax", "raw", "log_zscore")
+    sign: int = choice(1, -1, 1)
+    temperature: float = real(3.3, above=0)
+
+    def dispersions(self, variances: Tensor) -> Tensor:
+        """As `BudgetRule.dispersions`."""
+        return layer_dispersions(variances, self.statistic)
+
+    def log_weights(self, num_layers: int, measured: Sequence[float] | None) -> list[float]:
+        """As `BudgetRule.log_weights`."""
+        assert measured is not None and len(measured) == num_layers
+        return _normalised(np.asarray(measured, dtype=np.float64) * (self.sign / self.temperature))
+
+
+@dataclass(frozen=True)
+class Uniform(BudgetRule):
+    """Equal shares."""
+
+    name: ClassVar[str] = "uniform"
+
+    def log_weights(self, num_layers: int, measured: Sequence[float] | None) -> list[float]:
+        """As `BudgetRule.log_weights`."""
+        return _normalised(np.zeros(num_layers))
+
+
+@dataclass(frozen=True)
+class Pyramid(BudgetRule):
+    """Shares that fall with depth (PyramidKV).
+
+    Attributes:
+        beta: the last layer gets `1/beta` of the average.
+    """
+
+    name: ClassVar[str] = "pyramid"
+    beta: float = real(20.0, low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_head:
+            raise ValueError("budget.per_head (True) must be false where budget.rule is pyramid, which is by depth")
+
+    def log_weights(self, num_layers: int, measured: Sequence[float] | None) -> list[float]:
+        """As `BudgetRule.log_weights`."""
+        low = 1 / self.beta
+        depth = np.arange(num_layers) / max(num_layers - 1, 1) if num_layers > 1 else np.array([0.5])
+        return _normalised(np.log(2 - low - (2 - 2 * low) * depth))
+
+
+@dataclass(frozen=True)
+class Ranked(BudgetRule):
+    """Shares by how many of a layer's tokens are among the highest ranked of all layers."""
+
+    name: ClassVar[str] = "ranked"
+
+    @property
+    def by_ranking(self) -> bool:
+        """As `BudgetRule.by_ranking`."""
+        return True
+
+    def log_weights(self, num_layers: int, measured: Sequence[float] | None) -> list[float]:
+        """As `BudgetRule.log_weights`."""
+        shares = torch.tensor(measured, dtype=torch.float64)
+        # A layer without any gets the least there is, whose logarithm must be finite. A row without tokens has none.
+        return (shares / shares.sum().clamp_min(1)).clamp_min(torch.finfo(torch.float64).tiny).log().tolist()
+
+
+BUDGETS = registry(Dispersion, Uniform, Pyramid, Ranked)
+
+
+def _normalised(raw: np.ndarray) -> list[float]:
+    """Logs of weights less the log of their sum."""
+    peak = raw.max()
+    return list(raw - peak - math.log(np.exp(raw - peak).sum()))
+
+
+def layer_dispersions(variances: Tensor, rule: str) -> Tensor:
+    """The scalar statistic `F_l` of each layer, from the variances of all its query heads.
+
+    Args:
+        variances: [L, Hq], of one row, over all tensor shards.
+        rule: `heads_minmax`, `layers_minmax`, `raw` or `log_zscore`.
+
+    Returns:
+        [L], in the dtype of `variances`.
+    """
+
+    def minmax(x: Tensor) -> Tensor:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        return (x - low) / (high - low + MINMAX_EPSILON)
+
+    if rule == "heads_minmax":
+        return minmax(variances).mean(-1)
+    mean = variances.mean(-1)
+    if rule == "layers_minmax":
+        return minmax(mean)
+    if rule == "raw":
+        return mean
+    assert rule == "log_zscore", rule
+    # A layer of exactly uniform attention has variance 0: its log must not be -inf.
+    log = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+    if log.numel() < 2:
+        return torch.zeros_like(log)
+    deviation = log.std(unbiased=True)
+    return (log - log.mean()) / deviation if deviation > 0 else torch.zeros_like(log)
+
+
+def num_ranked(num_tokens: int, num_heads: int, size: Size) -> int:
+    """How many of the highest ranked tokens decide the shares of a row: the budget's fraction of the `num_tokens`
+    tokens of `num_heads` KV heads in all layers, at least 1."""
+    return max(floor_tokens(size.ratio_of(num_tokens) * num_heads * num_tokens), 1)
+
+
+def water_fill(log_weights: Sequence[float], total: float, low: Sequence[float], high: Sequence[float]) -> list[float]:
+    """Shares in proportion to the weights, within `[low, high]`, that add up to `total`.
+
+    Layers that hit a clamp are fixed there and the rest share what is left, until no more clamp. When a round hits
+    both clamps, the side that misses the total by more is fixed first; otherwise the total could not be met.
+
+    Raises:
+        ValueError: `total` is below the sum of `low`.
+    """
+    if total < sum(low) - 1e-9 * len(low):
+        raise ValueError(f"a total of {total:.6g} layers is below the sum of the layers' minima ({sum(low):.6g})")
+    if total >= sum(high):
+        return list(high)
+    shares: list[float] = list(low)
+    free = set(range(len(log_weights)))
+    left = total
+    while free:
+        members = sorted(free)
+        peak = max(log_weights[i] for i in members)
+        weights = {i: math.exp(log_weights[i] - peak) for i in members}
+        norm = sum(weights.values())
+        wanted = {i: left * weights[i] / norm for i in members}
+        over = {i for i in members if wanted[i] > high[i]}
+        under = {i for i in members if wanted[i] < low[i]}
+        excess = sum(low[i] - wanted[i] for i in under) - sum(wanted[i] - high[i] for i in over)
+        fixed = (under if excess > 0 else over) if over and under and excess != 0 else over | under
+        if not fixed:
+            for i in members:
+                shares[i] = wanted[i]
+            break
+        for i in fixed:
+            shares[i] = high[i] if i in over else low[i]
+            left -= shares[i]
+        free -= fixed
+    return shares
+
+
+def check_total(rule: BudgetRule, size: Size, num_layers: int) -> None:
+    """Refuse a total that the protected layers and the minima of the others alone exceed.
+
+    Raises:
+        ValueError: names the total and what is fixed.
+    """
+    protected = rule.protected(num_layers)
+    if not rule.exact_total or size.keep_ratio is None:
+        return
+    total = size.keep_ratio * num_layers
+    fixed = len(protected) + (num_layers - len(protected)) * rule.min_layer_ratio
+    if fixed > total + 1e-9:
+        raise ValueError(
+            f"keep_ratio ({size.keep_ratio}) of {num_layers} layers is {total:.4g} layers, but the "
+            f"{len(protected)} protected layers and budget.min_layer_ratio ({rule.min_layer_ratio}) of the others "
+            f"need {fixed:.4g}"
+        )
+
+
+def layer_slots(log_weights: Sequence[float], num_tokens: int, rule: BudgetRule, size: Size) -> list[int]:
+    """Slots `S_l` of each layer for a row that has seen `num_tokens` tokens.
+
+    A protected layer gets `num_tokens` and is never evicted. With `exact_total` the sum is
+    `floor(keep_ratio * L * T)`, except that short prompts are not squeezed below `min_layer_tokens` a layer.
+
+    Raises:
+        ValueError: `keep_tokens` is exceeded by what the protected layers keep.
+    """
+    num_layers = len(log_weights)
+    protected = rule.protected(num_layers)
+    if size.keep_ratio is not None:
+        base, ratio = num_tokens, size.keep_ratio
+        total_tokens = floor_tokens(size.keep_ratio * num_layers * num_tokens)
+    else:
+        # An absolute budget does not shrink with a short prompt: the row may still grow up to it while decoding.
+        base = max(num_tokens, size.keep_tokens)
+        ratio = size.keep_tokens / base
+        total_tokens = size.keep_tokens * num_layers
+    # An absolute budget may be a smaller share of a long prompt than the minimum; then it is the minimum.
+    minimum = rule.min_layer_ratio if size.keep_tokens is None else min(rule.min_layer_ratio, ratio)
+    low = [minimum] * num_layers
+    high = [1.0] * num_layers
+    for index in protected:
+        low[index] = 1.0
+
+    if rule.exact_total:
+        if sum(low) > ratio * num_layers + 1e-9:
+            raise ValueError(
+                f"keep_tokens ({size.keep_tokens}) of {num_layers} layers is {total_tokens} tokens, but the "
+                f"{len(protected)} protected layers alone keep {len(protected) * num_tokens} of {num_tokens} each"
+            )
+        ratios = water_fill(log_weights, ratio * num_layers, low, high)
+        slots = [floor_tokens(r * base) for r in ratios]
+        short = total_tokens - sum(slots)
+        # Rounded, so that what is equal in exact arithmetic ties, and the lower layer gets it.
+        remainders = [round(r * base - s, 9) for r, s in zip(ratios, slots, strict=True)]
+        candidates = [i for i in range(num_layers) if slots[i] < base]
+        for index in sorted(candidates, key=lambda i: (-remainders[i], i))[: max(short, 0)]:
+            slots[index] += 1
+    else:
+        shares = [math.exp(w) * num_layers * ratio for w in log_weights]
+        ratios = [min(max(share, lo), 1.0) for share, lo in zip(shares, low, strict=True)]
+        slots = [floor_tokens(r * base) for r in ratios]
+    floor = min(num_tokens, rule.min_layer_tokens)
+    return [max(s, floor) for s in slots]

@@ -1,0 +1,1 @@
+"""The slots of a cache: what one holds, and where they lie."""
