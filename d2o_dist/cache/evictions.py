@@ -1,7 +1,7 @@
 """Evictions of a cache's layers to their budgets: which are due, run alike on all ranks of the request.
 
-At finalize one layer after the other, so that no more than one is held twice; while decoding all layers that are due
-with one exchange between ranks, since little is held.
+At finalize one layer after the other, each with an exchange of its own; while decoding all layers that are due at once,
+with one exchange between ranks.
 
 Shape legend: B rows.
 """
@@ -21,17 +21,18 @@ from d2o_dist.cache.layers import CompressedLayer
 from d2o_dist.cache.sharded import ShardedLayer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.agree import check_agreement
-from d2o_dist.compression.budgets import eviction_budget
-from d2o_dist.compression.evict import run_evictions, steps_in_place
+from d2o_dist.compression.budgets import eviction_budget, rows_due
+from d2o_dist.compression.evict import run_evictions
+from d2o_dist.compression.evict_arena import ArenaEvictions, DueBlocks
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.compression.shard_evict import evict_shards
 from d2o_dist.compression.shard_finalize import finalize_shard
 from d2o_dist.core.compress import EvictionSteps, eviction_steps
 from d2o_dist.core.select import add_rates, ranking_rates, rate_gain
-from d2o_dist.kernels.backend import cuda_leaves
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy.config import D2OConfig
-from d2o_dist.slots.slots import LayerBudget
+from d2o_dist.slots.arena import Arena, Block
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 
 
 class DueUnit(NamedTuple):
@@ -41,6 +42,15 @@ class DueUnit(NamedTuple):
     index: int
     unit: FullLayer | ShardedLayer
     budget: LayerBudget
+    kv_len: list[int]
+
+
+class _DueBlock(NamedTuple):
+    """A block of the arena that is due: its number, its layer in the model, and the slots of each row afterwards."""
+
+    number: int
+    index: int
+    unit: FullLayer
     kv_len: list[int]
 
 
@@ -64,50 +74,100 @@ class LayerEvictions:
     ranks: RequestRanks
     num_seen: Sequence[int]
 
-    def at_finalize(self) -> None:
-        """Evict every layer to its budget."""
-        for index, layer in self.layers.items():
-            for unit in layer.units:
-                if unit.slot_budgets is not None:
-                    self._finalize(index, unit)
-        self._end_of_heads(1)
+    def at_finalize(self, *, in_arena: bool) -> ArenaEvictions | None:
+        """Evict every layer to its budget.
 
-    def _finalize(self, index: int, unit: FullLayer) -> None:
-        due = due_unit(index, unit, 1)
-        held = unit.kv_len if due is None else due.kv_len
-        # From here on the buffers never move: room for the budget and what gathers between evictions.
-        capacity = max(*unit.slot_budgets, *held) + (self.config.eviction_interval or 0)
+        Args:
+            in_arena: whether what is left goes into one arena, for evictions while decoding, which is returned.
+        """
+        units = self._budgeted()
+        due = [due_unit(index, unit, 1) for index, unit in units]
+        arena = self._make_arena([unit for _, unit in units], due) if in_arena and units else None
+        for number, ((_, unit), job) in enumerate(zip(units, due, strict=True)):
+            slots, held = self._evicted(unit, job)
+            if arena is None:
+                unit.store.replace(slots, held, max(*unit.slot_budgets, *held) + (self.config.eviction_interval or 0))
+            else:
+                unit.store.enter(arena.view(number), slots, held)
+            if job is not None:
+                self._check([job])
+        self._end_of_heads(1)
+        return None if arena is None else self._arena_evictions(arena, [unit for _, unit in units])
+
+    def _evicted(self, unit: FullLayer, due: DueUnit | None) -> tuple[Slots, list[int]]:
+        """What is left of a unit, [B, h, S, ...] in order, and how many slots of each row that is."""
         if due is None:
             slots = unit.store.slots
             gain = rate_gain(slots, ranking_rates(slots, self.config, finalize=True), self.config)
-            if gain is not None:
-                slots.rates.copy_(add_rates(slots, gain).rates)
-            unit.store.reserve(capacity)
-            return
+            return slots if gain is None else add_rates(slots, gain), unit.kv_len
         seen = torch.tensor(self.num_seen, device=unit.store.slots.positions.device)
-        [(slots, unit.state)] = run_evictions([self._steps(due, seen, finalize=True)], self._gather_reports)
-        unit.store.replace(slots, due.kv_len, capacity)
-        self._check([due])
+        [(slots, unit.state)] = run_evictions([self._steps(due, seen)], self._gather_reports)
+        return slots, due.kv_len
 
-    def while_decoding(self, slack: int, seen: Tensor) -> bool:
-        """Evict the rows that hold `slack` slots or more over their budget; whether any row was due.
+    def _make_arena(self, units: Sequence[FullLayer], due: Sequence[DueUnit | None]) -> Arena:
+        """A block for each unit: room for the budget and what gathers between evictions."""
+        blocks = []
+        for unit, job in zip(units, due, strict=True):
+            held = unit.kv_len if job is None else job.kv_len
+            room = [max(slots, now) + self.config.eviction_interval
+                    for slots, now in zip(unit.slot_budgets, held, strict=True)]  # fmt: skip
+            blocks.append(Block(unit.store.shape[0], max(room), tuple(room)))
+        return Arena(blocks, units[0].store.slots.keys)
+
+    def _arena_evictions(self, arena: Arena, units: Sequence[FullLayer]) -> ArenaEvictions:
+        device = arena.start.device
+        arena.settle([unit.kv_len for unit in units])
+        most = max(self.config.split(slots)[1] for unit in units for slots in unit.slot_budgets)
+        back = torch.arange(most, device=device) - most
+        newest = []
+        for number, unit in enumerate(units):
+            # The slots still lie in order, from the first one on.
+            place = torch.tensor(unit.kv_len, device=device)[:, None, None] + back
+            positions = arena.view(number).positions
+            place = place.expand(-1, positions.shape[1], -1)
+            newest.append(positions.gather(-1, place.clamp_min(0)).masked_fill(place < 0, -1).flatten(0, 1))
+        seen = torch.tensor(self.num_seen, device=device)
+        return ArenaEvictions(arena, self.config, torch.cat(newest), seen, nearest_kept, self._gather_reports)
+
+    def while_decoding(self, slack: int, seen: Tensor, evictions: ArenaEvictions | None) -> bool:
+        """Evict the rows that hold `slack` slots or more over their budget, all layers at once; whether any was due.
 
         Args:
             seen: [B] int64 tokens seen, on the device.
+            evictions: of the arena that the layers lie in.
         """
-        jobs = _all_due(self.layers, slack)
+        jobs = []
+        for number, (index, unit) in enumerate(self._budgeted()):
+            due, left = rows_due(unit.slot_budgets, unit.kv_len, slack)
+            if any(due):
+                jobs.append(_DueBlock(number, index, unit, left))
         if jobs:
-            self._run(jobs, seen)
+            self._run(jobs, seen, evictions)
         self._end_of_heads(slack)
         return bool(jobs)
 
-    def _run(self, jobs: Sequence[DueUnit], seen: Tensor) -> None:
-        steps = [self._steps_in_place(job) or self._steps(job, seen, finalize=False) for job in jobs]
-        results = run_evictions(steps, self._gather_reports)
-        for job, (slots, state) in zip(jobs, results, strict=True):
-            job.unit.state = state
-            job.unit.store.replace(slots, job.kv_len)
-        self._check(jobs)
+    def _run(self, jobs: Sequence[_DueBlock], seen: Tensor, evictions: ArenaEvictions) -> None:
+        both = [(held, left) for job in jobs for held, left in zip(job.unit.kv_len, job.kv_len, strict=True)]
+        due = DueBlocks(
+            blocks=tuple(job.number for job in jobs),
+            surplus=tuple(held - left for held, left in both),
+            slots=tuple(slots for job in jobs for slots in job.unit.slot_budgets),
+        )
+        state, victims = evictions.run(due, D2OState.cat([job.unit.state for job in jobs]), seen)
+        rows = len(self.num_seen)
+        for job, own in zip(jobs, state.split(rows), strict=True):
+            job.unit.state = own
+            job.unit.store.kv_len = list(job.kv_len)
+        if not self._by_head:
+            decided = {job.index: [part] for job, part in zip(jobs, victims.split(rows), strict=True)}
+            _check(self.layers, decided, self.ranks, by_sequence=False)
+
+    def _budgeted(self) -> list[tuple[int, FullLayer]]:
+        """What has a budget and slots here, with the index of its layer in the model: the blocks of the arena."""
+        return [
+            (index, unit) for index, layer in self.layers.items() for unit in layer.units
+            if unit.slot_budgets is not None
+        ]  # fmt: skip
 
     @property
     def _by_head(self) -> bool:
@@ -122,19 +182,9 @@ class LayerEvictions:
                     head.evict(slack)
             self._check_heads()
 
-    def _steps_in_place(self, job: DueUnit) -> EvictionSteps | None:
-        if self._by_head:
-            cuda_leaves("evictions of heads with budgets of their own")
-            return None
-        alone = self.ranks.tp.size == 1 and not self.ranks.deals_tokens
-        return steps_in_place(
-            job.unit.store.slots, job.unit.state, self.config, held=job.unit.kv_len, kept=job.kv_len,
-            num_seen=self.num_seen, all_heads_here=alone,
-        )  # fmt: skip
-
-    def _steps(self, job: DueUnit, seen: Tensor, *, finalize: bool) -> EvictionSteps:
+    def _steps(self, job: DueUnit, seen: Tensor) -> EvictionSteps:
         return eviction_steps(
-            job.unit.store.slots, job.budget, job.unit.state, self.config, finalize=finalize,
+            job.unit.store.slots, job.budget, job.unit.state, self.config, finalize=True,
             num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted,
         )  # fmt: skip
 
@@ -177,7 +227,7 @@ class ShardEvictions:
     ranks: RequestRanks
     num_seen: list[int]
 
-    def at_finalize(self) -> None:
+    def at_finalize(self, *, in_arena: bool) -> None:
         """Evict every layer to its budget, and make the shards of its heads level."""
         for index, layer in self.layers.items():
             if layer.slot_budgets is None:
@@ -198,7 +248,7 @@ class ShardEvictions:
         layer.settle(shard, state, kv_len, self.num_seen)
         _check(self.layers, {index: [shard.positions, shard.held]}, self.ranks, by_sequence=True)
 
-    def while_decoding(self, slack: int, seen: Tensor) -> bool:
+    def while_decoding(self, slack: int, seen: Tensor, evictions: None) -> bool:
         """As `LayerEvictions.while_decoding`."""
         jobs = _all_due(self.layers, slack)
         if not jobs:

@@ -168,7 +168,7 @@ class FullLayer:
         self.store.put(k, v, step.slot, step.position)
         out = scored_decode(
             q[:, :, 0], buffers.keys, buffers.values, scale,
-            valid=step.live(self.store.capacity),
+            valid=step.live,
             newest=step.slot,
             log_mass=buffers.log_mass if config.merge.keeps_mass else None,
             scores=buffers.scores if config.needs_column_sums or config.needs_reread else None,

@@ -22,6 +22,7 @@ from d2o_dist.cache.step import DecodeStep
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
+from d2o_dist.compression.evict_arena import ArenaEvictions
 from d2o_dist.policy.budget import check_total
 from d2o_dist.policy.config import D2OConfig
 
@@ -73,6 +74,8 @@ class CompressedCache:
         self._placement: Placement | None = None
         self._forward: Forward | None = None
         self.step: DecodeStep | None = None
+        # Evictions while decoding, and the arena that the slots of layers with budgets lie in meanwhile.
+        self._arena_evictions: ArenaEvictions | None = None
         self._step_announced = False
         self.in_inference = False
         # Whether every rank holds a part of the slots of every head, rather than all slots of some heads.
@@ -223,6 +226,9 @@ class CompressedCache:
         return SecondReading(Rows.first(deal.counts), HeadExchange(self.ranks, deal))
 
     def _begin_prefill(self, batch: int) -> None:
+        for unit in self._units():
+            unit.store.leave()
+        self._arena_evictions = None
         if self._placement is None or self.phase != "prefill":
             self._placement = Placement(batch, self.ranks.sp.size)
             if self._by_sequence:
@@ -283,12 +289,17 @@ class CompressedCache:
         self.finalize()
         units = self._units()
         for unit in units:
-            unit.make_room()
+            if not unit.store.in_arena:
+                unit.make_room()
         if present is not None and all(present):
             present = None
         buffers = [unit.store.buffers for unit in units]
         if self.step is None or not self.step.fits(buffers, present):
-            self.step = DecodeStep(self.num_seen, [unit.kv_len for unit in units], buffers, present)
+            arena = None if self._arena_evictions is None else self._arena_evictions.arena
+            numbers = iter(range(len(units)))
+            blocks = [next(numbers) if unit.store.in_arena else None for unit in units]
+            held = [unit.kv_len for unit in units]
+            self.step = DecodeStep(self.num_seen, held, buffers, present, arena, blocks)
         self.step.choose(present)
 
     def _units(self) -> list[Layer]:
@@ -372,8 +383,10 @@ class CompressedCache:
             self.plans = set_budgets(self._full().values(), self.plans, variances, highest, config, self.num_seen)
             # Of this prefill's tokens a step from before it knows nothing.
             self.phase, self.step = "decode", None
-            self._evictions().at_finalize()
-            if self.ranks.deals_tokens and not self._by_sequence and not self.ranks.by_heads:
+            moves = self.ranks.deals_tokens and not self._by_sequence and not self.ranks.by_heads
+            in_arena = self.config.eviction_interval is not None and not moves
+            self._arena_evictions = self._evictions().at_finalize(in_arena=in_arena)
+            if moves:
                 spread_layers(self.layers, self.num_seen, self.ranks)
                 self._by_sequence = True
         self._placement = None
@@ -387,7 +400,7 @@ class CompressedCache:
 
     def _evict(self, slack: int) -> bool:
         """While decoding: evict what is `slack` slots or more over its budget; whether anything was."""
-        return self._evictions().while_decoding(slack, self.step.positions)
+        return self._evictions().while_decoding(slack, self.step.positions, self._arena_evictions)
 
     def _evictions(self) -> LayerEvictions | ShardEvictions:
         kind = ShardEvictions if self._by_sequence else LayerEvictions
@@ -412,6 +425,11 @@ class CompressedCache:
                 raise ValueError(f"row {row} was selected, but the cache has {len(self.num_seen)} rows")
         for layer in self.layers:
             layer.select_rows(index)
+        if self._arena_evictions is not None:
+            self._arena_evictions = self._arena_evictions.select_rows(index)
+            stores = [unit.store for unit in self._units() if unit.store.in_arena]
+            for number, store in enumerate(stores):
+                store.rebase(self._arena_evictions.arena.view(number))
         if self._placement is not None:
             self._placement.select_rows(host)
         self.num_seen = [self.num_seen[row] for row in host]

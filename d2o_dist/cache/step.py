@@ -1,10 +1,10 @@
 """What a decode step of a whole cache reads and advances, on the device.
 
 Between two evictions a step changes no shape and no address, and asks the device nothing: recorded once (as a CUDA
-graph), it can be replayed for the next token. Everything that differs from step to step is therefore in these tensors;
-the host counts along, since its counts depend on no data.
+graph), it can be replayed for the next token. Everything that differs from step to step is therefore in tensors here
+and in the arena; the host counts along, since its counts depend on no data.
 
-Shape legend: B rows.
+Shape legend: B rows, h KV heads of a layer (or the one of a unit with a budget of its own), C slots of its buffers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from d2o_dist.slots.arena import Arena
 from d2o_dist.slots.slots import Slots
 
 
@@ -25,21 +26,19 @@ class LayerStep:
 
     Attributes:
         position: [B] int64 of each row's new token; -1 for a row that takes none.
-        slot: [B] int64, where in this layer it goes: the number of slots in use before it.
-        stop: [B] int64, slots in use with it.
+        slot: [B, h] int64 where in this layer it goes, or [B, 1] where all heads have the same.
+        live: [B, h, C] or [B, C] bool: slots in use, the new one included.
+        stop: [B] int64, slots in use with it, of layers that keep their slots in order; None of others.
         present: [B] bool, rows that take a token; None: all of them.
-        columns: [>= capacity] int64, 0, 1, 2 and so on.
+        columns: [>= C] int64, 0, 1, 2 and so on.
     """
 
     position: Tensor
     slot: Tensor
-    stop: Tensor
+    live: Tensor
+    stop: Tensor | None
     present: Tensor | None
     columns: Tensor
-
-    def live(self, capacity: int) -> Tensor:
-        """[B, capacity] bool: slots in use, the new one included."""
-        return self.columns[:capacity] < self.stop[:, None]
 
 
 class DecodeStep:
@@ -49,6 +48,7 @@ class DecodeStep:
         num_seen: tokens seen by each row; held: per layer (or KV head) the slots in use by each row; buffers: per layer
             (or KV head) its slots.
         present: rows that take a token; None: all of them.
+        arena: that some of the buffers are blocks of, if any; blocks: per layer (or KV head) which of them; None: none.
 
     Attributes:
         counts: tokens that each row takes in a step, 0 or 1.
@@ -60,14 +60,18 @@ class DecodeStep:
         held: Sequence[Sequence[int]],
         buffers: Sequence[Slots],
         present: Sequence[bool] | None,
+        arena: Arena | None = None,
+        blocks: Sequence[int | None] | None = None,
     ) -> None:
         device = buffers[0].positions.device
         self.counts = [1] * len(num_seen)
         # Not kept alive: when rows are selected or a later turn is read, the old buffers must go.
         self._buffers = [weakref.ref(slots) for slots in buffers]
+        self._widths = [slots.positions.shape[-1] for slots in buffers]
+        self._arena, self._blocks = arena, [None] * len(buffers) if blocks is None else list(blocks)
         self._seen = torch.tensor(list(num_seen), device=device)
         self._held = torch.tensor([list(rows) for rows in held], device=device)
-        self._columns = torch.arange(max(slots.positions.shape[-1] for slots in buffers), device=device)
+        self._columns = torch.arange(max(self._widths), device=device)
         # Asked for only once a row has ended; the step then stays of that kind.
         self._present = None if present is None else torch.tensor(list(present), device=device)
 
@@ -94,17 +98,26 @@ class DecodeStep:
             position, stop = self._seen, self._held + 1
         else:
             position, stop = self._seen.masked_fill(~self._present, -1), self._held + self._present
-        return [
-            LayerStep(position, slot, end, self._present, self._columns)
-            for slot, end in zip(self._held.unbind(), stop.unbind(), strict=True)
-        ]
+        if self._arena is not None:
+            slot, live = self._arena.open(position)
+            slots, lives = self._arena.split_units(slot), self._arena.split_slots(live)
+        steps = []
+        for block, width, own, end in zip(self._blocks, self._widths, self._held.unbind(), stop.unbind(), strict=True):
+            if block is None:
+                where, used, last = own[:, None], self._columns[:width] < end[:, None], end
+            else:
+                where, used, last = slots[block], lives[block], None
+            steps.append(LayerStep(position, where, used, last, self._present, self._columns))
+        return steps
 
     def end(self) -> None:
         """The tokens are stored: count them."""
         new = 1 if self._present is None else self._present
         self._seen.add_(new)
         self._held.add_(new)
+        if self._arena is not None:
+            self._arena.close(self._present)
 
     def hold(self, held: Sequence[Sequence[int]]) -> None:
-        """After an eviction: the slots that are in use now."""
+        """After slots moved: those that are in use now."""
         self._held.copy_(torch.tensor([list(rows) for rows in held]))

@@ -10,24 +10,26 @@ from torch import Tensor
 
 from d2o_dist.cache.rows import Rows
 from d2o_dist.kernels.backend import takes_cuda
-from d2o_dist.slots.slots import Slots, stats_dtype
+from d2o_dist.slots.slots import Slots, stats_dtype, unused_slots
 
 # Slots added at once when a layer that is never evicted outgrows its buffer while decoding.
 GROWTH = 256
 
 
 class SlotStore:
-    """Slots of all rows, each row's in `[0, kv_len[row])` by ascending position.
+    """Slots of all rows, each row's in `[0, kv_len[row])` by ascending position; or, in an arena, anywhere.
 
-    What lies beyond is free: position -1, statistics 0, keys and values finite (zeros, or what lay there before).
+    What is free has position -1, statistics 0, keys and values that are finite (zeros, or what lay there before).
 
     Attributes:
         kv_len: slots in use by each row (by each of its heads). On the host: it follows from lengths alone.
+        in_arena: whether the buffers are a block of an arena, in which slots are a set.
     """
 
     def __init__(self, batch: int) -> None:
         self.kv_len: list[int] = [0] * batch
         self._buffers: Slots | None = None
+        self.in_arena = False
 
     @classmethod
     def of(cls, slots: Slots, kv_len: list[int]) -> SlotStore:
@@ -53,11 +55,15 @@ class SlotStore:
 
     @property
     def slots(self) -> Slots | None:
-        """Views of the buffers, [B, Hkv, max(kv_len), ...]; None before the first token."""
+        """What is held, by ascending position, [B, Hkv, max(kv_len), ...]: views of the buffers, in an arena a copy.
+
+        None before the first token.
+        """
         if self._buffers is None:
             return None
+        held = self._buffers.in_order() if self.in_arena else self._buffers
         width = max(self.kv_len)
-        return self._buffers.map(lambda tensor: tensor[:, :, :width])
+        return held.map(lambda tensor: tensor[:, :, :width])
 
     @property
     def buffers(self) -> Slots | None:
@@ -112,20 +118,23 @@ class SlotStore:
         """Write one token a row [B, Hkv, 1, D] into a free slot. Nothing moves; `advance` counts them.
 
         Args:
-            slot: [B] int64 < capacity; position: [B] int64, -1 for a row whose slot stays free.
+            slot: [B, Hkv] int64 < capacity; position: [B] int64, -1 for a row whose slot stays free; in an arena it is
+                written already.
         """
         buffers = self._buffers
         if takes_cuda(buffers.keys, keys, values):
             from d2o_dist.kernels.cuda.append import cuda_append
 
-            cuda_append(buffers, keys[:, :, 0], values[:, :, 0], slot, position)
+            seen = None if self.in_arena else position
+            cuda_append(buffers, keys[:, :, 0], values[:, :, 0], slot.expand(-1, keys.shape[1]), seen)
             return
         # Not scatter_: on a CPU that copies the whole buffer where its dtype is bfloat16.
         batch, heads = keys.shape[:2]
         where = (
-            torch.arange(batch, device=slot.device)[:, None], torch.arange(heads, device=slot.device), slot[:, None]
+            torch.arange(batch, device=slot.device)[:, None], torch.arange(heads, device=slot.device), slot
         )  # fmt: skip
-        buffers.positions[where] = position[:, None].expand(batch, heads)
+        if not self.in_arena:
+            buffers.positions[where] = position[:, None].expand(batch, heads)
         buffers.keys[where] = keys[:, :, 0]
         buffers.values[where] = values[:, :, 0]
 
@@ -149,11 +158,11 @@ class SlotStore:
         if self._buffers is None:
             assert like is not None
             batch, heads, _, dim = like.shape
-            self._buffers = _unused(batch, heads, capacity, dim, like)
+            self._buffers = unused_slots(batch, heads, capacity, like)
             return
         old = self._buffers
         batch, heads, width, dim = old.keys.shape
-        grown = _unused(batch, heads, capacity, dim, old.keys)
+        grown = unused_slots(batch, heads, capacity, old.keys)
         _copy(grown, old, width)
         self._buffers = grown
 
@@ -164,7 +173,7 @@ class SlotStore:
         """
         batch, heads, width, dim = slots.keys.shape
         if capacity is not None:
-            self._buffers = _unused(batch, heads, max(capacity, width), dim, slots.keys)
+            self._buffers = unused_slots(batch, heads, max(capacity, width), slots.keys)
         if slots.keys.data_ptr() != self._buffers.keys.data_ptr():
             _copy(self._buffers, slots, width)
         free = self._buffers.map(lambda tensor: tensor[:, :, width:])
@@ -173,11 +182,25 @@ class SlotStore:
             statistic.zero_()
         self.kv_len = list(kv_len)
 
+    def enter(self, block: Slots, slots: Slots, kv_len: list[int]) -> None:
+        """Hold these slots in a block of an arena [B, Hkv, C, ...], whose first ones they become."""
+        _copy(block, slots, slots.positions.shape[-1])
+        self._buffers, self.kv_len, self.in_arena = block, list(kv_len), True
+
+    def rebase(self, block: Slots) -> None:
+        """The same slots in the block of another arena."""
+        self._buffers = block
+
+    def leave(self) -> None:
+        """Hold the slots in buffers of their own, in order."""
+        if self.in_arena:
+            self._buffers, self.in_arena = self.slots, False
+
     def select_rows(self, index: Tensor) -> None:
-        """Rows `index`, in that order, repeated where repeated."""
+        """Rows `index`, in that order, repeated where repeated; those of an arena are its own to select."""
         host = index.tolist()
         self.kv_len = [self.kv_len[row] for row in host]
-        if self._buffers is not None:
+        if self._buffers is not None and not self.in_arena:
             self._buffers = self._buffers.map(lambda t: t.index_select(0, index.to(t.device)))
 
 
@@ -185,15 +208,6 @@ def _alone(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of a part of a larger one (packed projections, an exchange), which would keep it alive."""
     is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
     return tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor
-
-
-def _unused(batch: int, heads: int, capacity: int, dim: int, like: Tensor) -> Slots:
-    """Buffers of unused slots."""
-    dtype, device = stats_dtype(like.dtype), like.device
-    keys = torch.zeros(batch, heads, capacity, dim, dtype=like.dtype, device=device)
-    positions = torch.full((batch, heads, capacity), -1, dtype=torch.int64, device=device)
-    statistics = torch.zeros(3, batch, heads, capacity, dtype=dtype, device=device)
-    return Slots(keys, torch.zeros_like(keys), positions, *statistics.unbind(0))
 
 
 def _copy(target: Slots, source: Slots, width: int) -> None:

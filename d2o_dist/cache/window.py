@@ -91,7 +91,7 @@ class WindowLayer:
         """Store one token a row and attend over the window: [B, Hq, 1, D]. As `FullLayer.decode`."""
         buffers, capacity = self.store.buffers, self.store.capacity
         self.store.put(k, v, step.slot, step.position)
-        valid = step.live(capacity) & (step.columns[:capacity] >= (step.stop - self.window)[:, None])
+        valid = step.live & (step.columns[:capacity] >= (step.stop - self.window)[:, None])
         out = scored_decode(
             q[:, :, 0], buffers.keys, buffers.values, scale, valid=valid, newest=step.slot, present=step.present
         )

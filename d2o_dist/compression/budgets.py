@@ -82,6 +82,12 @@ def row_slots(
     return layer_slots(log_weights, num_tokens, config.budget, config.size)
 
 
+def rows_due(slot_budgets: Sequence[int], kv_len: Sequence[int], slack: int) -> tuple[list[bool], list[int]]:
+    """Which rows hold `slack` slots or more over their budget, and what each holds once those are evicted."""
+    due = [held >= slots + slack for held, slots in zip(kv_len, slot_budgets, strict=True)]
+    return due, [slots if now else held for now, slots, held in zip(due, slot_budgets, kv_len, strict=True)]
+
+
 def eviction_budget(
     slot_budgets: Sequence[int], kv_len: Sequence[int], slack: int, config: D2OConfig, device: torch.device
 ) -> tuple[LayerBudget, list[int]] | None:
@@ -90,10 +96,9 @@ def eviction_budget(
     A row is due when it holds at least `slack` slots more than its budget (1 at finalize, the eviction interval while
     decoding). A row that is not due keeps all it has.
     """
-    due = [held >= slots + slack for held, slots in zip(kv_len, slot_budgets, strict=True)]
+    due, after = rows_due(slot_budgets, kv_len, slack)
     if not any(due):
         return None
-    after = [slots if now else held for now, slots, held in zip(due, slot_budgets, kv_len, strict=True)]
     sizes = (max(after), max(held - left for held, left in zip(kv_len, after, strict=True)))
     if all(due) and min(after) == max(after):
         return LayerBudget(*config.split(after[0]), *sizes), after

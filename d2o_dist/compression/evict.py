@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from d2o_dist.core.compress import EvictionSteps
-from d2o_dist.kernels.backend import cuda_leaves, takes_cuda
-from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.slots import D2OState, Slots
 
 # [B, h, X] of the heads at hand -> [B, H, X] of all heads, in the order of the heads; the same on every rank.
@@ -39,44 +37,3 @@ def run_evictions(layers: Sequence[EvictionSteps], gather_heads: GatherHeads) ->
             else:
                 raise AssertionError("an eviction asks other ranks once")
     return [results[number] for number in range(len(layers))]
-
-
-def steps_in_place(
-    slots: Slots,
-    state: D2OState,
-    config: D2OConfig,
-    *,
-    held: Sequence[int],
-    kept: Sequence[int],
-    num_seen: Sequence[int],
-    all_heads_here: bool,
-) -> EvictionSteps | None:
-    """An eviction while decoding that writes `slots` and returns them; None unless CUDA C++ was chosen and serves them.
-
-    Args:
-        slots: [B, h, S, ...] buffers, each row's in `[0, held[row])` in order of position.
-        held, kept, num_seen: slots of each row before and after, and the tokens that it has seen.
-        all_heads_here: then nothing is asked of other ranks, and one launch does it all.
-
-    Raises:
-        ValueError: more slots a head than the kernel evicts at once.
-    """
-    if not takes_cuda(slots.keys, slots.values):
-        return None
-    from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict_over_ranks, serves_eviction
-
-    if not serves_eviction(slots):
-        what = f"{slots.keys.shape[-1]} numbers in {slots.keys.dtype}"
-        cuda_leaves(f"evictions of keys and values of {what}, which are not whole words of 16 bytes")
-        return None
-    splits = [config.split(after) if after < before else (before, 0) for before, after in zip(held, kept, strict=True)]
-    rows = EvictionRows(held, *zip(*splits, strict=True), num_seen)
-    steps = _at_once if all_heads_here else cuda_evict_over_ranks
-    return steps(slots, rows, state, config)
-
-
-def _at_once(slots: Slots, rows, state: D2OState, config: D2OConfig) -> EvictionSteps:
-    from d2o_dist.kernels.cuda.evict import cuda_evict
-
-    return slots, cuda_evict(slots, rows, state, config)
-    yield  # it asks nothing, but is driven like those that do

@@ -121,8 +121,8 @@ class ParallelConfig:
             raise ValueError(
                 f"score.rule reread and budget.per_head (given are {d2o.score.name} and {d2o.budget.per_head}) need "
                 f"all slots of a KV head on one rank, but with sp ({self.sp}) and sp_prefill ({self.sp_prefill}) "
-                "cache_layout is sequence. Use tp, or sp_prefill ulysses and cache_layout heads (every rank must then get "
-                "a KV head)"
+                "cache_layout is sequence. Use tp, or sp_prefill ulysses and cache_layout heads (every rank must then "
+                "get a KV head)"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,12 +38,12 @@ def count_highest(
         first = shift == bits - _DIGIT_BITS
         counts = torch.zeros(len(left), _DIGITS, dtype=torch.int64, device=left.device)
         for ranking, valid in zip(rankings, live, strict=True):
-            ordered = _ordered(ranking)
-            digit = (ordered >> shift) & (_DIGITS - 1)
+            bits_of = ordered(ranking)
+            digit = (bits_of >> shift) & (_DIGITS - 1)
             if first:
                 digit = digit ^ (_DIGITS >> 1)  # the sign: negative ones are below the others
             else:
-                valid = valid & (ordered >> (shift + _DIGIT_BITS) == prefix[:, None, None])
+                valid = valid & (bits_of >> (shift + _DIGIT_BITS) == prefix[:, None, None])
             counts.scatter_add_(1, digit.flatten(1), valid.flatten(1).long())
         # Of all that begin like the one that is looked for: how many have this digit or a higher one.
         at_least = over_ranks(counts).flip(-1).cumsum(-1).flip(-1)
@@ -53,8 +53,8 @@ def count_highest(
         digit = found[:, 0]
         prefix = digit - (_DIGITS >> 1) if first else (prefix << _DIGIT_BITS) + digit
     cut = prefix[:, None, None]
-    above = [((_ordered(one) > cut) & valid).sum(-1) for one, valid in zip(rankings, live, strict=True)]
-    level = [((_ordered(one) == cut) & valid).sum(-1) for one, valid in zip(rankings, live, strict=True)]
+    above = [((ordered(one) > cut) & valid).sum(-1) for one, valid in zip(rankings, live, strict=True)]
+    level = [((ordered(one) == cut) & valid).sum(-1) for one, valid in zip(rankings, live, strict=True)]
     return torch.stack(above, -1), torch.stack(level, -1)
 
 
@@ -72,7 +72,7 @@ def deal_level(above: Tensor, level: Tensor, num_highest: Tensor) -> Tensor:
     return above + taken.unflatten(1, level.shape[1:])
 
 
-def _ordered(ranking: Tensor) -> Tensor:
+def ordered(ranking: Tensor) -> Tensor:
     """int64 that order as the floats do; 0 and -0 are one number."""
     kind = torch.int32 if ranking.dtype == torch.float32 else torch.int64
     bits = (ranking + 0.0).view(kind)

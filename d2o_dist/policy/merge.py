@@ -150,7 +150,7 @@ class Released(MergeRule):
 MERGES = registry(Mass, Average, Drop, Released)
 
 
-def _unit(keys: Tensor) -> Tensor:
+def unit(keys: Tensor) -> Tensor:
     """Keys over their norms, in accumulation dtype; a key of norm 0 stays 0, so that its cosines are 0."""
     keys = keys.to(stats_dtype(keys.dtype))
     norm = keys.norm(dim=-1, keepdim=True)
@@ -166,7 +166,7 @@ def nearest_kept(evicted: Tensor, kept: Tensor, is_target: Tensor) -> tuple[Tens
     Returns:
         similarity [B, Hkv, E] float32 (float64 for float64 keys), -inf where there is no target; index [B, Hkv, E].
     """
-    left, right = _unit(evicted), _unit(kept).transpose(-1, -2)
+    left, right = unit(evicted), unit(kept).transpose(-1, -2)
     heads = evicted.shape[0] * evicted.shape[1]
     block = max(1, _BLOCK_ENTRIES // max(1, heads * kept.shape[2]))
     similarity, index = [], []

@@ -6,6 +6,7 @@ Shape legend: B rows, Hkv key/value heads, S slots, D head dim.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,14 @@ class Slots:
         return self.take(order, self.live.gather(2, order))
 
 
+def unused_slots(batch: int, heads: int, capacity: int, like: Tensor) -> Slots:
+    """Slots that hold nothing: [B, Hkv, capacity, ...] in the dtype, device and last dim of `like`."""
+    keys = torch.zeros(batch, heads, capacity, like.shape[-1], dtype=like.dtype, device=like.device)
+    positions = torch.full((batch, heads, capacity), -1, dtype=torch.int64, device=like.device)
+    statistics = torch.zeros(3, batch, heads, capacity, dtype=stats_dtype(like.dtype), device=like.device)
+    return Slots(keys, torch.zeros_like(keys), positions, *statistics.unbind(0))
+
+
 @dataclass(frozen=True)
 class LayerBudget:
     """How many slots a layer may hold: `num_heavy` (sinks included) by score and the `num_recent` newest.
@@ -121,6 +130,26 @@ class D2OState:
     threshold: Tensor | None = None
     num_merged: Tensor | None = None
     num_dropped: Tensor | None = None
+
+    @classmethod
+    def cat(cls, states: Sequence[D2OState]) -> D2OState:
+        """The states of several layers, one after the other; what some have and others have not is NaN or 0 there."""
+
+        def join(name: str, nothing: float) -> Tensor | None:
+            values = [getattr(state, name) for state in states]
+            known = next((value for value in values if value is not None), None)
+            if known is None:
+                return None
+            return torch.cat([torch.full_like(known, nothing) if value is None else value for value in values])
+
+        return cls(join("threshold", torch.nan), join("num_merged", 0), join("num_dropped", 0))
+
+    def split(self, rows: int) -> list[D2OState]:
+        """The states of layers of `rows` rows: the inverse of `cat`."""
+        tensors = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        count = next(len(tensor) for tensor in tensors if tensor is not None) // rows
+        parts = [[None] * count if tensor is None else tensor.split(rows) for tensor in tensors]
+        return [D2OState(*of_layer) for of_layer in zip(*parts, strict=True)]
 
     def map(self, function) -> D2OState:
         """`function` applied to each tensor that is set."""

@@ -15,6 +15,7 @@ from d2o_dist.attention.sampled import (
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.prefill_attention import naive_prefill_attention
 from d2o_dist.policy.config import QuerySample
+from d2o_dist.policy.statistics import StatisticsConfig
 from tests.kernels.helpers import make
 from tests.spec import spec
 
@@ -131,9 +132,9 @@ def test_which_queries_a_configuration_takes():
     assert spec(score_queries="strided", score_query_stride=1).query_sample is None
     assert spec("snapkv", score_queries="strided").query_sample is None
     assert spec("h2o", score_queries="strided", score_query_stride=50).num_last_queries == 49
-    with pytest.raises(ValueError, match=r"score_query_stride \(0\) must be at least 1"):
-        spec(score_query_stride=0)
-    with pytest.raises(ValueError, match=r"score_near_distance \(-1\) must be at least 0"):
-        spec(score_near_distance=-1)
+    with pytest.raises(ValueError, match=r"statistics.query_stride \(0\) must be at least 1"):
+        StatisticsConfig(query_stride=0)
+    with pytest.raises(ValueError, match=r"statistics.near_distance \(-1\) must be at least 0"):
+        StatisticsConfig(near_distance=-1)
     with pytest.raises(ValueError, match="score_queries"):
         spec(score_queries="stride")

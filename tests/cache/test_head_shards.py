@@ -101,4 +101,5 @@ def test_exchanges_are_one_a_model_for_the_budgets_and_one_an_eviction():
     assert budgets == (2, 4, LAYERS)
     # finalize goes layer by layer; while decoding one exchange carries the layers that are due together.
     assert evictions[:LAYERS] == [(2, 2, 3)] * LAYERS
-    assert evictions[LAYERS:] == [(2, 2, 3 * LAYERS)] * ((STEPS - 1) // 16)
+    # All layers in one, side by side as rows.
+    assert evictions[LAYERS:] == [(2 * LAYERS, 2, 3)] * ((STEPS - 1) // 16)

@@ -16,13 +16,14 @@ from d2o_dist.slots.slots import Slots
 
 
 @torch.no_grad()
-def cuda_append(slots: Slots, keys: Tensor, values: Tensor, index: Tensor, seen: Tensor) -> None:
+def cuda_append(slots: Slots, keys: Tensor, values: Tensor, index: Tensor, seen: Tensor | None) -> None:
     """In place: row b's slot index[b] gets the token. Nothing is read back, and no shape depends on the indices.
 
     Args:
         slots: [B, H, C, ...] buffers; float32, bfloat16 or float16, their last dim contiguous.
         keys, values: [B, H, D], in the dtype of the buffers.
-        index: [B] int64 slot of the token; outside [0, C) the row gets nothing. seen: [B] int64 its position.
+        index: [B, H] int64 slot of the token; outside [0, C) the head gets nothing. seen: [B] int64 its position; None:
+            positions are written already.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -32,19 +33,19 @@ def cuda_append(slots: Slots, keys: Tensor, values: Tensor, index: Tensor, seen:
         if x.shape != (batch, heads, head_dim) or x.dtype != slots.keys.dtype:
             raise ValueError(f"{name} {tuple(x.shape)} {x.dtype} must be a row of {tuple(slots.keys.shape)} "
                              f"{slots.keys.dtype}")  # fmt: skip
-    for name, x in (("index", index), ("seen", seen)):
-        if x.shape != (batch,) or x.dtype != torch.int64:
-            raise ValueError(f"{name} {tuple(x.shape)} {x.dtype} must be int64, one for each of {batch} rows")
+    for name, x, shape in (("index", index, (batch, heads)), ("seen", seen, (batch,))):
+        if x is not None and (x.shape != shape or x.dtype != torch.int64):
+            raise ValueError(f"{name} {tuple(x.shape)} {x.dtype} must be int64 of shape {shape}")
     device = slots.keys.device
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
-    index, seen = index.contiguous(), seen.contiguous()
+    index, seen = index.contiguous(), None if seen is None else seen.contiguous()
     statistics = ("positions", "scores", "rates", "log_mass")
     params = AppendParams(
         *(Strided.of(getattr(slots, name)) for name in ("keys", "values", *statistics)),
         Strided.of(keys),
         Strided.of(values),
         index=index.data_ptr(),
-        seen=seen.data_ptr(),
+        seen=None if seen is None else seen.data_ptr(),
         batch=batch,
         heads=heads,
         head_dim=head_dim,

@@ -9,7 +9,8 @@ namespace d2o {
 struct AppendParams {
   Strided keys, values, positions, scores, rates, log_mass;
   Strided new_keys, new_values;  // [B, H, D]: slot strides are not used
-  const int64_t *index, *seen;   // [B]: where the token goes, and its position
+  const int64_t* index;          // [B, H]: where the token goes
+  const int64_t* seen;           // [B]: its position; null: positions are written already
   int32_t batch, heads, head_dim, capacity, dtype, schedule;
 };
 
@@ -17,7 +18,7 @@ struct AppendParams {
 template <class T>
 D2O_FN void append_head(const AppendParams& p, int lead) {
   const Item item{lead / p.heads, lead % p.heads, lead, 0};
-  const int64_t slot = p.index[item.row];
+  const int64_t slot = p.index[lead];
   if (slot < 0 || slot >= p.capacity) return;
   phase([&](int thread) {
     for (int d = thread; d < p.head_dim; d += kThreads) {
@@ -25,7 +26,7 @@ D2O_FN void append_head(const AppendParams& p, int lead) {
       head_of<T>(p.values, item)[slot * p.values.slot + d] = head_of<T>(p.new_values, item)[d];
     }
     if (thread != 0) return;
-    head_of<int64_t>(p.positions, item)[slot] = p.seen[item.row];
+    if (p.seen) head_of<int64_t>(p.positions, item)[slot] = p.seen[item.row];
     head_of<float>(p.scores, item)[slot] = 0.0f;
     head_of<float>(p.rates, item)[slot] = 0.0f;
     head_of<float>(p.log_mass, item)[slot] = 0.0f;
@@ -36,7 +37,7 @@ D2O_FN void append_head(const AppendParams& p, int lead) {
 struct ScoreParams {
   Strided logits, lse;           // [B, Hq, S], [B, Hq]
   Strided scores, rates, probs;  // [B, H, S]; data is null where there is none
-  const int64_t* newest;         // [B], needed by rates
+  const int64_t* newest;         // [B, H], needed by rates
   const uint8_t* present;        // [B], or null: all
   int32_t batch, heads, group, num_slots, schedule;
   float decay, rest;
@@ -66,7 +67,7 @@ D2O_FN void update_scores_block(const ScoreParams& p, int number) {
     if (p.scores.data) head_of<float>(p.scores, item)[slot * p.scores.slot] += prob;
     if (p.rates.data) {
       float* rate = &head_of<float>(p.rates, item)[slot * p.rates.slot];
-      *rate = p.newest[item.row] == slot ? prob : *rate * p.rest + prob * p.decay;
+      *rate = p.newest[lead] == slot ? prob : *rate * p.rest + prob * p.decay;
     }
   });
 }

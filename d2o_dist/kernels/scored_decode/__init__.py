@@ -34,7 +34,8 @@ def scored_decode(
     """q [B, Hq, D]; k, v [B, Hkv, S, D], finite also where not valid -> output [B, Hq, D] in the dtype of q.
 
     Args:
-        valid: [B, S] bool, the live slots; newest: [B] int64, the slot of this step's token.
+        valid: [B, S] or [B, Hkv, S] bool, the live slots; newest: [B, Hkv] or [B, 1] int64, the slot of this step's
+            token.
         log_mass: [B, Hkv, S], added to the logits.
         scores, rates: [B, Hkv, S] in acc dtype, updated in place as `update_scores` says; None: not kept.
         peaks: scores become the larger of themselves and the probabilities, instead of their sum.

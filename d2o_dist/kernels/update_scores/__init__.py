@@ -47,7 +47,8 @@ def update_scores(
         logits: [B, Hq, S] of this step, natural units, log_mass included, -inf on slots that are not live.
         lse: [B, Hq], over all slots of all shards. p [B, Hkv, S] is `slot_probabilities(logits, lse)`.
         scores, rates: [B, Hkv, S] float32 (float64 for float64 logits), any strides, or None; not both None.
-        newest: [B] int64, the slot of the token of this step, outside [0, S) where it is elsewhere; needed by rates.
+        newest: [B, Hkv] or [B, 1] int64, the slot of the token of this step, outside [0, S) where it is elsewhere;
+            needed by rates.
         present: [B] bool; rows that took no step change nothing.
 
     Raises:
@@ -60,9 +61,10 @@ def update_scores(
             raise ValueError(f"{name} {tuple(x.shape)} must be [B, Hkv, S] of logits {tuple(logits.shape)}")
     num_kv_heads = (scores if scores is not None else rates).shape[1]
     _check(logits, lse, num_kv_heads)
-    if rates is not None and (newest is None or newest.shape != logits.shape[:1]):
+    if rates is not None and (newest is None or newest.shape not in ((len(logits), num_kv_heads), (len(logits), 1))):
         shape = None if newest is None else tuple(newest.shape)
-        raise ValueError(f"rates need newest, one slot for each of {logits.shape[0]} rows, not {shape}")
+        raise ValueError(f"rates need newest, one slot for each of {len(logits)} rows and KV heads, not {shape}")
+    newest = None if newest is None else newest.expand(-1, num_kv_heads)
     if (kernel := _kernel(logits, lse)) is not None:
         kernel(
             logits, lse, num_kv_heads, scores=scores, rates=rates, newest=newest, decay=1 / rate_window,

@@ -31,6 +31,7 @@ def naive_update_scores(
                 scores[b, g] += probs
             if rates is not None:
                 aged = (1 - 1 / rate_window) * rates[b, g] + probs / rate_window
-                if 0 <= newest[b] < aged.shape[0]:
-                    aged[newest[b]] = probs[newest[b]]
+                slot = newest.expand(-1, num_kv_heads)[b, g]
+                if 0 <= slot < aged.shape[0]:
+                    aged[slot] = probs[slot]
                 rates[b, g] = aged

@@ -54,5 +54,5 @@ def add_probabilities(
     if rates is not None:
         slots = torch.arange(rates.shape[-1], device=rates.device)
         aged = torch.lerp(rates, probs, 1 / rate_window)
-        fresh = torch.where(slots == newest[:, None, None], probs, aged)
+        fresh = torch.where(slots == newest[..., None], probs, aged)
         rates.copy_(fresh if present is None else torch.where(present[:, None, None], fresh, rates))

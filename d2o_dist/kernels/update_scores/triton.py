@@ -45,7 +45,7 @@ def _update_scores_kernel(
     if HAS_RATES:
         rates = rates_ptr + row * rates_stride_b + kv_head * rates_stride_h + offsets * rates_stride_s
         aged = tl.load(rates, mask=present, other=0.0) * (1.0 - decay) + probs * decay
-        newest = tl.load(newest_ptr + row)
+        newest = tl.load(newest_ptr + tl.program_id(1))
         tl.store(rates, tl.where(offsets == newest, probs, aged), mask=present)
     if HAS_PROBS:
         tl.store(probs_ptr + tl.program_id(1).to(tl.int64) * num_slots + slots, probs, mask=inside)
@@ -66,7 +66,7 @@ def triton_update_scores(
 ) -> Tensor | None:
     """In place; as `update_scores`. Returns probs [B, Hkv, S] if wanted."""
     batch, num_heads, num_slots = logits.shape
-    # Read as one number a row, side by side.
+    # Read as one number a row and head, or a row, side by side.
     newest = None if newest is None else newest.contiguous()
     present = None if present is None else present.contiguous().view(torch.uint8)
     probs = None
