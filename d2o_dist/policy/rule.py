@@ -99,15 +99,24 @@ def rule_from(value: Any, rules: Mapping[str, type[Rule]], path: str, *, base: R
     rule = rules[name]
     given = {key: one for key, one in value.items() if key != "rule"}
     _refuse_unknown(given, rule, rules, path)
-    fields = {} if base is None else {
-        key: getattr(base, key) for key in rule.fields() if key in base.fields()
-    }  # fmt: skip
+    fields = {} if base is None else _carried(base, rule)
     for key, one in given.items():
         inner = rule.__dataclass_fields__[key]
         if "rules" in inner.metadata:
             one = rule_from(one, inner.metadata["rules"], f"{path}.{key}", base=fields.get(key, inner.default))
         fields[key] = one
     return rule(**fields)
+
+
+def _carried(base: Rule, rule: type[Rule]) -> dict[str, Any]:
+    """The fields of `base` that the rule has too, as far as they may stand in it."""
+    carried = {key: getattr(base, key) for key in rule.fields() if key in base.fields()}
+    return {
+        key: value
+        for key, value in carried.items()
+        if not isinstance(value, Rule)
+        or rule.__dataclass_fields__[key].metadata["rules"].get(value.name) is type(value)
+    }
 
 
 def _refuse_unknown(given: Mapping[str, Any], rule: type[Rule], rules: Mapping[str, type[Rule]], path: str) -> None:

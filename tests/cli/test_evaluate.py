@@ -27,7 +27,7 @@ def config(tmp_path, folder):
     (tmp_path / "text.txt").write_text(TEXT)
     values = {
         "model": folder, "output": str(tmp_path / "out"), "device": "cpu", "keep_ratios": [0.5],
-        "methods": [{"name": "h2o", "preset": "h2o", "min_layer_tokens": 8}],
+        "methods": [{"name": "h2o", "preset": "h2o", "budget": {"min_layer_tokens": 8}}],
         "tasks": [
             {"kind": "fidelity", "lengths": [64], "num_scored": 8, "samples": 2, "text": str(tmp_path / "text.txt")}
         ],

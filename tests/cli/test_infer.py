@@ -136,12 +136,12 @@ def test_an_interruption_is_exit_status_130(folder, monkeypatch, where, capsys):
 def test_the_printed_configuration_can_be_read_back(folder, tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_text("model: m\nprompts: p.jsonl\nd2o: {keep_tokens: 64}\nsampling: {seed: 1}\n")
-    argv = ["--config", str(file), "--prompt", "1", "--preset", "mass", "--keep-ratio", "0.25", "--print-config"]
+    argv = ["--config", str(file), "--prompt", "1", "--preset", "lean", "--keep-ratio", "0.25", "--print-config"]
     assert infer.main([*argv, "sampling.seed=2", "--set", "max_batch_size=3", "dtype=float32"]) == 0
     text = capsys.readouterr().out
     values = yaml.safe_load(text)
     assert (values["prompt"], values["prompts"], values["max_batch_size"]) == ("1", None, 3)
-    assert (values["d2o"]["keep_ratio"], values["d2o"]["keep_tokens"], values["d2o"]["merge"]) == (0.25, None, "mass")
+    assert (values["d2o"]["keep_ratio"], values["d2o"]["keep_tokens"], values["d2o"]["merge"]["rule"]) == (0.25, None, "mass")
     assert values["sampling"]["seed"] == 2
     file.write_text(text)
     assert infer.main(["--config", str(file), "--print-config"]) == 0

@@ -6,67 +6,66 @@ import math
 
 import pytest
 
-from d2o_dist.policy.config import D2OConfig
-from d2o_dist.policy.presets import PRESETS
+from d2o_dist.policy import PRESETS, D2OConfig
+from d2o_dist.policy.budget import Dispersion, Pyramid, Ranked, Uniform
+from d2o_dist.policy.gate import Quantile, RowThreshold, Threshold
+from d2o_dist.policy.merge import Average, Drop, Mass, Released
+from d2o_dist.policy.score import Accumulated, Newest, Reach, Reread, Window
+from d2o_dist.policy.statistics import StatisticsConfig
+from d2o_dist.policy.targets import Kept, Tail
+from tests.spec import spec
 
-# Fields in which presets differ, in this order; all others are the same everywhere.
-FIELDS = (
-    "allocation", "budget_per", "dispersion", "dispersion_sign", "temperature", "exact_total", "protected_layers",
-    "heavy_fraction", "selection", "selection_pool", "selection_pool_side", "merge", "merge_targets", "gate",
-    "selection_reach", "max_decode_tail", "ema_beta", "threshold_agg", "eviction_interval", "min_layer_tokens",
-)  # fmt: skip
-PAPER = ("dynamic", "layer", "layers_minmax", -1, 1.0, True, (), 0.75, "cumulative", 7, "both", "keys_values", "kept",
-         "threshold", None, None, 0.7, "max", 16, 32)  # fmt: skip
-MASS = ("dynamic", "layer", "log_zscore", 1, 3.3, True, (), 0.8, "window", 7, "both", "mass", "tail", "quantile", None,
-        None, 0.7, "max", 16, 32)  # fmt: skip
-
-
-def but(base: tuple, **changes) -> tuple:
-    return tuple((dict(zip(FIELDS, base, strict=True)) | changes)[name] for name in FIELDS)
-
-
-BASELINE = but(PAPER, allocation="uniform", merge="none")
-SPAN = but(MASS, selection_pool=15, selection_pool_side="after")
-D2O = but(SPAN, selection_reach=20.0, max_decode_tail=16)
+MASS = Mass(max_log_mass=3.0, gate=Quantile(0.25), targets=Tail(0.1, 16))
+# recent_fraction, eviction_interval, score, budget, merge
 EXPECTED = {
-    "d2o": D2O,
-    "span": SPAN,
-    "reach": D2O,
-    "lean": but(D2O, allocation="uniform"),
-    "mass": MASS,
-    "paper_minmax": PAPER,
-    "paper": but(PAPER, dispersion="raw", eviction_interval=1),
-    "released": but(
-        PAPER, dispersion="heads_minmax", exact_total=False, protected_layers=(0, 1, -1), heavy_fraction=0.5,
-        ema_beta=0.5, threshold_agg="mean", eviction_interval=1, merge="released",
+    "d2o": (0.2, 16, Reach(False, 20.0), Dispersion(statistic="log_zscore", sign=1, temperature=3.3), MASS),
+    "lean": (0.2, 16, Reach(False, 20.0), Uniform(), MASS),
+    "reread": (
+        0.2, 16, Reread(2048), Ranked(per_head=True, min_layer_tokens=16),
+        Mass(max_log_mass=3.0, gate=Quantile(0.25), targets=Tail(0.1, None)),
     ),
-    "reread": but(
-        PAPER, allocation="ranked", budget_per="head", selection="reread", heavy_fraction=0.8, min_layer_tokens=16,
-        merge="mass", merge_targets="tail", gate="quantile",
+    "paper": (
+        0.25, 1, Accumulated(), Dispersion(statistic="raw", sign=-1, temperature=1.0, min_layer_tokens=32),
+        Average(keys=True, self_weight=math.e, gate=Threshold(0.7, "max"), targets=Kept()),
     ),
-    "full": but(BASELINE, eviction_interval=None),
-    "streaming": but(BASELINE, selection="recent"),
-    "h2o": but(BASELINE, heavy_fraction=0.5),
-    "snapkv": but(BASELINE, selection="window"),
-    "pyramidkv": but(BASELINE, allocation="pyramid", selection="window"),
+    "released": (
+        0.5, 1, Accumulated(),
+        Dispersion(
+            statistic="heads_minmax", sign=-1, temperature=1.0, exact_total=False, protected_layers=(0, 1, -1),
+            min_layer_tokens=32,
+        ),
+        Released(RowThreshold(0.5, "mean")),
+    ),
+    "full": (0.25, None, Newest(), Uniform(), Drop()),
+    "streaming": (0.25, 16, Newest(), Uniform(), Drop()),
+    "h2o": (0.5, 16, Accumulated(), Uniform(), Drop()),
+    "snapkv": (0.25, 16, Window(False, 7, "both"), Uniform(), Drop()),
+    "pyramidkv": (0.25, 16, Window(False, 7, "both"), Pyramid(beta=20.0), Drop()),
 }  # fmt: skip
-COMMON = dict(
-    keep_tokens=None, pyramid_beta=20.0, min_layer_ratio=0.01, num_sink_tokens=4, rate_window=32,
-    reread_chunk=2048,
-    tail_fraction=0.1, drop_quantile=0.25, self_weight=math.e, max_log_mass=3.0,
-)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_every_preset_is_what_it_is(name):
     config = D2OConfig.preset(name)
-    assert tuple(getattr(config, field) for field in FIELDS) == EXPECTED[name]
-    assert {field: getattr(config, field) for field in COMMON} == COMMON
-    assert config.keep_ratio == (1.0 if name == "full" else 0.2)
+    found = (config.recent_fraction, config.eviction_interval, config.score, config.budget, config.merge)
+    assert found == EXPECTED[name]
+    assert config.statistics == StatisticsConfig(32, 1, 64) and config.num_sink_tokens == 4
+    assert config.keep_tokens is None and config.keep_ratio == (1.0 if name == "full" else 0.2)
+
+
+def test_there_are_ten_and_no_two_are_alike():
+    assert set(PRESETS) == set(EXPECTED) and len(PRESETS) == 10
+    assert len({str(D2OConfig.preset(name).to_dict()) for name in PRESETS}) == 10
 
 
 def test_the_default_is_d2o():
     assert D2OConfig() == D2OConfig.preset("d2o")
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name != "full"])
+def test_they_are_those_of_the_specification(name):
+    smallest = D2OConfig.preset(name).budget.min_layer_tokens
+    assert D2OConfig.preset(name) == spec(name, min_layer_tokens=smallest)
 
 
 def test_lean_needs_no_statistics_of_the_whole_prompt():

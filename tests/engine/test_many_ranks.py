@@ -41,7 +41,7 @@ def write_config(folder, tmp_path, dp, sp, tp, **fields) -> dict:
         "model": str(folder),
         "prompts": str(prompts),
         "output": str(tmp_path / "out.jsonl"),
-        "d2o": {"keep_ratio": 0.4, "min_layer_tokens": 8},
+        "d2o": {"keep_ratio": 0.4, "budget": {"min_layer_tokens": 8}},
         "sampling": {"max_new_tokens": 8, "temperature": 0.8, "seed": 5},
         "device": "cpu",
         "overwrite": True,
@@ -94,7 +94,7 @@ def test_the_records_are_those_of_one_process(folder, tmp_path, dp, sp, tp, engi
 def test_prompts_that_are_read_twice(tmp_path, sp, tp):
     """With budgets of heads: the records, bytes among them, of one process."""
     folder = make_folder(tmp_path / "model", num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
-    d2o = {"preset": "reread", "keep_ratio": 0.4, "min_layer_tokens": 8, "eviction_interval": 3}
+    d2o = {"preset": "reread", "keep_ratio": 0.4, "budget": {"min_layer_tokens": 8}, "eviction_interval": 3}
     values = write_config(folder, tmp_path, 1, 1, 1, d2o=d2o)
     ((summary, _),) = run_ranks(1, whole_run, values)
     want = read(values["output"])

@@ -35,7 +35,7 @@ def make_config(folder, tmp_path, rows, **fields) -> InferConfig:
         "model": str(folder),
         "prompts": write_rows(tmp_path / "p.jsonl", rows),
         "output": str(tmp_path / "out.jsonl"),
-        "d2o": {"keep_ratio": 0.4, "min_layer_tokens": 8},
+        "d2o": {"keep_ratio": 0.4, "budget": {"min_layer_tokens": 8}},
         "sampling": {"max_new_tokens": 6},
         "device": "cpu",
         **fields,
@@ -147,9 +147,9 @@ def test_what_the_user_did_not_foresee_keeps_what_is_written(folder, tmp_path, m
         ({"model": "./nowhere"}, "model folder ./nowhere does not exist"),
         ({"device": "cuda:77"}, r"device \(cuda:77\) is not there: this machine has \d+ CUDA devices"),
         ({"stream": True}, r"stream \(true\) shows one prompt, but there are 7"),
-        ({"d2o": {"keep_ratio": 0.2, "protected_layers": [0]}}, "the 1 protected layers and min_layer_ratio"),
+        ({"d2o": {"keep_ratio": 0.2, "budget": {"protected_layers": [0]}}}, "the 1 protected layers and budget.min_layer_ratio"),
         ({"decode_graph": "always", "device": "cpu"}, r"decode_graph \(always\) is impossible: the model is on cpu"),
-        ({"d2o": {"protected_layers": [9]}}, "protected_layers has 9, but the model has 2 layers"),
+        ({"d2o": {"budget": {"protected_layers": [9]}}}, "protected_layers has 9, but the model has 2 layers"),
     ],
 )
 def test_refusals_before_any_weight_is_loaded(folder, tmp_path, monkeypatch, fields, message):

@@ -29,7 +29,7 @@ def test_round_trip(tmp_path):
         {"kind": "fidelity", "lengths": [64], "continuation": "decode"},
     ]
     config = make(
-        tasks=tasks, methods=["mass", {"name": "x", "preset": "mass", "heavy_fraction": 0.3}], parallel={"dp": 2}
+        tasks=tasks, methods=["lean", {"name": "x", "preset": "lean", "recent_fraction": 0.7}], parallel={"dp": 2}
     )
     assert config.tasks[0].depths == (0.0, 0.5, 1.0) and len(config.tasks[2].tasks) == 21
     assert EvalConfig.from_dict(config.to_dict()) == config
@@ -40,14 +40,14 @@ def test_round_trip(tmp_path):
 
 
 def test_full_comes_first_and_every_method_runs_at_every_budget():
-    methods = make(methods=["full", "h2o", {"name": "x", "preset": "mass", "tail_fraction": 0.2}], keep_tokens=[64])
+    methods = make(methods=["full", "h2o", {"name": "x", "preset": "lean", "merge": {"targets": {"fraction": 0.2}}}], keep_tokens=[64])
     expanded = methods.expand_methods()
     assert [method.label for method in expanded] == [
         "full", "h2o@50%", "h2o@20%", "h2o@64 tokens", "x@50%", "x@20%", "x@64 tokens",
     ]  # fmt: skip
     assert expanded[0].d2o == spec("full")
     assert expanded[3].d2o == spec("h2o", keep_tokens=64)
-    assert expanded[5].d2o == spec("mass", keep_ratio=0.2, tail_fraction=0.2)
+    assert expanded[5].d2o == spec("lean", keep_ratio=0.2, tail_fraction=0.2)
     assert [method.label for method in make(methods=[], keep_ratios=[]).expand_methods()] == ["full"]
 
 
@@ -56,8 +56,8 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
     [
         ({"tasks": []}, "tasks .* must be a list of at least one task"),
         ({"tasks": [{"kind": "neelde", "lengths": [99]}]}, 'Did you mean "needle"'),
-        ({"methods": ["mass"], "reference": "h2o"}, r"reference \('h2o'\) must be one of mass"),
-        ({"methods": ["full", "mass"], "reference": "full"}, r"reference \('full'\) must be one of mass"),
+        ({"methods": ["lean"], "reference": "h2o"}, r"reference \('h2o'\) must be one of lean"),
+        ({"methods": ["full", "lean"], "reference": "full"}, r"reference \('full'\) must be one of lean"),
         ({"tasks": [{"kind": "needle"}]}, "a task of kind needle needs lengths"),
         ({"tasks": [{"kind": "needle", "lengths": [10]}]}, r"lengths \(10\) must be at least 64"),
         ({"tasks": [{"kind": "needle", "lengths": [99], "depths": [1.5]}]}, r"depths has 1.5; a depth must be in"),
@@ -78,10 +78,10 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
         ({"methods": [{"name": "x", "preset": ["d2o"]}]}, r"method x at 50%: no preset \"\['d2o'\]\""),
         ({"methods": [{"name": "x", "preset": "d2o", 1: 2}]}, 'method x at 50%: D2OConfig has no field "1"'),
         ({"tasks": [{"kind": ["needle"]}]}, r"task kind \(\['needle'\]\) must be one of needle"),
-        ({"methods": [{"preset": "mass"}]}, "a method's name"),
+        ({"methods": [{"preset": "lean"}]}, "a method's name"),
         ({"methods": [{"name": "x", "keep_ratio": 0.1}]}, "method x sets keep_ratio: budgets are given once"),
-        ({"methods": [{"name": "x", "prest": "mass"}]}, 'method x at 50%: .*no field "prest"'),
-        ({"methods": [{"name": "full", "preset": "mass"}]}, 'the method "full" is the uncompressed cache'),
+        ({"methods": [{"name": "x", "prest": "lean"}]}, 'method x at 50%: .*no field "prest"'),
+        ({"methods": [{"name": "full", "preset": "lean"}]}, 'the method "full" is the uncompressed cache'),
         ({"question": "seen"}, "question .* must be one of visible, hidden"),
         ({"batch_sizes": 3}, 'Did you mean "batch_size"'),
         ({"parallel": {"dpp": 2}}, 'ParallelConfig has no field "dpp"'),

@@ -22,6 +22,7 @@ from d2o_dist.eval.plan import Plan, prepare
 from d2o_dist.eval.reading import Reading
 from d2o_dist.eval.store import RankFile, read_records
 from d2o_dist.eval.table import report
+from d2o_dist.policy.score import Accumulated
 from tests.engine.tiny import make_folder
 from tests.eval.parts import TEXT
 from tests.eval.test_tasks import row_of, write
@@ -32,9 +33,9 @@ TASKS = [
     {"kind": "fidelity", "lengths": [100], "num_scored": 20, "samples": 3},
     {"kind": "ruler", "name": "r", "lengths": [500], "tasks": "fwe", "samples": 2},
 ]
-SMALL = {"min_layer_tokens": 8}
+SMALL = {"budget": {"min_layer_tokens": 8}}
 TWICE = {"name": "reread", "preset": "reread", **SMALL}
-METHODS = [{"name": "mass", "preset": "mass", **SMALL}, {"name": "h2o", "preset": "h2o", **SMALL}]
+METHODS = [{"name": "mass", "preset": "lean", **SMALL}, {"name": "h2o", "preset": "h2o", **SMALL}]
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +253,7 @@ def test_one_failing_method_does_not_stop_the_others(folder, tmp_path, monkeypat
     start = Reading.start
 
     def fail_for_h2o(self, config, questions=None):
-        if config.keep_ratio == 0.3 and config.selection == "cumulative":
+        if config.keep_ratio == 0.3 and config.score == Accumulated():
             raise RuntimeError("out of something")
         return start(self, config, questions)
 
@@ -410,7 +411,7 @@ def test_parallel_checks(folder, tmp_path):
 
 def test_what_is_wrong_is_found_before_the_weights(folder, tmp_path):
     with pytest.raises(ValueError, match="method mass@30%: protected_layers has 9, but the model has 2 layers"):
-        plan_of(folder, tmp_path, methods=[{"name": "mass", "preset": "mass", "protected_layers": [9]}])
+        plan_of(folder, tmp_path, methods=[{"name": "mass", "preset": "lean", "budget": {"protected_layers": [9]}}])
     with pytest.raises(ValueError, match="task needle: row 260-0-0: the prompt has .* above the limit of 200"):
         plan_of(folder, tmp_path, tasks=TASKS[:1], max_prompt_tokens=200, truncation="error")
     with pytest.raises(ValueError, match="does not exist"):

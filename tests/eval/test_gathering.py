@@ -10,9 +10,8 @@ from d2o_dist.eval.gathering import gathering_config, group_by_queries
 from d2o_dist.eval.reading import Reading
 from d2o_dist.integrations.hf import D2OCache
 from d2o_dist.policy.config import D2OConfig
-from d2o_dist.policy.presets import PRESETS
 from tests.models import left_padded, tiny_model, tokens
-from tests.spec import spec
+from tests.spec import PRESETS, spec
 
 LENGTHS = [70, 41]
 
@@ -107,7 +106,7 @@ def test_gathers_no_more_than_is_needed():
     assert not gathering_config([ALL["full"], ALL["streaming"]]).needs_column_sums
     assert not gathering_config([ALL["full"]]).needs_rates
     only_rates = gathering_config([ALL["snapkv"], config_of("pyramidkv", rate_window=40)])
-    assert only_rates.needs_rates and not only_rates.needs_column_sums and only_rates.rate_window == 40
+    assert only_rates.needs_rates and not only_rates.needs_column_sums and only_rates.statistics.rate_window == 40
 
 
 def test_column_sums_from_different_queries_are_gathered_apart():

@@ -20,7 +20,7 @@ from d2o_dist.eval.lm_eval import D2OLM, _device, _sampling, register, segments 
 
 WORDS = "the quick brown fox jumps over the lazy dog and a cache keeps what it needs".split()
 CONTEXT = " ".join(WORDS[i % len(WORDS)] for i in range(0, 300, 7))
-SMALL = {"min_layer_tokens": 8}
+SMALL = {"budget.min_layer_tokens": 8}
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def test_full_loglikelihood_is_that_of_a_forward(folder):
 
 
 def test_compressed_loglikelihood_is_that_of_a_session(folder):
-    lm = make(folder, preset="mass", keep_ratio=0.2, **SMALL)
+    lm = make(folder, preset="lean", keep_ratio=0.2, **SMALL)
     ((total, _),) = lm.loglikelihood(requests((CONTEXT, " fox")), True)
     ids, (token, *rest) = lm.tok_encode(CONTEXT), lm.tok_encode(" fox")
-    session = Session(lm.model, spec("mass", keep_ratio=0.2, **SMALL))
+    session = Session(lm.model, spec("lean", keep_ratio=0.2, min_layer_tokens=8))
     with torch.inference_mode():
         session.prefill(torch.tensor([ids[:-1]]), torch.ones(1, len(ids) - 1))
         expected = 0.0

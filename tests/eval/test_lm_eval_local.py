@@ -52,7 +52,7 @@ def truthfulqa():
 def results(task: str, folder: str, shots: int | None = None) -> dict:
     register()
     found = lm_eval.simple_evaluate(
-        model="d2o_dist", model_args={"pretrained": folder, "preset": "span", "keep_ratio": 0.5, "max_gen_toks": 8},
+        model="d2o_dist", model_args={"pretrained": folder, "preset": "lean", "keep_ratio": 0.5, "max_gen_toks": 8},
         tasks=[task], device="cpu", task_manager=TaskManager(include_path=str(FOLDER), include_defaults=False),
         num_fewshot=shots, bootstrap_iters=0, log_samples=True,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from d2o_dist.engine.session import Session
 from tests.models import left_padded, tiny_model, tokens
 from tests.oracle.naive_d2o import OracleConfig, OracleResult, run_oracle, use_float64_norms
 from tests.ranks import run_ranks
-from tests.spec import spec
+from tests.spec import flat, spec
 
 DROP = {"merge": "none", "merge_targets": "kept", "gate": "threshold"}
 CASES = {
@@ -41,10 +41,9 @@ def both(case: str, **changes) -> tuple[D2OConfig, OracleConfig]:
     overrides = {"keep_ratio": 0.3, "min_layer_tokens": 8, **rule, **CASES[case], **changes}
     if overrides.get("keep_tokens"):
         overrides.pop("keep_ratio")
-    config = spec("reread", **overrides)
-    values = config.to_dict()
+    values = vars(flat("reread", **overrides))
     values.pop("pyramid_beta")
-    return config, OracleConfig(**values)
+    return spec("reread", **overrides), OracleConfig(**values)
 
 
 @torch.no_grad()
@@ -101,7 +100,7 @@ def test_equals_the_oracle(number, case):
         cache.finalize()
         assert_equal_slots(cache, expected.after_finalize)
         assert cache.report().achieved_keep_ratio == pytest.approx(expected.achieved_ratio)
-        if config.budget_per == "head" and config.keep_tokens is None:
+        if config.budget.per_head and config.keep_tokens is None:
             held = {unit.kv_len[0] for layer in cache.compressed.layers for unit in layer.units}
             assert len(held) > 2  # or budgets of heads would not be tested
         assert_equal_decoding(model, cache, expected)
@@ -308,11 +307,10 @@ def test_refusals():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reread_chunk": 0}, r"reread_chunk \(0\) must be at least 1"),
-        ({"reread_chunk": 2.5}, r"reread_chunk \(2.5\) must be an integer"),
-        ({"budget_per": "token"}, r"budget_per \('token'\) must be one of layer, head"),
-        ({"selection": "recent"}, 'allocation "ranked" compares .* selection "recent" reads none'),
-        ({"allocation": "pyramid"}, r'budget_per \(head\) must be "layer"'),
+        ({"reread_chunk": 0}, r"score.chunk \(0\) must be at least 1"),
+        ({"reread_chunk": 2.5}, r"score.chunk \(2.5\) must be an integer"),
+        ({"selection": "recent"}, r"budget.rule \(ranked\) compares .* score.rule \(newest\) reads none"),
+        ({"allocation": "pyramid"}, r"budget.per_head \(True\) must be false"),
     ],
 )
 def test_configurations_that_say_nothing(changes, message):
@@ -364,8 +362,8 @@ def test_configurations_share_one_second_reading():
     with pytest.raises(ValueError, match="needs a second reading of the prompt, and there was none"):
         cache.with_config(config)
     cache.reread(model, ids)
-    with pytest.raises(ValueError, match=r"reread_chunk \(9\) must be the 2048"):
-        cache.with_config(config.replace(reread_chunk=9))
+    with pytest.raises(ValueError, match=r"score.chunk \(9\) must be the 2048"):
+        cache.with_config(config.replace(score={"chunk": 9}))
     for case in ("reread", "mass", "ranked by rate", "dynamic layers"):
         config = both(case, reread_chunk=2048)[0]
         shared, own = cache.with_config(config), read(model, ids, config)

@@ -37,7 +37,7 @@ def start(folder, launcher, *args, script=SCRIPT) -> subprocess.Popen:
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     env |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    fields = ["device=cpu", "max_batch_size=2", "d2o.min_layer_tokens=8", "d2o.keep_ratio=0.4"]
+    fields = ["device=cpu", "max_batch_size=2", "d2o.budget.min_layer_tokens=8", "d2o.keep_ratio=0.4"]
     command = [*launcher, str(script), *args, "--model", "model", "--prompts", "p.jsonl", *fields]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)

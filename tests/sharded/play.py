@@ -45,7 +45,7 @@ def positions_of(session: Session) -> list[torch.Tensor]:
     ranks, found = session.cache.ranks, []
     for layer in session.cache.layers:
         mine = layer.positions
-        if session.cache.d2o.budget_per == "head":  # ranks differ in their fullest head
+        if session.cache.d2o.budget.per_head:  # ranks differ in their fullest head
             mine = pad(mine, (0, max(layer.kv_len) - mine.shape[2]), value=-1)
         sharded = ranks.deals_tokens and not layer.is_sliding
         if sharded and ranks.by_heads:
@@ -69,7 +69,7 @@ def thresholds_of(session: Session) -> list[torch.Tensor | None]:
     """Per layer [B], or [B, H] of all heads of the model, on every rank."""
     ranks, found = session.cache.ranks, []
     for view, layer in zip(session.cache.layers, session.cache.compressed.layers, strict=True):
-        if view.is_sliding or session.cache.d2o.budget_per == "layer":
+        if view.is_sliding or not session.cache.d2o.budget.per_head:
             found.append(view.threshold)
             continue
         nan = torch.full((len(view.kv_len),), torch.nan, dtype=view.scores.dtype)

@@ -61,7 +61,7 @@ def test_only_a_tail_without_bound_makes_evictions_send_more_at_a_longer_context
     steps = 64
     short, long = (decode_traffic(length, steps, d2o={"max_decode_tail": None}) for length in (100, 800))
     assert short["decode"] == long["decode"] and short["evict"]["calls"] == long["evict"]["calls"] == 3 * steps // 16
-    longer_tail = Play().config.tail_fraction * Play().config.keep_ratio * 700
+    longer_tail = Play().config.merge.targets.fraction * Play().config.keep_ratio * 700
     added = long["evict"]["bytes"] - short["evict"]["bytes"]
     assert 0 < added <= 24 * longer_tail * KV_HEADS * LAYERS * steps // 16
 
