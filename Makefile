@@ -73,7 +73,7 @@ $(VENV)/.usable:
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find d2o_dist tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find d2o_dist benchmarks launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Also the environment and what the demo downloaded.
 distclean: clean

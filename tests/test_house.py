@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # lowest first; neighbours on one floor
     ("integrations",),
     ("engine",),
     (PACKAGE_ROOT,),
-    ("eval", "bench", "demo"),
+    ("eval", "demo"),
     ("train",),
     ("cli",),
 )
@@ -245,7 +245,7 @@ def test_import_checker_finds(tmp_path, file, source, line):
         ("engine/a.py", "from d2o_dist.core import merge\nfrom ..cache.store import Store\nfrom .b import c"),
         ("core/deep/a.py", "from ..select import top\nfrom d2o_dist.core.merge import fold\nfrom ...config import D2O"),
         ("cli/a.py", "from d2o_dist import D2OCache\nimport d2o_dist.demo.model\nfrom d2o_dist.cli.b import c"),
-        ("bench/a.py", "import d2o_dist\nfrom d2o_dist import engine"),
+        ("eval/a.py", "import d2o_dist\nfrom d2o_dist import engine"),
         ("__init__.py", "from d2o_dist.integrations.hf import D2OCache\nfrom .engine import run"),
         ("core/a.py", "import torch\nfrom engine import run\nfrom d2o_dist_extra.engine import run"),
     ],

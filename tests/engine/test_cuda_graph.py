@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
+from benchmarks.checks import decode_graph
 from d2o_dist import D2OConfig
-from d2o_dist.bench.checks import decode_graph
 from d2o_dist.engine.session import Session, left_pad
 from tests.models import tiny_model
 

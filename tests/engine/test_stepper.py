@@ -13,8 +13,8 @@ import torch
 
 import d2o_dist.cache.layer
 import d2o_dist.cache.window
+from benchmarks.checks import decode_graph
 from d2o_dist import D2OCache, D2OConfig
-from d2o_dist.bench.checks import decode_graph
 from d2o_dist.cache import evictions as cache_evictions
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.core import merge as merging
