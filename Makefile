@@ -27,11 +27,11 @@ DEV_STAMP := $(VENV)/.installed-dev-$(call hash,$(addprefix requirements/,demo.t
 
 demo: $(DEMO_STAMP)
 	OMP_NUM_THREADS=$(DEMO_THREADS) $(PY) -m torch.distributed.run --standalone --nproc-per-node $(DEMO_RANKS) \
-	  -m d2o_dist.cli.demo
+	  -m launch.demo
 
 # Distils the demo's model under compression, on a CPU; figures in docs/training.md.
 train-demo: $(TRAIN_STAMP)
-	$(PY) -m d2o_dist.demo.corpus
+	$(PY) -m launch.demo.corpus
 	$(PY) launch/train.py --config configs/train_distill_smollm2.yaml
 
 test: lint

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # lowest first; neighbours on one floor
     ("integrations",),
     ("engine",),
     (PACKAGE_ROOT,),
-    ("eval", "demo"),
+    ("eval",),
     ("train",),
     ("cli",),
 )
@@ -227,7 +227,7 @@ def house(root: Path, files: dict[str, str]) -> Path:
         ("core/a.py", "import importlib\nrun = importlib.import_module('d2o_dist.engine')", 2),
         ("core/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from d2o_dist.cache import Rows", 3),
         ("eval/a.py", "from d2o_dist.train import fit", 1),
-        ("demo/a.py", "from d2o_dist.cli.infer import main", 1),
+        ("train/a.py", "from d2o_dist.cli.infer import main", 1),
         ("attic/a.py", "from d2o_dist.core import merge", 1),
         ("core/a.py", "from d2o_dist.attic import merge", 1),
         ("config.py", "from d2o_dist.core import merge", 1),
@@ -244,7 +244,7 @@ def test_import_checker_finds(tmp_path, file, source, line):
     [
         ("engine/a.py", "from d2o_dist.core import merge\nfrom ..cache.store import Store\nfrom .b import c"),
         ("core/deep/a.py", "from ..select import top\nfrom d2o_dist.core.merge import fold\nfrom ...config import D2O"),
-        ("cli/a.py", "from d2o_dist import D2OCache\nimport d2o_dist.demo.model\nfrom d2o_dist.cli.b import c"),
+        ("cli/a.py", "from d2o_dist import D2OCache\nimport d2o_dist.eval.fetch\nfrom d2o_dist.cli.b import c"),
         ("eval/a.py", "import d2o_dist\nfrom d2o_dist import engine"),
         ("__init__.py", "from d2o_dist.integrations.hf import D2OCache\nfrom .engine import run"),
         ("core/a.py", "import torch\nfrom engine import run\nfrom d2o_dist_extra.engine import run"),

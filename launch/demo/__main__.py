@@ -18,12 +18,12 @@ from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.demo.compare import answer_all, table
-from d2o_dist.demo.fetch import FetchError
-from d2o_dist.demo.model import prepare_model
-from d2o_dist.demo.question import build_questions
-from d2o_dist.demo.text import essays
 from d2o_dist.engine.model import load_model, load_tokenizer
+from d2o_dist.eval.essays import essays
+from d2o_dist.eval.fetch import FetchError
+from launch.demo.compare import answer_all, table
+from launch.demo.model import prepare_model
+from launch.demo.question import build_questions
 
 
 def main(argv: Sequence[str] | None = None) -> int:

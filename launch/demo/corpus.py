@@ -1,15 +1,15 @@
 """The demo's essays as files to train on: the first 85% of the text, and the rest held out.
 
-    python -m d2o_dist.demo.corpus
+    python -m launch.demo.corpus
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from d2o_dist.demo.fetch import cache_root, scratch_beside
-from d2o_dist.demo.model import prepare_model
-from d2o_dist.demo.text import essays
+from d2o_dist.eval.essays import essays
+from d2o_dist.eval.fetch import cache_root, scratch_beside
+from launch.demo.model import prepare_model
 
 TRAIN_FRACTION = 0.85
 
