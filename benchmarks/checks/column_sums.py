@@ -4,26 +4,18 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.checks.common import STATISTICS_LIMIT, Check, Result, in_each_dtype, normal, on_cpu, poisoned
+from benchmarks.checks.columns import ColumnCase
+from benchmarks.checks.common import STATISTICS_LIMIT, Check, Result, in_each_dtype, on_cpu, poisoned
 from d2o_dist.kernels.column_sums import naive_column_sums
 
 
-@dataclass(frozen=True)
-class Case:
-    """num_ahead: keys after the last query (or before, if negative). dead: rows without lse, keys of bias -inf, NaN."""
+@dataclass(frozen=True, kw_only=True)
+class Case(ColumnCase):
+    """step: from one query to the next, in tokens."""
 
-    heads: tuple[int, int] = (2, 1)
-    head_dim: int = 64
-    num_queries: int = 70
-    q_start: int = 0
     k_start: int = 0
-    num_ahead: int = 0
     window: int | None = None
-    bias: bool = False
-    causal: bool = True
-    dead: bool = False
     step: int = 1
-    transposed: bool = False
 
 
 CASES = {
@@ -60,29 +52,14 @@ def checks() -> list[Check]:
 def run(case: Case, dtype: torch.dtype, device: str) -> Result:
     from d2o_dist.kernels.column_sums.triton import triton_column_sums
 
-    num_heads, num_kv_heads = case.heads
-    num_keys = max(1, case.q_start + case.num_queries + case.num_ahead)
-    q = normal(2, num_heads, case.num_queries, case.head_dim, dtype=dtype, device=device)
-    k = normal(2, num_kv_heads, num_keys, case.head_dim, dtype=dtype, device=device, seed=1)
-    lse = normal(2, num_heads, case.num_queries, dtype=torch.float32, device=device, seed=2).abs() + 6
-    bias = None
-    if case.bias or case.dead:
-        bias = normal(2, num_kv_heads, num_keys, dtype=torch.float32, device=device, seed=3)
-    if case.dead:
-        lse[:, :, ::4], lse[:, :, 1::4] = torch.inf, -torch.inf
-        q[:, :, ::4] = torch.nan
-        bias[:, :, ::5] = -torch.inf
-        k[:, :, ::5] = torch.nan
-    if case.transposed:
-        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
-        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    q, k, lse, bias = case.inputs(dtype, device)
     options = dict(q_start=case.q_start, k_start=case.k_start, causal=case.causal, window=case.window)
     scale = case.head_dim**-0.5
     with poisoned():
         got = triton_column_sums(q, k, lse, scale, q_step=case.step, bias=bias, **options)
     q, k, lse, bias = on_cpu(q, k, lse, bias)
     if case.step > 1:  # the oracle takes all queries, and skips: those between are dead
-        sparse_q = q.new_zeros(2, num_heads, case.num_queries * case.step, case.head_dim)
+        sparse_q = q.new_zeros(2, case.heads[0], case.num_queries * case.step, case.head_dim)
         sparse_lse = lse.new_full(sparse_q.shape[:3], torch.inf)
         sparse_q[:, :, :: case.step], sparse_lse[:, :, :: case.step] = q, lse
         q, lse = sparse_q, sparse_lse
