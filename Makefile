@@ -27,11 +27,11 @@ DEV_STAMP := $(VENV)/.installed-dev-$(call hash,$(addprefix requirements/,demo.t
 
 demo: $(DEMO_STAMP)
 	OMP_NUM_THREADS=$(DEMO_THREADS) $(PY) -m torch.distributed.run --standalone --nproc-per-node $(DEMO_RANKS) \
-	  -m d2o_dist.cli.demo
+	  -m launch.demo
 
 # Distils the demo's model under compression, on a CPU; figures in docs/training.md.
 train-demo: $(TRAIN_STAMP)
-	$(PY) -m d2o_dist.demo.corpus
+	$(PY) -m launch.demo.corpus
 	$(PY) launch/train.py --config configs/train_distill_smollm2.yaml
 
 test: lint
@@ -73,7 +73,7 @@ $(VENV)/.usable:
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find d2o_dist tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find d2o_dist benchmarks launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Also the environment and what the demo downloaded.
 distclean: clean

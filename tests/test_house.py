@@ -1,4 +1,4 @@
-"""The house rules, read from the source: a file imports only from floors below its own, and a few more.
+"""The house rules, read from the source: a file imports only from floors below its own, never in a circle, and more.
 
 The checkers take a root folder, so that the tests at the end can show each of them broken code.
 """
@@ -15,6 +15,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 NAME = "d2o_dist"
+BESIDE = ("benchmarks", "launch")  # folders of programs: they import the package, and it does not import them
 PACKAGE_ROOT = "<package root>"  # names of d2o_dist/__init__.py: the public face, for those who use the library
 FLOORS: tuple[tuple[str, ...], ...] = (  # lowest first; neighbours on one floor do not import each other
     ("version",),
@@ -31,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # lowest first; neighbours on one floor
     ("integrations",),
     ("engine",),
     (PACKAGE_ROOT,),
-    ("eval", "bench", "demo"),
+    ("eval",),
     ("train",),
     ("cli",),
 )
@@ -46,8 +47,8 @@ FOREIGN_PATHS = ("/" + "work/", ".." + "/shared", "(shared" + "/")  # in two par
 
 
 def sources(root: Path) -> Iterator[tuple[Path, ast.Module]]:
-    """Every Python file of the package under `root`, by its path relative to `root`, with its syntax tree."""
-    for path in sorted((root / NAME).rglob("*.py")):
+    """Every Python file of the package and beside it, by its path relative to `root`, with its syntax tree."""
+    for path in sorted(path for folder in (NAME, *BESIDE) for path in (root / folder).rglob("*.py")):
         yield path.relative_to(root), ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
@@ -81,15 +82,15 @@ def imported(path: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def import_violations(root: Path) -> list[str]:
-    """`file:line: why`, for each import of a floor that is not below the importer's own."""
+    """`file:line: why`, for each import of a floor that is not below the importer's own, or of a folder beside it."""
     known, wrong = units(root) | set(FLOOR_OF), []
     for path, tree in sources(root):
-        importer = unit_of(path)
-        if importer == PACKAGE_ROOT:
-            continue
+        home, importer = path.parts[0], unit_of(path)
         for line, name in imported(path, tree):
             top, _, rest = name.partition(".")
-            if top != NAME:
+            if top != home and top in (*BESIDE, "tests"):
+                wrong.append(f"{path}:{line}: {home} imports {name}, which is not part of it")
+            if home != NAME or importer == PACKAGE_ROOT or top != NAME:
                 continue
             target = rest.split(".")[0] if rest.split(".")[0] in known else PACKAGE_ROOT
             if importer not in FLOOR_OF or target not in FLOOR_OF:
@@ -100,11 +101,32 @@ def import_violations(root: Path) -> list[str]:
     return wrong
 
 
+def import_cycle(root: Path) -> str:
+    """Files that import each other in a circle, `a -> b -> a`; "" if none do. Imports inside functions count."""
+    graph = {path: set(imported(path, tree)) for path, tree in sources(root)}
+    named = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in graph}
+    for path, found in graph.items():
+        targets = set()
+        for _, name in found:
+            while name and name not in named:  # what is imported from a file, or the file itself
+                name = name.rpartition(".")[0]
+            targets |= {named[name]} - {path} if name else set()
+        graph[path] = targets
+    while leaves := {path for path, targets in graph.items() if not targets}:
+        graph = {path: targets - leaves for path, targets in graph.items() if path not in leaves}
+    if not graph:
+        return ""
+    walk = [min(graph)]  # each that is left imports another that is left
+    while walk[-1] not in walk[:-1]:
+        walk.append(min(graph[walk[-1]]))
+    return " -> ".join(map(str, walk[walk.index(walk[-1]) :]))
+
+
 def collective_violations(root: Path) -> list[str]:
     """`file:line: name`, for each collective of torch.distributed (or a wrapper) named outside d2o_dist/comm."""
     wrong = []
     for path, tree in sources(root):
-        if unit_of(path) == "comm":
+        if path.parts[:2] == (NAME, "comm"):
             continue
         bound = _bound_names(tree)
         found = {(line, name) for line, name in imported(path, tree) if _is_collective(name)}
@@ -144,11 +166,11 @@ def _dotted(node: ast.expr) -> str:
 
 
 def long_mains(root: Path) -> list[str]:
-    """`file:line: length`, for each cli main() of more than MAX_MAIN_LINES lines."""
+    """`file:line: length`, for each main() of a program of more than MAX_MAIN_LINES lines."""
     return [
         f"{path}:{node.lineno}: main() has {length} lines, at most {MAX_MAIN_LINES}"
         for path, tree in sources(root)
-        if unit_of(path) == "cli"
+        if path.parts[0] in BESIDE or unit_of(path) == "cli"
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and node.name == "main"
         if (length := node.end_lineno - node.lineno + 1) > MAX_MAIN_LINES
@@ -182,16 +204,20 @@ def test_every_package_folder_has_a_floor():
     assert units(REPO) - set(FLOOR_OF) == set()
 
 
+def test_no_files_import_each_other_in_a_circle():
+    assert import_cycle(REPO) == ""
+
+
 def test_every_folder_of_python_files_is_a_package():
-    folders = {path.parent for path in (REPO / NAME).rglob("*.py")}
-    assert [str(folder.relative_to(REPO)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+    folders = {path.parent for path, _ in sources(REPO)}
+    assert [str(folder) for folder in sorted(folders) if not (REPO / folder / "__init__.py").exists()] == []
 
 
 def test_collectives_are_called_in_comm_only():
     assert collective_violations(REPO) == []
 
 
-def test_cli_mains_are_short():
+def test_mains_are_short():
     assert long_mains(REPO) == []
 
 
@@ -206,9 +232,9 @@ def test_no_file_names_a_place_outside_the_repository():
 # The checkers, on synthetic packages.
 
 
-def house(root: Path, files: dict[str, str]) -> Path:
+def house(root: Path, files: dict[str, str], folder: str = NAME) -> Path:
     for name, text in files.items():
-        path = root / NAME / name
+        path = root / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return root
@@ -230,7 +256,7 @@ def house(root: Path, files: dict[str, str]) -> Path:
         ("core/a.py", "import importlib\nrun = importlib.import_module('d2o_dist.engine')", 2),
         ("core/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from d2o_dist.cache import Rows", 3),
         ("eval/a.py", "from d2o_dist.train import fit", 1),
-        ("demo/a.py", "from d2o_dist.cli.infer import main", 1),
+        ("train/a.py", "from d2o_dist.cli.infer import main", 1),
         ("attic/a.py", "from d2o_dist.core import merge", 1),
         ("core/a.py", "from d2o_dist.attic import merge", 1),
         ("config.py", "from d2o_dist.core import compress", 1),
@@ -247,14 +273,60 @@ def test_import_checker_finds(tmp_path, file, source, line):
     [
         ("engine/a.py", "from d2o_dist.core import merge\nfrom ..cache.store import Store\nfrom .b import c"),
         ("core/deep/a.py", "from ..select import top\nfrom ...policy import D2O"),
-        ("cli/a.py", "from d2o_dist import D2OCache\nimport d2o_dist.demo.model\nfrom d2o_dist.cli.b import c"),
-        ("bench/a.py", "import d2o_dist\nfrom d2o_dist import engine"),
+        ("cli/a.py", "from d2o_dist import D2OCache\nimport d2o_dist.eval.fetch\nfrom d2o_dist.cli.b import c"),
+        ("eval/a.py", "import d2o_dist\nfrom d2o_dist import engine"),
         ("__init__.py", "from d2o_dist.integrations.hf import D2OCache\nfrom .engine import run"),
         ("core/a.py", "import torch\nfrom engine import run\nfrom d2o_dist_extra.engine import run"),
     ],
 )
 def test_import_checker_allows(tmp_path, file, source):
     assert import_violations(house(tmp_path, {file: source})) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "source", "line"),
+    [
+        (NAME, "core/a.py", "from benchmarks.timing import machine", 1),
+        (NAME, "cli/a.py", "def f():\n    import launch.demo.model", 2),
+        (NAME, "cli/a.py", "from ...benchmarks import timing", 1),
+        (NAME, "__init__.py", "import benchmarks", 1),
+        (NAME, "eval/a.py", "from tests.models import tiny_model", 1),
+        ("benchmarks", "a.py", "from tests.models import tiny_model", 1),
+        ("benchmarks", "checks/a.py", "from launch.demo import model", 1),
+        ("launch", "demo/a.py", "import os\nfrom benchmarks.timing import machine", 2),
+    ],
+)
+def test_import_checker_finds_what_stands_beside(tmp_path, folder, file, source, line):
+    (found,) = import_violations(house(tmp_path, {file: source}, folder))
+    assert found.startswith(f"{folder}/{file}:{line}: ")
+
+
+def test_programs_beside_the_package_import_any_of_it_and_each_other(tmp_path):
+    source = "from d2o_dist import D2OCache\nfrom d2o_dist.cli.voice import say\nfrom {0}.b import c\nfrom . import d"
+    for folder in BESIDE:
+        house(tmp_path, {"a.py": source.format(folder), "demo/b.py": "from ..a import c"}, folder)
+    assert len(list(sources(tmp_path))) == 2 * len(BESIDE) and import_violations(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "circle"),
+    [
+        ({"core/a.py": "from d2o_dist.core.b import f", "core/b.py": "from d2o_dist.core.a import g"}, "a b a"),
+        ({"core/a.py": "from . import b", "core/b.py": "def f():\n    import d2o_dist.core.a"}, "a b a"),
+        ({"core/a.py": "if TYPE_CHECKING:\n    from .b import B", "core/b.py": "from .a import A"}, "a b a"),
+        ({"core/a.py": "from . import b", "core/b.py": "from .c import f", "core/c.py": "from .a import g"}, "a b c a"),
+        ({"core/a.py": "from . import b", "core/b.py": "from .c import f", "core/c.py": "from .b import g"}, "b c b"),
+        ({"core/__init__.py": "from d2o_dist.core.a import f", "core/a.py": "from d2o_dist.core import g"},
+         "__init__ a __init__"),
+        ({"core/a.py": "from .b import f", "core/b.py": "from .c import f", "core/c.py": "import torch"}, ""),
+        ({"core/__init__.py": "from .a import f", "core/a.py": "from d2o_dist.core import b", "core/b.py": ""}, ""),
+        ({"core/a.py": "from d2o_dist.core.a import f"}, ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("folder", [NAME, *BESIDE])
+def test_circles_of_imports_are_found(tmp_path, files, circle, folder):
+    house(tmp_path, {file: source.replace(NAME, folder) for file, source in files.items()}, folder)
+    assert import_cycle(tmp_path) == " -> ".join(f"{folder}/core/{name}.py" for name in circle.split())
 
 
 def test_an_unknown_folder_has_no_floor(tmp_path):
@@ -280,6 +352,8 @@ def test_collective_checker_finds(tmp_path, source, line):
     (found,) = collective_violations(house(tmp_path, {"engine/a.py": source}))
     assert found.startswith(f"{NAME}/engine/a.py:{line}: ")
     assert collective_violations(house(tmp_path / "allowed", {"comm/a.py": source})) == []
+    (found,) = collective_violations(house(tmp_path / "beside", {"comm/a.py": source}, "benchmarks"))
+    assert found.startswith(f"benchmarks/comm/a.py:{line}: ")
 
 
 @pytest.mark.parametrize(
@@ -300,6 +374,8 @@ def test_long_main_is_found_and_the_limit_is_exact(tmp_path):
     assert long_mains(house(tmp_path, {"cli/a.py": f"def main():\n{body}\n"})) == []
     (found,) = long_mains(house(tmp_path, {"cli/a.py": f"def main():\n{body}\n    x = 0\n"}))
     assert found.startswith(f"{NAME}/cli/a.py:1: main() has {MAX_MAIN_LINES + 1} lines")
+    beside = house(tmp_path / "beside", {"a.py": f"def main():\n{body}\n    x = 0\n"}, "benchmarks")
+    assert len(long_mains(beside)) == 1
 
 
 def test_foreign_path_is_found(tmp_path):

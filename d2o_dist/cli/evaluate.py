@@ -12,9 +12,9 @@ from d2o_dist.cli.voice import parse_once, quiet_unless
 from d2o_dist.comm import Launch, ParallelMesh, RankError, build_mesh, init_distributed, read_environment
 from d2o_dist.config.eval_tasks import ESSAYS
 from d2o_dist.config.evaluate import EvalConfig
-from d2o_dist.demo.fetch import FetchError
-from d2o_dist.demo.text import essays
+from d2o_dist.eval.essays import essays
 from d2o_dist.eval.evaluate import Outcome, check_parallel, evaluate
+from d2o_dist.eval.fetch import FetchError
 from d2o_dist.eval.plan import Plan, prepare
 from d2o_dist.fields.io import dump_yaml
 from d2o_dist.fields.overrides import parse_override
@@ -23,7 +23,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def load_essays() -> str:
-    """The essays that the demo uses too.
+    """The text `essays`, by name.
 
     Raises:
         ValueError: they are not here and cannot be fetched.

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2o_dist.comm.groups import new_group
-from d2o_dist.comm.mpu import Mpu
 
 # Name -> the dimensions of the rank table [dp, sp, tp] that it spans.
 AXES: dict[str, tuple[int, ...]] = {
@@ -109,10 +108,6 @@ class ParallelMesh:
     def leads_request(self) -> bool:
         """Whether this is the first of the ranks that hold one request: the one that writes its records."""
         return self.axes["request"].rank == 0
-
-    def mpu(self) -> Mpu:
-        """The object that DeepSpeed takes as `mpu`. Every rank must ask for it at the same point (see Mpu)."""
-        return Mpu(self)
 
     def __str__(self) -> str:
         places = (f"{name} {self.axes[name].rank} of {self.axes[name].size}" for name in ("dp", "sp", "tp"))

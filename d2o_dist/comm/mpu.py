@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.distributed as dist
 
 from d2o_dist.comm.groups import new_group
-
-if TYPE_CHECKING:
-    from d2o_dist.comm.mesh import Axis, ParallelMesh
+from d2o_dist.comm.mesh import Axis, ParallelMesh
 
 
 class Mpu:
@@ -17,7 +13,7 @@ class Mpu:
 
     "Model parallel" is tensor parallel here, as ZeRO reduces norms over it. ZeRO shards over `sequence_data` where an
     mpu has it: the ranks with the same weights. DeepSpeed reads None as the whole world, so that here even an axis of
-    one rank needs a group: made on construction, which is collective when the mesh has such an axis.
+    one rank needs a group: made on construction, which every rank must come to at the same point.
     """
 
     def __init__(self, mesh: ParallelMesh):

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.comm.mpu import Mpu
 
 
 def shard_with_deepspeed(model: Any, mesh: ParallelMesh, device: torch.device) -> Any:
@@ -45,7 +46,7 @@ def shard_with_deepspeed(model: Any, mesh: ParallelMesh, device: torch.device) -
         # It refuses dtypes that its own kernels lack; AutoTP uses none of them.
         dtypes = [*accelerator.supported_dtypes(), model.dtype]
         # Both: a group alone is replaced by ranks 0..tp-1, and with an mpu alone nothing is sharded.
-        tensor_parallel = {"tp_size": mesh.tp, "tp_group": mesh.axis("tp").group, "mpu": mesh.mpu()}
+        tensor_parallel = {"tp_size": mesh.tp, "tp_group": mesh.axis("tp").group, "mpu": Mpu(mesh)}
         with patch.object(accelerator, "supported_dtypes", lambda: dtypes):
             engine = deepspeed.init_inference(model, tensor_parallel=tensor_parallel, dtype=model.dtype)
     return engine.module

@@ -1,15 +1,13 @@
-"""The programs as ranks of one job: who speaks, and the status of each."""
+"""`infer` as ranks of one job: who speaks, and the status of each."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 
 import pytest
 
-from d2o_dist.cli import demo, infer
-from d2o_dist.demo.fetch import FetchError
+from d2o_dist.cli import infer
+from tests.cli.speak import speak
 from tests.engine.tiny import make_folder
 from tests.ranks import run_ranks
 
@@ -20,13 +18,6 @@ SMALL = ["d2o.min_layer_tokens=8", "sampling.max_new_tokens=5", "device=cpu"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return str(make_folder(tmp_path_factory.mktemp("model"), max_position_embeddings=4096))
-
-
-def speak(main, argv) -> tuple[int, str, str]:
-    """Status, standard output, standard error of a program."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        status = main(argv)
-    return status, out.getvalue(), err.getvalue()
 
 
 def run_infer(rank, world, argv):
@@ -66,35 +57,3 @@ def test_what_is_wrong_is_said_once(folder, argv, message):
     first, second = run_ranks(2, run_infer, ["--model", folder, *argv, *SMALL])
     assert (first[0], second[0]) == (2, 2)
     assert message in first[2] and first[2].count("\n") == 1 and first[1] + second[1] + second[2] == ""
-
-
-def run_demo(rank, world, folder, argv):
-    demo.prepare_model = lambda: folder
-    demo.essays = lambda: " ".join(f"Sentence {n} is about {n % 7} dogs and the quick brown fox." for n in range(400))
-    return speak(demo.main, argv)
-
-
-def test_the_demo_on_two_ranks_answers_as_on_one(folder):
-    argv = ["--tokens", "700", "--max-new-tokens", "6"]
-    (alone,) = run_ranks(1, run_demo, folder, argv, fresh=True)
-    first, second = run_ranks(2, run_demo, folder, argv, fresh=True)
-    assert (alone[0], first[0], second[0]) == (0, 0, 0) and second[1] == ""
-
-    def answers(said: str) -> list[str]:
-        return [line for line in said.splitlines() if line[:2] == "  " and ("right" in line or "wrong" in line)]
-
-    assert len(answers(alone[1])) == 3 * 4 and answers(first[1]) == answers(alone[1])
-    assert "on 1 rank\n" in alone[1] and "on 2 ranks\n" in first[1]
-
-
-def without_network(rank, world):
-    def prepare_model():
-        raise FetchError("no index")
-
-    demo.prepare_model = prepare_model
-    return speak(demo.main, [])
-
-
-def test_a_demo_that_cannot_be_fetched_ends_all_ranks():
-    first, second = run_ranks(2, without_network, fresh=True)
-    assert first == (2, "", "demo: error: no index\n") and second == (2, "", "")

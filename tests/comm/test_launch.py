@@ -15,6 +15,7 @@ from d2o_dist.comm import (
     CollectiveError,
     Collectives,
     Launch,
+    Mpu,
     build_mesh,
     destroy,
     init_distributed,
@@ -120,7 +121,7 @@ def timeouts(rank, world, port):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     init_distributed("gloo", timeout_s=77)
     mesh = build_mesh(sp=2, tp=2)
-    groups = [dist.group.WORLD, mesh.axis("sp").group, mesh.axis("tp").group, mesh.mpu().get_data_parallel_group()]
+    groups = [dist.group.WORLD, mesh.axis("sp").group, mesh.axis("tp").group, Mpu(mesh).get_data_parallel_group()]
     found = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
     assert destroy()
     return found

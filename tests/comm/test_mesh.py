@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from d2o_dist.comm import (
     Collectives,
+    Mpu,
     ParallelMesh,
     build_mesh,
     check_world,
@@ -57,7 +58,7 @@ def built(rank, world, grid):
         groups = {axis.ranks: axis.group for axis in mesh.axes.values() if axis.size > 1}
         assert all(groups[axis.ranks] is axis.group for axis in mesh.axes.values() if axis.size > 1)
         assert groups[tuple(range(world))] is dist.group.WORLD
-    check_mpu(mesh.mpu(), mesh)
+    check_mpu(Mpu(mesh), mesh)
 
 
 def check_mpu(mpu, mesh):
@@ -123,7 +124,7 @@ def from_fakes(rank, world):
         ours = build_mesh(*grid)
         group = {name: ours.axis(name).group for name in AXES}
         lone = {name: (lambda g: lambda: g)(group[name]) if group[name] else unknown for name in AXES}
-        mesh = from_deepspeed(ours.mpu())
+        mesh = from_deepspeed(Mpu(ours))
         check_mesh(mesh, rank, *grid)
         check_mesh(
             from_megatron(
@@ -159,7 +160,7 @@ def test_groups_of_deepspeed_and_megatron():
 
 def wrong_groups(rank, world):
     pairs = build_mesh(dp=2, tp=2)
-    alone = build_mesh(dp=4).mpu().get_model_parallel_group()
+    alone = Mpu(build_mesh(dp=4)).get_model_parallel_group()
     with pytest.raises(ValueError, match=r"data parallel size \(1\) must be 2 .*: pipeline parallelism is not"):
         from_groups(tp=pairs.axis("tp").group, dp=alone)
     with pytest.raises(ValueError, match="must form equal grids"):
@@ -197,7 +198,7 @@ def real_deepspeed(rank, world):
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
     config |= {"zero_allow_untested_optimizer": True}  # its own would be compiled
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=ours.mpu())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=Mpu(ours))
     assert (engine.dp_world_size, engine.mp_world_size, engine.sequence_parallel_size) == (1, 2, 2)
     assert dist.get_process_group_ranks(engine.seq_data_parallel_group) == list(ours.axis("dp_sp").ranks)
     engine.backward(engine(torch.ones(1, 4)).sum() * (1 + ours.sp_rank))
@@ -221,7 +222,7 @@ def test_local_mesh():
     assert {(axis.size, axis.rank, axis.group) for axis in mesh.axes.values()} == {(1, 0, None)}
     assert mesh.axis(("sp", "tp")) is mesh.axis("request") and mesh.axis(("dp", "sp")) is mesh.axis("dp_sp")
     assert str(mesh) == "rank 0 (dp 0 of 1, sp 0 of 1, tp 0 of 1)"
-    assert mesh.mpu().get_model_parallel_world_size() == 1
+    assert Mpu(mesh).get_model_parallel_world_size() == 1
     with pytest.raises(KeyError, match="no axis 'pp'"):
         mesh.axis("pp")
 

@@ -1,6 +1,6 @@
 """The essays as files to train on: nothing lost, nothing in both."""
 
-from d2o_dist.demo import corpus
+from launch.demo import corpus
 
 
 def test_texts_are_cut_between_paragraphs(tmp_path, monkeypatch):

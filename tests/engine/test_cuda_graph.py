@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from d2o_dist.bench.checks import decode_graph
+from benchmarks.checks import decode_graph
 from d2o_dist.engine.session import Session, left_pad
 from tests.models import tiny_model
 from tests.spec import spec

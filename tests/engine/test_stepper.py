@@ -13,16 +13,16 @@ import torch
 
 import d2o_dist.cache.layer
 import d2o_dist.cache.window
+from benchmarks.checks import decode_graph
 from d2o_dist import D2OCache
-from d2o_dist.bench.checks import decode_graph
 from d2o_dist.cache import evictions as cache_evictions
 from d2o_dist.config.sampling import SamplingConfig
-from d2o_dist.core import merge as merging
 from d2o_dist.engine import session as session_module
 from d2o_dist.engine.cuda_graph import CudaGraphRecorder, graph_recorder, obstacle
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session, left_pad
 from d2o_dist.engine.stepper import Stepper
+from d2o_dist.policy import merge as merging
 from tests.engine.tape import HostSync, TapeRecorder, watched
 from tests.engine.tiny import Numbers, request
 from tests.models import left_padded, tiny_model, tokens

@@ -12,7 +12,8 @@ from tests.spec import spec
 
 REPO = Path(__file__).resolve().parents[2]
 BASE = {"model": "m", "output": "o", "tasks": [{"kind": "needle", "lengths": [128]}], "keep_ratios": [0.5, 0.2]}
-CONFIGS = sorted(path for kind in ("eval", "study") for path in (REPO / "configs").glob(f"{kind}_*.yaml"))
+CONFIGS = sorted((REPO / "configs").glob("eval_*.yaml"))
+STUDIES = sorted((REPO / "studies").glob("*.yaml"))
 
 
 def make(**values) -> EvalConfig:
@@ -99,6 +100,10 @@ def test_lengths_and_depths_count_once():
     assert task.lengths == (128, 256) and task.depths == (0.5, 1.0)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *STUDIES], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configurations_are_valid(path):
     assert EvalConfig.load(path).expand_methods()[0].name == "full"
+
+
+def test_there_are_shipped_configurations():
+    assert "eval_smollm2" in {path.stem for path in CONFIGS} and "defaults" in {path.stem for path in STUDIES}

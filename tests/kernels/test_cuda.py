@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2o_dist.bench import cuda_step, layers
-from d2o_dist.bench.checks import cuda_checks, cuda_evict
+from benchmarks import cuda_step, layers
+from benchmarks.checks import cuda_checks, cuda_evict
 from d2o_dist.compression.evict import steps_in_place
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from d2o_dist.bench.checks import cuda_checks
+from benchmarks.checks import cuda_checks
 from d2o_dist.kernels.cuda import build, library
 
 SHARED_LIMIT = 48 << 10  # what a kernel may have without asking

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from d2o_dist.bench.checks import all_checks
-from d2o_dist.bench.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Result
+from benchmarks.checks import all_checks
+from benchmarks.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Result
 
 INTERPRETED = [check for check in all_checks() if not check.needs_cuda]
 OPS = sorted({check.op for check in INTERPRETED})
@@ -18,7 +18,7 @@ OPS = sorted({check.op for check in INTERPRETED})
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_equal_their_oracles(op):
     # float16 takes the same path as bfloat16 when interpreted; on a GPU it is checked too.
-    command = [sys.executable, "-m", "d2o_dist.bench.checks", "--device", "cpu", "--op", op, "--skip=-float16"]
+    command = [sys.executable, "-m", "benchmarks.checks", "--device", "cpu", "--op", op, "--skip=-float16"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]

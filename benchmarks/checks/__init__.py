@@ -1,0 +1,35 @@
+"""Every kernel against its oracle, on awkward shapes: run on a GPU by `gpu_check`, and by the tests without one.
+
+The kernels' own files are imported when a check runs, so listing checks needs neither Triton nor a library.
+And CUDA graphs of decode steps beside the steps themselves, which need a GPU.
+"""
+
+from benchmarks.checks import (
+    column_peaks,
+    column_sums,
+    cuda_append,
+    cuda_evict,
+    decode,
+    decode_graph,
+    dispatch,
+    merge_into,
+    nearest_kept,
+    prefill,
+    update_scores,
+)
+from benchmarks.checks.common import Check, Result
+
+__all__ = ["Check", "Result", "all_checks", "cuda_checks"]
+
+
+def all_checks() -> list[Check]:
+    """All of them, op by op; names are unique."""
+    modules = (
+        prefill, column_sums, column_peaks, decode, update_scores, nearest_kept, merge_into, dispatch, decode_graph,
+    )  # fmt: skip
+    return [check for module in modules for check in module.checks()]
+
+
+def cuda_checks() -> list[Check]:
+    """Those of kernels in CUDA C++; names are unique. On a CPU they need `kernels.cuda.library.host_build`."""
+    return [*cuda_append.checks(), *update_scores.cuda_checks(), *cuda_evict.checks()]

@@ -1,1 +1,0 @@
-"""What the demo needs besides the library: a small real model, real text, and questions over it."""

@@ -1,0 +1,1 @@
+"""`make demo`: a small real model, questions over a long real text, and the answers of each cache."""
