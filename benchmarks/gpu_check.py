@@ -2,8 +2,7 @@
 
     python -m benchmarks.gpu_check
 
-Needs a checkout, torch with CUDA, triton and transformers. CUDA C++ (backend `cuda`, which nothing takes by itself) is
-checked and timed too where its library is built or nvcc can build it; else it is said to be left out.
+Needs a checkout, torch with CUDA, triton and transformers.
 
 Prints a table of checks, one of times and one of targets, and writes them, dated, as JSON and Markdown. The checks of
 an op and a group of timings are processes of their own, so that a kernel that fails, hangs or corrupts its CUDA context
@@ -26,11 +25,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.checks import all_checks, cuda_checks
+from benchmarks.checks import all_checks
 from benchmarks.groups import GROUPS
 from benchmarks.timing import machine, markdown_table, write_report
 from d2o_dist.kernels.backend import has_triton
-from d2o_dist.kernels.cuda.build import LIBRARY, find_nvcc, is_current
 
 LIMIT_SECONDS = 450
 # Arguments of `layers`: a layer of each model at 32K tokens. Eight copies of a kept cache are more than L2 holds.
@@ -79,7 +77,7 @@ def run_checks(ops: Sequence[str], device: str, deadline: float) -> tuple[list[d
     for op, (output, failure) in zip(ops, results, strict=True):
         found = outcomes(output)
         wrong = [outcome for outcome in found if not outcome["right"]]
-        expected = sum(check.op == op for check in (*all_checks(), *cuda_checks()))
+        expected = sum(check.op == op for check in all_checks())
         share, nearest = max(
             (
                 (error / limit if limit else error, f"{outcome['name']}, {name}: {error:.1e} of {limit:.0e}")
@@ -93,18 +91,6 @@ def run_checks(ops: Sequence[str], device: str, deadline: float) -> tuple[list[d
         if failure and not (wrong and len(found) == expected):
             problems.append(f"{op}, after {len(found)} of {expected} checks: {failure}")
     return rows, problems
-
-
-def cuda_library(deadline: float) -> tuple[str, str | None]:
-    """What became of the library of CUDA kernels, which begins with `built` where it is there; and what failed."""
-    if is_current():
-        return "built before", None
-    if find_nvcc() is None:
-        if LIBRARY.exists():
-            return "built before, and its sources are newer; there is no nvcc", None
-        return "left out: it is not built, and there is no nvcc", None
-    _, failure = run_module("d2o_dist.kernels.cuda.build", [], deadline)
-    return ("left out: it cannot be built", failure) if failure else ("built now", None)
 
 
 def run_timings(
@@ -144,18 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = {**machine(), "capability": torch.cuda.get_device_capability(), "cuda": torch.version.cuda}
     facts["triton"] = importlib.metadata.version("triton")
     checks_end = start + 0.6 * args.limit  # checks may not take all the time that timing needs
-    facts["CUDA C++"], failure = cuda_library(checks_end)
-    with_cuda = facts["CUDA C++"].startswith("built")
     print(*(f"{key}: {value}" for key, value in facts.items()), "", sep="\n", flush=True)
-    ops = sorted({check.op for check in (*all_checks(), *(cuda_checks() if with_cuda else ()))})
+    ops = sorted({check.op for check in all_checks()})
     rows, problems = run_checks(ops, "cuda", checks_end)
-    problems += [failure] if failure else []
     facts["seconds of checks"] = round(time.monotonic() - start, 1)
     print(markdown_table(rows), flush=True)
     times, targets = [], []
     if not args.checks_only:
-        groups = [*GROUPS, "cuda"] if with_cuda else list(GROUPS)
-        times, targets, more = run_timings(LAYERS, groups, "cuda", start + args.limit)
+        times, targets, more = run_timings(LAYERS, list(GROUPS), "cuda", start + args.limit)
         problems += more
     facts["seconds"] = round(time.monotonic() - start, 1)
     for table in filter(None, (times, targets)):

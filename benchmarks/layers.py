@@ -12,14 +12,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cuda_step import cuda_group
 from benchmarks.groups import GROUPS, Group, Shape
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.timing import CLOCKS, interleaved_medians, machine, markdown_table, write_report
 
 DTYPES = ("float32", "bfloat16", "float16")
-# `cuda` needs the library of CUDA kernels, so it must be asked for.
-KNOWN = {**GROUPS, "cuda": cuda_group}
 
 
 def check_gate(group: Group) -> dict[str, float]:
@@ -56,7 +53,7 @@ def time_group(group: Group, shape: Shape, ceilings: Ceilings, reps: int, clock:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", default=",".join(GROUPS), help=f"comma separated, of {', '.join(KNOWN)}")
+    parser.add_argument("--groups", default=",".join(GROUPS), help=f"comma separated, of {', '.join(GROUPS)}")
     parser.add_argument("--length", type=int, default=8192, help="prompt tokens")
     parser.add_argument("--heads", default="32/8", help="query heads / KV heads")
     parser.add_argument("--head-dim", type=int, default=128)
@@ -71,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write dated JSON and Markdown here")
     args = parser.parse_args(argv)
     names = args.groups.split(",")
-    if unknown := [name for name in names if name not in KNOWN]:
-        parser.error(f"no group is called {unknown[0]!r}; there are {', '.join(KNOWN)}")
+    if unknown := [name for name in names if name not in GROUPS]:
+        parser.error(f"no group is called {unknown[0]!r}; there are {', '.join(GROUPS)}")
     heads = tuple(int(part) for part in args.heads.split("/"))
     shape = Shape(
         f"{args.name + ', ' if args.name else ''}{args.heads} x {args.head_dim}, {args.length} tokens, {args.dtype}",
@@ -94,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts["matmul GFLOP/s"] = round(ceilings.matmul_flops / 1e9, 1)
     rows, targets = [], []
     for name in names:
-        group = KNOWN[name](shape)
+        group = GROUPS[name](shape)
         facts[f"errors of {name}"] = check_gate(group)
         times, reached = time_group(group, shape, ceilings, args.reps, args.clock)
         rows, targets = rows + times, targets + reached

@@ -7,8 +7,6 @@ And CUDA graphs of decode steps beside the steps themselves, which need a GPU.
 from benchmarks.checks import (
     column_peaks,
     column_sums,
-    cuda_append,
-    cuda_evict,
     decode,
     decode_graph,
     dispatch,
@@ -19,7 +17,7 @@ from benchmarks.checks import (
 )
 from benchmarks.checks.common import Check, Result
 
-__all__ = ["Check", "Result", "all_checks", "cuda_checks"]
+__all__ = ["Check", "Result", "all_checks"]
 
 
 def all_checks() -> list[Check]:
@@ -28,8 +26,3 @@ def all_checks() -> list[Check]:
         prefill, column_sums, column_peaks, decode, update_scores, nearest_kept, merge_into, dispatch, decode_graph,
     )  # fmt: skip
     return [check for module in modules for check in module.checks()]
-
-
-def cuda_checks() -> list[Check]:
-    """Those of kernels in CUDA C++; names are unique. On a CPU they need `kernels.cuda.library.host_build`."""
-    return [*cuda_append.checks(), *update_scores.cuda_checks(), *cuda_evict.checks()]

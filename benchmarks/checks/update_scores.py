@@ -1,4 +1,4 @@
-"""Checks of the kernels that update scores and rates: Triton's, and that in CUDA C++."""
+"""Checks of the kernel that updates scores and rates."""
 
 import torch
 
@@ -19,19 +19,8 @@ def checks() -> list[Check]:
     return [Check("update_scores", name, lambda device, case=case: run(*case, device)) for name, case in CASES.items()]
 
 
-def cuda_checks() -> list[Check]:
-    """Each case, in CUDA C++."""
-    return [
-        Check("cuda_update_scores", name, lambda device, case=case: run(*case, device, in_cuda=True))
-        for name, case in CASES.items()
-    ]
-
-
-def run(num_heads: int, num_kv_heads: int, num_slots: int, parts: str, device: str, *, in_cuda: bool = False) -> Result:
-    if in_cuda:
-        from d2o_dist.kernels.cuda.update_scores import cuda_update_scores as kernel
-    else:
-        from d2o_dist.kernels.update_scores.triton import triton_update_scores as kernel
+def run(num_heads: int, num_kv_heads: int, num_slots: int, parts: str, device: str) -> Result:
+    from d2o_dist.kernels.update_scores.triton import triton_update_scores as kernel
 
     batch, room = 3, 5
     logits = normal(batch, num_heads, num_slots, dtype=torch.float32, device=device) * 3
@@ -41,8 +30,10 @@ def run(num_heads: int, num_kv_heads: int, num_slots: int, parts: str, device: s
     rows = (batch, num_kv_heads, num_slots + room)
     statistics = [normal(*rows, dtype=torch.float32, device=device, seed=s) for s in (1, 2)]
     scores, rates = (x[:, :, :num_slots] if name in parts else None for x, name in zip(statistics, "sr", strict=True))
-    # Columns of a table: one number a row, and not side by side.
-    newest = torch.tensor([[num_slots - 1, 0], [0, num_slots - 1], [-1, 0]], device=device)[:, 0]
+    # Another slot in each head, and not side by side.
+    newest = torch.tensor([num_slots - 1, 0, -1], device=device)[:, None] - torch.arange(num_kv_heads, device=device)
+    newest = newest.T.contiguous().T
+    # A column of a table.
     present = torch.tensor([[True, False], [True, False], [False, True]], device=device)[:, 0] if "p" in parts else None
     before = on_cpu(logits, lse, *(x if x is None else x.clone() for x in (scores, rates)), newest, present)
     rest = [x[:, :, num_slots:].clone() for x in statistics]

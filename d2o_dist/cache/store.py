@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from d2o_dist.cache.rows import Rows
-from d2o_dist.kernels.backend import takes_cuda
 from d2o_dist.slots.slots import Slots, stats_dtype, unused_slots
 
 # Slots added at once when a layer that is never evicted outgrows its buffer while decoding.
@@ -122,12 +121,6 @@ class SlotStore:
                 written already.
         """
         buffers = self._buffers
-        if takes_cuda(buffers.keys, keys, values):
-            from d2o_dist.kernels.cuda.append import cuda_append
-
-            seen = None if self.in_arena else position
-            cuda_append(buffers, keys[:, :, 0], values[:, :, 0], slot.expand(-1, keys.shape[1]), seen)
-            return
         # Not scatter_: on a CPU that copies the whole buffer where its dtype is bfloat16.
         batch, heads = keys.shape[:2]
         where = (

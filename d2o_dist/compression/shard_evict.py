@@ -21,7 +21,6 @@ from d2o_dist.compression.level import count_held
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.core.compress import Nearest, count_dropped, judge
 from d2o_dist.core.select import compact
-from d2o_dist.kernels.backend import cuda_leaves
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.gate import head_reports
 from d2o_dist.slots.slots import D2OState, Slots
@@ -103,7 +102,6 @@ def evict_shards(
     Every rank of the request must call it with the same layers. Collectives over sp: 1 without merging, 3 with
     `merge_scope: global`, 2 with `local`; one more over tp if there are tensor ranks.
     """
-    cuda_leaves("evictions of heads whose slots are spread over ranks")
     picked = _pick_victims(jobs, config, ranks, num_seen_tokens)
     results = []
     if not config.merge.merges:

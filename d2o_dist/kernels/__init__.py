@@ -1,5 +1,4 @@
 """One folder an op: `naive.py` is the oracle, the other files are fast paths; `__init__.py` picks one and exports it.
-`cuda` has those of a decode step in CUDA C++, which are taken only where that backend was chosen.
 
 Shape legend, used in every file below:
     q [B, Hq, Tq, D] · k, v [B, Hkv, Tk, D] · G = Hq // Hkv · query head h reads KV head h // G

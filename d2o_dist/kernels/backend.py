@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2o_dist.kernels.launch import capability, is_interpreted
 
-BACKENDS = ("auto", "torch", "triton", "cuda")
+BACKENDS = ("auto", "torch", "triton")
 # Triton and PyTorch's flash kernel have none for earlier GPUs (Turing, Volta).
 MIN_CAPABILITY = 80
 # What a block of a kernel holds in registers and shared memory ends here.
@@ -24,27 +24,17 @@ def set_backend(name: str) -> None:
     """`auto`: by device, dtype and whether flash-attn is installed. `torch`: PyTorch's operators only. `triton`: our
     kernels also where PyTorch or flash-attn has one.
 
-    `cuda`: as `auto`, with CUDA C++ (`kernels.cuda`) for a decode step besides its attention; never taken by `auto`.
-    Under TRITON_INTERPRET=1 `triton` takes CPU tensors too; within `kernels.cuda.library.host_build`, `cuda` does.
+    Under TRITON_INTERPRET=1 `triton` takes CPU tensors too.
 
     Raises:
-        ValueError: another name, `triton` without Triton, or `cuda` whose library is not built.
+        ValueError: another name, or `triton` without Triton.
     """
     global _chosen
     if name not in BACKENDS:
         raise ValueError(f"backend ({name!r}) must be one of {', '.join(BACKENDS)}")
     if name == "triton" and not has_triton():
         raise ValueError("backend 'triton' needs the package triton, which is not installed")
-    if name == "cuda":
-        _require_cuda()
     _chosen = name
-
-
-def _require_cuda() -> None:
-    from d2o_dist.kernels.cuda.library import BUILD, has_host_build, is_built
-
-    if not is_built() and not has_host_build():
-        raise ValueError(f"backend 'cuda' needs its library, which is not built: {BUILD}")
 
 
 def get_backend() -> str:
@@ -85,24 +75,6 @@ def has_kernels(device: torch.device) -> bool:
     _say(logging.WARNING, f"the GPU has compute capability {found}, and kernels need {needed}: its tensors are served "
                           "by slower PyTorch operators")  # fmt: skip
     return False
-
-
-def takes_cuda(*tensors: Tensor) -> bool:
-    """Whether CUDA C++ serves these tensors (all of one device): chosen, device and dtype suit, no gradient wanted."""
-    if _chosen != "cuda" or tensors[0].dtype not in TRITON_DTYPES or wants_grad(*tensors):
-        return False
-    from d2o_dist.kernels.cuda.library import has_host_build
-
-    if tensors[0].device.type != "cuda" and not has_host_build():
-        return False
-    _say(logging.INFO, "decode steps are served by CUDA C++ kernels, besides their attention")
-    return True
-
-
-def cuda_leaves(what: str) -> None:
-    """Where CUDA C++ was chosen, say once what it does not serve: that goes as with `auto`."""
-    if _chosen == "cuda":
-        _say(logging.WARNING, f"not served by CUDA C++, but as with backend 'auto': {what}")
 
 
 def wants_grad(*tensors: Tensor) -> bool:

@@ -1,7 +1,6 @@
 """The GPU check as far as a CPU goes: interpreted checks, timings of tiny layers, and what it does when things fail."""
 
 import json
-import os
 import time
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 from benchmarks import gpu_check, layers
 from benchmarks.groups import GROUPS
-from d2o_dist.kernels.cuda import build
 
 TINY = ["--heads", "2/1", "--head-dim", "16", "--length", "340", "--reps", "1", "--threads", "1"]
 
@@ -66,44 +64,6 @@ def test_whatever_happens_to_a_process_the_others_are_reported(monkeypatch, tmp_
     assert "decode_attention, after 0 of " in problems[3] and "no time left" in problems[3] and len(problems) == 4
 
 
-def test_cuda_is_built_or_left_out_in_words(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "is_current", lambda: False)
-    monkeypatch.setattr(gpu_check, "LIBRARY", tmp_path / "none.so")
-    monkeypatch.setattr(gpu_check, "find_nvcc", lambda: None)
-    assert gpu_check.cuda_library(soon()) == ("left out: it is not built, and there is no nvcc", None)
-    monkeypatch.setattr(gpu_check, "find_nvcc", lambda: "nvcc")
-    # The compiler says no; what is called so is no program; it hangs.
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    for text, what, limit in (
-        ("#!/bin/sh\necho no such architecture >&2\nexit 3\n", "no such architecture", 60),
-        ("\x7fELF", "Exec format error", 60),
-        ("#!/bin/sh\nexec sleep 60\n", "no time left", 2),
-    ):
-        nvcc.write_text(text)
-        nvcc.chmod(0o755)
-        state, failure = gpu_check.cuda_library(time.monotonic() + limit)
-        assert state == "left out: it cannot be built" and what in failure
-    monkeypatch.setattr(gpu_check, "run_module", lambda *a: ("built", None))
-    assert gpu_check.cuda_library(soon()) == ("built now", None)
-
-
-def test_a_library_older_than_its_sources_is_built_anew(monkeypatch, tmp_path):
-    """Checks of what was built before the last change would say nothing about the sources."""
-    library = tmp_path / "lib.so"
-    monkeypatch.setattr(gpu_check, "LIBRARY", library)
-    monkeypatch.setattr(gpu_check, "is_current", lambda: build.is_current(library))
-    monkeypatch.setattr(gpu_check, "find_nvcc", lambda: "nvcc")
-    monkeypatch.setattr(gpu_check, "run_module", lambda *a: ("built", None))
-    library.touch()
-    assert gpu_check.cuda_library(soon()) == ("built before", None)
-    os.utime(library, (1, 1))
-    assert gpu_check.cuda_library(soon()) == ("built now", None)
-    monkeypatch.setattr(gpu_check, "find_nvcc", lambda: None)
-    assert gpu_check.cuda_library(soon())[0].startswith("built before, and its sources are newer")
-
-
 def test_no_time_left_is_a_problem():
     rows, problems = gpu_check.run_checks(["update_scores"], "cpu", time.monotonic() - 1)
     assert rows[0]["right"] == 0 and "no time left" in problems[0]
@@ -130,7 +90,6 @@ def test_main_reports_problems_and_fails(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_check, "run_checks", lambda *a: ([{"op": "x", "right": 0}], ["x one: wrong"]))
-    monkeypatch.setattr(gpu_check, "cuda_library", lambda deadline: ("left out", None))
     monkeypatch.setattr(gpu_check, "run_timings", lambda *a: ([], [], ["decode: failed"]))
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     assert "2 problems" in capsys.readouterr().out

@@ -141,7 +141,8 @@ def test_the_printed_configuration_can_be_read_back(folder, tmp_path, capsys):
     text = capsys.readouterr().out
     values = yaml.safe_load(text)
     assert (values["prompt"], values["prompts"], values["max_batch_size"]) == ("1", None, 3)
-    assert (values["d2o"]["keep_ratio"], values["d2o"]["keep_tokens"], values["d2o"]["merge"]["rule"]) == (0.25, None, "mass")
+    d2o = values["d2o"]
+    assert (d2o["keep_ratio"], d2o["keep_tokens"], d2o["merge"]["rule"]) == (0.25, None, "mass")
     assert values["sampling"]["seed"] == 2
     file.write_text(text)
     assert infer.main(["--config", str(file), "--print-config"]) == 0

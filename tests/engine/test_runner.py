@@ -147,7 +147,7 @@ def test_what_the_user_did_not_foresee_keeps_what_is_written(folder, tmp_path, m
         ({"model": "./nowhere"}, "model folder ./nowhere does not exist"),
         ({"device": "cuda:77"}, r"device \(cuda:77\) is not there: this machine has \d+ CUDA devices"),
         ({"stream": True}, r"stream \(true\) shows one prompt, but there are 7"),
-        ({"d2o": {"keep_ratio": 0.2, "budget": {"protected_layers": [0]}}}, "the 1 protected layers and budget.min_layer_ratio"),
+        ({"d2o": {"keep_ratio": 0.2, "budget": {"protected_layers": [0]}}}, "the 1 protected layers and budget.min"),
         ({"decode_graph": "always", "device": "cpu"}, r"decode_graph \(always\) is impossible: the model is on cpu"),
         ({"d2o": {"budget": {"protected_layers": [9]}}}, "protected_layers has 9, but the model has 2 layers"),
     ],

@@ -41,7 +41,8 @@ def test_round_trip(tmp_path):
 
 
 def test_full_comes_first_and_every_method_runs_at_every_budget():
-    methods = make(methods=["full", "h2o", {"name": "x", "preset": "lean", "merge": {"targets": {"fraction": 0.2}}}], keep_tokens=[64])
+    variant = {"name": "x", "preset": "lean", "merge": {"targets": {"fraction": 0.2}}}
+    methods = make(methods=["full", "h2o", variant], keep_tokens=[64])
     expanded = methods.expand_methods()
     assert [method.label for method in expanded] == [
         "full", "h2o@50%", "h2o@20%", "h2o@64 tokens", "x@50%", "x@20%", "x@64 tokens",

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from d2o_dist.kernels import backend
-from d2o_dist.kernels.backend import get_backend, set_backend, takes_cuda, takes_triton
+from d2o_dist.kernels.backend import get_backend, set_backend, takes_triton
 from d2o_dist.kernels.prefill_attention.cuda import cuda_supports
 
 
@@ -14,7 +14,7 @@ def hopper(monkeypatch):
 
 def test_names():
     assert get_backend() == "auto"
-    with pytest.raises(ValueError, match=r"'cudnn'.*auto, torch, triton, cuda"):
+    with pytest.raises(ValueError, match=r"'cudnn'.*auto, torch, triton"):
         set_backend("cudnn")
     assert get_backend() == "auto"
 
@@ -39,16 +39,6 @@ def test_choice_by_dtype(monkeypatch, dtype):
     monkeypatch.setattr(backend, "has_triton", lambda: True)
     assert takes_triton(OnCuda(dtype)) == (dtype != torch.float64)
     assert not takes_triton(torch.zeros(1, dtype=dtype))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_cuda_is_taken_only_where_it_was_chosen(monkeypatch, dtype):
-    assert not takes_cuda(OnCuda(dtype))
-    monkeypatch.setattr(backend, "_chosen", "cuda")
-    assert takes_cuda(OnCuda(dtype)) == (dtype != torch.float64)
-    assert not takes_cuda(torch.zeros(1, dtype=dtype)) and not takes_cuda(OnCuda(dtype), OnCuda(requires_grad=True))
-    monkeypatch.setattr(backend, "has_triton", lambda: True)
-    assert takes_triton(OnCuda(dtype)) == (dtype != torch.float64)  # what CUDA C++ has no kernel for
 
 
 def test_choice_by_head_dim_gradient_and_setting(monkeypatch):

@@ -47,8 +47,8 @@ def evaluated(folder: Path, model: Path) -> dict[str, float]:
     plan = prepare_evaluation(
         EvalConfig.from_dict(
             {"model": str(model), "output": str(folder / "nowhere"), "tasks": tasks(folder), "dtype": "float32",
-             "methods": [{"name": "d2o", "budget": {"min_layer_tokens": 8}}], "keep_ratios": [0.3], "chat_template": "never",
-             "device": "cpu"}
+             "methods": [{"name": "d2o", "budget": {"min_layer_tokens": 8}}], "keep_ratios": [0.3],
+             "chat_template": "never", "device": "cpu"}
         ),
         {},
     )  # fmt: skip

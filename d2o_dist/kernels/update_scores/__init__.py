@@ -3,10 +3,9 @@
 With sequence shards the lse is that of all shards: each then updates its own slots, and nothing more is exchanged.
 """
 
-import torch
 from torch import Tensor
 
-from d2o_dist.kernels.backend import takes_cuda, takes_triton
+from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.common import group_size
 from d2o_dist.kernels.update_scores.naive import naive_update_scores
 from d2o_dist.kernels.update_scores.torch_ops import (
@@ -78,10 +77,6 @@ def _kernel(logits: Tensor, lse: Tensor):
     """The kernel that serves these, or None."""
     if logits.numel() == 0:
         return None
-    if takes_cuda(logits, lse) and logits.dtype == lse.dtype == torch.float32:
-        from d2o_dist.kernels.cuda.update_scores import cuda_update_scores
-
-        return cuda_update_scores
     if takes_triton(logits, lse):
         from d2o_dist.kernels.update_scores.triton import triton_update_scores
 
