@@ -134,6 +134,16 @@ def test_what_changes_the_mathematics_is_refused_by_name_with_both_values(inputs
         assert ("null" if one is None else str(one)) in found
 
 
+def test_another_learning_rate_is_bad_usage_and_changes_nothing(inputs, output, capsys):
+    before = listing(output)
+    with pytest.raises(SystemExit) as ended:
+        main(command(again(inputs, output), "optimizer.lr=0.01"))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: error: ")]
+    assert ended.value.code == 2 and len(said) == 1
+    assert "optimizer.lr (0.01) must be that of the run in " in said[0] and "(0.003)" in said[0]
+    assert listing(output) == before
+
+
 def test_all_that_differs_is_named(inputs, tmp_path):
     config = make_config(inputs)
     other = changed(changed(config, "seed", 3), "optimizer.lr", 0.5)
