@@ -1,7 +1,7 @@
 """The texts that only judge: cut from files that you have, written as plain text, with the digest of each.
 
-    python studies/unseen_texts.py runs/unseen_texts/texts --novel novel.txt.xz --play plays.txt --code FOLDER \
-        --chat valid_freq.json --log dpkg.log
+    python studies/unseen_texts.py runs/unseen_texts/texts --novel novel.txt.xz --code FOLDER \
+        --chat valid_freq.json
 
 The passages themselves are cut by the task `fidelity` (studies/unseen_texts.yaml): evenly over each text, none
 twice. The texts are not in the repository; docs/results/unseen.md says which bytes were measured. No setting is
@@ -43,17 +43,10 @@ def chat(path: Path) -> str:
     )
 
 
-def whole(path: Path) -> str:
-    """A file as it stands."""
-    return path.read_text(encoding="utf-8")
-
-
 KINDS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "prose": ("novel", second_half),
-    "play": ("play", whole),
     "code": ("code", python_files),
     "chat": ("chat", chat),
-    "log": ("log", whole),
 }
 
 
