@@ -33,7 +33,7 @@ def task_table(summary: Mapping[str, Any], reference: str | None = None) -> str:
     metrics = list(lines[0]["scores"])
     primary = summary["primary"]
     metrics = [primary] + [name for name in metrics if name != primary]
-    compared = [] if reference is None else [f"{primary}: less {reference}"]
+    compared = [] if reference is None else [f"{primary}: minus {reference}"]
     head = ["method", "budget", "kept", "MiB", *metrics, f"{primary}: ratio to full", *compared, "n"]
     rows = [
         [

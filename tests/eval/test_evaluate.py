@@ -118,7 +118,7 @@ def test_distances_from_a_reference_are_paired(done, folder):
     assert h2o["to_reference"]["mean"] == pytest.approx(sum(apart) / 3)
     assert h2o["to_reference"]["se"] == pytest.approx(statistics.stdev(apart) / 3**0.5)
     table = report(summary, {})
-    assert "| kl: less mass |" in table and "less" not in report(summarise(plan_of(folder, output), records), {})
+    assert "| kl: minus mass |" in table and "minus" not in report(summarise(plan_of(folder, output), records), {})
 
 
 def test_finished_rows_are_not_run_again(done, folder, tmp_path, monkeypatch):
