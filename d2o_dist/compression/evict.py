@@ -71,7 +71,11 @@ def steps_in_place(
     if not takes_cuda(slots.keys, slots.values):
         return None
     from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict_over_ranks, serves_eviction
+    from d2o_dist.kernels.cuda.params import unserved_rule
 
+    if (rule := unserved_rule(config)) is not None:
+        cuda_leaves(f"evictions with {rule}")
+        return None
     if not serves_eviction(slots):
         what = f"{slots.keys.shape[-1]} numbers in {slots.keys.dtype}"
         cuda_leaves(f"evictions of keys and values of {what}, which are not whole words of 16 bytes")
