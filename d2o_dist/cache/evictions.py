@@ -8,7 +8,7 @@ Shape legend: B rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,8 +28,8 @@ from d2o_dist.compression.shard_evict import evict_shards
 from d2o_dist.compression.shard_finalize import finalize_shard
 from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.core.compress import EvictionSteps, eviction_steps
-from d2o_dist.core.select import add_rates, ranking_rates, rate_gain
-from d2o_dist.core.types import LayerBudget
+from d2o_dist.core.select import add_rates, choose, rank_scores, ranking_rates, rate_gain
+from d2o_dist.core.types import D2OState, LayerBudget, Slots
 from d2o_dist.kernels.backend import cuda_leaves
 from d2o_dist.kernels.nearest_kept import nearest_kept
 
@@ -83,9 +83,11 @@ class LayerEvictions:
             if gain is not None:
                 slots.rates.copy_(add_rates(slots, gain).rates)
             unit.store.reserve(capacity)
+            if self._others_may_ask([self.layers[index]], 1):
+                self._evict([], None, finalize=True)
             return
         seen = torch.tensor(self.num_seen, device=unit.store.slots.positions.device)
-        [(slots, unit.state)] = run_evictions([self._steps(due, seen, finalize=True)], self._gather_reports)
+        [(slots, unit.state)] = self._evict([due], seen, finalize=True)
         unit.store.replace(slots, due.kv_len, capacity)
         self._check([due])
 
@@ -96,18 +98,56 @@ class LayerEvictions:
             seen: [B] int64 tokens seen, on the device.
         """
         jobs = _all_due(self.layers, slack)
-        if jobs:
-            self._run(jobs, seen)
+        if jobs or self._others_may_ask(self.layers.values(), slack):
+            results = self._evict(jobs, seen, finalize=False)
+            for job, (slots, state) in zip(jobs, results, strict=True):
+                job.unit.state = state
+                job.unit.store.replace(slots, job.kv_len)
+            self._check(jobs)
         self._end_of_heads(slack)
         return bool(jobs)
 
-    def _run(self, jobs: Sequence[DueUnit], seen: Tensor) -> None:
-        steps = [self._steps_in_place(job) or self._steps(job, seen, finalize=False) for job in jobs]
-        results = run_evictions(steps, self._gather_reports)
-        for job, (slots, state) in zip(jobs, results, strict=True):
-            job.unit.state = state
-            job.unit.store.replace(slots, job.kv_len)
-        self._check(jobs)
+    def _evict(self, jobs: Sequence[DueUnit], seen: Tensor | None, *, finalize: bool) -> list[tuple[Slots, D2OState]]:
+        """What the evictions leave. Collectives: one, if anything is merged; one more between copies of KV heads."""
+        choices = self._choices(jobs, seen, finalize=finalize)
+        steps = [
+            (None if finalize else self._steps_in_place(job)) or self._steps(job, choice, seen, finalize=finalize)
+            for job, choice in zip(jobs, choices, strict=True)
+        ]
+        asks = self._by_head and self.ranks.kv_replicas > 1 and self.config.merge != "none"
+        return run_evictions(steps, self._gather_reports, self._nothing("scores") if asks else None)
+
+    def _choices(
+        self, jobs: Sequence[DueUnit], seen: Tensor | None, *, finalize: bool
+    ) -> Sequence[Tensor | None]:
+        """What becomes of the slots of each job, as the first of the ranks chose that hold copies of its heads; None
+        where there are no copies. What they rank by may differ by a last bit."""
+        if self.ranks.kv_replicas == 1:
+            return [None] * len(jobs)
+        chosen = []
+        for job in jobs:
+            slots, config = job.unit.store.slots, self.config
+            ranking = rank_scores(
+                slots, ranking_rates(slots, config, finalize=finalize), config, num_seen_tokens=seen
+            )
+            chosen.append(choose(slots, job.budget, ranking, config, finalize=finalize))
+        mine = torch.cat(chosen, -1) if chosen else self._nothing("positions").to(torch.uint8)
+        return self.ranks.from_first_copy(mine).split([one.shape[-1] for one in chosen] or [0], -1)[: len(jobs)]
+
+    def _others_may_ask(self, layers: Collection[FullLayer | HeadwiseLayer], slack: int) -> bool:
+        """Whether any head with a budget of its own is due, on whichever rank, where several ranks hold each: those
+        exchange what they decide, and a collective is for all tensor ranks. All know all lengths."""
+        if not self._by_head or self.ranks.kv_replicas == 1:
+            return False
+        heads = [head for layer in layers for head in layer.budgeted if head.slot_budgets is not None]
+        return any(
+            held >= slots + slack for head in heads for held, slots in zip(head.kv_len, head.slot_budgets, strict=True)
+        )
+
+    def _nothing(self, name: str) -> Tensor:
+        """An empty tensor [1, 1, 0] like the statistics `name` of this rank's slots."""
+        unit = next(iter(self.layers.values())).units[0]
+        return getattr(unit.store.slots, name).new_empty(1, 1, 0)
 
     @property
     def _by_head(self) -> bool:
@@ -126,24 +166,31 @@ class LayerEvictions:
         if self._by_head:
             cuda_leaves("evictions of heads with budgets of their own")
             return None
+        if self.ranks.kv_replicas > 1:
+            cuda_leaves("evictions of KV heads that several ranks hold")
+            return None
         alone = self.ranks.tp.size == 1 and not self.ranks.deals_tokens
         return steps_in_place(
             job.unit.store.slots, job.unit.state, self.config, held=job.unit.kv_len, kept=job.kv_len,
             num_seen=self.num_seen, all_heads_here=alone,
         )  # fmt: skip
 
-    def _steps(self, job: DueUnit, seen: Tensor, *, finalize: bool) -> EvictionSteps:
+    def _steps(self, job: DueUnit, choice: Tensor | None, seen: Tensor, *, finalize: bool) -> EvictionSteps:
+        here = self.ranks.copied_heads
         return eviction_steps(
             job.unit.store.slots, job.budget, job.unit.state, self.config, finalize=finalize,
-            num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted,
+            num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted, choice=choice,
+            here=slice(0, 1) if here is not None and self._by_head else here,
         )  # fmt: skip
 
     def _gather_reports(self, reports: Tensor) -> Tensor:
         """[B, h, X] of the KV heads at hand -> [B, H, X] of the whole layer, the same on every rank.
 
-        A head with a budget of its own is all of its layer.
+        A head with a budget of its own is all of its layer, as the first of the ranks that hold copies of it has it.
         """
-        return reports if self._by_head else self.ranks.gather_kv_heads(self.ranks.join_heads(reports))
+        if self._by_head:
+            return self.ranks.from_first_copy(reports)
+        return self.ranks.gather_kv_heads(self.ranks.join_heads(reports))
 
     def _check(self, jobs: Sequence[DueUnit]) -> None:
         if not self._by_head:

@@ -365,7 +365,9 @@ class CompressedCache:
                 )  # fmt: skip
                 if config.budget_per == "head":
                     self._part_heads()
-            self.plans = set_budgets(self._full().values(), self.plans, variances, highest, config, self.num_seen)
+            self.plans = set_budgets(
+                self._full().values(), self.plans, variances, highest, config, self.num_seen, self.ranks
+            )
             # Of this prefill's tokens a step from before it knows nothing.
             self.phase, self.step = "decode", None
             self._evictions().at_finalize()

@@ -67,8 +67,9 @@ def highest_of_heads(
     wanted = torch.tensor(num_highest, device=rankings[0].device)
 
     def over_ranks(counts: Tensor) -> Tensor:
-        # Copies of a KV head hold the same: each token was counted as often as there are copies.
-        return ranks.tp.all_reduce(counts if by_sequence else ranks.sp.all_reduce(counts)) // ranks.kv_replicas
+        # Of the copies of a KV head, which may differ by a last bit, the first counts.
+        mine = counts if ranks.is_first_copy else torch.zeros_like(counts)
+        return ranks.tp.all_reduce(mine if by_sequence else ranks.sp.all_reduce(mine))
 
     both = torch.cat(count_highest(rankings, live, wanted, over_ranks), -1)
     both = both if by_sequence else ranks.join_heads(both)

@@ -16,10 +16,15 @@ from d2o_dist.kernels.backend import cuda_leaves, takes_cuda
 GatherHeads = Callable[[Tensor], Tensor]
 
 
-def run_evictions(layers: Sequence[EvictionSteps], gather_heads: GatherHeads) -> list[tuple[Slots, D2OState]]:
+def run_evictions(
+    layers: Sequence[EvictionSteps], gather_heads: GatherHeads, nothing: Tensor | None = None
+) -> list[tuple[Slots, D2OState]]:
     """Drive the evictions of several layers; what they ask of other ranks goes into one gather.
 
     Every rank must call it with the same layers in the same order: which rows are due follows from lengths alone.
+
+    Args:
+        nothing: what a rank takes part in the gather with whose layers ask nothing, where others' may; None: all ask.
     """
     results: dict[int, tuple[Slots, D2OState]] = {}
     asked: dict[int, Tensor] = {}
@@ -38,6 +43,8 @@ def run_evictions(layers: Sequence[EvictionSteps], gather_heads: GatherHeads) ->
                 results[number] = end.value
             else:
                 raise AssertionError("an eviction asks other ranks once")
+    elif nothing is not None:
+        gather_heads(nothing)
     return [results[number] for number in range(len(layers))]
 
 
@@ -64,7 +71,11 @@ def steps_in_place(
     if not takes_cuda(slots.keys, slots.values):
         return None
     from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict_over_ranks, serves_eviction
+    from d2o_dist.kernels.cuda.params import unserved_rule
 
+    if (rule := unserved_rule(config)) is not None:
+        cuda_leaves(f"evictions with {rule}")
+        return None
     if not serves_eviction(slots):
         what = f"{slots.keys.shape[-1]} numbers in {slots.keys.dtype}"
         cuda_leaves(f"evictions of keys and values of {what}, which are not whole words of 16 bytes")

@@ -113,7 +113,8 @@ def generate(
     prompts = [request.input_ids for request in requests]
     rows = [_Row(request, tokenizer, on_text) for request in requests]
     began = time.perf_counter()
-    sampler = Sampler(sampling, [request.index for request in requests], prompts, session.device)
+    ranks = session.cache.ranks
+    sampler = Sampler(sampling, [request.index for request in requests], prompts, session.device, ranks)
     logits = session.prefill(*left_pad(prompts, pad_id), chunk)
     if on_prefill is not None:
         on_prefill()

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.sampling import SamplingConfig
 
 
@@ -49,12 +50,20 @@ class Sampler:
         indices: per row its index in the whole input, which with `config.seed` seeds its random numbers.
         prompts: per row the token ids of its prompt.
         device: where the logits will be.
+        ranks: those that share the batch. The first of them picks, from its own logits, and the others are told: logits
+            that two ranks computed may differ by a last bit, and their largest with it. None: this process alone.
     """
 
     def __init__(
-        self, config: SamplingConfig, indices: Sequence[int], prompts: Sequence[Sequence[int]], device: torch.device
+        self,
+        config: SamplingConfig,
+        indices: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        device: torch.device,
+        ranks: RequestRanks | None = None,
     ) -> None:
         self.config = config
+        self._ranks = RequestRanks.alone() if ranks is None else ranks
         self._processors = make_processors(config)
         self._generators: list[torch.Generator] | None = None
         if not config.is_greedy:
@@ -68,23 +77,25 @@ class Sampler:
             self._seen = torch.tensor(rows, device=device)
 
     def pick(self, logits: Tensor) -> list[int]:
-        """The next token of each row from its logits [B, V].
+        """The next token of each row from its logits [B, V]. All ranks that share the batch call it together.
 
         Raises:
-            ValueError: a row whose logits are NaN or infinite, where tokens are drawn.
+            ValueError: a row whose logits are NaN or infinite, where tokens are drawn; on all ranks.
         """
-        scores = logits if logits.dtype == torch.float64 else logits.float()
-        scores = self._processors(self._seen, scores)
-        if self._generators is None:
-            chosen = scores.argmax(-1)
-        else:
-            chosen = _draw(scores.softmax(-1), self._generators)
+        with self._ranks.counter.phase("token"):
+            chosen = self._ranks.from_first(self._choose(logits))
         if self._seen is not None:
             self._seen = torch.cat([self._seen, chosen[:, None]], 1)
         tokens = chosen.tolist()
         if (lost := [place for place, token in enumerate(tokens) if token < 0]):
             raise ValueError(f"nothing can be drawn for row {lost[0]} of the batch: its logits are NaN or infinite")
         return tokens
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """[B] int64; -1 for a row of which nothing can be drawn."""
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        scores = self._processors(self._seen, scores)
+        return scores.argmax(-1) if self._generators is None else _draw(scores.softmax(-1), self._generators)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch, in this order."""

@@ -62,7 +62,8 @@ class Session:
         model: loaded with `attn_implementation="d2o"`, in evaluation mode.
         d2o: how the cache is compressed.
         mesh, parallel, counter: see `D2OCache`. Every rank that shares the batch makes the same calls with the same
-            arguments, and gets the same results.
+            arguments, and gets the same logits but for rounding. So tokens are picked on one rank and sent to the
+            others: `Sampler` does, and so does `session.cache.ranks.from_first(tokens)`.
         decode_graph: whether decode steps are CUDA graphs: `auto` (where that is possible), `always`, `never`.
 
     Raises:

@@ -341,7 +341,7 @@ def test_it_must_be_built(monkeypatch, tmp_path):
 @needs_compiler
 def test_a_library_of_another_version_is_refused(host, monkeypatch):
     monkeypatch.setattr(library, "ABI_VERSION", 99)
-    with pytest.raises(ValueError, match="has version 2, but this package speaks 99"):
+    with pytest.raises(ValueError, match="has version 3, but this package speaks 99"):
         library.load(host)
 
 

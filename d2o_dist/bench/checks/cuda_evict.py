@@ -79,9 +79,13 @@ def checks() -> list[Check]:
 
 
 def run(case: Case, dtype: torch.dtype, device: str) -> Result:
+    return run_rules(D2OConfig.preset("paper_minmax", **{"num_sink_tokens": 2, **case.rule}), case, dtype, device)
+
+
+def run_rules(config: D2OConfig, case: Case, dtype: torch.dtype, device: str) -> Result:
+    """The case, by the rules of a whole configuration rather than its own."""
     from d2o_dist.kernels.cuda.evict import EvictionRows, cuda_evict
 
-    config = D2OConfig.preset("paper_minmax", **{"num_sink_tokens": 2, **case.rule})
     buffers, state = buffers_of(case, dtype, device), D2OState()
     held = list(case.held)
     heavy = [x or (0 if y else n) for x, y, n in zip(case.heavy, case.recent, held, strict=True)]

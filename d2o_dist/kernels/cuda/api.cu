@@ -16,7 +16,7 @@
 using namespace d2o;
 
 // Raised whenever a struct or a function below changes: library.py refuses another.
-D2O_API int d2o_abi_version() { return 2; }
+D2O_API int d2o_abi_version() { return 3; }
 
 D2O_API int d2o_struct_size(int which) {
   const int sizes[] = {sizeof(EvictParams), sizeof(AppendParams), sizeof(ScoreParams)};

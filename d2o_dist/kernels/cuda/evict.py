@@ -25,7 +25,7 @@ from d2o_dist.kernels.cuda.library import (
     stream_of,
     workspace_bytes,
 )
-from d2o_dist.kernels.cuda.params import MERGES, SELECTIONS, EvictParams, Strided
+from d2o_dist.kernels.cuda.params import CHOICES, EvictParams, Strided, unserved_rule
 
 _FIND, _APPLY = 1, 2
 _STATISTICS = ("positions", "scores", "rates", "log_mass")
@@ -79,7 +79,8 @@ def cuda_evict(
         The state after it, as `core` has it.
 
     Raises:
-        ValueError: a row evicts more slots at once than the kernel has room for, or holds more than the buffers.
+        ValueError: a row evicts more slots at once than the kernel has room for, or holds more than the buffers; a rule
+            that it does not know (`params.CHOICES`).
     """
     if rows.most_victims == 0:
         return state
@@ -137,6 +138,9 @@ class _Eviction:
             raise ValueError(
                 f"an eviction of {victims} slots a head (eviction_interval) exceeds the {limit} of backend 'cuda'"
             )
+        if (rule := unserved_rule(config)) is not None:
+            raise ValueError(f"{rule} is a rule that evictions of backend 'cuda' do not know: use another backend")
+        chosen = {name: known.index(getattr(config, name)) for name, known in CHOICES.items()}
         assert serves_eviction(slots) and len(rows.held) == batch and victims > 0
         self.shape = (batch, heads, victims)
         self.table = rows.to(device)
@@ -148,6 +152,7 @@ class _Eviction:
             ema_beta=config.ema_beta,
             ema_rest=1 - config.ema_beta,
             max_log_mass=config.max_log_mass,
+            self_weight=config.self_weight,
             batch=batch,
             heads=heads,
             head_dim=head_dim,
@@ -156,12 +161,12 @@ class _Eviction:
             most_held=most_held,
             most_victims=victims,
             num_parts=1,
-            selection=SELECTIONS.index(config.selection),
-            merge=MERGES.index(config.merge),
-            tail_targets=config.merge_targets == "tail",
+            selection=chosen["selection"],
+            merge=chosen["merge"],
+            tail_targets=chosen["merge_targets"],
             max_tail=most_held if config.max_decode_tail is None else min(most_held, config.max_decode_tail),
-            by_quantile=config.gate == "quantile",
-            threshold_by_max=config.threshold_agg == "max",
+            by_quantile=chosen["gate"],
+            threshold_by_max=chosen["threshold_agg"],
             num_sinks=config.num_sink_tokens,
             schedule=schedule(),
         )

@@ -7,7 +7,6 @@
 
 namespace d2o {
 
-constexpr float kEuler = 2.718281828459045f;  // the weight of a slot's cosine with itself
 constexpr float kTiny = 1.1754943508222875e-38f;
 
 struct MergeShared {
@@ -52,7 +51,7 @@ D2O_FN void merge_members(const EvictParams& p, const Item& item, const RowWork&
   for (int leader = 0; leader < work.victims; ++leader) {
     if (!shared.leads[leader]) continue;
     const int place = shared.target[leader];
-    const float own = p.merge == kMass ? fmaxf(rates[place], kTiny) : p.merge == kReleased ? 1.0f : kEuler;
+    const float own = p.merge == kMass ? fmaxf(rates[place], kTiny) : p.merge == kReleased ? 1.0f : p.self_weight;
     float share = 0.0f;
     for (int e = leader; e < work.victims; ++e) {
       if (shared.target[e] == place) share += p.merge == kReleased ? 1.0f : shared.weight[e];

@@ -10,7 +10,7 @@ namespace d2o {
 
 constexpr int kMaxVictims = 1024;
 
-enum Selection { kCumulative, kWindow, kMixed, kRecent };
+enum Selection { kCumulative, kWindow, kMixed, kRecent, kReread };
 enum Halves { kFind = 1, kApply = 2 };
 enum Merge { kKeysValues, kValues, kMass, kReleased, kNone };
 
@@ -41,7 +41,7 @@ struct EvictParams {
   int64_t* halo_positions;
   float* halo_statistics;
   double tail_fraction, drop_quantile;
-  float ema_beta, ema_rest, max_log_mass;
+  float ema_beta, ema_rest, max_log_mass, self_weight;
   int32_t batch, heads, head_dim, item_size, dtype;
   int32_t most_held, most_victims, num_parts;
   int32_t selection, merge, tail_targets, max_tail, by_quantile, threshold_by_max, num_sinks;

@@ -31,7 +31,8 @@ struct Ranking {
 
   D2O_FN float rank(int slot) const {
     switch (params->selection) {
-      case kCumulative: return scores[slot];
+      case kCumulative:
+      case kReread: return scores[slot];
       case kWindow: return rates[slot];
       case kRecent: return static_cast<float>(positions[slot]);
       default: {

@@ -16,7 +16,7 @@ from torch import Tensor
 from d2o_dist.kernels.cuda.build import LIBRARY
 from d2o_dist.kernels.cuda.params import AppendParams, EvictParams, ScoreParams
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes: rows are moved in words of this size
 

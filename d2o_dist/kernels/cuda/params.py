@@ -7,8 +7,29 @@ from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 
 from torch import Tensor
 
-SELECTIONS = ("cumulative", "window", "mixed", "recent")
-MERGES = ("keys_values", "values", "mass", "released", "none")
+from d2o_dist.config.d2o import D2OConfig
+
+# The fields of a configuration that an eviction while decoding reads. Of those with a choice, the values that the
+# kernel knows, in the order of its own numbers for them: what has another value is not for it.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "selection": ("cumulative", "window", "mixed", "recent", "reread"),
+    "merge": ("keys_values", "values", "mass", "released", "none"),
+    "merge_targets": ("kept", "tail"),
+    "gate": ("threshold", "quantile"),
+    "threshold_agg": ("mean", "max"),
+}
+# Numbers that it takes as they are.
+NUMBERS = (
+    "num_sink_tokens", "tail_fraction", "max_decode_tail", "drop_quantile", "ema_beta", "self_weight", "max_log_mass",
+)  # fmt: skip
+
+
+def unserved_rule(config: D2OConfig) -> str | None:
+    """The first rule of the configuration that no kernel here knows, in words; None: an eviction can be left to it."""
+    for name, known in CHOICES.items():
+        if (value := getattr(config, name)) not in known:
+            return f"{name} ({value})"
+    return None
 
 
 class Strided(ctypes.Structure):
@@ -39,7 +60,7 @@ class EvictParams(ctypes.Structure):
         *((name, c_void_p) for name in ("victims", "victim_keys", "victim_values", "victim_rates", "nearest")),
         *((name, c_void_p) for name in ("halo_keys", "halo_values", "halo_positions", "halo_statistics")),
         *((name, c_double) for name in ("tail_fraction", "drop_quantile")),
-        *((name, c_float) for name in ("ema_beta", "ema_rest", "max_log_mass")),
+        *((name, c_float) for name in ("ema_beta", "ema_rest", "max_log_mass", "self_weight")),
         *((name, c_int32) for name in ("batch", "heads", "head_dim", "item_size", "dtype")),
         *((name, c_int32) for name in ("most_held", "most_victims", "num_parts")),
         *((name, c_int32) for name in ("selection", "merge", "tail_targets", "max_tail")),
