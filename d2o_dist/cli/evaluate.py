@@ -8,14 +8,15 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from d2o_dist.cli.voice import parse_once, quiet_unless
-from d2o_dist.comm import Launch, ParallelMesh, RankError, build_mesh, init_distributed, read_environment
+from d2o_dist.cli.voice import parse_once, quiet_unless, speaks_of
+from d2o_dist.comm import Launch, ParallelMesh, build_mesh, init_distributed, read_environment
 from d2o_dist.config.eval_tasks import ESSAYS
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.config.overrides import parse_override
 from d2o_dist.demo.fetch import FetchError
 from d2o_dist.demo.text import essays
+from d2o_dist.engine.startup import check_same_run
 from d2o_dist.eval.evaluate import Outcome, check_parallel, evaluate
 from d2o_dist.eval.plan import Plan, prepare
 
@@ -87,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch, mesh = Launch(), None
 
     def refuse(error: Exception) -> int:
-        # Before ranks have met, one of each machine speaks: what is wrong may be wrong there only.
-        if isinstance(error, RankError) or (launch.local_rank if mesh is None else mesh.rank) == 0:
+        if speaks_of(error, launch, met=mesh is not None):
             print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
 
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dump_yaml(config.to_dict()) if launch.rank == 0 else "", end="")
             return EXIT_OK
         init_distributed("gloo" if config.device == "cpu" else None)
+        check_same_run(build_mesh(launch.world_size), config.to_dict(), config.infer())
         mesh = build_mesh(dp, config.parallel.sp, config.parallel.tp)
         with quiet_unless(mesh.rank == 0):
             plan = prepare(config, {ESSAYS: load_essays}, mesh)

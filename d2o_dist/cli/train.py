@@ -14,10 +14,13 @@ from d2o_dist.cli.voice import parse_once
 from d2o_dist.comm import Launch, build_mesh, init_distributed, read_environment, run_guarded
 from d2o_dist.comm.launch import SECONDARY_DELAY_S
 from d2o_dist.config.eval_tasks import ESSAYS
+from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.config.overrides import parse_override
 from d2o_dist.config.train import TrainConfig
+from d2o_dist.engine.agreement import AgreedError
 from d2o_dist.engine.model import pick_device
+from d2o_dist.engine.startup import check_same_run
 from d2o_dist.train.loop import Run, prepare, train
 
 EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
@@ -56,6 +59,9 @@ def prepare_ranks(config: TrainConfig) -> Run:
     device = pick_device(config.device)
     if config.engine.name == "deepspeed" and launch.launcher == "none":
         raise ValueError('engine.name "deepspeed" needs a launcher: deepspeed launch/train.py, or torchrun')
+    names = ("model", "tokenizer", "revision", "trust_remote_code")
+    model = InferConfig(**{name: getattr(config, name) for name in names})
+    check_same_run(build_mesh(dp=launch.world_size), config.to_dict(), model)
     mesh = build_mesh(dp=launch.world_size // config.sp, sp=config.sp)
     return prepare(config, mesh, device, {ESSAYS: load_essays})
 
@@ -87,6 +93,10 @@ def _train(config: TrainConfig, launch: Launch) -> int:
     try:
         try:
             run = prepare_ranks(config)
+        except AgreedError as error:
+            if launch.rank == 0:
+                _say(error)
+            return EXIT_USAGE
         except ValueError as error:
             # Most often all ranks have it. Where the first has, the launcher ends the others before they repeat it.
             if launch.rank != 0:

@@ -53,7 +53,8 @@ def prepare(config: InferConfig, mesh: ParallelMesh | None = None) -> Plan:
     mesh = ParallelMesh.local() if mesh is None else mesh
     with agreed(mesh) as same:
         plan = _prepare(config, mesh)
-        same.add(config, plan.requests, plan.bad_rows)
+        same.add("the configuration", config)
+        same.add("the prompts or the tokenizer", plan.requests, plan.bad_rows)
     check_shared(config.output, mesh)
     return plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from d2o_dist.comm import ParallelMesh, build_mesh
 from d2o_dist.config.evaluate import EvalConfig
@@ -228,6 +230,32 @@ def test_rows_that_read_alike_are_rows_of_their_own(folder, data):
     text = (data / "trec.jsonl").read_text()
     (data / "trec.jsonl").write_text(text.replace('"dog"', '"cat"'))  # scoring looks for wrong classes too
     assert not set(before.values()) & set(digests(folder, data, kind="longbench", tasks=["trec"]).values())
+
+
+@pytest.mark.parametrize("file", ["weights", "config", "generation"])
+def test_another_model_under_the_same_path_is_another_result(folder, tmp_path, file):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    before, out = plan_of(str(model), tmp_path / "out", tasks=TASKS[1:2]), tmp_path / "out"
+    run(before)
+    if file == "weights":
+        weights = load_file(model / "model.safetensors")
+        save_file({**weights, "model.norm.weight": -weights["model.norm.weight"]}, model / "model.safetensors")
+    else:
+        path = model / {"config": "config.json", "generation": "generation_config.json"}[file]
+        changed = {"rms_norm_eps": 1e-3} if file == "config" else {"eos_token_id": [1, 7]}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    counted: list[int] = []
+    again = plan_of(str(model), out, tasks=TASKS[1:2])
+    assert run(again, on_results=counted.append).num_results == sum(counted) == 9
+    # The old records stay, as with any other setting, and are in no table.
+    found = read_records(out)
+    assert len(found) == 18 and before.weights != again.weights
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["model digest"] == again.weights
+    own = [found[job.key(method)]["scores"]["nll"] for job in again.jobs for method in again.methods[:1]]
+    assert metrics["tasks"]["fidelity"]["methods"][0]["scores"]["nll"]["mean"] == pytest.approx(sum(own) / 3)
+    assert run(plan_of(str(model), out, tasks=TASKS[1:2]), on_results=counted.append).num_results == sum(counted) == 9
 
 
 def test_batches_change_nothing(done, folder, tmp_path):
