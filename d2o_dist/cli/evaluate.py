@@ -70,7 +70,7 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, f"{len(plan.methods)} methods and budgets, {len(plan.jobs) * len(plan.methods)} results"])
 
 
-def run(plan: Plan, mesh: ParallelMesh) -> Outcome:
+def run(plan: Plan, mesh: ParallelMesh, config_file: str | None = None) -> Outcome:
     """Evaluate, with a progress bar on the first rank."""
     with tqdm(unit="result", file=sys.stderr, disable=None if mesh.rank == 0 else True) as bar:
 
@@ -79,8 +79,9 @@ def run(plan: Plan, mesh: ParallelMesh) -> Outcome:
             bar.refresh()
 
         return evaluate(
-            plan, mesh, on_start=on_start, on_results=bar.update, log=lambda line: tqdm.write(line, file=sys.stderr)
-        )
+            plan, mesh, config_file=config_file, on_start=on_start, on_results=bar.update,
+            log=lambda line: tqdm.write(line, file=sys.stderr),
+        )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.dry_run:
                 print(f"{describe(plan)}\n" if mesh.rank == 0 else "", end="")
                 return EXIT_OK
-            outcome = run(plan, mesh)
+            outcome = run(plan, mesh, args.config)
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:

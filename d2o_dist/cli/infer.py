@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_same_run(build_mesh(launch.world_size), config.to_dict(), config)
         mesh = build_mesh(dp, config.parallel.sp, config.parallel.tp)
         with quiet_unless(mesh.rank == 0):
-            plan = prepare(config, mesh)
+            plan = prepare(config, mesh, args.config)
             for line in plan.notices() if mesh.rank == 0 else ():
                 print(f"warning: {line}", file=sys.stderr)
             summary = run_plan(config, plan, mesh)
@@ -122,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     if mesh.rank == 0:
         print(summary, file=sys.stderr)
+        for line in summary.lost:
+            print(f"infer.py: error: {line}", file=sys.stderr)
     if summary.interrupted:
         return EXIT_INTERRUPTED
-    return EXIT_FAILED if summary.num_failed else EXIT_OK
+    return EXIT_FAILED if summary.num_failed or summary.lost else EXIT_OK

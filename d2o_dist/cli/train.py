@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -20,7 +21,9 @@ from d2o_dist.config.overrides import parse_override
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.engine.agreement import AgreedError
 from d2o_dist.engine.model import pick_device
+from d2o_dist.engine.paths import check_apart, check_outside, inputs_of
 from d2o_dist.engine.startup import check_same_run
+from d2o_dist.train.log import LOG_FILE
 from d2o_dist.train.loop import Run, prepare, train
 
 EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
@@ -50,6 +53,28 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.load(args.config, overrides + [parse_override(text) for text in [*args.overrides, *args.set]])
 
 
+def model_of(config: TrainConfig) -> InferConfig:
+    """The names of model and tokenizer."""
+    return InferConfig(
+        model=config.model, tokenizer=config.tokenizer, revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+
+
+def check_output(config: TrainConfig, config_file: str | None) -> None:
+    """Refuse an output in which the run would replace what it reads.
+
+    Raises:
+        ValueError: names both.
+    """
+    output = Path(config.output).expanduser()
+    inputs = list(inputs_of(model_of(config), config_file))
+    inputs += [("the data", path) for path in (config.data.train, config.data.validation) if path is not None]
+    check_apart(output / LOG_FILE, inputs)
+    for name in ("model", "model-best", "checkpoints"):
+        check_outside(output / name, inputs)
+
+
 def prepare_ranks(config: TrainConfig) -> Run:
     """Join the other ranks, and make everything ready."""
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -59,9 +84,7 @@ def prepare_ranks(config: TrainConfig) -> Run:
     device = pick_device(config.device)
     if config.engine.name == "deepspeed" and launch.launcher == "none":
         raise ValueError('engine.name "deepspeed" needs a launcher: deepspeed launch/train.py, or torchrun')
-    names = ("model", "tokenizer", "revision", "trust_remote_code")
-    model = InferConfig(**{name: getattr(config, name) for name in names})
-    check_same_run(build_mesh(dp=launch.world_size), config.to_dict(), model)
+    check_same_run(build_mesh(dp=launch.world_size), config.to_dict(), model_of(config))
     mesh = build_mesh(dp=launch.world_size // config.sp, sp=config.sp)
     return prepare(config, mesh, device, {ESSAYS: load_essays})
 
@@ -75,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(args, int):
             return args
         config = read_config(args)
+        check_output(config, args.config)
     except ValueError as error:
         if launch.local_rank == 0:
             _say(error)

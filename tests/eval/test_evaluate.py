@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from d2o_dist.comm import ParallelMesh, build_mesh
 from d2o_dist.config.evaluate import EvalConfig
+from d2o_dist.engine.records import to_line
 from d2o_dist.engine.runner import BatchError
 from d2o_dist.eval import runner as runner_module
 from d2o_dist.eval.aggregate import summarise
@@ -56,8 +57,12 @@ def run(plan: Plan, **kwargs):
 
 def comparable(path) -> dict:
     """Records by task, row and method, without what may differ between runs."""
+    return comparable_of(read_records(path).values())
+
+
+def comparable_of(records) -> dict:
     found = {}
-    for record in read_records(path).values():
+    for record in records:
         record = {key: value for key, value in record.items() if not key.startswith("rank")}
         if record["scores"]:
             record["scores"] = {name: round(value, 9) for name, value in record["scores"].items()}
@@ -318,6 +323,28 @@ def test_an_interruption_keeps_what_is_written(folder, tmp_path):
     outcome = run(plan, on_results=stop)
     assert outcome.interrupted and outcome.table is None and len(read_records(tmp_path)) == 1
     assert run(plan).num_missing == 0
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "replaced"])
+def test_records_that_are_taken_away_are_written_anew(done, folder, tmp_path, what):
+    *_, output, _ = done
+    out, counted, log = tmp_path / "out", [], []
+    mine = out / "predictions.rank0000.jsonl"
+
+    def meddle(count: int) -> None:
+        counted.append(count)
+        if len(counted) == 4:
+            shutil.rmtree(out) if what == "folder" else mine.unlink()
+            if what == "replaced":
+                mine.write_text(to_line({"task": "mine", "key": "k", "error": None}))
+
+    outcome = run(plan_of(folder, out, tasks=TASKS[1:2]), on_results=meddle, log=log.append)
+    assert (outcome.num_results, outcome.num_missing) == (9, 0) and sum(counted) == 9
+    place = out / "predictions.rank0000-1.jsonl" if what == "replaced" else mine
+    how = "was replaced" if what == "replaced" else "was removed"
+    assert log == [f"{mine} {how} while it was written: the results of this run are in {place}"]
+    found = comparable_of([record for record in read_records(out).values() if record["task"] != "mine"])
+    assert found == {key: record for key, record in comparable(output).items() if key[0] == "fidelity"}
 
 
 def rival(rank: int, world: int, folder: str, output: str) -> tuple[int, str]:
