@@ -24,6 +24,7 @@ from d2o_dist.demo.model import prepare_model
 from d2o_dist.demo.question import build_questions
 from d2o_dist.demo.text import essays
 from d2o_dist.engine.model import load_model, load_tokenizer
+from d2o_dist.engine.startup import check_same_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             methods[name] = D2OConfig.preset(name, keep_ratio=args.keep_ratio)
         folder, text = fetch_once(mesh)
         config = InferConfig(model=folder, dtype="float32", device=device, prompt="-", parallel=parallel)
+        check_same_run(mesh, vars(args), config)
         with quiet_unless(speaks):
             tokenizer, model = load_tokenizer(config), load_model(config, mesh)
         questions = build_questions(tokenizer, text, args.tokens)

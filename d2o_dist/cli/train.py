@@ -16,11 +16,16 @@ from d2o_dist.cli.voice import parse_once
 from d2o_dist.comm import Launch, build_mesh, init_distributed, read_environment, run_guarded
 from d2o_dist.comm.launch import SECONDARY_DELAY_S
 from d2o_dist.config.eval_tasks import ESSAYS
+from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.io import dump_yaml
 from d2o_dist.config.overrides import parse_override
 from d2o_dist.config.train import TrainConfig
+from d2o_dist.engine.agreement import AgreedError
 from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.model import pick_device
+from d2o_dist.engine.paths import check_apart, check_outside, inputs_of
+from d2o_dist.engine.startup import check_same_run
+from d2o_dist.train.log import LOG_FILE
 from d2o_dist.train.loop import Run, prepare, train
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -52,6 +57,28 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.load(args.config, overrides + [parse_override(text) for text in [*args.overrides, *args.set]])
 
 
+def model_of(config: TrainConfig) -> InferConfig:
+    """The names of model and tokenizer."""
+    return InferConfig(
+        model=config.model, tokenizer=config.tokenizer, revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+
+
+def check_output(config: TrainConfig, config_file: str | None) -> None:
+    """Refuse an output in which the run would replace what it reads.
+
+    Raises:
+        ValueError: names both.
+    """
+    output = Path(config.output).expanduser()
+    inputs = list(inputs_of(model_of(config), config_file))
+    inputs += [("the data", path) for path in (config.data.train, config.data.validation) if path is not None]
+    check_apart(output / LOG_FILE, inputs)
+    for name in ("model", "model-best", "checkpoints"):
+        check_outside(output / name, inputs)
+
+
 def prepare_ranks(config: TrainConfig, held: ExitStack) -> Run:
     """Join the other ranks, and make everything ready. No other run writes to `output` until `held` is closed."""
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -61,6 +88,7 @@ def prepare_ranks(config: TrainConfig, held: ExitStack) -> Run:
     device = pick_device(config.device)
     if config.engine.name == "deepspeed" and launch.launcher == "none":
         raise ValueError('engine.name "deepspeed" needs a launcher: deepspeed launch/train.py, or torchrun')
+    check_same_run(build_mesh(dp=launch.world_size), config.to_dict(), model_of(config))
     mesh = build_mesh(dp=launch.world_size // config.sp, sp=config.sp)
     output = Path(config.output).expanduser()
     held.enter_context(only_writer(config.output, output / LOCK, mesh))
@@ -76,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(args, int):
             return args
         config = read_config(args)
+        check_output(config, args.config)
     except ValueError as error:
         if launch.local_rank == 0:
             _say(error)
@@ -95,6 +124,10 @@ def _train(config: TrainConfig, launch: Launch) -> int:
         try:
             try:
                 run = prepare_ranks(config, held)
+            except AgreedError as error:
+                if launch.rank == 0:
+                    _say(error)
+                return EXIT_USAGE
             except ValueError as error:
                 # Most often all ranks have it. Where the first has, the launcher ends the others before they repeat it.
                 if launch.rank != 0:

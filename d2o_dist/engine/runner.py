@@ -20,7 +20,16 @@ from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.loop import generate
-from d2o_dist.engine.output import check_output, clear_parts, join_parts, lock_path, open_writer
+from d2o_dist.engine.output import (
+    check_output,
+    check_unchanged,
+    clear_parts,
+    identity,
+    join_parts,
+    lock_path,
+    open_writer,
+)
+from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.plan import Plan
 from d2o_dist.engine.records import Record, error_record, make_record
 from d2o_dist.engine.session import Session
@@ -140,22 +149,24 @@ def run(
 
     Raises:
         ValueError: the weights cannot be loaded; another run writes to the output, or did since the plan was made.
-            Nothing is written then, and no earlier output is replaced.
+            Nothing is written then, and no earlier output is replaced. Or several replicas cannot join their parts.
     """
     mesh = ParallelMesh.local() if mesh is None else mesh
     output = config.output
 
     def check() -> None:
-        check_output(output, config.overwrite, mesh.dp)
+        if mesh.rank == 0:
+            check_output(output, config.overwrite, mesh.dp, inputs_of(config))
 
     with only_writer(output, lock_path(output) if mesh.rank == 0 else None, mesh, check):
-        return _run(config, plan, mesh, on_text, on_report, on_rows, log)
+        return _run(config, plan, mesh, check, on_text, on_report, on_rows, log)
 
 
 def _run(
     config: InferConfig,
     plan: Plan,
     mesh: ParallelMesh,
+    check: Callable[[], None],
     on_text: Callable[[str], None] | None,
     on_report: Callable[[CacheReport], None] | None,
     on_rows: Callable[[int], None],
@@ -168,7 +179,10 @@ def _run(
         runner = Runner(
             config, model, plan.tokenizer, mesh, trace=trace, on_text=on_text, on_report=on_report, log=log
         )  # fmt: skip
-    clear_parts(config.output, mesh)
+    with agreed(mesh):
+        check()  # weights may have taken minutes
+        clear_parts(config.output, mesh)
+    before = identity(config.output)
     queue = WorkQueue(mesh, len(batches := _batches(config, plan, mesh.dp)))
     interrupted, shown, began = False, 0, time.perf_counter()
 
@@ -195,16 +209,29 @@ def _run(
         wall_s = time.perf_counter() - began
         if mesh.dp == 1:
             writer.sort()
+        else:
+            writer.check()
     if trace is not None:
         trace.write()
         log(str(trace))
+    world = Collectives(mesh.axis("world"))
+    places = world.all_gather_object((mesh.dp_rank, writer.path, writer.lost) if mesh.leads_request else None)
+    moved = {place[0]: place[1] for place in places if place is not None and place[2] is not None}
+    lost = [place[2] for place in places if place is not None and place[2] is not None]
     with agreed(mesh):
         records = writer.records
         if mesh.dp > 1 and mesh.rank == 0:
-            records = join_parts(config.output, mesh.dp, plan.num_rows)
-    world = Collectives(mesh.axis("world"))
+            if None in moved.values():
+                raise ValueError("; ".join(lost))
+            check_unchanged(config.output, before)
+            records = join_parts(config.output, mesh.dp, plan.num_rows, moved)
+    if mesh.dp > 1:
+        # All is where it should be: what happened to a part file is news, not an error.
+        for what in lost:
+            log(what)
+        lost = []
     rank_bytes = world.all_gather_object(0 if runner is None else runner.rank_bytes)
-    summary = summarise(records, plan.num_rows, wall_s, rank_bytes=rank_bytes, interrupted=interrupted)
+    summary = summarise(records, plan.num_rows, wall_s, rank_bytes=rank_bytes, interrupted=interrupted, lost=lost)
     return world.broadcast_object(summary)
 
 

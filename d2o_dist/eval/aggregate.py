@@ -134,5 +134,6 @@ def summarise(plan: Plan, found: Mapping[str, Record]) -> dict[str, Any]:
             for method in plan.methods
         }
         tasks[task.name] = summarise_task(task, plan.methods, results, len(jobs), plan.config.reference)
-    known = {"model": plan.config.model, "question": plan.config.question, "reference": plan.config.reference}
+    known = {"model": plan.config.model, "model digest": plan.weights}
+    known |= {"question": plan.config.question, "reference": plan.config.reference}
     return {**known, "tasks": tasks}

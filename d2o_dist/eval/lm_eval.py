@@ -30,6 +30,7 @@ from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session
+from d2o_dist.engine.startup import check_same_run
 from d2o_dist.eval.continuation import continuation_logits
 from d2o_dist.eval.reading import Reading
 
@@ -94,10 +95,12 @@ class D2OLM(TemplateLM):
             trust_remote_code=trust_remote_code, revision=revision, prefill_chunk=prefill_chunk,
         )  # fmt: skip
         mesh = mesh or build_mesh(dp=init_distributed("gloo" if config.device == "cpu" else None).world_size)
+        limits = {"max_gen_toks": max_gen_toks, "max_length": max_length, "rolling_segment": rolling_segment}
+        check_same_run(mesh, {**config.to_dict(), "d2o": self.d2o.to_dict(), **limits}, config)
         self._world = Collectives(mesh.axis("world"))
         self._rank, self._world_size = mesh.rank, mesh.world_size
         self.tokenizer = loading.load_tokenizer(config)
-        self.model = loading.load_model(config)
+        self.model = loading.load_model(config, mesh)
         Session(self.model, self.d2o)  # refuses what it cannot serve, before any task is read
         self._device = self.model.device
         self._pad_id = loading.pad_id(self.tokenizer)
