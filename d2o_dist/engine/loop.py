@@ -55,12 +55,13 @@ class _Row:
         """Add a token; whether the row ends with it."""
         result = self.result
         result.tokens.append(token)
-        if token in eos_ids:
-            result.finish_reason = "eos"
-        elif self._stream is not None:
+        if self._stream is not None:
+            # An end-of-sequence token too: a stop string may hold it.
             self._say(self._stream.push(token))
             if self._stream.stopped:
                 result.finish_reason = "stop"
+        if result.finish_reason is None and token in eos_ids:
+            result.finish_reason = "eos"
         if result.finish_reason is None and len(result.tokens) >= self.request.max_new_tokens:
             result.finish_reason = "length"
         return result.finish_reason is not None
