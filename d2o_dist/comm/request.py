@@ -33,7 +33,7 @@ class RequestRanks:
     Attributes:
         parallel: with `auto` settled.
         may_ring: whether a prompt that is too long to gather may travel around a ring: `sp_prefill` was `auto`.
-        tp, sp: collectives over the two axes.
+        tp, sp: collectives over the two axes; request: over both, all ranks of the request.
         kv_sizes: KV heads of each sequence rank in the layout by heads.
 
     Raises:
@@ -56,6 +56,7 @@ class RequestRanks:
         self.counter = TrafficCounter() if counter is None else counter
         self.tp = Collectives(mesh.axis("tp"), self.counter)
         self.sp = Collectives(mesh.axis("sp"), self.counter)
+        self.request = Collectives(mesh.axis("request"), self.counter)
         self.kv_replicas = kv_replicas
         self.kv_sizes = Contiguous(num_kv_heads, self.sp.size).lengths()
 

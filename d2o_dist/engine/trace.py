@@ -9,7 +9,6 @@ in the profile only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
+from d2o_dist.config.io import to_json
 
 # The first steps of a process still allocate and choose kernels.
 PROFILED_STEP = 3
@@ -77,7 +77,7 @@ class Trace:
     def write(self) -> None:
         """Write this rank's counts."""
         path = self._folder / f"traffic-rank{self._mesh.rank}.json"
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        path.write_text(to_json(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         profiled = f"profile: {self.profile_path}" if self.profile_path.exists() else "no decode step to profile"

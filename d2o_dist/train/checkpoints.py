@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from d2o_dist.comm import Collectives
+from d2o_dist.config.io import to_json
 
 STATE_FILE = "state.json"
 _UNFINISHED = "unfinished-"
@@ -60,7 +61,7 @@ class Checkpoints:
         if self._leads:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            (scratch / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+            (scratch / STATE_FILE).write_text(to_json(asdict(state)), encoding="utf-8")
         self.world.barrier()
         write(scratch)
         self.world.barrier()

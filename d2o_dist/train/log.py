@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from d2o_dist.config.io import to_json
 
 LOG_FILE = "log.jsonl"
 
@@ -42,7 +43,7 @@ class RunLog:
             return
         values = {name: value for name, value in values.items() if value is not None}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
+            file.write(to_json({"kind": kind, **values}) + "\n")
         self.say(f"{kind}: " + "  ".join(f"{name} {_short(value)}" for name, value in values.items()))
 
 

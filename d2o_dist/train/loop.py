@@ -115,7 +115,7 @@ def train(run: Run) -> RunState:
     """Take the steps that are left; the state at the end. Called by all ranks.
 
     Raises:
-        FloatingPointError: a loss that is not finite, on all ranks alike.
+        FloatingPointError: a loss, a gradient or a measure that is not finite, on all ranks alike.
     """
     config = run.config
     if run.state.step == 0 and config.eval_every is not None:
@@ -163,6 +163,8 @@ def take_step(run: Run, step: int) -> dict[str, Any]:
         raise FloatingPointError(f"step {step + 1}: a loss is not finite: {sums}")
     lr = learning_rate(step, config.steps, config.optimizer)
     norm = run.engine.update(lr)
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"step {step + 1}: the norm of the gradients is not finite: {norm}")
     seconds = time.perf_counter() - started
     parts = {"context_lm": "context", "lm": "row" if config.objective == "lm" else "continuation", "kl": "continuation"}
     means = {name: sums[name] / max(counts[parts[name]], 1) for name in parts if name in sums}
@@ -198,6 +200,8 @@ def _measure(run: Run, step: int) -> float | None:
     held_out = None
     if run.validation is not None:
         held_out = measure(run.engine, run.validation, run.config, run.mesh, run.device)
+        if not all(map(math.isfinite, held_out.values())):
+            raise FloatingPointError(f"step {step}: a measure of the held-out rows is not finite: {held_out}")
     tasks = {} if run.tasks is None else run_tasks(run.engine, run.tasks)
     if held_out or tasks:
         run.log.record("eval", {"step": step, **(held_out or {}), **tasks})
