@@ -38,14 +38,14 @@ def continuation_logits(session: ReadSession, rows: TokenRows, how: str) -> Tens
     return torch.cat([first, session.read([row[:-1] for row in rows], all_logits=True)], 1)
 
 
-def lost_rows(logits: Tensor, ranks: RequestRanks, whose: str = "the") -> list[str | None]:
+def lost_rows(logits: Tensor, ranks: RequestRanks, whose: str = "the", start: int = 0) -> list[str | None]:
     """By row of logits [B, n, V], what is wrong with them; None for a good row. Every rank of the request calls it.
 
     Args:
-        whose: what the message begins with.
+        whose: what the message begins with; start: tokens of the continuation before these.
     """
     lost = ranks.request.all_reduce(is_lost(logits).int(), "max")
-    first = [row.index(1) + 1 if 1 in row else None for row in lost.tolist()]
+    first = [start + row.index(1) + 1 if 1 in row else None for row in lost.tolist()]
     return [
         None if number is None else f"{whose} logits of token {number} of the continuation are NaN or infinite: "
         f"{NOT_FINITE_BECAUSE}" for number in first

@@ -243,7 +243,7 @@ class D2OLM(TemplateLM):
             else:
                 logits = session.read([inputs[start:end]], all_logits=True)
             session.cache.finalize()
-            total += _score(logits[0], ids[start:end])[0]
+            total += _score(logits[0], ids[start:end], start)[0]
         return total
 
     def _progress(self, total: int, disabled: bool) -> tqdm:
@@ -259,13 +259,16 @@ def segments(length: int, size: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _score(logits: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
+def _score(logits: Tensor, tokens: Sequence[int], start: int = 0) -> tuple[float, bool]:
     """Sum of the log-probabilities of `tokens` (n of them) under logits [n, V], and whether each is the likeliest.
+
+    Args:
+        start: tokens that were scored before these, for the message.
 
     Raises:
         FloatingPointError: logits that are NaN or infinite: the harness would take them for a wrong answer.
     """
-    (error,) = lost_rows(logits[None], RequestRanks.alone())
+    (error,) = lost_rows(logits[None], RequestRanks.alone(), start=start)
     if error is not None:
         raise FloatingPointError(error)
     targets = torch.tensor(list(tokens), device=logits.device)
