@@ -15,6 +15,14 @@ from d2o_dist.core.ranked import count_highest, deal_level
 from d2o_dist.core.statistics import layer_dispersions
 from d2o_dist.core.types import LayerBudget
 
+NOT_FINITE_BECAUSE = (
+    "weights of the model are not finite, or numbers became too large for its dtype (those of float16 end at 65504)"
+)
+
+
+class NotFiniteError(ValueError):
+    """A prompt whose attention is no number. Raised by all ranks of its request alike."""
+
 
 def row_log_weights(
     variances: Tensor | None, config: D2OConfig, num_layers: int, num_highest: Sequence[int] | None = None
@@ -26,7 +34,7 @@ def row_log_weights(
         num_highest: L numbers of tokens that are among the highest ranked; only for `allocation="ranked"`.
 
     Raises:
-        ValueError: a variance that is no number: the model's attention was none.
+        NotFiniteError: a variance that is no number: the model's attention was none.
     """
     if config.keeps_everything:
         return [0.0] * num_layers, []
@@ -37,9 +45,9 @@ def row_log_weights(
     variances = variances.cpu()
     wrong = [index for index, heads in enumerate(variances) if not bool(heads.isfinite().all())]
     if wrong:
-        raise ValueError(
-            f"attention is not finite in {len(wrong)} of {num_layers} layers, the first of them {wrong[0]}: weights of "
-            "the model are not, or numbers became too large for its dtype (those of float16 end at 65504)"
+        raise NotFiniteError(
+            f"the prompt's attention is not finite in {len(wrong)} of {num_layers} layers, the first of them "
+            f"{wrong[0]}: {NOT_FINITE_BECAUSE}"
         )
     dispersions = layer_dispersions(variances, config.dispersion)
     return layer_log_weights(dispersions, config, num_layers), dispersions.double().tolist()

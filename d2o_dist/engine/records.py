@@ -7,13 +7,13 @@ A field that a row has no value for is null.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+from d2o_dist.config.io import to_json
 from d2o_dist.engine.encode import BadRow, Request
 from d2o_dist.engine.kept import KeptFile
 from d2o_dist.engine.loop import Generated
@@ -59,11 +59,11 @@ def error_record(row: Request | BadRow, error: str | None = None) -> Record:
 
 def to_line(record: Record) -> str:
     """One line of JSON; text that is not valid Unicode (half a surrogate pair in an id) is escaped."""
-    line = json.dumps(record, ensure_ascii=False)
+    line = to_json(record, ensure_ascii=False)
     try:
         line.encode("utf-8")
     except UnicodeEncodeError:
-        line = json.dumps(record)
+        line = to_json(record)
     return line + "\n"
 
 

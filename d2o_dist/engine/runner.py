@@ -13,6 +13,7 @@ from d2o_dist.cache.report import CacheReport
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
+from d2o_dist.compression.budgets import NotFiniteError
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
@@ -78,32 +79,34 @@ class Runner:
     def run_batch(self, batch: Sequence[Request]) -> list[Record]:
         """The records of one batch. If it fails as a whole, its rows are tried one by one.
 
-        Where several ranks hold a request nothing is tried again: they may have failed at different points, and would
-        wait for each other. The error is raised, and ends the job.
+        Where several ranks hold a request nothing is tried again, unless all of them failed at the same point: they
+        may have failed at different ones, and would wait for each other. The error is raised, and ends the job.
 
         Raises:
             BatchError: only where several ranks hold a request.
         """
-        if self.mesh.axis("request").size > 1:
-            try:
-                return self._run(batch)
-            except Exception as error:
-                rows = ", ".join(str(request.index) for request in batch)
-                raise BatchError(f"the batch of rows {rows} failed: {type(error).__name__}: {error}") from error
         records, error = self._try(batch)
         if error is None:
             return records
         if len(batch) == 1:
-            self._log(f"row {batch[0].index} ({batch[0].id!r}) failed: {error}")
-            return [error_record(batch[0], error)]
+            return [self._failed(batch[0], error)]
         self._log(f"a batch of {len(batch)} rows failed ({error}); its rows are tried one by one")
         return [record for request in batch for record in self.run_batch([request])]
+
+    def _failed(self, request: Request, error: str) -> Record:
+        self._log(f"row {request.index} ({request.id!r}) failed: {error}")
+        return error_record(request, error)
 
     def _try(self, batch: Sequence[Request]) -> tuple[list[Record], str | None]:
         try:
             return self._run(batch), None
+        except NotFiniteError as error:
+            message = str(error)
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
+            if self.mesh.axis("request").size > 1:
+                rows = ", ".join(str(request.index) for request in batch)
+                raise BatchError(f"the batch of rows {rows} failed: {message}") from error
         # Out of the except block, so that the traceback lets go of the failed batch's tensors before the next try.
         gc.collect()
         if torch.cuda.is_available():
@@ -125,7 +128,8 @@ class Runner:
         )  # fmt: skip
         if self._on_report is not None:
             self._on_report(session.cache.report())
-        return [make_record(request, result) for request, result in zip(batch, results, strict=True)]
+        both = zip(batch, results, strict=True)
+        return [self._failed(a, b.error) if b.error is not None else make_record(a, b) for a, b in both]
 
 
 def run(

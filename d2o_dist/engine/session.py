@@ -167,6 +167,17 @@ class Session:
                 full_bytes += min(seen, window - 1) * token_bytes
         return RowUsage(held_tokens / seen_tokens if seen_tokens else 1.0, held_bytes, full_bytes)
 
+    def layers_not_finite(self) -> list[int | None]:
+        """By row, the first layer whose keys or values are not finite; None where all are. Every rank of the request
+        calls it. It waits for the device: for rows that have failed."""
+        bad = []
+        for layer in self.cache.compressed.layers:
+            slots = layer.store.slots
+            finite = slots.keys.isfinite().all(-1) & slots.values.isfinite().all(-1)
+            bad.append((slots.live & ~finite).flatten(1).any(1))
+        everywhere = self.cache.ranks.request.all_reduce(torch.stack(bad).int(), "max").T.tolist()
+        return [next((index for index, found in enumerate(row) if found), None) for row in everywhere]
+
     @property
     def rank_bytes(self) -> int:
         """Bytes of all buffers of the cache on this rank: room to grow, positions and statistics included."""

@@ -9,7 +9,6 @@ in the profile only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
+from d2o_dist.config.io import to_json
 from d2o_dist.engine.kept import replace_text
 
 # The first steps of a process still allocate and choose kernels.
@@ -109,7 +109,7 @@ class Trace:
         """Write this rank's counts."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = trace_files(self._folder, self._mesh.rank)[0]
-        replace_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        replace_text(path, to_json(self.to_dict(), indent=1) + "\n")
 
     def __str__(self) -> str:
         profiled = f"profile: {self.profile_path}" if self.profile_path.exists() else "no decode step to profile"

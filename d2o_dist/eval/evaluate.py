@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from d2o_dist.comm import Collectives, ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.evaluate import EvalConfig
-from d2o_dist.config.io import dump_yaml
+from d2o_dist.config.io import dump_yaml, to_json
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.kept import replace_text
@@ -172,4 +171,4 @@ def _write(plan: Plan, folder: Path, mesh: ParallelMesh, found: Mapping[str, Rec
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    replace_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    replace_text(path, to_json(values, indent=1, ensure_ascii=False) + "\n")

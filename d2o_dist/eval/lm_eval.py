@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from d2o_dist.comm import Collectives, ParallelMesh, build_mesh, init_distributed, read_environment
+from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.checks import check_int
 from d2o_dist.config.d2o import SIZES, D2OConfig
 from d2o_dist.config.infer import InferConfig
@@ -31,7 +32,7 @@ from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session
 from d2o_dist.engine.startup import check_same_run
-from d2o_dist.eval.continuation import continuation_logits
+from d2o_dist.eval.continuation import continuation_logits, lost_rows
 from d2o_dist.eval.reading import Reading
 
 NAME = "d2o_dist"
@@ -56,6 +57,7 @@ class D2OLM(TemplateLM):
 
     Raises:
         ValueError: an unknown argument, a bad value, a model that cannot be loaded or compressed.
+        FloatingPointError: by a request, whose logits are NaN or infinite: the harness has no rows with errors.
     """
 
     def __init__(
@@ -180,6 +182,8 @@ class D2OLM(TemplateLM):
                         pad_id=self._pad_id, chunk=self._chunk,
                     )  # fmt: skip
                     for request, result in zip(batch, results, strict=True):
+                        if result.error is not None:
+                            raise FloatingPointError(f"request {request.index}: {result.error}")
                         answers[request.index] = result.text
                         self.cache_hook.add_partial("generate_until", requests[request.index].args, result.text)
                     bar.update(len(batch))
@@ -242,7 +246,7 @@ class D2OLM(TemplateLM):
             else:
                 logits = session.read([inputs[start:end]], all_logits=True)
             session.cache.finalize()
-            total += _score(logits[0], ids[start:end])[0]
+            total += _score(logits[0], ids[start:end], start)[0]
         return total
 
     def _progress(self, total: int, disabled: bool) -> tqdm:
@@ -258,8 +262,18 @@ def segments(length: int, size: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _score(logits: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
-    """Sum of the log-probabilities of `tokens` (n of them) under logits [n, V], and whether each is the likeliest."""
+def _score(logits: Tensor, tokens: Sequence[int], start: int = 0) -> tuple[float, bool]:
+    """Sum of the log-probabilities of `tokens` (n of them) under logits [n, V], and whether each is the likeliest.
+
+    Args:
+        start: tokens that were scored before these, for the message.
+
+    Raises:
+        FloatingPointError: logits that are NaN or infinite: the harness would take them for a wrong answer.
+    """
+    (error,) = lost_rows(logits[None], RequestRanks.alone(), start=start)
+    if error is not None:
+        raise FloatingPointError(error)
     targets = torch.tensor(list(tokens), device=logits.device)
     log_probs = logits.to(stats_dtype(logits.dtype)).log_softmax(-1).gather(-1, targets[:, None])
     return float(log_probs.double().sum()), bool((logits.argmax(-1) == targets).all())

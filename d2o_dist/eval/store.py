@@ -59,7 +59,8 @@ def check_folder(folder: Path, inputs: Iterable[Named] = ()) -> None:
 
 
 def read_records(folder: Path) -> dict[str, Record]:
-    """Good records by key, from the merged file and what interrupted runs left. Records of errors are not kept.
+    """Good records by key, from the merged file and what interrupted runs left. Records of errors are not kept, nor
+    those that hold NaN or infinity, which earlier versions wrote.
 
     Raises:
         ValueError: a line in the middle of a file that is not a record.
@@ -73,14 +74,15 @@ def read_records(folder: Path) -> dict[str, Record]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                odd: list[str] = []
+                record = json.loads(line, parse_constant=odd.append)
                 key, error = record["key"], record["error"]
             except (ValueError, TypeError, KeyError) as problem:
                 # A process that was killed while writing leaves half a line at the end; later runs write after it.
                 if path.name != MERGED:
                     continue
                 raise ValueError(f"{path} line {number} is not a record of an evaluation: {problem}") from problem
-            if error is None:
+            if error is None and not odd:
                 found[key] = record
     return found
 

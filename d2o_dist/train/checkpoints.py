@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from d2o_dist.comm import Collectives
+from d2o_dist.config.io import to_json
 from d2o_dist.train.manifest import fault, files_in, seal
 
 STATE_FILE = "state.json"
@@ -70,7 +71,7 @@ class Checkpoints:
         if self._leads:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            (scratch / STATE_FILE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+            (scratch / STATE_FILE).write_text(to_json(asdict(state), indent=1), encoding="utf-8")
         self.world.barrier()
         write(scratch)
         self._check_all_seen(scratch)

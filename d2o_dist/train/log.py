@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from d2o_dist.config.io import to_json
+
 LOG_FILE, DROPPED_FILE = "log.jsonl", "log-dropped.jsonl"
 
 
@@ -58,7 +60,7 @@ class RunLog:
             return
         values = {name: value for name, value in values.items() if value is not None}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
+            file.write(to_json({"kind": kind, **values}) + "\n")
         self.say(f"{kind}: " + "  ".join(f"{name} {_short(value)}" for name, value in values.items()))
 
 
