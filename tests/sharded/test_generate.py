@@ -79,7 +79,11 @@ def selected(mesh=None, sp_prefill="auto") -> tuple[torch.Tensor, list[int]]:
     cache.batch_select_indices(torch.tensor([1]))
     model(**cache.deal(ids[1:, 80:], mask[1:, 80:]), past_key_values=cache)
     cache.finalize()
-    steps = [model(torch.tensor([[5 + step]]), past_key_values=cache).logits for step in range(20)]
+    # The row has 40 tokens in 97 columns, and the cache knows no position ids but those that it is given.
+    steps = [
+        model(torch.tensor([[5 + step]]), position_ids=torch.tensor([[40 + step]]), past_key_values=cache).logits
+        for step in range(20)
+    ]
     return torch.cat(steps, 1), cache.layers[0].kv_len
 
 

@@ -23,6 +23,7 @@ from d2o_dist.config.d2o import D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.integrations.hf.attention import CACHE_TAG
+from d2o_dist.integrations.hf.ended import EndedRows
 from d2o_dist.integrations.hf.guards import check_attention, layer_windows, text_config
 from d2o_dist.integrations.hf.heads import request_ranks
 
@@ -210,9 +211,14 @@ class D2OCache(Cache):
             )
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
-    ) -> Tensor:
-        """Called by d2o attention: store the announced keys and values, and attend: [B, Hq, n, D]."""
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Called by d2o attention: store the announced keys and values, and attend: [B, Hq, n, D].
+
+        Args:
+            mask: 2D, of all columns; positions: the position ids of the new ones. None says nothing.
+        """
         layer, self._pending = self._pending, None
         if layer is None:
             raise ValueError("d2o attention met keys of this cache that were not announced by update()")
@@ -220,7 +226,7 @@ class D2OCache(Cache):
         if known() is not module:
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
         # Detached: a slot must not keep the graph of the forward that made it alive. The tag is gone too.
-        return self.compressed.attend(layer, query, key.detach(), value.detach(), scale, mask)
+        return self.compressed.attend(layer, query, key.detach(), value.detach(), scale, mask, positions)
 
     def with_config(self, d2o: D2OConfig) -> D2OCache:
         """A copy of a cache that has read a prompt and compressed nothing yet, to be compressed as `d2o` says.
@@ -315,7 +321,7 @@ class D2OCache(Cache):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask {tuple(mask.shape)} must have input_ids' shape {tuple(input_ids.shape)}")
-        deal = self.compressed.deal(mask.bool().sum(1).tolist())
+        deal = self.compressed.deal(mask)
         ids = input_ids.new_zeros(input_ids.shape[0], deal.width)
         positions = torch.zeros_like(ids)
         seen = self.compressed.num_seen or [0] * len(ids)
@@ -356,6 +362,18 @@ class D2OCache(Cache):
         self.compressed.reset()
         self._modules.clear()
         self._pending = self._shape = None
+
+    def ended_rows(self, eos_token_id: int | Sequence[int], pad_token_id: int) -> EndedRows:
+        """For `generate(..., stopping_criteria=[cache.ended_rows(eos, pad)])` of a batch that goes on to a next turn.
+
+        `generate` feeds padding to rows that have ended, and says that it is tokens. So told, the cache leaves it out,
+        and the mask of the next turn, with zeros there, agrees with what the cache has seen. It stops nothing. Make one
+        for each call.
+
+        Args:
+            eos_token_id, pad_token_id: those that `generate` uses: of `model.generation_config`, or of the call.
+        """
+        return EndedRows(self.compressed, eos_token_id, pad_token_id)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refused: evicted tokens cannot be brought back."""
