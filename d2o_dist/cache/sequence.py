@@ -133,6 +133,11 @@ class CompressedCache:
         return self.columns.count
 
     @property
+    def step_announced(self) -> bool:
+        """Whether the next forward is a decode step that was announced."""
+        return self._step_announced
+
+    @property
     def in_forward(self) -> bool:
         """Whether a forward has begun and not reached its last layer."""
         return self._next_layer != 0
@@ -374,7 +379,10 @@ class CompressedCache:
         if self.phase == "decode":
             return
         if not self.num_seen_columns:
-            raise ValueError("finalize() was called before any token was seen")
+            raise ValueError(
+                "finalize() was called before any token was seen: no forward of the model was given this cache. Read "
+                "the prompt first, with past_key_values=cache"
+            )
         if self.config.needs_reread and self.plans is None and not any(self.num_reread):
             raise ValueError(
                 'selection "reread" ranks tokens by a second reading of the prompt, and there was none: call '

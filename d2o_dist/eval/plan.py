@@ -19,6 +19,7 @@ from d2o_dist.eval.text import text_loader
 from d2o_dist.integrations.hf import D2OCache
 from d2o_dist.integrations.hf.guards import text_config
 from d2o_dist.integrations.hf.heads import heads_of_tensor_rank
+from d2o_dist.integrations.hf.rope import rope_border
 from d2o_dist.integrations.tensor_parallel import mark_replicas
 
 
@@ -54,13 +55,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything but the weights."""
+    """Everything but the weights. Rows of up to `border` tokens are not read with longer ones; None: all may be."""
 
     config: EvalConfig
     tokenizer: Any
     tasks: list[Task]
     jobs: list[Job]
     methods: list[Method]
+    border: int | None = None
 
 
 def digest(value: Any) -> str:
@@ -117,7 +119,7 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
                 raise ValueError(f"task {task.name}: two rows have the id {row.id}; results are told apart by it")
             ids.add(row.id)
             jobs.append(_make_job(len(jobs), task, row, encoder, settings))
-    return Plan(config, tokenizer, tasks, jobs, methods)
+    return Plan(config, tokenizer, tasks, jobs, methods, rope_border(model_config))
 
 
 def _make_job(index: int, task: Task, row: Example | Passage, encoder: Encoder, settings: dict[str, Any]) -> Job:
