@@ -17,6 +17,7 @@ from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
 from d2o_dist.engine.trace import check_trace
 from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.integrations.hf.rope import rope_border
 from d2o_dist.integrations.tensor_parallel import mark_replicas
 
 
@@ -27,12 +28,14 @@ class Plan:
     Attributes:
         requests, bad_rows: rows that will be run, and rows that cannot be.
         tokenizer: loaded already; warnings: what the user should know before the run.
+        border: rows of up to so many tokens and longer ones are not read together; None: all may be.
     """
 
     requests: list[Request]
     bad_rows: list[BadRow]
     tokenizer: Any
     warnings: list[str]
+    border: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -81,7 +84,8 @@ def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -
     # An empty cache costs nothing, and refuses what it cannot serve.
     cache = D2OCache(config=model_config, d2o=config.d2o, mesh=mesh, parallel=config.parallel)
     no_graph = check_graph(config.decode_graph, model_config, device, cache.ranks)
-    limits = ModelLimits(loading.max_positions(model_config), loading.vocab_size(model_config))
+    positions, vocab_size = loading.max_positions(model_config), loading.vocab_size(model_config)
+    limits = ModelLimits(positions, vocab_size, rope_border(model_config))
     _check_lengths(config, limits.max_positions)
     tokenizer = loading.load_tokenizer(config)
     encoded = encode_rows(rows, tokenizer, config, limits)
@@ -94,6 +98,7 @@ def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -
         bad_rows=[row for row in encoded if isinstance(row, BadRow)],
         tokenizer=tokenizer,
         warnings=warnings,
+        border=limits.border,
     )
 
 

@@ -243,4 +243,4 @@ def _batches(config: InferConfig, plan: Plan, replicas: int) -> list[list[int]]:
     """Places of requests, batch by batch, longest first; small enough that every replica has something to do."""
     lengths = [len(request.input_ids) for request in plan.requests]
     fair = -(-len(lengths) // replicas)
-    return make_batches(lengths, max(1, min(config.max_batch_size, fair)), config.max_batch_tokens)
+    return make_batches(lengths, max(1, min(config.max_batch_size, fair)), config.max_batch_tokens, plan.border)

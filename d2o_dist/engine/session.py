@@ -125,12 +125,14 @@ class Session:
         if seen:
             positions = positions + torch.tensor(seen, device=self.device)[:, None]
         ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
+        whole, before = self.cache.compressed.columns.mask_with(mask), self.cache.compressed.num_seen_columns
         start = 0
         for end in chunk_ends(ids.shape[1], chunk):
             if self.cache.ranks.deals_tokens:
                 logits = self._shared_forward(ids[:, start:end], mask[:, start:end])
             else:
-                logits = self._forward(ids[:, start:end], positions[:, start:end], mask[:, :end] if padded else None)
+                told = whole[:, : before + end] if padded else None
+                logits = self._forward(ids[:, start:end], positions[:, start:end], told)
             start = end
         if self.cache.d2o.needs_reread and not seen:
             self.cache.reread(self.model, ids, mask)

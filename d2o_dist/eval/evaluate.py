@@ -120,7 +120,7 @@ def _evaluate(
     on_start(sum(len(methods) for _, methods in todo))
     if todo:
         runner = Runner(plan, loading.load_model(config.infer(), mesh), mesh, log=log)
-        work = batches(todo, config.batch_size, config.max_batch_tokens)
+        work = batches(todo, config.batch_size, config.max_batch_tokens, plan.border)
         queue, shown = WorkQueue(mesh, len(work)), 0
         try:
             with RankFile(folder, mesh.rank) if mesh.leads_request else nullcontext() as file:

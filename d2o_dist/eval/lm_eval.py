@@ -34,6 +34,7 @@ from d2o_dist.engine.session import Session
 from d2o_dist.engine.startup import check_same_run
 from d2o_dist.eval.continuation import continuation_logits, lost_rows
 from d2o_dist.eval.reading import Reading
+from d2o_dist.integrations.hf.rope import rope_border
 
 NAME = "d2o_dist"
 MAX_POSITIONS_IF_UNKNOWN = 2048
@@ -175,7 +176,8 @@ class D2OLM(TemplateLM):
             for sampling in dict.fromkeys(each for each, _ in jobs):
                 own = [request for each, request in jobs if each == sampling]
                 lengths = [len(request.input_ids) for request in own]
-                for places in make_batches(lengths, self._batch_size, self._max_batch_tokens):
+                border = rope_border(self.model.config)
+                for places in make_batches(lengths, self._batch_size, self._max_batch_tokens, border):
                     batch = [own[place] for place in places]
                     results = generate(
                         Session(self.model, self.d2o), batch, sampling, self.tokenizer, eos_ids=self._eos_ids,

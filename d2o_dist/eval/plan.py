@@ -20,6 +20,7 @@ from d2o_dist.eval.text import text_loader
 from d2o_dist.integrations.hf import D2OCache
 from d2o_dist.integrations.hf.guards import text_config
 from d2o_dist.integrations.hf.heads import heads_of_tensor_rank
+from d2o_dist.integrations.hf.rope import rope_border
 from d2o_dist.integrations.tensor_parallel import mark_replicas
 
 
@@ -59,6 +60,7 @@ class Plan:
 
     Attributes:
         weights: digest of the model's files, which results are known by.
+        border: rows of up to so many tokens are not read with longer ones; None: all may be.
     """
 
     config: EvalConfig
@@ -67,6 +69,7 @@ class Plan:
     jobs: list[Job]
     methods: list[Method]
     weights: str
+    border: int | None = None
 
 
 def digest(value: Any) -> str:
@@ -127,7 +130,7 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
                 raise ValueError(f"task {task.name}: two rows have the id {row.id}; results are told apart by it")
             ids.add(row.id)
             jobs.append(_make_job(len(jobs), task, row, encoder, settings))
-    return Plan(config, tokenizer, tasks, jobs, methods, weights)
+    return Plan(config, tokenizer, tasks, jobs, methods, weights, rope_border(model_config))
 
 
 def _make_job(index: int, task: Task, row: Example | Passage, encoder: Encoder, settings: dict[str, Any]) -> Job:

@@ -34,7 +34,9 @@ def pending(jobs: Iterable[Job], methods: Sequence[Method], finished: Iterable[s
     return [(job, missing) for job, missing in todo if missing]
 
 
-def batches(todo: Sequence[Todo], batch_size: int, max_batch_tokens: int) -> list[list[Todo]]:
+def batches(
+    todo: Sequence[Todo], batch_size: int, max_batch_tokens: int, border: int | None = None
+) -> list[list[Todo]]:
     """Groups of rows of one task that lack the same methods, of similar length, in the order of the tasks."""
     alike: dict[tuple, list[Todo]] = {}
     for job, methods in todo:
@@ -42,7 +44,7 @@ def batches(todo: Sequence[Todo], batch_size: int, max_batch_tokens: int) -> lis
     return [
         [group[place] for place in places]
         for group in alike.values()
-        for places in make_batches([job.num_prompt_tokens for job, _ in group], batch_size, max_batch_tokens)
+        for places in make_batches([job.num_prompt_tokens for job, _ in group], batch_size, max_batch_tokens, border)
     ]
 
 

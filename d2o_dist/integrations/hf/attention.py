@@ -66,7 +66,8 @@ def d2o_attention(
         if dropout:
             raise ValueError(f"attention dropout ({dropout}) cannot be used with a compressed cache: call model.eval()")
         with torch.no_grad(), without_autocast():
-            out = cache.attend(module, query, key, value, scale, attention_mask)
+            positions = kwargs.get("position_ids")
+            out = cache.attend(module, query, key, value, scale, attention_mask, positions)
     return out.transpose(1, 2), None
 
 
