@@ -24,7 +24,7 @@ from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.integrations.hf.attention import CACHE_TAG
 from d2o_dist.integrations.hf.ended import EndedRows
-from d2o_dist.integrations.hf.guards import check_attention, layer_windows, text_config
+from d2o_dist.integrations.hf.guards import check_attention, check_interface, layer_windows, text_config
 from d2o_dist.integrations.hf.heads import request_ranks
 from d2o_dist.integrations.hf.rope import BORDER, check_side, is_let_go_of, rope_border
 
@@ -137,8 +137,8 @@ class D2OCache(Cache):
         counter: where the traffic between ranks is counted.
 
     Raises:
-        ValueError: a model whose attention is not `d2o`, that has layers of an unsupported kind, a budget that
-            this model's layers cannot have, or heads that the ranks cannot share.
+        ValueError: a model whose attention is not or cannot be `d2o`, that has layers of an unsupported kind, a budget
+            that this model's layers cannot have, or heads that the ranks cannot share.
     """
 
     def __init__(
@@ -153,6 +153,7 @@ class D2OCache(Cache):
             raise ValueError(f"d2o must be a D2OConfig, not {type(d2o).__name__}")
         self.model_config = text_config(config)
         check_attention(self.model_config)
+        check_interface(self.model_config)
         self.ranks = request_ranks(self.model_config, mesh, parallel, counter)
         self.compressed = CompressedCache(d2o or D2OConfig(), layer_windows(self.model_config), self.ranks)
         self._border, self._is_true = rope_border(config), not is_let_go_of(config)
@@ -197,6 +198,11 @@ class D2OCache(Cache):
         tagged = key_states.view_as(key_states)
         setattr(tagged, CACHE_TAG, self)
         return tagged, value_states
+
+    @property
+    def pending_window(self) -> int | None:
+        """The window of the layer whose keys were announced; None: full attention, or no such layer."""
+        return None if self._pending is None else self.compressed.windows[self._pending]
 
     def _check_shape(self, keys: Tensor, layer_idx: int) -> None:
         if layer_idx >= len(self.layers):
