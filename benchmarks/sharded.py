@@ -91,7 +91,7 @@ def run(
     first, tokens = kept_positions(session), []
     last = [logits]
     for step in range(steps):
-        tokens.append(int(logits.argmax()))
+        tokens.append(int(session.cache.ranks.from_first(logits.argmax())))
         logits = session.decode([rest[step] if forced else tokens[-1]])
         last.append(logits)
     return {

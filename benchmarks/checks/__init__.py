@@ -11,6 +11,7 @@ from benchmarks.checks import (
     decode_graph,
     dispatch,
     merge_into,
+    merge_rules,
     nearest_kept,
     prefill,
     update_scores,
@@ -23,6 +24,7 @@ __all__ = ["Check", "Result", "all_checks"]
 def all_checks() -> list[Check]:
     """All of them, op by op; names are unique."""
     modules = (
-        prefill, column_sums, column_peaks, decode, update_scores, nearest_kept, merge_into, dispatch, decode_graph,
+        prefill, column_sums, column_peaks, decode, update_scores, nearest_kept, merge_into, merge_rules, dispatch,
+        decode_graph,
     )  # fmt: skip
     return [check for module in modules for check in module.checks()]

@@ -57,7 +57,7 @@ def run(case: Case, device: str) -> Result:
         num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=1024,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="d2o").to(device, case.dtype).eval()
-    sizes = {} if case.preset == "full" else {"keep_ratio": 0.3, "min_layer_tokens": 12}
+    sizes = {} if case.preset == "full" else {"keep_ratio": 0.3, "budget": {"min_layer_tokens": 12}}
     d2o = D2OConfig.preset(case.preset, **sizes)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(2, 128, (length,), generator=generator).tolist() for length in case.lengths]

@@ -16,6 +16,9 @@ from benchmarks.checks.common import (
 )
 from d2o_dist.kernels.prefill_attention import naive_prefill_attention
 
+# Sums of larger products in float32 are off by more, and so is what the softmax makes of them.
+_LOGIT_LIMIT = 1e-6
+
 
 @dataclass(frozen=True)
 class Case:
@@ -84,6 +87,6 @@ def run(case: Case, dtype: torch.dtype, device: str) -> Result:
     q, k, v, bias = on_cpu(q, k, v, bias)
     want, want_lse = naive_prefill_attention(q, k, v, scale, bias=bias, **options)
     result = Result()
-    result.near("out", out, want, OUT_LIMITS[dtype])
+    result.near("out", out, want, OUT_LIMITS[dtype] + _LOGIT_LIMIT * (case.sharpness - 1))
     result.near("lse", lse, want_lse, STATISTICS_LIMIT)
     return result

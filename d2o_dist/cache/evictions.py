@@ -8,7 +8,7 @@ Shape legend: B rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.compression.shard_evict import evict_shards
 from d2o_dist.compression.shard_finalize import finalize_shard
 from d2o_dist.core.compress import EvictionSteps, eviction_steps
-from d2o_dist.core.select import add_rates, ranking_rates, rate_gain
+from d2o_dist.core.select import add_rates, choose, ranking_rates, rate_gain
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.arena import Arena, Block
@@ -83,8 +83,8 @@ class LayerEvictions:
         units = self._budgeted()
         due = [due_unit(index, unit, 1) for index, unit in units]
         arena = self._make_arena([unit for _, unit in units], due) if in_arena and units else None
-        for number, ((_, unit), job) in enumerate(zip(units, due, strict=True)):
-            slots, held = self._evicted(unit, job)
+        for number, ((index, unit), job) in enumerate(zip(units, due, strict=True)):
+            slots, held = self._evicted(index, unit, job)
             if arena is None:
                 unit.store.replace(slots, held, max(*unit.slot_budgets, *held) + (self.config.eviction_interval or 0))
             else:
@@ -94,14 +94,16 @@ class LayerEvictions:
         self._end_of_heads(1)
         return None if arena is None else self._arena_evictions(arena, [unit for _, unit in units])
 
-    def _evicted(self, unit: FullLayer, due: DueUnit | None) -> tuple[Slots, list[int]]:
+    def _evicted(self, index: int, unit: FullLayer, due: DueUnit | None) -> tuple[Slots, list[int]]:
         """What is left of a unit, [B, h, S, ...] in order, and how many slots of each row that is."""
         if due is None:
             slots = unit.store.slots
             gain = rate_gain(slots, ranking_rates(slots, self.config, finalize=True), self.config)
+            if self._others_may_ask([self.layers[index]], 1):
+                self._steps_of([], None)
             return slots if gain is None else add_rates(slots, gain), unit.kv_len
         seen = torch.tensor(self.num_seen, device=unit.store.slots.positions.device)
-        [(slots, unit.state)] = run_evictions([self._steps(due, seen)], self._gather_reports)
+        [(slots, unit.state)] = self._steps_of([due], seen)
         return slots, due.kv_len
 
     def _make_arena(self, units: Sequence[FullLayer], due: Sequence[DueUnit | None]) -> Arena:
@@ -127,7 +129,10 @@ class LayerEvictions:
             place = place.expand(-1, positions.shape[1], -1)
             newest.append(positions.gather(-1, place.clamp_min(0)).masked_fill(place < 0, -1).flatten(0, 1))
         seen = torch.tensor(self.num_seen, device=device)
-        return ArenaEvictions(arena, self.config, torch.cat(newest), seen, nearest_kept, self._gather_reports)
+        return ArenaEvictions(
+            arena, self.config, torch.cat(newest), seen, nearest_kept, self._gather_reports,
+            self.ranks.from_first_copy, self._own_heads,
+        )  # fmt: skip
 
     def while_decoding(self, slack: int, seen: Tensor, evictions: ArenaEvictions | None) -> bool:
         """Evict the rows that hold `slack` slots or more over their budget, all layers at once; whether any was due.
@@ -143,6 +148,9 @@ class LayerEvictions:
                 jobs.append(_DueBlock(number, index, unit, left))
         if jobs:
             self._run(jobs, seen, evictions)
+        elif self._others_may_ask(self.layers.values(), slack):
+            # Collectives are for all tensor ranks: those that have nothing due join in with nothing.
+            self._join(self.config.merge.merges)
         self._end_of_heads(slack)
         return bool(jobs)
 
@@ -169,6 +177,55 @@ class LayerEvictions:
             if unit.slot_budgets is not None
         ]  # fmt: skip
 
+    def _steps_of(self, jobs: Sequence[DueUnit], seen: Tensor | None) -> list[tuple[Slots, D2OState]]:
+        """What evictions at finalize leave. Collectives: one, if anything is merged; one more between copies of KV
+        heads."""
+        choices = self._choices(jobs, seen)
+        steps = [self._steps(job, choice, seen) for job, choice in zip(jobs, choices, strict=True)]
+        asks = self._by_head and self.ranks.kv_replicas > 1 and self.config.merge.merges
+        return run_evictions(steps, self._gather_reports, self._nothing("scores") if asks else None)
+
+    def _join(self, merges: bool) -> None:
+        """Take part in the exchanges of an eviction of which this rank has nothing."""
+        self.ranks.from_first_copy(self._nothing("positions"))
+        if merges:
+            self._gather_reports(self._nothing("scores"))
+
+    def _choices(self, jobs: Sequence[DueUnit], seen: Tensor | None) -> Sequence[Tensor | None]:
+        """What becomes of the slots of each job, as the first of the ranks chose that hold copies of its heads; None
+        where there are no copies. What they rank by may differ by a last bit."""
+        if self.ranks.kv_replicas == 1:
+            return [None] * len(jobs)
+        chosen = []
+        for job in jobs:
+            slots, config = job.unit.store.slots, self.config
+            ranking = config.score.rank(slots, ranking_rates(slots, config, finalize=True), seen)
+            chosen.append(choose(slots, job.budget, ranking, config, finalize=True))
+        mine = torch.cat(chosen, -1) if chosen else self._nothing("positions").to(torch.uint8)
+        return self.ranks.from_first_copy(mine).split([one.shape[-1] for one in chosen] or [0], -1)[: len(jobs)]
+
+    def _others_may_ask(self, layers: Collection[FullLayer | HeadwiseLayer], slack: int) -> bool:
+        """Whether any head with a budget of its own is due, on whichever rank, where several ranks hold each: those
+        exchange what they decide, and a collective is for all tensor ranks. All know all lengths."""
+        if not self._by_head or self.ranks.kv_replicas == 1:
+            return False
+        heads = [head for layer in layers for head in layer.budgeted if head.slot_budgets is not None]
+        return any(
+            held >= slots + slack for head in heads for held, slots in zip(head.kv_len, head.slot_budgets, strict=True)
+        )
+
+    def _nothing(self, name: str) -> Tensor:
+        """An empty tensor [1, 1, 0] like the statistics `name` of this rank's slots."""
+        unit = next(iter(self.layers.values())).units[0]
+        return getattr(unit.store.slots, name).new_empty(1, 1, 0)
+
+    @property
+    def _own_heads(self) -> slice | None:
+        """Which of the heads in the answer of `_gather_reports` are those at hand, where other ranks hold copies of
+        them; None where there are no copies."""
+        here = self.ranks.copied_heads
+        return slice(0, 1) if here is not None and self._by_head else here
+
     @property
     def _by_head(self) -> bool:
         """Whether each KV head is evicted by itself: which of them are due then differs from rank to rank."""
@@ -182,18 +239,20 @@ class LayerEvictions:
                     head.evict(slack)
             self._check_heads()
 
-    def _steps(self, job: DueUnit, seen: Tensor) -> EvictionSteps:
+    def _steps(self, job: DueUnit, choice: Tensor | None, seen: Tensor) -> EvictionSteps:
         return eviction_steps(
             job.unit.store.slots, job.budget, job.unit.state, self.config, finalize=True,
-            num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted,
+            num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted, choice=choice, here=self._own_heads,
         )  # fmt: skip
 
     def _gather_reports(self, reports: Tensor) -> Tensor:
         """[B, h, X] of the KV heads at hand -> [B, H, X] of the whole layer, the same on every rank.
 
-        A head with a budget of its own is all of its layer.
+        A head with a budget of its own is all of its layer, as the first of the ranks that hold copies of it has it.
         """
-        return reports if self._by_head else self.ranks.gather_kv_heads(self.ranks.join_heads(reports))
+        if self._by_head:
+            return self.ranks.from_first_copy(reports)
+        return self.ranks.gather_kv_heads(self.ranks.join_heads(reports))
 
     def _check(self, jobs: Sequence[DueUnit]) -> None:
         if not self._by_head:

@@ -41,11 +41,6 @@ class Chunk:
         """Tokens of each row, on all ranks together."""
         return self.rows.counts
 
-    @property
-    def num_columns(self) -> int:
-        """Columns of the whole chunk, padding included."""
-        return self.rows.length
-
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """As `Forward.attend`."""
         return layer.prefill(q, k, v, scale, self.rows, self.num_seen)
@@ -86,11 +81,6 @@ class DealtChunk:
     def counts(self) -> list[int]:
         """Tokens of each row, on all ranks together."""
         return list(self.deal.counts)
-
-    @property
-    def num_columns(self) -> int:
-        """Columns of the whole chunk, padding included."""
-        return max(self.deal.counts)
 
     @property
     def groups(self) -> list[tuple[slice, int]]:

@@ -157,9 +157,10 @@ def set_budgets(
     highest: Tensor | None,
     config: D2OConfig,
     num_seen: Sequence[int],
+    ranks: RequestRanks,
 ) -> list[RowPlan]:
     """Give every layer, or each of its heads where these have budgets of their own, the slots of each row. Heads of
-    other ranks too: all ranks derive the same.
+    other ranks too: the first rank's numbers are sent to all.
 
     Args:
         layers: those that are compressed, their prefill finished.
@@ -186,7 +187,19 @@ def set_budgets(
     for plan, num_tokens in zip(plans, num_seen, strict=True):
         plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
         plan.num_tokens = num_tokens
+    if ranks.is_shared:
+        _take_first(plans, ranks, next(iter(layers)).units[0].store.slots.positions.device)
     protected = config.budget.protected(count)
     for index, one in enumerate(budgeted):
         one.slot_budgets = None if index in protected else [plan.slots[index] for plan in plans]
     return plans
+
+
+def _take_first(plans: Sequence[RowPlan], ranks: RequestRanks, device: torch.device) -> None:
+    """Let the plans be those of the request's first rank: logarithms and powers may round otherwise on another."""
+    mine = [[*plan.slots, *plan.log_weights, *plan.dispersions] for plan in plans]
+    sent = ranks.from_first(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
+    for plan, numbers in zip(plans, sent, strict=True):
+        count = len(plan.slots)
+        plan.slots = [int(number) for number in numbers[:count]]
+        plan.log_weights, plan.dispersions = numbers[count : 2 * count], numbers[2 * count :]

@@ -47,7 +47,8 @@ class CacheReport:
 
     Attributes:
         requested_keep_ratio: `keep_ratio`, or `keep_tokens` over the tokens seen at the last finalize.
-        achieved_keep_ratio: tokens held over tokens seen, in the layers that are compressed or protected.
+        achieved_keep_ratio: tokens held over tokens seen, in the layers that are compressed or protected; None if no
+            token was seen, as by a cache that the model was never given.
         held_bytes, full_bytes: keys and values of all layers, sliding windows included in both as they are; of the
             whole request, however many ranks share it.
         allocated_bytes: all buffers of this rank: room to grow, positions and statistics included.
@@ -56,7 +57,7 @@ class CacheReport:
 
     phase: str
     requested_keep_ratio: float | None
-    achieved_keep_ratio: float
+    achieved_keep_ratio: float | None
     held_bytes: int
     full_bytes: int
     allocated_bytes: int
@@ -64,15 +65,17 @@ class CacheReport:
     layers: list[LayerReport]
 
     @property
-    def compression_ratio(self) -> float:
-        """Fraction of the tokens removed."""
-        return 1 - self.achieved_keep_ratio
+    def compression_ratio(self) -> float | None:
+        """Fraction of the tokens removed; None if none was seen."""
+        return None if self.achieved_keep_ratio is None else 1 - self.achieved_keep_ratio
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, for JSON."""
         return {**dataclasses.asdict(self), "compression_ratio": self.compression_ratio}
 
     def __str__(self) -> str:
+        if self.achieved_keep_ratio is None:
+            return "this cache has seen no token: no forward of a model was given it as past_key_values"
         asked = "-" if self.requested_keep_ratio is None else f"{self.requested_keep_ratio:.4f}"
         lines = [
             f"keep ratio: requested {asked}, achieved {self.achieved_keep_ratio:.4f}   phase: {self.phase}   "
@@ -94,9 +97,12 @@ class CacheReport:
         """Draw budgets and dispersion by layer into an image file (mean over rows). Needs matplotlib.
 
         Raises:
-            ImportError: matplotlib is not installed (extra `demo`).
+            ImportError: matplotlib is not installed (extra `demo`). ValueError: the cache has seen no token.
         """
         from matplotlib.figure import Figure
+
+        if self.achieved_keep_ratio is None:
+            raise ValueError("there is nothing to draw: the cache has seen no token")
 
         index = [layer.layer for layer in self.layers]
         held = [sum(layer.kv_len) / max(len(layer.kv_len), 1) for layer in self.layers]
@@ -137,7 +143,7 @@ def make_report(cache: CompressedCache) -> CacheReport:
     return CacheReport(
         phase=cache.phase,
         requested_keep_ratio=requested,
-        achieved_keep_ratio=held / seen if seen else 1.0,
+        achieved_keep_ratio=held / seen if seen else None if not cache.num_seen else 1.0,
         held_bytes=sum(report.num_bytes for report in reports),
         full_bytes=sum(report.full_bytes for report in reports),
         allocated_bytes=sum(layer.store.num_allocated_bytes for layer in cache.layers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,20 @@ class Rows:
         length = max(counts)
         index = None if min(counts) == length else [torch.arange(count) for count in counts]
         return cls(list(counts), length, index)
+
+    @classmethod
+    def of_step(cls, counts: Sequence[int]) -> Rows:
+        """One column, in which rows have a token or none."""
+        index = None if all(counts) else [torch.arange(count) for count in counts]
+        return cls(list(counts), 1, index)
+
+    def without(self, left_out: Collection[int]) -> Rows:
+        """With nothing but padding in some rows."""
+        if not left_out:
+            return self
+        index = self.index or [torch.arange(self.length)] * self.batch
+        index = [one[:0] if row in left_out else one for row, one in enumerate(index)]
+        return Rows([len(columns) for columns in index], self.length, index)
 
     @property
     def batch(self) -> int:

@@ -5,12 +5,13 @@ It knows nothing of any model library: integrations hand it queries, keys and va
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
+from d2o_dist.cache.columns import Columns
 from d2o_dist.cache.evictions import LayerEvictions, ShardEvictions
 from d2o_dist.cache.forward import Chunk, ChunkOfHeads, DealtChunk, Forward, SecondReading, Step
 from d2o_dist.cache.headwise import HeadElsewhere, HeadwiseLayer
@@ -37,7 +38,7 @@ class CompressedCache:
 
     Attributes:
         num_seen: tokens seen by each row, padding not counted (the logical length).
-        num_seen_columns: columns seen, padding included: what a padded batch's masks and ids are indexed by.
+        columns: what was seen of the batch, padding included: what a padded batch's masks and ids are indexed by.
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
         num_reread: tokens of each row that were read a second time; reread_chunk: in forwards of so many; None: none.
         dealt: the chunk that was dealt last, if any.
@@ -65,14 +66,18 @@ class CompressedCache:
         self.num_reread: list[int] = []
         self.reread_chunk: int | None = None
         self._rereading = False
-        self.num_seen_columns = 0
+        self.columns = Columns(0)
         self.phase = "prefill"
         self.plans: list[RowPlan] | None = None
         self._next_layer = 0
         self.dealt: Deal | None = None
-        self._deal_waits = False
+        self._dealt_rows: Rows | None = None
         self._placement: Placement | None = None
         self._forward: Forward | None = None
+        # Of the running forward: its tokens among the columns of the batch, and where they end if that is known.
+        self._rows: Rows | None = None
+        self._last_positions: list[int] | None = None
+        self._left_out: frozenset[int] = frozenset()
         self.step: DecodeStep | None = None
         # Evictions while decoding, and the arena that the slots of layers with budgets lie in meanwhile.
         self._arena_evictions: ArenaEvictions | None = None
@@ -127,38 +132,63 @@ class CompressedCache:
         return 2 * self.num_kv_heads * store.shape[1] * store.dtype.itemsize
 
     @property
+    def num_seen_columns(self) -> int:
+        """Columns seen, padding included."""
+        return self.columns.count
+
+    @property
+    def step_announced(self) -> bool:
+        """Whether the next forward is a decode step that was announced."""
+        return self._step_announced
+
+    @property
     def in_forward(self) -> bool:
         """Whether a forward has begun and not reached its last layer."""
         return self._next_layer != 0
 
-    def deal(self, counts: Sequence[int]) -> Deal:
-        """Announce the next forward: a chunk of `counts` tokens a row, spread over the sequence ranks.
+    def deal(self, mask: Tensor) -> Deal:
+        """Announce the next forward: the chunk of which the mask [B, n] has zeros in padding, spread over the
+        sequence ranks.
 
         The forward then takes this rank's part: [B, H, deal.width, D], each row's tokens in its last columns.
 
         Raises:
             ValueError: rows other than those of this batch, or no token at all.
         """
+        rows = Rows.of(*mask.shape, mask)
+        counts = rows.counts
         if self.layers and len(counts) != len(self.num_seen):
             raise ValueError(f"a chunk of {len(counts)} rows was dealt, but the cache has {len(self.num_seen)}")
         if not counts or max(counts) < 1:
             raise ValueError(f"a chunk must have a token, but its rows have {list(counts)}")
         rule = Zigzag if self._by_sequence else Contiguous
-        self.dealt, self._deal_waits = Deal.of(counts, rule, self.ranks.sp.size, self.ranks.sp.rank), True
+        self.dealt, self._dealt_rows = Deal.of(counts, rule, self.ranks.sp.size, self.ranks.sp.rank), rows
         return self.dealt
 
+    def leave_out(self, rows: Collection[int]) -> None:
+        """Let the next forward take no token of these rows, if it is a decode step: whatever its mask and position ids
+        say of them, they are fed padding."""
+        self._left_out = frozenset(rows)
+
     @in_own_mode
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Append a chunk to one layer and attend from it. Layers come in order, 0 first.
 
         Args:
             q: [B, Hq, n, D]; k, v: [B, Hkv, n, D], after RoPE; n = 1 after a prefill is a decode step. Of a chunk that
                 was dealt: this rank's part.
-            mask: 2D [B, >= n], its last n columns are this chunk's; 0 marks padding. None: no padding. Of a chunk that
-                was dealt, and of a step that was announced, it is not read.
+            mask: 2D [B, seen + n], 0 marks padding. None: no padding in this chunk.
+            positions: [1 or B, n] position ids, to see that they go on where the text ended. Of a chunk that was dealt,
+                and of a step that was announced, neither is read.
 
         Returns:
             [B, Hq, n, D] in the dtype of q; zeros at padding.
+
+        Raises:
+            ValueError: a layer out of order; a mask or positions that contradict what was seen (see `Columns`).
         """
         if layer != self._next_layer:
             raise ValueError(
@@ -166,7 +196,7 @@ class CompressedCache:
                 "model's layers do not all use this cache. Make a new cache"
             )
         if layer == 0:
-            self._begin(k, mask)
+            self._begin(k, mask, positions)
         with self.ranks.counter.phase(self.phase):
             out = self._forward.attend(layer, self.layers[layer], q, k, v, scale)
         self._next_layer = layer + 1
@@ -174,11 +204,11 @@ class CompressedCache:
             self._end()
         return out
 
-    def _begin(self, k: Tensor, mask: Tensor | None) -> None:
+    def _begin(self, k: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
         """Settle the phase and the kind of this forward."""
         batch, _, length, _ = k.shape
-        deal = self.dealt if self._deal_waits else None
-        self._deal_waits = False
+        deal = None if self._dealt_rows is None else self.dealt
+        dealt_rows, self._dealt_rows, left_out, self._left_out = self._dealt_rows, None, self._left_out, frozenset()
         is_chunk = length > 1 or not self.num_seen_columns or self._rereading or deal is not None
         if deal is None and self.ranks.deals_tokens and is_chunk:
             raise ValueError(
@@ -191,12 +221,21 @@ class CompressedCache:
                 f"of {length}"
             )
         if not self.layers:
-            self.num_seen = [0] * batch
+            self.num_seen, self.columns = [0] * batch, Columns(batch)
             self.layers = make_layers(self.windows, batch, self.config, self.ranks, by_sequence=self._by_sequence)
+        self._last_positions = None
+        if deal is not None:
+            self._rows, rows = dealt_rows, Rows.of(batch, length, deal.mask())
+        elif self._step_announced:
+            rows = None
+        else:
+            left_out = frozenset() if is_chunk else left_out
+            self.columns.check_mask(mask, length, left_out)
+            rows = self._rows = Rows.of(batch, length, mask).without(left_out)
+            self._last_positions = self.columns.check_positions(positions, rows, left_out)
         # A prompt of one token is a prefill; so is anything before the first token was seen.
         if not is_chunk:
             if not self._step_announced:
-                rows = Rows.of(batch, length, mask)
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
             steps = iter(self.step.begin())
             by_layer = [[next(steps) for _ in layer.units] for layer in self.layers]
@@ -206,15 +245,13 @@ class CompressedCache:
         if self._step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
         if self._rereading:
-            self._forward = self._second_reading(deal, Rows.of(batch, length, mask if deal is None else deal.mask()))
+            self._forward = self._second_reading(deal, rows)
             return
         self._begin_prefill(batch)
         if deal is None or not self.ranks.deals_tokens:
-            rows = Rows.of(batch, length, mask if deal is None else deal.mask())
             self._forward = Chunk(rows, self.num_seen)
         elif self._by_sequence:
             self._placement.add(deal)
-            rows = Rows.of(batch, length, deal.mask())
             self._forward = DealtChunk(deal, self._placement, rows, self.num_seen)
         else:
             self._forward = ChunkOfHeads(Rows.first(deal.counts), self.num_seen, HeadExchange(self.ranks, deal))
@@ -247,7 +284,7 @@ class CompressedCache:
             self.num_reread = _added(self.num_reread, forward.rows.counts)
         else:
             self.num_seen = _added(self.num_seen, forward.counts)
-            self.num_seen_columns += forward.num_columns
+            self.columns.add(self._rows, self._last_positions)
 
     # ---- one decode step -----------------------------------------------------------------------------------------
 
@@ -271,7 +308,7 @@ class CompressedCache:
         if present is not None and len(present) != len(self.num_seen):
             raise ValueError(f"a step of {len(present)} rows was announced, but the cache has {len(self.num_seen)}")
         self._open_step(present)
-        self._step_announced = True
+        self._step_announced, self._last_positions = True, None
         return self.step
 
     @in_own_mode
@@ -316,7 +353,7 @@ class CompressedCache:
         for head in self._elsewhere():
             head.advance(counts)
         self.num_seen = _added(self.num_seen, counts)
-        self.num_seen_columns += 1
+        self.columns.add(Rows.of_step(counts), self._last_positions)
         if self.config.eviction_interval is not None:
             with self.ranks.counter.phase("evict"):
                 moved.append(self._evict(self.config.eviction_interval))
@@ -357,7 +394,10 @@ class CompressedCache:
         if self.phase == "decode":
             return
         if not self.num_seen_columns:
-            raise ValueError("finalize() was called before any token was seen")
+            raise ValueError(
+                "finalize() was called before any token was seen: no forward of the model was given this cache. Read "
+                "the prompt first, with past_key_values=cache"
+            )
         if self.config.needs_reread and self.plans is None and not any(self.num_reread):
             raise ValueError(
                 'score.rule "reread" ranks tokens by a second reading of the prompt, and there was none: call '
@@ -380,7 +420,9 @@ class CompressedCache:
                 )  # fmt: skip
                 if config.budget.per_head:
                     self._part_heads()
-            self.plans = set_budgets(self._full().values(), self.plans, variances, highest, config, self.num_seen)
+            self.plans = set_budgets(
+                self._full().values(), self.plans, variances, highest, config, self.num_seen, self.ranks
+            )
             # Of this prefill's tokens a step from before it knows nothing.
             self.phase, self.step = "decode", None
             moves = self.ranks.deals_tokens and not self._by_sequence and not self.ranks.by_heads
@@ -433,6 +475,7 @@ class CompressedCache:
         if self._placement is not None:
             self._placement.select_rows(host)
         self.num_seen = [self.num_seen[row] for row in host]
+        self.columns.select_rows(host)
         self.num_reread = [self.num_reread[row] for row in host] if self.num_reread else []
         if self.plans:
             self.plans = [self.plans[row].copy() for row in host]

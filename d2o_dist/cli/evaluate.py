@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from d2o_dist.cli.voice import parse_once, quiet_unless
-from d2o_dist.comm import Launch, ParallelMesh, RankError, build_mesh, init_distributed, read_environment
+from d2o_dist.cli.voice import parse_once, quiet_unless, speaks_of
+from d2o_dist.comm import Launch, ParallelMesh, build_mesh, init_distributed, read_environment
 from d2o_dist.config.eval_tasks import ESSAYS
 from d2o_dist.config.evaluate import EvalConfig
+from d2o_dist.engine.startup import check_same_run
 from d2o_dist.eval.essays import essays
 from d2o_dist.eval.evaluate import Outcome, check_parallel, evaluate
 from d2o_dist.eval.fetch import FetchError
@@ -69,7 +70,7 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, f"{len(plan.methods)} methods and budgets, {len(plan.jobs) * len(plan.methods)} results"])
 
 
-def run(plan: Plan, mesh: ParallelMesh) -> Outcome:
+def run(plan: Plan, mesh: ParallelMesh, config_file: str | None = None) -> Outcome:
     """Evaluate, with a progress bar on the first rank."""
     with tqdm(unit="result", file=sys.stderr, disable=None if mesh.rank == 0 else True) as bar:
 
@@ -78,8 +79,9 @@ def run(plan: Plan, mesh: ParallelMesh) -> Outcome:
             bar.refresh()
 
         return evaluate(
-            plan, mesh, on_start=on_start, on_results=bar.update, log=lambda line: tqdm.write(line, file=sys.stderr)
-        )
+            plan, mesh, config_file=config_file, on_start=on_start, on_results=bar.update,
+            log=lambda line: tqdm.write(line, file=sys.stderr),
+        )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch, mesh = Launch(), None
 
     def refuse(error: Exception) -> int:
-        # Before ranks have met, one of each machine speaks: what is wrong may be wrong there only.
-        if isinstance(error, RankError) or (launch.local_rank if mesh is None else mesh.rank) == 0:
+        if speaks_of(error, launch, met=mesh is not None):
             print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
 
@@ -103,13 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dump_yaml(config.to_dict()) if launch.rank == 0 else "", end="")
             return EXIT_OK
         init_distributed("gloo" if config.device == "cpu" else None)
+        check_same_run(build_mesh(launch.world_size), config.to_dict(), config.infer())
         mesh = build_mesh(dp, config.parallel.sp, config.parallel.tp)
         with quiet_unless(mesh.rank == 0):
             plan = prepare(config, {ESSAYS: load_essays}, mesh)
             if args.dry_run:
                 print(f"{describe(plan)}\n" if mesh.rank == 0 else "", end="")
                 return EXIT_OK
-            outcome = run(plan, mesh)
+            outcome = run(plan, mesh, args.config)
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:

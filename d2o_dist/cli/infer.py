@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from d2o_dist.cli.voice import parse_once, quiet_unless
+from d2o_dist.cli.voice import parse_once, quiet_unless, speaks_of
 from d2o_dist.comm.collectives import Collectives
-from d2o_dist.comm.launch import Launch, RankError, init_distributed, read_environment
+from d2o_dist.comm.launch import Launch, init_distributed, read_environment
 from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.plan import Plan, prepare
 from d2o_dist.engine.runner import run
+from d2o_dist.engine.startup import check_same_run
 from d2o_dist.engine.summary import Summary
 from d2o_dist.fields.io import dump_yaml
 from d2o_dist.fields.overrides import parse_override
@@ -93,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch, mesh = Launch(), None
 
     def refuse(error: ValueError) -> int:
-        # Before ranks have met, one of each machine speaks: what is wrong may be wrong there only.
-        if isinstance(error, RankError) or (launch.local_rank if mesh is None else mesh.rank) == 0:
+        if speaks_of(error, launch, met=mesh is not None):
             print(f"infer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
 
@@ -109,9 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_OK
         dp = config.parallel.replicas(launch.world_size)
         init_distributed("gloo" if config.device == "cpu" else None)
+        check_same_run(build_mesh(launch.world_size), config.to_dict(), config)
         mesh = build_mesh(dp, config.parallel.sp, config.parallel.tp)
         with quiet_unless(mesh.rank == 0):
-            plan = prepare(config, mesh)
+            plan = prepare(config, mesh, args.config)
             for line in plan.notices() if mesh.rank == 0 else ():
                 print(f"warning: {line}", file=sys.stderr)
             summary = run_plan(config, plan, mesh)
@@ -121,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     if mesh.rank == 0:
         print(summary, file=sys.stderr)
+        for line in summary.lost:
+            print(f"infer.py: error: {line}", file=sys.stderr)
     if summary.interrupted:
         return EXIT_INTERRUPTED
-    return EXIT_FAILED if summary.num_failed else EXIT_OK
+    return EXIT_FAILED if summary.num_failed or summary.lost else EXIT_OK

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 
 import torch
+
+from d2o_dist.cli.voice import speaks_of
+from d2o_dist.comm.launch import read_environment
 
 
 def forget_script_folder() -> None:
@@ -32,11 +36,19 @@ def main() -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        from d2o_dist.eval.lm_eval import register
+        from d2o_dist.eval.lm_eval import D2OLM, register
     except ImportError as error:
         print(f"lm_harness.py: error: this needs lm-eval (pip install lm-eval): {error}", file=sys.stderr)
         return 2
     register()
     sys.argv[1:] = with_device(sys.argv[1:], torch.cuda.is_available())
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        # What is wrong with the model or its arguments is one line. The harness's own errors are the harness's.
+        if all(frame.f_code is not D2OLM.__init__.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        if speaks_of(error, read_environment(), met=False):
+            print(f"lm_harness.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0

@@ -1,4 +1,4 @@
-"""`launch/train.py`: fine-tuning at long context. Exit: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+"""`launch/train.py`: fine-tuning at long context. Exit: 0 done, 1 failed or diverged, 2 bad usage, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -14,13 +16,21 @@ from d2o_dist.cli.voice import parse_once
 from d2o_dist.comm import Launch, build_mesh, init_distributed, read_environment, run_guarded
 from d2o_dist.comm.launch import SECONDARY_DELAY_S
 from d2o_dist.config.eval_tasks import ESSAYS
+from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.train import TrainConfig
+from d2o_dist.engine.agreement import AgreedError
+from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.model import pick_device
+from d2o_dist.engine.paths import check_apart, check_outside, inputs_of
+from d2o_dist.engine.startup import check_same_run
 from d2o_dist.fields.io import dump_yaml
 from d2o_dist.fields.overrides import parse_override
+from d2o_dist.train.log import LOG_FILE
 from d2o_dist.train.loop import Run, prepare, train
 
-EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+# In `output`, while a run writes there.
+LOCK = ".lock"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,8 +57,30 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.load(args.config, overrides + [parse_override(text) for text in [*args.overrides, *args.set]])
 
 
-def prepare_ranks(config: TrainConfig) -> Run:
-    """Join the other ranks, and make everything ready."""
+def model_of(config: TrainConfig) -> InferConfig:
+    """The names of model and tokenizer."""
+    return InferConfig(
+        model=config.model, tokenizer=config.tokenizer, revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+
+
+def check_output(config: TrainConfig, config_file: str | None) -> None:
+    """Refuse an output in which the run would replace what it reads.
+
+    Raises:
+        ValueError: names both.
+    """
+    output = Path(config.output).expanduser()
+    inputs = list(inputs_of(model_of(config), config_file))
+    inputs += [("the data", path) for path in (config.data.train, config.data.validation) if path is not None]
+    check_apart(output / LOG_FILE, inputs)
+    for name in ("model", "model-best", "checkpoints"):
+        check_outside(output / name, inputs)
+
+
+def prepare_ranks(config: TrainConfig, held: ExitStack) -> Run:
+    """Join the other ranks, and make everything ready. No other run writes to `output` until `held` is closed."""
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     launch = init_distributed("gloo" if on_cpu else None)
     if launch.world_size % config.sp:
@@ -56,7 +88,10 @@ def prepare_ranks(config: TrainConfig) -> Run:
     device = pick_device(config.device)
     if config.engine.name == "deepspeed" and launch.launcher == "none":
         raise ValueError('engine.name "deepspeed" needs a launcher: deepspeed launch/train.py, or torchrun')
+    check_same_run(build_mesh(dp=launch.world_size), config.to_dict(), model_of(config))
     mesh = build_mesh(dp=launch.world_size // config.sp, sp=config.sp)
+    output = Path(config.output).expanduser()
+    held.enter_context(only_writer(config.output, output / LOCK, mesh))
     return prepare(config, mesh, device, {ESSAYS: load_essays})
 
 
@@ -69,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(args, int):
             return args
         config = read_config(args)
+        check_output(config, args.config)
     except ValueError as error:
         if launch.local_rank == 0:
             _say(error)
@@ -79,24 +115,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_guarded(lambda: _train(config, launch))
 
 
-def _say(error: ValueError) -> None:
+def _say(error: Exception) -> None:
     print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _train(config: TrainConfig, launch: Launch) -> int:
-    try:
+    with ExitStack() as held:
         try:
-            run = prepare_ranks(config)
-        except ValueError as error:
-            # Most often all ranks have it. Where the first has, the launcher ends the others before they repeat it.
-            if launch.rank != 0:
-                time.sleep(SECONDARY_DELAY_S)
-            _say(error)
-            # Peers may be waiting for this rank: the status ends them, and `run_guarded` this process.
-            raise SystemExit(EXIT_USAGE) from error
-        state = train(run)
-    except KeyboardInterrupt:
-        raise SystemExit(EXIT_INTERRUPTED) from None
+            try:
+                run = prepare_ranks(config, held)
+            except AgreedError as error:
+                if launch.rank == 0:
+                    _say(error)
+                return EXIT_USAGE
+            except ValueError as error:
+                # Most often all ranks have it. Where the first has, the launcher ends the others before they repeat it.
+                if launch.rank != 0:
+                    time.sleep(SECONDARY_DELAY_S)
+                _say(error)
+                # Peers may be waiting for this rank: the status ends them, and `run_guarded` this process.
+                raise SystemExit(EXIT_USAGE) from error
+            state = train(run)
+        except FloatingPointError as error:  # on all ranks alike
+            if launch.rank == 0:
+                _say(error)
+            return EXIT_FAILED
+        except KeyboardInterrupt:
+            raise SystemExit(EXIT_INTERRUPTED) from None
     if launch.rank == 0:
         print(f"done: {state.step} steps; the model is in {config.output}/model", file=sys.stderr)
     return EXIT_OK

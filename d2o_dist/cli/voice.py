@@ -10,8 +10,23 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
+from d2o_dist.comm.launch import Launch, RankError
+from d2o_dist.engine.agreement import AgreedError
+
 if TYPE_CHECKING:
     import argparse
+
+
+def speaks_of(error: Exception, launch: Launch, *, met: bool) -> bool:
+    """Whether this rank says what is wrong.
+
+    Args:
+        met: whether the ranks agree on what is wrong, because they have met.
+    """
+    if isinstance(error, RankError):
+        return True
+    # Before ranks have met, one of each machine speaks: what is wrong may be wrong there only.
+    return (launch.rank if met or isinstance(error, AgreedError) else launch.local_rank) == 0
 
 
 @contextmanager

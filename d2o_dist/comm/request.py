@@ -33,7 +33,7 @@ class RequestRanks:
     Attributes:
         parallel: with `auto` settled.
         may_ring: whether a prompt that is too long to gather may travel around a ring: `sp_prefill` was `auto`.
-        tp, sp: collectives over the two axes.
+        tp, sp, request: collectives over the two axes, and over all ranks of the request.
         kv_sizes: KV heads of each sequence rank in the layout by heads.
 
     Raises:
@@ -56,6 +56,7 @@ class RequestRanks:
         self.counter = TrafficCounter() if counter is None else counter
         self.tp = Collectives(mesh.axis("tp"), self.counter)
         self.sp = Collectives(mesh.axis("sp"), self.counter)
+        self.request = Collectives(mesh.axis("request"), self.counter)
         self.kv_replicas = kv_replicas
         self.kv_sizes = Contiguous(num_kv_heads, self.sp.size).lengths()
 
@@ -89,6 +90,18 @@ class RequestRanks:
         first = self.tp.rank // self.kv_replicas * self.kv_replicas
         return range(first, first + self.kv_replicas)
 
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this is the first of the tensor ranks that hold the same KV heads: the one that decides for them."""
+        return self.tp.rank == self.replica_group.start
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """`tensor` of the first rank of the request, on all of them. One collective.
+
+        For what must be decided alike and rests on numbers that ranks computed apart, down to the last bit.
+        """
+        return self.request.broadcast(tensor, 0)
+
     # ---- heads ---------------------------------------------------------------------------------------------------
 
     def sizes(self, num_heads: int) -> list[int]:
@@ -102,6 +115,13 @@ class RequestRanks:
         block = sum(self.kv_sizes) if dealt else num_here
         first = self.tp.rank // self.kv_replicas * block + (sum(self.kv_sizes[: self.sp.rank]) if dealt else 0)
         return range(first, first + num_here)
+
+    @property
+    def copied_heads(self) -> slice | None:
+        """Which of the heads that `gather_kv_heads` gives are those at hand, as the first of the ranks that hold copies
+        of them has them; None where there are no copies."""
+        mine = self.tp.rank // self.kv_replicas
+        return None if self.kv_replicas == 1 else slice(mine, mine + 1)
 
     def my_heads(self, tensor: Tensor) -> Tensor:
         """[B, heads of the tensor rank, ...] -> those of this sequence rank."""
@@ -141,6 +161,22 @@ class RequestRanks:
         if self.kv_replicas == 1:
             return tensor
         return torch.stack(self._of_replicas(tensor)).amax(0)
+
+    def from_first_copy(self, tensor: Tensor) -> Tensor:
+        """`tensor` of the first of the ranks that hold copies of the same KV head, on all of them: of the same shape.
+
+        All tensor ranks call it together. Those with other KV heads may have another shape, or nothing, to send.
+        """
+        if self.kv_replicas == 1:
+            return tensor
+        group, nothing = self.replica_group, tensor[:0]
+        others = [rank in group and rank != group.start for rank in range(self.tp.size)]
+        chunks = [tensor if self.is_first_copy and other else nothing for other in others]
+        shapes = [nothing.shape] * self.tp.size
+        if not self.is_first_copy:
+            shapes[group.start] = tensor.shape
+        arrived = self.tp.all_to_all_list(chunks, shapes)
+        return tensor if self.is_first_copy else arrived[group.start]
 
     def _of_replicas(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all copies, in rank order. Ranks with other KV heads may have another shape at hand."""

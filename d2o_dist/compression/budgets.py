@@ -14,6 +14,14 @@ from d2o_dist.policy.budget import layer_slots, num_ranked
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.slots import LayerBudget
 
+NOT_FINITE_BECAUSE = (
+    "weights of the model are not finite, or numbers became too large for its dtype (those of float16 end at 65504)"
+)
+
+
+class NotFiniteError(ValueError):
+    """A prompt whose attention is no number. Raised by all ranks of its request alike."""
+
 
 def row_log_weights(
     variances: Tensor | None, config: D2OConfig, num_layers: int, num_highest: Sequence[int] | None = None
@@ -25,7 +33,7 @@ def row_log_weights(
         num_highest: L numbers of tokens that are among the highest ranked; only where shares are by ranking.
 
     Raises:
-        ValueError: a variance that is no number: the model's attention was none.
+        NotFiniteError: a variance that is no number: the model's attention was none.
     """
     if config.keeps_everything:
         return [0.0] * num_layers, []
@@ -34,9 +42,9 @@ def row_log_weights(
     variances = variances.cpu()
     wrong = [index for index, heads in enumerate(variances) if not bool(heads.isfinite().all())]
     if wrong:
-        raise ValueError(
-            f"attention is not finite in {len(wrong)} of {num_layers} layers, the first of them {wrong[0]}: weights of "
-            "the model are not, or numbers became too large for its dtype (those of float16 end at 65504)"
+        raise NotFiniteError(
+            f"the prompt's attention is not finite in {len(wrong)} of {num_layers} layers, the first of them "
+            f"{wrong[0]}: {NOT_FINITE_BECAUSE}"
         )
     dispersions = config.budget.dispersions(variances).double().tolist()
     return config.budget.log_weights(num_layers, dispersions), dispersions
@@ -64,8 +72,9 @@ def highest_of_heads(
     wanted = torch.tensor(num_highest, device=rankings[0].device)
 
     def over_ranks(counts: Tensor) -> Tensor:
-        # Copies of a KV head hold the same: each token was counted as often as there are copies.
-        return ranks.tp.all_reduce(counts if by_sequence else ranks.sp.all_reduce(counts)) // ranks.kv_replicas
+        # Of the copies of a KV head, which may differ by a last bit, the first counts.
+        mine = counts if ranks.is_first_copy else torch.zeros_like(counts)
+        return ranks.tp.all_reduce(mine if by_sequence else ranks.sp.all_reduce(mine))
 
     both = torch.cat(count_highest(rankings, live, wanted, over_ranks), -1)
     both = both if by_sequence else ranks.join_heads(both)

@@ -14,10 +14,15 @@ from d2o_dist.slots.slots import D2OState, Slots
 GatherHeads = Callable[[Tensor], Tensor]
 
 
-def run_evictions(layers: Sequence[EvictionSteps], gather_heads: GatherHeads) -> list[tuple[Slots, D2OState]]:
+def run_evictions(
+    layers: Sequence[EvictionSteps], gather_heads: GatherHeads, nothing: Tensor | None = None
+) -> list[tuple[Slots, D2OState]]:
     """Drive the evictions of several layers; what they ask of other ranks goes into one gather.
 
     Every rank must call it with the same layers in the same order: which rows are due follows from lengths alone.
+
+    Args:
+        nothing: what a rank takes part in the gather with whose layers ask nothing, where others' may; None: all ask.
     """
     results: dict[int, tuple[Slots, D2OState]] = {}
     asked: dict[int, Tensor] = {}
@@ -36,4 +41,6 @@ def run_evictions(layers: Sequence[EvictionSteps], gather_heads: GatherHeads) ->
                 results[number] = end.value
             else:
                 raise AssertionError("an eviction asks other ranks once")
+    elif nothing is not None:
+        gather_heads(nothing)
     return [results[number] for number in range(len(layers))]

@@ -10,13 +10,14 @@ units, C slots of the widest segment, E victims of a unit, K targets, D head dim
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from d2o_dist.core.compress import Nearest, count_dropped, judge
+from d2o_dist.core.compress import MAX_FOUND, Nearest, count_dropped, found_of, judge, with_found
 from d2o_dist.core.ranked import ordered
 from d2o_dist.policy import D2OConfig
 from d2o_dist.policy.gate import head_reports
@@ -65,6 +66,9 @@ class ArenaEvictions:
         newest: [U, M] int64 positions of the newest slots of each unit when it was compressed, the last at the end;
             they tell what is recent until M tokens more were seen. seen_then: [B] int64, tokens seen at that time.
         gather_heads: brings together what the heads of all ranks report.
+        from_first_copy: of ranks that hold copies of these heads, what the first of them has.
+        own_heads: which of the heads that `gather_heads` gives are these, as the first of those ranks has them; None
+            where there are no copies.
     """
 
     arena: Arena
@@ -73,6 +77,8 @@ class ArenaEvictions:
     seen_then: Tensor
     nearest: Nearest
     gather_heads: GatherHeads
+    from_first_copy: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    own_heads: slice | None = None
     _tables: dict[DueBlocks, _Tables] = field(default_factory=dict)
 
     def run(self, due: DueBlocks, state: D2OState, seen: Tensor) -> tuple[D2OState, Tensor]:
@@ -97,7 +103,16 @@ class ArenaEvictions:
             evicted = _take(slots, where, groups)
             similarity, target = self._nearest(tables, evicted, victim, tail, due)
             reports = head_reports(similarity, valid.expand_as(similarity), self.config.merge.gate)
-            merged, state = judge(similarity, valid, self.gather_heads(reports), state, self.config)
+            if self.own_heads is None:
+                everyone = self.gather_heads(reports)
+            else:
+                # Whole numbers: which of the unit's own slots the target is.
+                starts = self.arena.start[tables.units].view(groups, heads, 1)
+                assert tables.columns.shape[1] < MAX_FOUND
+                sent = self.gather_heads(with_found(reports, similarity, target - starts))
+                everyone, similarity, target = found_of(sent, self.own_heads, reports.shape[-1], number)
+                target = target.long() + starts
+            merged, state = judge(similarity, valid, everyone, state, self.config)
             self._merge(evicted, similarity, target, merged)
         self.arena.release(tables.units, where, victim.slot, tables.surplus > 0)
         return state, positions
@@ -117,7 +132,7 @@ class ArenaEvictions:
             )
         ]  # fmt: skip
         newest = self.newest[torch.cat(before)]
-        return ArenaEvictions(arena, self.config, newest, self.seen_then[index], self.nearest, self.gather_heads)
+        return dataclasses.replace(self, arena=arena, newest=newest, seen_then=self.seen_then[index], _tables={})
 
     # ---- propose -------------------------------------------------------------------------------------------------
 
@@ -135,6 +150,8 @@ class ArenaEvictions:
         candidate = (positions >= tables.sinks[:, None]) & (positions < recent_from[:, None])
         ranking = self._ranking(columns, positions, now).masked_fill(~candidate, torch.inf)
         lowest = lowest_first(ranking, positions, min(number + tables.most_tail, positions.shape[1]))
+        # Copies of a slot lie in the same place; what they rank by may differ by a last bit.
+        lowest = self.from_first_copy(lowest)
         count = torch.arange(number, device=lowest.device)
         victim = _by_position(lowest[:, :number], positions, count < tables.surplus[:, None])
         if tables.tail is None:

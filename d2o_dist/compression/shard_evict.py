@@ -19,7 +19,7 @@ from torch import Tensor
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.level import count_held
 from d2o_dist.compression.merge import merge_evicted
-from d2o_dist.core.compress import Nearest, count_dropped, judge
+from d2o_dist.core.compress import MAX_FOUND, Nearest, count_dropped, found_of, judge, with_found
 from d2o_dist.core.select import compact
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.gate import head_reports
@@ -100,7 +100,8 @@ def evict_shards(
     """Evict the layers.
 
     Every rank of the request must call it with the same layers. Collectives over sp: 1 without merging, 3 with
-    `merge_scope: global`, 2 with `local`; one more over tp if there are tensor ranks.
+    `merge_scope: global`, 2 with `local`; one more over tp if there are tensor ranks, and another, with or without
+    merging, if they hold copies of KV heads.
     """
     picked = _pick_victims(jobs, config, ranks, num_seen_tokens)
     results = []
@@ -123,17 +124,42 @@ def evict_shards(
     similarities, takes = _nearest_of_all(found, kept, picked, ranks)
 
     reports = [
-        head_reports(similarity, pick.valid.expand_as(similarity), config)
+        head_reports(similarity, pick.valid.expand_as(similarity), config.merge.gate)
         for similarity, pick in zip(similarities, picked, strict=True)
     ]
-    everyone = ranks.gather_kv_heads(torch.cat(reports, -1)).split([one.shape[-1] for one in reports], -1)
+    targets = [target for _, target in found]
+    if ranks.copied_heads is None:
+        everyone = _gather(reports, ranks)
+    else:
+        everyone, similarities, targets, takes = _from_first_copies(reports, similarities, targets, takes, kept, ranks)
     for number, (job, pick) in enumerate(zip(jobs, picked, strict=True)):
         merged, state = judge(similarities[number], pick.valid, everyone[number], job.state, config)
         slots = merge_evicted(
-            kept[number], victims[number], similarities[number], found[number][1], merged & takes[number], config
+            kept[number], victims[number], similarities[number], targets[number], merged & takes[number], config.merge
         )
         results.append(ShardEviction(slots, pick.held, pick.positions, state))
     return results
+
+
+def _gather(reports: Sequence[Tensor], ranks: RequestRanks) -> list[Tensor]:
+    """Of each layer [B, h, X] of the heads at hand -> [B, H, X] of all. One collective."""
+    everyone = ranks.gather_kv_heads(torch.cat(list(reports), -1))
+    return list(everyone.split([one.shape[-1] for one in reports], -1))
+
+
+def _from_first_copies(
+    reports: Sequence[Tensor], similarities: Sequence[Tensor], targets: Sequence[Tensor], takes: Sequence[Tensor],
+    kept: Sequence[Slots], ranks: RequestRanks,
+) -> tuple[list[Tensor], ...]:  # fmt: skip
+    """The reports of all heads, and what the first of the ranks that hold copies of these ones found of each victim."""
+    assert all(one.positions.shape[-1] < MAX_FOUND for one in kept)
+    sent = [with_found(*columns) for columns in zip(reports, similarities, targets, takes, strict=True)]
+    found = [
+        found_of(everyone, ranks.copied_heads, own.shape[-1], similarity.shape[-1])
+        for everyone, own, similarity in zip(_gather(sent, ranks), reports, similarities, strict=True)
+    ]
+    everyone, similarities, targets, takes = (list(each) for each in zip(*found, strict=True))
+    return everyone, similarities, [one.long() for one in targets], [one.bool() for one in takes]
 
 
 def lowest_first(ranking: Tensor, positions: Tensor) -> Tensor:
@@ -160,11 +186,23 @@ def _pick_victims(
         # float64 holds statistics of either dtype and positions exactly.
         offers.append(torch.stack([column.double() for column in columns], -1))
         orders.append(order)
+    if ranks.kv_replicas > 1:
+        offers, orders = _offers_of_first_copies(offers, orders, ranks)
     gathered = ranks.sp.all_gather(torch.cat(offers, 2).unsqueeze(0), 0)
     parts = gathered.split([offer.shape[2] for offer in offers], 3)
     return [
         _pick(job, order, part, config, ranks) for job, order, part in zip(jobs, orders, parts, strict=True)
     ]
+
+
+def _offers_of_first_copies(
+    offers: Sequence[Tensor], orders: Sequence[Tensor], ranks: RequestRanks
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Offers [B, H, k, 2 or 3] and the slots [B, H, k] that they are of, as the first of the ranks that hold copies of
+    these heads makes them. Copies of a slot lie in the same place. One collective."""
+    both = [torch.cat([offer, order.double().unsqueeze(-1)], -1) for offer, order in zip(offers, orders, strict=True)]
+    sent = ranks.from_first_copy(torch.cat(both, 2)).split([order.shape[-1] for order in orders], 2)
+    return [one[..., :-1] for one in sent], [one[..., -1].long() for one in sent]
 
 
 def _pick(job: ShardJob, order: Tensor, offers: Tensor, config: D2OConfig, ranks: RequestRanks) -> _Picked:

@@ -1,8 +1,8 @@
 """The eviction at the end of a prefill, of a layer whose slots are spread over sequence ranks.
 
-Every rank learns the statistics of all slots (some bytes a token and head) and derives the same selection. Keys travel
-once: the kept ones, to all ranks. Each rank finds the nearest kept key of its own evicted ones and adds up what they
-bring; the sums go back to the owners of the kept slots. At last the shards are made level.
+Every rank learns the statistics of all slots (some bytes a token and head), and what one of them chose (a byte a token
+and head). Keys travel once: the kept ones, to all ranks. Each rank finds the nearest kept key of its own evicted ones
+and adds up what they bring; the sums go back to the owners of the kept slots. At last the shards are made level.
 
 Shape legend: B rows, H KV heads of the tensor rank, W slots of a rank, K kept and E evicted slots of all ranks, D head
 dim.
@@ -18,8 +18,8 @@ from torch import Tensor
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.level import count_held, level_owners, move_slots
-from d2o_dist.core.compress import Nearest, count_dropped, judge
-from d2o_dist.core.select import Selection, add_rates, compact, ranking_rates, rate_gain, select
+from d2o_dist.core.compress import MAX_FOUND, Nearest, count_dropped, found_of, judge, with_found
+from d2o_dist.core.select import Selection, add_rates, choose, compact, ranking_rates, rate_gain, selection_of
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.gate import head_reports
 from d2o_dist.policy.merge import apply_merge, merge_sums
@@ -64,7 +64,11 @@ def finalize_shard(
     owner, local = source // slots.positions.shape[-1], source % slots.positions.shape[-1]
     rates = ranking_rates(everyone, config, finalize=True)
     ranking = config.score.rank(everyone, rates, num_seen_tokens)
-    selection = select(everyone, budget, ranking, config, finalize=True)
+    choice = choose(everyone, budget, ranking, config, finalize=True)
+    selection = None
+    if choice is not None:
+        # One rank's: the same numbers may rank otherwise on another, where powers and sums round otherwise.
+        selection = selection_of(ranks.from_first_copy(sp.broadcast(choice, 0)), everyone, budget)
     if selection is None:
         count = int(everyone.kv_len.max())
         owner, local, positions = owner[..., :count], local[..., :count], everyone.positions[..., :count]
@@ -152,9 +156,15 @@ def _merge(
     # The similarities of all E, in their order: with them every rank decides what one process would.
     spread = similarity.new_zeros(mine.shape).scatter_add_(-1, which, torch.where(have, similarity, 0))
     similarities = sp.all_reduce(spread)
-    reports = ranks.gather_kv_heads(
-        head_reports(similarities, selection.evict_valid.expand_as(similarities), config.merge.gate)
-    )
+    own = head_reports(similarities, selection.evict_valid.expand_as(similarities), config.merge.gate)
+    if ranks.copied_heads is None:
+        reports = ranks.gather_kv_heads(own)
+    else:
+        assert keys.shape[2] < MAX_FOUND
+        targets = torch.zeros_like(spread).scatter_add_(-1, which, torch.where(have, target, 0).to(spread.dtype))
+        everyone = ranks.gather_kv_heads(with_found(own, similarities, targets))
+        reports, similarities, targets = found_of(everyone, ranks.copied_heads, own.shape[-1], mine.shape[-1])
+        similarity, target = similarities.gather(-1, which), targets.gather(-1, which).long()
     merged, state = judge(similarities, selection.evict_valid, reports, state, config)
     if keys.shape[2] == 0:
         return kept, state  # with `local`, a rank that keeps nothing: its tokens have no target

@@ -14,12 +14,14 @@ from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.fields.checks import check_int, check_number, check_string
 from d2o_dist.fields.io import build, check_choice, load_yaml
 from d2o_dist.fields.overrides import apply_overrides
+from d2o_dist.policy.budget import BudgetRule
 from d2o_dist.policy.config import SIZES, D2OConfig
 from d2o_dist.policy.presets import PRESETS
 
 QUESTIONS = ("visible", "hidden")
 EVAL_TRUNCATIONS = ("middle", "error")
 FULL = "full"
+MINIMUM = "min_layer_tokens"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class EvalConfig:
             fields.
         methods: presets by name, or mappings of `name`, `preset` and fields. `full` is always run, and comes first.
         keep_ratios, keep_tokens: the budgets; every method but `full` runs at each of them.
+        min_layer_tokens: of methods that name none, by themselves or in their preset; null: the default's. A small one
+            compares methods at the ratios that are asked for, also on short prompts.
         reference: one of the methods; tables show how far each other one is from it, row by row, at the same budget.
         question: whether the question is `visible` when the cache is compressed, or `hidden`: read afterwards.
         chat_template, system_prompt: as in `InferConfig`; `auto`: where the tokenizer has a template and the task
@@ -70,6 +74,7 @@ class EvalConfig:
     methods: tuple[Mapping[str, Any], ...] = ("d2o", "snapkv")
     keep_ratios: tuple[float, ...] = ()
     keep_tokens: tuple[int, ...] = ()
+    min_layer_tokens: int | None = None
     reference: str | None = None
     question: str = "visible"
     tokenizer: str | None = None
@@ -115,6 +120,8 @@ class EvalConfig:
         check_int("batch_size", self.batch_size, low=1)
         check_int("max_batch_tokens", self.max_batch_tokens, low=1)
         check_int("seed", self.seed, low=0)
+        if self.min_layer_tokens is not None:
+            check_int(MINIMUM, self.min_layer_tokens, low=0)
         if not isinstance(self.parallel, ParallelConfig):
             raise ValueError(f"parallel must be a ParallelConfig, not {type(self.parallel).__name__}")
         if self.reference is not None:
@@ -146,6 +153,8 @@ class EvalConfig:
         for fields in others:
             fields = dict(fields)
             name = fields.pop("name")
+            if self.min_layer_tokens is not None:
+                fields = _with_minimum(fields, self.min_layer_tokens)
             for size, value, shown in sizes:
                 try:
                     expanded.append(Method(name, shown, D2OConfig.from_dict({**fields, size: value})))
@@ -193,6 +202,17 @@ class EvalConfig:
             "methods": [dict(method) for method in self.methods],
             "parallel": self.parallel.to_dict(),
         }
+
+
+def _with_minimum(fields: Mapping[str, Any], minimum: int) -> dict[str, Any]:
+    """A method's fields with `budget.min_layer_tokens`, unless they or their preset name it."""
+    budget = fields.get("budget", {})
+    budget = {"rule": budget} if isinstance(budget, str) else budget
+    preset = PRESETS.get(fields.get("preset"), PRESETS["d2o"])
+    named = preset["budget"].min_layer_tokens != BudgetRule.min_layer_tokens
+    if named or not isinstance(budget, Mapping) or MINIMUM in budget:
+        return dict(fields)
+    return {**fields, "budget": {**budget, MINIMUM: minimum}}
 
 
 def _as_list(methods: Any) -> list[Any]:

@@ -23,7 +23,8 @@ class SamplingConfig:
         repetition_penalty: divides (multiplies, where negative) the logits of tokens seen before, prompt included;
             1 changes nothing.
         seed: with the row's index in the input it seeds the row's own random numbers.
-        stop: a row ends when one of these strings is in its text; the text is cut before it.
+        stop: a row ends when one of these strings is in its text; the text is cut before it. A string that holds
+            special tokens, such as `<|im_end|>`, is looked for in the text with them.
         ignore_eos: do not end at an end-of-sequence token.
     """
 

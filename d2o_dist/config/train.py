@@ -58,7 +58,7 @@ class TrainConfig:
         eval_ratios: keep ratios that held-out rows and tasks are measured at.
         eval_tasks: tasks of an evaluation (needle, fidelity, ...; mappings with a `kind`) that are run every
             `eval_every` steps too, with the full cache and under `d2o` at each of `eval_ratios`.
-        resume: go on from the last checkpoint in `output`, if there is one.
+        resume: go on from the last complete checkpoint in `output`, if there is one; false: refuse such an `output`.
     """
 
     model: str

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
-from d2o_dist.core.select import add_rates, ranking_rates, rate_gain, select
+from d2o_dist.core.select import add_rates, choose, ranking_rates, rate_gain, selection_of
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.gate import head_reports, read_reports
 from d2o_dist.policy.merge import MergeRule, merge_into, nearest_kept
@@ -17,6 +17,8 @@ from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 Nearest = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # Folds evicted tokens into kept ones; the contract of `core.merge.merge_into`.
 Merge = Callable[[Slots, Slots, Tensor, Tensor, Tensor, MergeRule], Slots]
+# Whole numbers below it are exact in float32.
+MAX_FOUND = 1 << 24
 # Yields the reports [B, h, X] of the heads at hand, is sent those of all heads, returns slots and state.
 EvictionSteps = Generator[Tensor, Tensor, tuple[Slots, D2OState]]
 
@@ -31,21 +33,32 @@ def eviction_steps(
     num_seen_tokens: Tensor | None = None,
     nearest: Nearest = nearest_kept,
     merge: Merge = merge_into,
+    choice: Tensor | None = None,
+    here: slice | None = None,
 ) -> EvictionSteps:
     """`compress_layer` that stops where it must hear from the KV heads of other ranks (once, if it merges at all).
 
     Whoever drives it may run many layers up to that point and exchange the reports of all in one collective. Unlike
     `compress_layer` it takes slots in order of position, unused ones last, and does not copy them to make sure.
+
+    Where other ranks hold copies of these heads, one of them decides for all:
+
+    Args:
+        choice: what becomes of each slot, as it chose (`core.select.choose`); None: it is chosen here.
+        here: which of the heads that are sent in answer are its own of these. The reports then carry what it found of
+            each evicted token (`with_found`), and that is what counts.
     """
     if num_seen_tokens is None:
         num_seen_tokens = slots.positions.amax((1, 2)) + 1
     rates = ranking_rates(slots, config, finalize=finalize)
     gain = rate_gain(slots, rates, config)
-    ranking = config.score.rank(slots, rates, num_seen_tokens)
-    selection = select(slots, budget, ranking, config, finalize=finalize)
-    if selection is None:
+    if choice is None:
+        ranking = config.score.rank(slots, rates, num_seen_tokens)
+        choice = choose(slots, budget, ranking, config, finalize=finalize)
+    if choice is None:
         slots = slots if gain is None else add_rates(slots, gain)
         return slots.map(lambda tensor: tensor[:, :, : int(slots.kv_len.max())]), state
+    selection = selection_of(choice, slots, budget)
 
     def settled(kept: Slots) -> Slots:
         return kept if gain is None else add_rates(kept, gain.gather(-1, selection.keep_idx))
@@ -57,7 +70,14 @@ def eviction_steps(
 
     evicted = slots.take(selection.evict_idx, valid)
     similarity, target = nearest(evicted.keys, kept.keys, selection.is_target)
-    reports = yield head_reports(similarity, valid.expand_as(similarity), config.merge.gate)
+    reports = head_reports(similarity, valid.expand_as(similarity), config.merge.gate)
+    if here is None:
+        reports = yield reports
+    else:
+        assert kept.positions.shape[-1] < MAX_FOUND
+        everyone = yield with_found(reports, similarity, target)
+        reports, similarity, target = found_of(everyone, here, reports.shape[-1], similarity.shape[-1])
+        target = target.long()
     merged, state = judge(similarity, valid, reports, state, config)
     return settled(merge(kept, evicted, similarity, target, merged, config.merge)), state
 
@@ -94,6 +114,19 @@ def compress_layer(
             reports = steps.send(reports)
     except StopIteration as end:
         return end.value
+
+
+def with_found(reports: Tensor, *columns: Tensor) -> Tensor:
+    """[B, h, X + n E]: the reports [B, h, X] of heads, and behind them what they found of each evicted token, n columns
+    [B, h, E] of whole numbers below `MAX_FOUND` or of the reports' own dtype."""
+    return torch.cat([reports, *(column.to(reports.dtype) for column in columns)], -1)
+
+
+def found_of(everyone: Tensor, here: slice, num_reports: int, num_evicted: int) -> tuple[Tensor, ...]:
+    """Of what `with_found` made of all heads [B, H, X + n E]: all reports [B, H, X], and the n columns [B, h, E] of the
+    heads `here`."""
+    reports, found = everyone[..., :num_reports], everyone[:, here, num_reports:]
+    return reports, *found.split(num_evicted, -1)
 
 
 def judge(

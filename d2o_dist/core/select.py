@@ -13,6 +13,9 @@ from torch import Tensor
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.slots import LayerBudget, Slots
 
+# What becomes of a slot. One byte each: ranks that hold copies of a head send it.
+GONE, KEPT, TARGET = 0, 1, 2
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -59,10 +62,8 @@ def compact(mask: Tensor, width: int) -> Tensor:
     return out.scatter_(-1, target, index)[..., :width]
 
 
-def select(
-    slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig, *, finalize: bool
-) -> Selection | None:
-    """Choose the slots that stay; None when every row is within its budget.
+def choose(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig, *, finalize: bool) -> Tensor | None:
+    """[B, Hkv, S] uint8, what becomes of each slot: `GONE`, `KEPT` or `TARGET`; None: every row is within its budget.
 
     Ties keep the lower position. A row within its budget keeps all it has.
 
@@ -71,16 +72,10 @@ def select(
         ranking: [B, Hkv, S], from `ScoreRule.rank`.
         finalize: at the end of a prefill; while decoding the tail may be bounded.
     """
-    batch, _, num_slots = slots.positions.shape
-    device = slots.positions.device
-    num_heavy, num_recent = (x[:, None, None] for x in budget.rows(batch, device))
-    kv_len = slots.kv_len[:, None, None]
-    surplus = (kv_len - num_heavy - num_recent).clamp_min(0)
-    num_evicted = int(surplus.max()) if budget.most_evicted is None else budget.most_evicted
-    if num_evicted == 0:
+    num_heavy, num_recent, kv_len, surplus = _counts(slots, budget)
+    if _most_evicted(surplus, budget) == 0:
         return None
-
-    order = torch.arange(num_slots, device=device)
+    order = torch.arange(slots.positions.shape[-1], device=slots.positions.device)
     live = order < kv_len
     # A budget of fewer heavy slots than sinks keeps the first of them.
     sink = live & (slots.positions < config.num_sink_tokens) & (order < num_heavy)
@@ -90,10 +85,8 @@ def select(
 
     ranked = ranking.masked_fill(~candidate, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(ranked).scatter_(-1, ranked, order.expand_as(ranked))
-    within = surplus == 0
     chosen = candidate & (rank < quota)
-    keep = live & (sink | recent | chosen | within)
-    evict = live & ~keep
+    keep = live & (sink | recent | chosen | (surplus == 0))
 
     is_target = keep
     tail = config.merge.targets.tail_sizes(num_heavy + num_recent, finalize=finalize)
@@ -101,14 +94,41 @@ def select(
         is_target = chosen & (rank >= quota - tail)
     elif config.merge.keeps_mass:
         is_target = keep & ~sink
+    return keep.to(torch.uint8) + is_target.to(torch.uint8)
 
+
+def selection_of(choice: Tensor, slots: Slots, budget: LayerBudget) -> Selection:
+    """The selection that a choice [B, Hkv, S] of these slots means: integers alone, the same wherever it is asked."""
+    _, _, kv_len, surplus = _counts(slots, budget)
+    device, keep = choice.device, choice != GONE
+    live = torch.arange(choice.shape[-1], device=device) < kv_len
+    num_evicted = _most_evicted(surplus, budget)
     num_kept = int((kv_len - surplus).max()) if budget.most_kept is None else budget.most_kept
     keep_idx = compact(keep, num_kept)
     keep_valid = torch.arange(num_kept, device=device) < kv_len - surplus
     return Selection(
         keep_idx=keep_idx,
         keep_valid=keep_valid,
-        evict_idx=compact(evict, num_evicted),
+        evict_idx=compact(live & ~keep, num_evicted),
         evict_valid=torch.arange(num_evicted, device=device) < surplus,
-        is_target=is_target.gather(-1, keep_idx) & keep_valid,
+        is_target=(choice == TARGET).gather(-1, keep_idx) & keep_valid,
     )
+
+
+def select(
+    slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig, *, finalize: bool
+) -> Selection | None:
+    """Choose the slots that stay, as `choose`; None when every row is within its budget."""
+    choice = choose(slots, budget, ranking, config, finalize=finalize)
+    return None if choice is None else selection_of(choice, slots, budget)
+
+
+def _counts(slots: Slots, budget: LayerBudget) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each [B, 1, 1]: heavy and recent slots that stay, slots held, and how many of them are too many."""
+    heavy, recent = (x[:, None, None] for x in budget.rows(slots.positions.shape[0], slots.positions.device))
+    kv_len = slots.kv_len[:, None, None]
+    return heavy, recent, kv_len, (kv_len - heavy - recent).clamp_min(0)
+
+
+def _most_evicted(surplus: Tensor, budget: LayerBudget) -> int:
+    return int(surplus.max()) if budget.most_evicted is None else budget.most_evicted

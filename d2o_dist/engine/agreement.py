@@ -6,25 +6,40 @@ Only for the beginning and the end of a run. While batches run, a rank that fail
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 
+# What an error shows at most: of things that differ, of ranks, and of characters of a value.
+_SHOWN_THINGS, _SHOWN_RANKS, _SHOWN_CHARACTERS = 5, 8, 60
+
+Parts = dict[str, tuple[str, str | None]]
+
+
+class AgreedError(ValueError):
+    """Raised on all ranks alike: one of them speaks for all."""
+
 
 class Fingerprint:
-    """What a rank has read, as a digest to compare with that of other ranks."""
+    """What a rank has read, as named digests to compare with those of other ranks."""
 
     def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+        self.parts: Parts = {}
 
-    def add(self, *values: object) -> None:
-        """Values whose `repr` says all that matters about them."""
-        self._digest.update(repr(values).encode("utf-8", "surrogatepass"))
+    def add(self, name: str, *values: object, shown: object = None) -> None:
+        """Values whose `repr` says all that matters about them.
 
-    def __str__(self) -> str:
-        return self._digest.hexdigest()
+        Args:
+            name: what they are, as in "rank 1 differs from rank 0 in NAME".
+            shown: what an error says beside the name; None: nothing.
+        """
+        digest = hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()
+        text = None if shown is None else str(shown)
+        if text is not None and len(text) > _SHOWN_CHARACTERS:
+            text = text[:_SHOWN_CHARACTERS] + "..."
+        self.parts[name] = digest, text
 
 
 @contextmanager
@@ -35,8 +50,8 @@ def agreed(mesh: ParallelMesh) -> Iterator[Fingerprint]:
         a `Fingerprint` to fill with what must be the same everywhere.
 
     Raises:
-        ValueError: of the lowest rank that raised one, on all ranks; or the fingerprints differ. Other errors are not
-            caught: they end the job.
+        ValueError: what the block raised, where there is one rank. AgreedError: of the lowest rank that raised one, on
+            all ranks; or the fingerprints differ. Other errors are not caught: they end the job.
     """
     world = Collectives(mesh.axis("world"))
     fingerprint, error = Fingerprint(), None
@@ -48,14 +63,34 @@ def agreed(mesh: ParallelMesh) -> Iterator[Fingerprint]:
         error = raised
     if world.size == 1:
         return
-    found = world.all_gather_object((None if error is None else str(error), str(fingerprint)))
+    found = world.all_gather_object((None if error is None else str(error), fingerprint.parts))
     for rank, (message, _) in enumerate(found):
         if message is not None:
             # Wrong on rank 0 too, it may be wrong for everyone; otherwise the machine of this rank matters.
-            raise ValueError(f"rank {rank}: {message}" if rank else message) from error
-    odd = next((rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]), None)
-    if odd is not None:
-        raise ValueError(
-            f"ranks 0 and {odd} read different things: the configuration, the prompts or the tokenizer are not the "
-            "same on their machines"
-        )
+            raise AgreedError(f"rank {rank}: {message}" if rank else message) from error
+    if wrong := _differences([parts for _, parts in found]):
+        raise AgreedError(f"{wrong}: make them the same on all machines")
+
+
+def _differences(found: Sequence[Parts]) -> str:
+    """What is not the same on all ranks as on rank 0, for people; empty if all is."""
+    by_ranks: dict[tuple[int, ...], list[str]] = {}
+    for name in dict.fromkeys(name for parts in found for name in parts):
+        mine, shown = found[0].get(name, (None, None))
+        odd = tuple(rank for rank, parts in enumerate(found) if parts.get(name, (None, None))[0] != mine)
+        if odd:
+            other = found[odd[0]].get(name, (None, None))[1]
+            by_ranks.setdefault(odd, []).append(name if other == shown else f"{name} ({other}, not {shown})")
+    return "; ".join(f"{_ranks(odd)} from rank 0 in {_some(names)}" for odd, names in by_ranks.items())
+
+
+def _ranks(odd: Sequence[int]) -> str:
+    if len(odd) == 1:
+        return f"rank {odd[0]} differs"
+    more = f" and {len(odd) - _SHOWN_RANKS} more" if len(odd) > _SHOWN_RANKS else ""
+    return f"ranks {', '.join(map(str, odd[:_SHOWN_RANKS]))}{more} differ"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_THINGS} more" if len(names) > _SHOWN_THINGS else ""
+    return ", ".join(names[:_SHOWN_THINGS]) + more

@@ -9,6 +9,7 @@ from typing import Any
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.messages import render, uses_template
 from d2o_dist.engine.prompts import PromptRow
+from d2o_dist.integrations.hf.rope import BORDER, check_side
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Request:
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a model can read: tokens it has positions for, ids it has embeddings for. None: not known."""
+    """What a model can read: tokens it has positions for, ids it has embeddings for; tokens beyond which it turns a
+    whole text otherwise (`integrations/hf/rope.py`). None: not known, or none."""
 
     max_positions: int | None = None
     vocab_size: int | None = None
+    border: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ def encode_row(row: PromptRow, tokenizer: Any, config: InferConfig, limits: Mode
         ids = _tokenize(row, tokenizer, config)
         count = len(ids)
         ids = _fit(ids, max_prompt, max_new, limits.max_positions, config.truncation)
+        if limits.border is not None:
+            _check_border(len(ids), max_new, limits.border, config)
         if limits.vocab_size is not None and max(ids) >= limits.vocab_size:
             # On a GPU such an id would end the process, and all rows with it.
             raise ValueError(
@@ -117,3 +122,26 @@ def _fit(ids: list[int], max_prompt: int | None, max_new: int, max_positions: in
         f"the prompt has {len(ids)} tokens and max_new_tokens is {max_new}: together above the model's "
         f"max_position_embeddings ({max_positions})"
     )
+
+
+def _check_border(count: int, max_new: int, border: int, config: InferConfig) -> None:
+    """Refuse a prompt of `count` tokens whose row would not be read on one side of the border.
+
+    Raises:
+        ValueError: names the border and what crosses it.
+    """
+    if count > border:
+        if config.prefill_chunk is not None and config.prefill_chunk <= border:
+            raise ValueError(
+                f"the prompt has {count} tokens, beyond the model's {BORDER} ({border}): its first chunk must be too. "
+                f"prefill_chunk ({config.prefill_chunk}) must be above it, or null"
+            )
+        if config.parallel.sp > 1:
+            raise ValueError(
+                f"the prompt has {count} tokens, beyond the model's {BORDER} ({border}), and sp ({config.parallel.sp}) "
+                "ranks that share it would not all read it as such: use sp 1"
+            )
+        return
+    check_side(border, count, count + max_new - 1)  # the last token is not fed
+    if config.d2o.needs_reread:
+        check_side(border, count, count + min(count, config.d2o.score.chunk))

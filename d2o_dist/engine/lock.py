@@ -4,6 +4,9 @@ Three things guard it, since none is enough alone. The file is made only where t
 a file system see alike. `flock` holds it while its process lives, so that one that was killed is known to be gone; not
 every file system tells other machines. So its process also touches it now and then, and a file from another machine
 that nobody touches for a while was left behind: a job that was preempted may go on elsewhere.
+
+A file of that name that no run wrote is somebody's: it is named and left alone. One that is empty says nothing, and may
+be what a process left that was killed as it made it: it is used, and left empty.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +47,8 @@ def only_writer(
         check: what rank 0 checks once it holds the lock: the run that held it before may have left results.
 
     Raises:
-        ValueError: another process writes there; the lock cannot be written; or one of `check`. On all ranks.
+        ValueError: another process writes there; the lock cannot be written, or is a file that no run wrote; or one of
+            `check`. On all ranks.
     """
     held = None
     try:
@@ -68,8 +73,9 @@ class OutputLock:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            while (file := _take(output, path)) is None:
+            while (taken := _take(output, path)) is None:
                 pass
+            file, self._is_ours = taken
             self._file: int | None = file
             owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
             os.truncate(file, os.pwrite(file, owner, 0))
@@ -91,8 +97,11 @@ class OutputLock:
             return
         self._released.set()
         self._heart.join()
-        # Before the file is closed: whoever waits for it must find that it is gone.
-        self.path.unlink(missing_ok=True)
+        # Before the file is closed: whoever waits for it must find that it is gone, or empty.
+        if not self._is_ours:
+            os.truncate(self._file, 0)
+        elif _is(self._file, self.path):  # or somebody has deleted it, and another run has one of that name
+            self.path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
         if self._watches:
@@ -108,30 +117,50 @@ class OutputLock:
         os.kill(os.getpid(), number)
 
 
-def _take(output: str | Path, path: Path) -> int | None:
-    """The open lock file, from now on ours; None if it was deleted before it was."""
+def _take(output: str | Path, path: Path) -> tuple[int, bool] | None:
+    """The open lock file, from now on ours, and whether a run made it; None if it was deleted before it was.
+
+    Raises:
+        ValueError: another process has it, or no run wrote it.
+    """
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         made = True
     except FileExistsError:
         made = False
+        if not stat.S_ISREG(_mode(path)):
+            raise _foreign(output, path) from None
         try:
-            file = os.open(path, os.O_RDWR)
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
     try:
         flocked = _flock(file)
         owner = None if made and flocked is not False else _owner(file)
+        if owner is None and not made and os.fstat(file).st_size:
+            raise _foreign(output, path)
         if flocked is False or (owner and _works(owner, path, flocked)):
             who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
             raise ValueError(f"output {output} is written by {who} now: wait for it, or name another output")
         if _is(file, path):
-            return file
+            return file, made or owner is not None
     except BaseException:
         os.close(file)
         raise
     os.close(file)
     return None
+
+
+def _foreign(output: str | Path, path: Path) -> ValueError:
+    return ValueError(f"{path} is no lock that a run has left: move it away, or name another output than {output}")
+
+
+def _mode(path: Path) -> int:
+    """Kind and rights of a file, or of the link itself; those of a plain file where there is none."""
+    try:
+        return os.lstat(path).st_mode
+    except FileNotFoundError:
+        return stat.S_IFREG
 
 
 def _flock(file: int) -> bool | None:
@@ -148,15 +177,15 @@ def _flock(file: int) -> bool | None:
 
 
 def _owner(file: int) -> dict[str, Any] | None:
-    """Who wrote the file, `pid` and `host`; None if nobody did, or it is broken."""
+    """Who wrote the file, `pid` and `host`; None if it is empty, or no run wrote it."""
     ends = time.monotonic() + _GRACE_S
     while True:
-        try:
+        with suppress(ValueError, AttributeError):
             owner = json.loads(os.pread(file, 4096, 0))
-            return {"pid": int(owner["pid"]), "host": str(owner["host"])}
-        except (ValueError, TypeError, KeyError):
-            if time.monotonic() > ends:
-                return None
+            if owner.keys() == {"pid", "host"} and type(owner["pid"]) is int and isinstance(owner["host"], str):
+                return owner
+        if time.monotonic() > ends:
+            return None
         time.sleep(0.05)
 
 
@@ -199,5 +228,5 @@ def _is(file: int, path: Path) -> bool:
     """Whether the open file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False

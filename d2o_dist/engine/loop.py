@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from d2o_dist.compression.budgets import NOT_FINITE_BECAUSE
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.encode import Request
-from d2o_dist.engine.sampling import Sampler
+from d2o_dist.engine.sampling import LOST, Sampler
 from d2o_dist.engine.session import RowUsage, Session, left_pad
 from d2o_dist.engine.text import TextStream, decode_tokens
 from d2o_dist.engine.trace import Trace
@@ -26,6 +27,7 @@ class Generated:
         tokens: ids generated, an end-of-sequence token included.
         text: their text without special tokens, cut before a stop string.
         finish_reason: `eos`, `stop` (a stop string) or `length` (`max_new_tokens`).
+        error: why the row ended with nothing to choose from; its other attributes then mean nothing. None: it did not.
         time_to_first_token_s: from the start of the batch's prefill to its first token: prefill, finalize, one choice.
             Rows of one batch share it.
         tokens_per_s: the row's tokens after the first, over the time from the first to its last; None for one token.
@@ -38,6 +40,12 @@ class Generated:
     time_to_first_token_s: float = 0.0
     tokens_per_s: float | None = None
     usage: RowUsage | None = None
+    error: str | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no more tokens come."""
+        return self.finish_reason is not None or self.error is not None
 
 
 class _Row:
@@ -55,12 +63,13 @@ class _Row:
         """Add a token; whether the row ends with it."""
         result = self.result
         result.tokens.append(token)
-        if token in eos_ids:
-            result.finish_reason = "eos"
-        elif self._stream is not None:
+        if self._stream is not None:
+            # An end-of-sequence token too: a stop string may hold it.
             self._say(self._stream.push(token))
             if self._stream.stopped:
                 result.finish_reason = "stop"
+        if result.finish_reason is None and token in eos_ids:
+            result.finish_reason = "eos"
         if result.finish_reason is None and len(result.tokens) >= self.request.max_new_tokens:
             result.finish_reason = "length"
         return result.finish_reason is not None
@@ -79,6 +88,13 @@ class _Row:
         steps = len(result.tokens) - 1
         result.tokens_per_s = steps / (now - first) if steps and now > first else None
         result.usage = usage
+
+    def lose(self, layer: int | None) -> None:
+        """End without a next token. `layer`: the first whose keys or values are not finite."""
+        number = len(self.result.tokens) + 1
+        where = "new token 1, right after the prompt," if number == 1 else f"new token {number}"
+        since = "" if layer is None else f", and keys or values from layer {layer} on"
+        self.result.error = f"the logits of {where} are NaN or infinite{since}: {NOT_FINITE_BECAUSE}"
 
     def _say(self, piece: str) -> None:
         if piece and self._on_text is not None:
@@ -101,6 +117,8 @@ def generate(
 ) -> list[Generated]:
     """Run one batch to its end; the results are in the order of the requests.
 
+    A row whose logits are NaN or infinite ends with an error, on all ranks of the request; the others go on.
+
     Args:
         session: a fresh one.
         eos_ids: ids that end a row, unless `sampling.ignore_eos`.
@@ -113,7 +131,8 @@ def generate(
     prompts = [request.input_ids for request in requests]
     rows = [_Row(request, tokenizer, on_text) for request in requests]
     began = time.perf_counter()
-    sampler = Sampler(sampling, [request.index for request in requests], prompts, session.device)
+    indices = [request.index for request in requests]
+    sampler = Sampler(sampling, indices, prompts, session.device, session.cache.ranks)
     logits = session.prefill(*left_pad(prompts, pad_id), chunk)
     if on_prefill is not None:
         on_prefill()
@@ -123,10 +142,15 @@ def generate(
     while True:
         # The tokens are on the host, so the device has done all that this clock should count.
         now = time.perf_counter()
-        for place, row in enumerate(batch):
-            if row.result.finish_reason is None and row.take(tokens[place], eos_ids):
+        going = [(place, row) for place, row in enumerate(batch) if not row.result.has_ended]
+        lost = [(place, row) for place, row in going if tokens[place] == LOST]
+        layers = session.layers_not_finite() if lost else []
+        for place, row in lost:
+            row.lose(layers[place])
+        for place, row in going:
+            if tokens[place] != LOST and row.take(tokens[place], eos_ids):
                 row.end(began, first, now, session.row_usage(place))
-        live = [row.result.finish_reason is None for row in batch]
+        live = [not row.result.has_ended for row in batch]
         if not any(live):
             return [row.result for row in rows]
         if 2 * sum(live) <= len(live):

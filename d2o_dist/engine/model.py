@@ -12,6 +12,7 @@ from d2o_dist.comm.launch import read_environment
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.agreement import agreed
+from d2o_dist.engine.checkpoint import check_keys, without_report
 from d2o_dist.integrations.hf.guards import ATTENTION_NAME, text_config
 from d2o_dist.integrations.tensor_parallel import shard_model
 
@@ -43,7 +44,8 @@ def load_model(config: InferConfig, mesh: ParallelMesh | None = None) -> Any:
         mesh: with tp > 1 every rank reads the whole checkpoint and keeps its shard; every rank of the mesh calls.
 
     Raises:
-        ValueError: the weights are missing or do not fit the configuration, on this rank or another.
+        ValueError: the weights, or some of their keys, are missing or do not fit the configuration, on this rank or
+            another.
     """
     mesh = ParallelMesh.local() if mesh is None else mesh
     # Sharding is collective: either all ranks have the weights, or none goes on.
@@ -58,9 +60,14 @@ def _load_whole(config: InferConfig, device: torch.device) -> Any:
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if dtype == "auto" and device.type == "cpu" and load_config(config).dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
-    return _load(
-        "weights", AutoModelForCausalLM, config.model, dtype=dtype, attn_implementation=ATTENTION_NAME, **_hub(config)
-    )
+    with without_report():
+        # Shapes that differ are told like all other keys that do not fit.
+        model, found = _load(
+            "weights", AutoModelForCausalLM, config.model, dtype=dtype, attn_implementation=ATTENTION_NAME,
+            output_loading_info=True, ignore_mismatched_sizes=True, **_hub(config),
+        )  # fmt: skip
+    check_keys(config.model, found)
+    return model
 
 
 def pick_device(name: str) -> torch.device:

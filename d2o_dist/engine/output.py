@@ -1,7 +1,8 @@
 """Where results go: one file, or while several replicas work a part file for each, joined at the end.
 
-A part file is named `OUTPUT.part-N`, N the replica. Replica N's first rank appends to it batch by batch, so whatever
-ends a job, finished rows stay; rank 0 joins the parts, in the order of the input, when all replicas are done.
+A part file is named `OUTPUT.part-N`, N the replica (see `engine.parts`). Replica N's first rank appends to it batch by
+batch, so whatever ends a job, finished rows stay; rank 0 joins the parts, in the order of the input, when all replicas
+are done.
 """
 
 from __future__ import annotations
@@ -9,32 +10,43 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.engine.agreement import agreed
-from d2o_dist.engine.records import Record, RecordWriter, check_file, to_line
+from d2o_dist.engine.kept import replace_text
+from d2o_dist.engine.parts import check_own_parts, part_path, spare_parts
+from d2o_dist.engine.paths import Named, check_apart
+from d2o_dist.engine.records import Record, RecordWriter, check_file, is_special, to_line
 
 
-def check_output(output: str | None, overwrite: bool, replicas: int = 1) -> None:
-    """Refuse, before any work, an output that could not be written or that would replace earlier results.
+def check_output(output: str | None, overwrite: bool, replicas: int = 1, inputs: Iterable[Named] = ()) -> None:
+    """Refuse, before any work, an output that could not be written or that would replace something else.
+
+    Args:
+        inputs: (what it is, path) of the files that the run reads.
 
     Raises:
-        ValueError: the file or a part of it exists and `overwrite` is false, it is a folder, its folder cannot be made
-            or written, or several replicas have no file.
+        ValueError: the file is one of `inputs`; it or a part of it exists and `overwrite` is false; a file that is not
+            this program's is named like a part; it is a folder or a link; its folder cannot be made or written; or
+            several replicas have no file.
     """
     if output in (None, "-"):
         if replicas > 1:
             raise ValueError(f"{replicas} replicas (dp) write their results to part files: name an output file")
         return
     path = Path(output)
+    check_apart(path, inputs)
     check_file(path, overwrite)
-    left = stale_parts(path)
+    left = check_own_parts(path)
     if left and not overwrite:
         raise ValueError(
             f"{left[0]} holds results of a run that did not end: keep or delete it, or set overwrite=true"
         )
-    if replicas > 1 and path.exists() and not path.is_file():
+    if replicas > 1 and is_special(path):
         raise ValueError(f"output {path} is not a regular file, and {replicas} replicas (dp) need parts of it")
 
 
@@ -49,22 +61,25 @@ def check_shared(output: str, mesh: ParallelMesh, patience_s: float = 5.0) -> No
     """
     if mesh.dp == 1:
         return
-    mine = _probe(output, mesh.dp_rank)
+    # A name that nobody has, so that no file of anybody's is touched.
+    job = Collectives(mesh.axis("world")).broadcast_object(uuid.uuid4().hex[:8])
+    mine, made = _probe(output, job, mesh.dp_rank), False
     try:
         with agreed(mesh):
             if mesh.leads_request:
                 check_file(mine, True)
-                mine.touch()
+                mine.touch(exist_ok=False)
+                made = True
         with agreed(mesh):
             if mesh.rank == 0:
-                _find_all([_probe(output, replica) for replica in range(mesh.dp)], patience_s)
+                _find_all([_probe(output, job, replica) for replica in range(mesh.dp)], patience_s)
     finally:
-        if mesh.leads_request:
+        if made:
             mine.unlink(missing_ok=True)
 
 
-def _probe(output: str, replica: int) -> Path:
-    return Path(output).with_name(f"{Path(output).name}.probe-{replica}")
+def _probe(output: str, job: str, replica: int) -> Path:
+    return Path(output).with_name(f".{job}.{Path(output).name}.probe-{replica}")
 
 
 def _find_all(paths: list[Path], patience_s: float) -> None:
@@ -78,30 +93,22 @@ def _find_all(paths: list[Path], patience_s: float) -> None:
         time.sleep(0.1)
 
 
-def part_path(output: str | Path, replica: int) -> Path:
-    """The part file of a replica."""
-    path = Path(output)
-    return path.with_name(f"{path.name}.part-{replica}")
-
-
-def stale_parts(path: Path) -> list[Path]:
-    """Part files beside an output."""
-    prefix = path.name + ".part-"
-    return sorted(p for p in path.parent.iterdir() if p.name.startswith(prefix)) if path.parent.is_dir() else []
-
-
 def lock_path(output: str | None) -> Path | None:
     """The file that one run at a time holds; None for standard output, a device or a pipe."""
     path = None if output in (None, "-") else Path(output)
-    if path is None or (path.exists() and not path.is_file()):
+    if path is None or is_special(path):
         return None
     return path.with_name(path.name + ".lock")
 
 
 def clear_parts(output: str | None, mesh: ParallelMesh) -> None:
-    """Delete what an earlier run left, once nothing can be wrong any more; by rank 0, before any part is opened."""
+    """Delete what an earlier run left, once nothing can be wrong any more; by rank 0, before any part is opened.
+
+    Raises:
+        ValueError: a file named like a part is not this program's.
+    """
     if mesh.rank == 0 and output not in (None, "-"):
-        for part in stale_parts(Path(output)):
+        for part in check_own_parts(Path(output)):
             part.unlink()
 
 
@@ -113,16 +120,46 @@ def open_writer(output: str | None, mesh: ParallelMesh, *, quiet: bool = False) 
     """
     if not mesh.leads_request:
         return RecordWriter(None, quiet=True)
-    return RecordWriter(output if mesh.dp == 1 else str(part_path(output, mesh.dp_rank)), quiet=quiet)
+    if mesh.dp == 1:
+        return RecordWriter(output, quiet=quiet)
+    spare = spare_parts(output, mesh.dp_rank)
+    return RecordWriter(str(spare(0)), quiet=quiet, spare=spare)
 
 
-def join_parts(output: str, replicas: int, expected: int) -> list[Record]:
+def identity(output: str | None) -> tuple[int, ...] | None:
+    """What tells a file from another that took its place, or from itself with another content; None: no file."""
+    if output in (None, "-"):
+        return None
+    try:
+        found = os.lstat(output)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(output: str, before: tuple[int, ...] | None) -> None:
+    """Refuse to replace a file that something else wrote during the run.
+
+    Args:
+        before: `identity` of the output when the run began.
+
+    Raises:
+        ValueError: the output is there, and is not that.
+    """
+    if identity(output) not in (None, before):
+        raise ValueError(f"output {output} was written by something else meanwhile: the part files hold the results")
+
+
+def join_parts(output: str, replicas: int, expected: int, moved: Mapping[int, Path] | None = None) -> list[Record]:
     """Write the output from its parts, in the order of the input, and delete them; it is replaced as a whole.
+
+    Args:
+        moved: replica -> where its records are, if not in its part file.
 
     Raises:
         ValueError: a part, or a row, is not there: the parts lie on other machines.
     """
-    parts = [part_path(output, replica) for replica in range(replicas)]
+    parts = [(moved or {}).get(replica, part_path(output, replica)) for replica in range(replicas)]
     missing = [part for part in parts if not part.is_file()]
     if missing:
         raise ValueError(
@@ -135,10 +172,7 @@ def join_parts(output: str, replicas: int, expected: int) -> list[Record]:
     if len(records) != expected:
         raise ValueError(f"the part files of {output} hold {len(records)} rows, not {expected}")
     records.sort(key=lambda record: record["index"])
-    path = Path(output)
-    scratch = path.with_name(path.name + ".sorting")
-    scratch.write_text("".join(map(to_line, records)), encoding="utf-8")
-    os.replace(scratch, path)
+    replace_text(Path(output), "".join(map(to_line, records)))
     for part in parts:
         part.unlink()
     return records

@@ -13,8 +13,11 @@ from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.cuda_graph import check_graph
 from d2o_dist.engine.encode import BadRow, ModelLimits, Request, encode_rows
 from d2o_dist.engine.output import check_output, check_shared
+from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
+from d2o_dist.engine.trace import check_trace
 from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.integrations.hf.rope import rope_border
 from d2o_dist.integrations.tensor_parallel import mark_replicas
 
 
@@ -25,12 +28,14 @@ class Plan:
     Attributes:
         requests, bad_rows: rows that will be run, and rows that cannot be.
         tokenizer: loaded already; warnings: what the user should know before the run.
+        border: rows of up to so many tokens and longer ones are not read together; None: all may be.
     """
 
     requests: list[Request]
     bad_rows: list[BadRow]
     tokenizer: Any
     warnings: list[str]
+    border: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -42,39 +47,45 @@ class Plan:
         return [*self.warnings, *(f"row {bad.index} ({bad.id!r}): {bad.error}" for bad in self.bad_rows[:10])]
 
 
-def prepare(config: InferConfig, mesh: ParallelMesh | None = None) -> Plan:
+def prepare(config: InferConfig, mesh: ParallelMesh | None = None, config_file: str | None = None) -> Plan:
     """Read and check everything that needs no weights. Every rank of the mesh calls it together, and gets the same.
 
+    Args:
+        config_file: what the configuration was read from, so that it is not written over.
+
     Raises:
-        ValueError: a file that is missing or in the way, a model that cannot be compressed or divided among the ranks,
-            a budget its layers cannot have, a device that is not there, CUDA graphs that are impossible, streaming of
-            several prompts; on whichever rank. What is wrong with one row is not raised.
+        ValueError: a file that is missing or in the way, or read and written at once, a model that cannot be compressed
+            or divided among the ranks, a budget its layers cannot have, a device that is not there, CUDA graphs that
+            are impossible, streaming of several prompts; on whichever rank. What is wrong with one row is not raised.
     """
     mesh = ParallelMesh.local() if mesh is None else mesh
     with agreed(mesh) as same:
-        plan = _prepare(config, mesh)
-        same.add(config, plan.requests, plan.bad_rows)
+        plan = _prepare(config, mesh, config_file)
+        same.add("the configuration", config)
+        same.add("the prompts or the tokenizer", plan.requests, plan.bad_rows)
     check_shared(config.output, mesh)
     return plan
 
 
-def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
+def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -> Plan:
     rows = read_prompts(config.prompts, config.prompt)
     if config.stream is True and len(rows) != 1:
         raise ValueError(f"stream (true) shows one prompt, but there are {len(rows)}")
     if config.stream is True and mesh.dp > 1:
         raise ValueError(f"stream (true) shows the text of one replica, but there are {mesh.dp} (dp)")
     if mesh.rank == 0:  # the output need not be reachable, nor be empty by the time others look
-        check_output(config.output, config.overwrite, mesh.dp)
+        check_output(config.output, config.overwrite, mesh.dp, inputs_of(config, config_file))
     if config.trace is not None:
         _make_folder(Path(config.trace))
+        check_trace(Path(config.trace), mesh.rank)
     device = loading.pick_device(config.device)
     model_config = loading.load_config(config)
     mark_replicas(model_config, config.parallel)
     # An empty cache costs nothing, and refuses what it cannot serve.
     cache = D2OCache(config=model_config, d2o=config.d2o, mesh=mesh, parallel=config.parallel)
     no_graph = check_graph(config.decode_graph, model_config, device, cache.ranks)
-    limits = ModelLimits(loading.max_positions(model_config), loading.vocab_size(model_config))
+    positions, vocab_size = loading.max_positions(model_config), loading.vocab_size(model_config)
+    limits = ModelLimits(positions, vocab_size, rope_border(model_config))
     _check_lengths(config, limits.max_positions)
     tokenizer = loading.load_tokenizer(config)
     encoded = encode_rows(rows, tokenizer, config, limits)
@@ -87,6 +98,7 @@ def _prepare(config: InferConfig, mesh: ParallelMesh) -> Plan:
         bad_rows=[row for row in encoded if isinstance(row, BadRow)],
         tokenizer=tokenizer,
         warnings=warnings,
+        border=limits.border,
     )
 
 

@@ -13,6 +13,7 @@ from d2o_dist.cache.report import CacheReport
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
+from d2o_dist.compression.budgets import NotFiniteError
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
@@ -20,7 +21,16 @@ from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.loop import generate
-from d2o_dist.engine.output import check_output, clear_parts, join_parts, lock_path, open_writer
+from d2o_dist.engine.output import (
+    check_output,
+    check_unchanged,
+    clear_parts,
+    identity,
+    join_parts,
+    lock_path,
+    open_writer,
+)
+from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.plan import Plan
 from d2o_dist.engine.records import Record, error_record, make_record
 from d2o_dist.engine.session import Session
@@ -69,32 +79,34 @@ class Runner:
     def run_batch(self, batch: Sequence[Request]) -> list[Record]:
         """The records of one batch. If it fails as a whole, its rows are tried one by one.
 
-        Where several ranks hold a request nothing is tried again: they may have failed at different points, and would
-        wait for each other. The error is raised, and ends the job.
+        Where several ranks hold a request nothing is tried again, unless all of them failed at the same point: they
+        may have failed at different ones, and would wait for each other. The error is raised, and ends the job.
 
         Raises:
             BatchError: only where several ranks hold a request.
         """
-        if self.mesh.axis("request").size > 1:
-            try:
-                return self._run(batch)
-            except Exception as error:
-                rows = ", ".join(str(request.index) for request in batch)
-                raise BatchError(f"the batch of rows {rows} failed: {type(error).__name__}: {error}") from error
         records, error = self._try(batch)
         if error is None:
             return records
         if len(batch) == 1:
-            self._log(f"row {batch[0].index} ({batch[0].id!r}) failed: {error}")
-            return [error_record(batch[0], error)]
+            return [self._failed(batch[0], error)]
         self._log(f"a batch of {len(batch)} rows failed ({error}); its rows are tried one by one")
         return [record for request in batch for record in self.run_batch([request])]
+
+    def _failed(self, request: Request, error: str) -> Record:
+        self._log(f"row {request.index} ({request.id!r}) failed: {error}")
+        return error_record(request, error)
 
     def _try(self, batch: Sequence[Request]) -> tuple[list[Record], str | None]:
         try:
             return self._run(batch), None
+        except NotFiniteError as error:
+            message = str(error)
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
+            if self.mesh.axis("request").size > 1:
+                rows = ", ".join(str(request.index) for request in batch)
+                raise BatchError(f"the batch of rows {rows} failed: {message}") from error
         # Out of the except block, so that the traceback lets go of the failed batch's tensors before the next try.
         gc.collect()
         if torch.cuda.is_available():
@@ -116,7 +128,8 @@ class Runner:
         )  # fmt: skip
         if self._on_report is not None:
             self._on_report(session.cache.report())
-        return [make_record(request, result) for request, result in zip(batch, results, strict=True)]
+        both = zip(batch, results, strict=True)
+        return [self._failed(a, b.error) if b.error is not None else make_record(a, b) for a, b in both]
 
 
 def run(
@@ -140,22 +153,24 @@ def run(
 
     Raises:
         ValueError: the weights cannot be loaded; another run writes to the output, or did since the plan was made.
-            Nothing is written then, and no earlier output is replaced.
+            Nothing is written then, and no earlier output is replaced. Or several replicas cannot join their parts.
     """
     mesh = ParallelMesh.local() if mesh is None else mesh
     output = config.output
 
     def check() -> None:
-        check_output(output, config.overwrite, mesh.dp)
+        if mesh.rank == 0:
+            check_output(output, config.overwrite, mesh.dp, inputs_of(config))
 
     with only_writer(output, lock_path(output) if mesh.rank == 0 else None, mesh, check):
-        return _run(config, plan, mesh, on_text, on_report, on_rows, log)
+        return _run(config, plan, mesh, check, on_text, on_report, on_rows, log)
 
 
 def _run(
     config: InferConfig,
     plan: Plan,
     mesh: ParallelMesh,
+    check: Callable[[], None],
     on_text: Callable[[str], None] | None,
     on_report: Callable[[CacheReport], None] | None,
     on_rows: Callable[[int], None],
@@ -168,7 +183,10 @@ def _run(
         runner = Runner(
             config, model, plan.tokenizer, mesh, trace=trace, on_text=on_text, on_report=on_report, log=log
         )  # fmt: skip
-    clear_parts(config.output, mesh)
+    with agreed(mesh):
+        check()  # weights may have taken minutes
+        clear_parts(config.output, mesh)
+    before = identity(config.output)
     queue = WorkQueue(mesh, len(batches := _batches(config, plan, mesh.dp)))
     interrupted, shown, began = False, 0, time.perf_counter()
 
@@ -195,16 +213,29 @@ def _run(
         wall_s = time.perf_counter() - began
         if mesh.dp == 1:
             writer.sort()
+        else:
+            writer.check()
     if trace is not None:
         trace.write()
         log(str(trace))
+    world = Collectives(mesh.axis("world"))
+    places = world.all_gather_object((mesh.dp_rank, writer.path, writer.lost) if mesh.leads_request else None)
+    moved = {place[0]: place[1] for place in places if place is not None and place[2] is not None}
+    lost = [place[2] for place in places if place is not None and place[2] is not None]
     with agreed(mesh):
         records = writer.records
         if mesh.dp > 1 and mesh.rank == 0:
-            records = join_parts(config.output, mesh.dp, plan.num_rows)
-    world = Collectives(mesh.axis("world"))
+            if None in moved.values():
+                raise ValueError("; ".join(lost))
+            check_unchanged(config.output, before)
+            records = join_parts(config.output, mesh.dp, plan.num_rows, moved)
+    if mesh.dp > 1:
+        # All is where it should be: what happened to a part file is news, not an error.
+        for what in lost:
+            log(what)
+        lost = []
     rank_bytes = world.all_gather_object(0 if runner is None else runner.rank_bytes)
-    summary = summarise(records, plan.num_rows, wall_s, rank_bytes=rank_bytes, interrupted=interrupted)
+    summary = summarise(records, plan.num_rows, wall_s, rank_bytes=rank_bytes, interrupted=interrupted, lost=lost)
     return world.broadcast_object(summary)
 
 
@@ -212,4 +243,4 @@ def _batches(config: InferConfig, plan: Plan, replicas: int) -> list[list[int]]:
     """Places of requests, batch by batch, longest first; small enough that every replica has something to do."""
     lengths = [len(request.input_ids) for request in plan.requests]
     fair = -(-len(lengths) // replicas)
-    return make_batches(lengths, max(1, min(config.max_batch_size, fair)), config.max_batch_tokens)
+    return make_batches(lengths, max(1, min(config.max_batch_size, fair)), config.max_batch_tokens, plan.border)

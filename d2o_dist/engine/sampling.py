@@ -18,7 +18,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.sampling import SamplingConfig
+
+# In place of the token of a row that has none; below all tokens.
+LOST = -1
+
+
+def is_lost(logits: Tensor) -> Tensor:
+    """[..., V] -> [...] bool: NaN or +inf among them, or nothing but -inf. Some of -inf are tokens never chosen."""
+    return ~logits.amax(-1).isfinite()
 
 
 def row_seed(seed: int, index: int) -> int:
@@ -49,12 +58,20 @@ class Sampler:
         indices: per row its index in the whole input, which with `config.seed` seeds its random numbers.
         prompts: per row the token ids of its prompt.
         device: where the logits will be.
+        ranks: those that share the batch. The first of them picks, from its own logits, and the others are told; a row
+            that is lost on one of them is lost on all. None: this process alone.
     """
 
     def __init__(
-        self, config: SamplingConfig, indices: Sequence[int], prompts: Sequence[Sequence[int]], device: torch.device
+        self,
+        config: SamplingConfig,
+        indices: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        device: torch.device,
+        ranks: RequestRanks | None = None,
     ) -> None:
         self.config = config
+        self._ranks = RequestRanks.alone() if ranks is None else ranks
         self._processors = make_processors(config)
         self._generators: list[torch.Generator] | None = None
         if not config.is_greedy:
@@ -68,23 +85,27 @@ class Sampler:
             self._seen = torch.tensor(rows, device=device)
 
     def pick(self, logits: Tensor) -> list[int]:
-        """The next token of each row from its logits [B, V].
-
-        Raises:
-            ValueError: a row whose logits are NaN or infinite, where tokens are drawn.
-        """
+        """The next token of each row from its logits [B, V]; `LOST` for a row whose logits are NaN or infinite. All
+        ranks that share the batch call it together."""
         scores = logits if logits.dtype == torch.float64 else logits.float()
         scores = self._processors(self._seen, scores)
         if self._generators is None:
             chosen = scores.argmax(-1)
         else:
             chosen = _draw(scores.softmax(-1), self._generators)
+        # With the tokens, so that the host waits for the device once.
+        chosen = self._agreed(chosen.masked_fill(is_lost(scores), LOST))
         if self._seen is not None:
-            self._seen = torch.cat([self._seen, chosen[:, None]], 1)
-        tokens = chosen.tolist()
-        if (lost := [place for place, token in enumerate(tokens) if token < 0]):
-            raise ValueError(f"nothing can be drawn for row {lost[0]} of the batch: its logits are NaN or infinite")
-        return tokens
+            self._seen = torch.cat([self._seen, chosen.clamp(min=0)[:, None]], 1)
+        return chosen.tolist()
+
+    def _agreed(self, chosen: Tensor) -> Tensor:
+        """The first rank's choice [B] on all ranks, but `LOST` where it is one of theirs. One collective."""
+        request = self._ranks.request
+        if request.rank > 0:
+            chosen = torch.where(chosen == LOST, LOST, torch.iinfo(chosen.dtype).max)
+        with self._ranks.counter.phase("token"):
+            return request.all_reduce(chosen, "min")
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch, in this order."""
@@ -95,7 +116,7 @@ class Sampler:
 
 
 def _draw(probs: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row [B] of probabilities [B, V], by the row's own generator; -1 for a row that holds NaN.
+    """One token a row [B] of probabilities [B, V], by the row's own generator; of a row that holds NaN, any.
 
     What `torch.multinomial` draws. But that asserts on a GPU that there is no NaN, and a device on which an assertion
     failed serves nobody any more: one row would end all that come after it.
@@ -103,4 +124,4 @@ def _draw(probs: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     noise = torch.empty_like(probs)
     for row, generator in zip(noise, generators, strict=True):
         row.exponential_(generator=generator)
-    return (probs / noise).argmax(-1).masked_fill(probs.isnan().any(-1), -1)
+    return (probs / noise).argmax(-1)

@@ -62,7 +62,8 @@ class Session:
         model: loaded with `attn_implementation="d2o"`, in evaluation mode.
         d2o: how the cache is compressed.
         mesh, parallel, counter: see `D2OCache`. Every rank that shares the batch makes the same calls with the same
-            arguments, and gets the same results.
+            arguments, and gets the same logits but for rounding. So tokens are picked on one rank and sent to the
+            others: `Sampler` does, and so does `session.cache.ranks.from_first(tokens)`.
         decode_graph: whether decode steps are CUDA graphs: `auto` (where that is possible), `always`, `never`.
 
     Raises:
@@ -124,12 +125,14 @@ class Session:
         if seen:
             positions = positions + torch.tensor(seen, device=self.device)[:, None]
         ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
+        whole, before = self.cache.compressed.columns.mask_with(mask), self.cache.compressed.num_seen_columns
         start = 0
         for end in chunk_ends(ids.shape[1], chunk):
             if self.cache.ranks.deals_tokens:
                 logits = self._shared_forward(ids[:, start:end], mask[:, start:end])
             else:
-                logits = self._forward(ids[:, start:end], positions[:, start:end], mask[:, :end] if padded else None)
+                told = whole[:, : before + end] if padded else None
+                logits = self._forward(ids[:, start:end], positions[:, start:end], told)
             start = end
         if self.cache.d2o.needs_reread and not seen:
             self.cache.reread(self.model, ids, mask)
@@ -165,6 +168,17 @@ class Session:
             else:
                 full_bytes += min(seen, window - 1) * token_bytes
         return RowUsage(held_tokens / seen_tokens if seen_tokens else 1.0, held_bytes, full_bytes)
+
+    def layers_not_finite(self) -> list[int | None]:
+        """By row, the first layer whose keys or values are not finite; None where all are. Every rank of the request
+        calls it. It waits for the device: for rows that have failed."""
+        bad = []
+        for layer in self.cache.compressed.layers:
+            slots = layer.store.slots
+            finite = slots.keys.isfinite().all(-1) & slots.values.isfinite().all(-1)
+            bad.append((slots.live & ~finite).flatten(1).any(1))
+        everywhere = self.cache.ranks.request.all_reduce(torch.stack(bad).int(), "max").T.tolist()
+        return [next((index for index, found in enumerate(row) if found), None) for row in everywhere]
 
     @property
     def rank_bytes(self) -> int:

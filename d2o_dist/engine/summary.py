@@ -24,6 +24,7 @@ class Summary:
         held_bytes, full_bytes: keys and values of all rows, each when it ended, and what full caches would have held.
         rank_bytes: by rank, the buffers of the cache after the prefill of its largest batch: room to grow, positions
             and statistics included.
+        lost: what happened to files that results were written to, and where the results are; empty if nothing did.
     """
 
     num_ok: int
@@ -39,6 +40,7 @@ class Summary:
     full_bytes: int
     rank_bytes: tuple[int, ...]
     interrupted: bool = False
+    lost: tuple[str, ...] = ()
 
     @property
     def new_tokens_per_s(self) -> float | None:
@@ -67,7 +69,13 @@ class Summary:
 
 
 def summarise(
-    records: Sequence[Record], num_rows: int, wall_s: float, *, rank_bytes: Sequence[int], interrupted: bool = False
+    records: Sequence[Record],
+    num_rows: int,
+    wall_s: float,
+    *,
+    rank_bytes: Sequence[int],
+    interrupted: bool = False,
+    lost: Sequence[str] = (),
 ) -> Summary:
     """The summary of the records of a run over `num_rows` rows."""
     good = [record for record in records if record["error"] is None]
@@ -89,6 +97,7 @@ def summarise(
         full_bytes=sum(known("full_bytes")),
         rank_bytes=tuple(rank_bytes),
         interrupted=interrupted,
+        lost=tuple(lost),
     )
 
 

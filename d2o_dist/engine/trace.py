@@ -9,7 +9,6 @@ in the profile only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +19,37 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
+from d2o_dist.engine.kept import replace_text
+from d2o_dist.fields.io import to_json
 
 # The first steps of a process still allocate and choose kernels.
 PROFILED_STEP = 3
+
+
+# What each file holds near its beginning, whoever made it with this program.
+_BEGINNINGS = (b'"dp"', b'"schemaVersion"')
+
+
+def trace_files(folder: Path, rank: int) -> tuple[Path, Path]:
+    """The counts and the profile of a rank."""
+    return folder / f"traffic-rank{rank}.json", folder / f"decode-rank{rank}.json"
+
+
+def check_trace(folder: Path, rank: int) -> None:
+    """Refuse to replace files that no trace has left.
+
+    Raises:
+        ValueError: names the file.
+    """
+    for path, begins in zip(trace_files(folder, rank), _BEGINNINGS, strict=True):
+        if not path.is_symlink() and not path.exists():
+            continue
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                start = file.read(200)
+            if not start or begins in start:
+                continue
+        raise ValueError(f"{path} is in the way of a trace, and no trace has left it: name another folder")
 
 
 class Trace:
@@ -30,6 +57,9 @@ class Trace:
 
     Args:
         folder: made if it is not there; files of an earlier trace are replaced.
+
+    Raises:
+        ValueError: as `check_trace`.
 
     Attributes:
         counter: to hand to whatever communicates.
@@ -40,13 +70,14 @@ class Trace:
         self.counter = TrafficCounter()
         self.num_steps = 0
         self._folder, self._mesh = Path(folder), mesh
+        check_trace(self._folder, mesh.rank)
         self._folder.mkdir(parents=True, exist_ok=True)
         self.profile_path.unlink(missing_ok=True)
 
     @property
     def profile_path(self) -> Path:
         """Of this rank's Chrome trace; written by decode step `PROFILED_STEP`, if there is one."""
-        return self._folder / f"decode-rank{self._mesh.rank}.json"
+        return trace_files(self._folder, self._mesh.rank)[1]
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -76,8 +107,9 @@ class Trace:
 
     def write(self) -> None:
         """Write this rank's counts."""
-        path = self._folder / f"traffic-rank{self._mesh.rank}.json"
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = trace_files(self._folder, self._mesh.rank)[0]
+        replace_text(path, to_json(self.to_dict(), indent=1) + "\n")
 
     def __str__(self) -> str:
         profiled = f"profile: {self.profile_path}" if self.profile_path.exists() else "no decode step to profile"

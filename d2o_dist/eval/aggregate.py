@@ -10,6 +10,11 @@ from d2o_dist.config.evaluate import FULL, Method
 from d2o_dist.eval.plan import Plan
 from d2o_dist.eval.store import Record
 
+# Nats a token beyond which a perplexity is no number in double precision.
+_MAX_NLL = 700.0
+# Of a method without a result: it has no figure.
+_NOTHING = {"n": 0, "scores": None, "achieved_keep_ratio": None, "held_bytes": None, "full_bytes": None}
+
 
 def mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
     """`mean` and `se`, the standard error of the mean (None for one value)."""
@@ -47,7 +52,8 @@ def summarise_cell(records: Mapping[str, Record], full: Mapping[str, Record], pr
     if "nll" in scores:
         mean, error = scores["nll"]["mean"], scores["nll"]["se"]
         # To first order; of the mean over passages, so each passage counts the same.
-        scores["perplexity"] = {"mean": math.exp(mean), "se": None if error is None else math.exp(mean) * error}
+        perplexity = math.exp(mean) if mean < _MAX_NLL else None
+        scores["perplexity"] = {"mean": perplexity, "se": None if None in (perplexity, error) else perplexity * error}
     cell: dict[str, Any] = {
         "n": len(rows),
         "scores": scores,
@@ -77,7 +83,8 @@ def summarise_task(
     num_rows: int,
     reference: str | None = None,
 ) -> dict[str, Any]:
-    """One task: every method over all rows, and by every group value and every pair on the axes.
+    """One task: every method over all rows, and by every group value and every pair on the axes. Rows without a result
+    are left out, and counted: all were tried, and these failed.
 
     Args:
         results: label of a method -> row -> record, errors left out.
@@ -90,7 +97,8 @@ def summarise_task(
     out["methods"] = []
     for method in methods:
         records = results.get(method.label, {})
-        line: dict[str, Any] = {"method": method.name, "budget": method.budget, "label": method.label, "n": 0}
+        about = {"method": method.name, "budget": method.budget, "label": method.label}
+        line: dict[str, Any] = {**about, **_NOTHING, "num_failed": num_rows - len(records)}
         if records:
             line |= summarise_cell(records, full, task.primary)
             if method.budget in reference_label and method.name != reference:
@@ -134,5 +142,6 @@ def summarise(plan: Plan, found: Mapping[str, Record]) -> dict[str, Any]:
             for method in plan.methods
         }
         tasks[task.name] = summarise_task(task, plan.methods, results, len(jobs), plan.config.reference)
-    known = {"model": plan.config.model, "question": plan.config.question, "reference": plan.config.reference}
+    known = {"model": plan.config.model, "model digest": plan.weights}
+    known |= {"question": plan.config.question, "reference": plan.config.reference}
     return {**known, "tasks": tasks}

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2o_dist.comm.request import RequestRanks
+from d2o_dist.compression.budgets import NOT_FINITE_BECAUSE
+from d2o_dist.engine.sampling import is_lost
 from d2o_dist.eval.reading import ReadSession, TokenRows
 from d2o_dist.slots.slots import stats_dtype
 
@@ -35,6 +38,20 @@ def continuation_logits(session: ReadSession, rows: TokenRows, how: str) -> Tens
     return torch.cat([first, session.read([row[:-1] for row in rows], all_logits=True)], 1)
 
 
+def lost_rows(logits: Tensor, ranks: RequestRanks, whose: str = "the", start: int = 0) -> list[str | None]:
+    """By row of logits [B, n, V], what is wrong with them; None for a good row. Every rank of the request calls it.
+
+    Args:
+        whose: what the message begins with; start: tokens of the continuation before these.
+    """
+    lost = ranks.request.all_reduce(is_lost(logits).int(), "max")
+    first = [start + row.index(1) + 1 if 1 in row else None for row in lost.tolist()]
+    return [
+        None if number is None else f"{whose} logits of token {number} of the continuation are NaN or infinite: "
+        f"{NOT_FINITE_BECAUSE}" for number in first
+    ]  # fmt: skip
+
+
 def compare(logits: Tensor, reference: Tensor, tokens: TokenRows) -> list[dict[str, float]]:
     """Per row, means over its tokens: `nll`, `kl` to the reference (both in nats), and `top1` agreement with it.
 
@@ -48,7 +65,8 @@ def compare(logits: Tensor, reference: Tensor, tokens: TokenRows) -> list[dict[s
         mine, theirs = (x[:, here].to(stats_dtype(x.dtype)) for x in (logits, reference))
         log_p, log_q = mine.log_softmax(-1), theirs.log_softmax(-1)
         nll = -log_p.gather(-1, targets[:, here, None])[..., 0]
-        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+        # A token that the model rules out has logits of -inf, and adds nothing.
+        kl = torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0).sum(-1)
         agree = mine.argmax(-1) == theirs.argmax(-1)
         sums += torch.stack([part.double().sum(1).cpu() for part in (nll, kl, agree)])
     # Rounding can leave the divergence of equal distributions a hair below zero.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,18 @@ from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
+from d2o_dist.engine.kept import replace_text
 from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.output import check_shared
+from d2o_dist.engine.paths import inputs_of
 from d2o_dist.eval.aggregate import summarise
 from d2o_dist.eval.plan import Plan
 from d2o_dist.eval.plots import draw
 from d2o_dist.eval.provenance import environment
 from d2o_dist.eval.runner import Runner, batches, pending
-from d2o_dist.eval.store import LOCK, MERGED, RankFile, Record, merge_records, read_records
+from d2o_dist.eval.store import LOCK, MERGED, RankFile, Record, check_folder, merge_records, read_records
 from d2o_dist.eval.table import report
-from d2o_dist.fields.io import dump_yaml
+from d2o_dist.fields.io import dump_yaml, to_json
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def evaluate(
     plan: Plan,
     mesh: ParallelMesh,
     *,
+    config_file: str | None = None,
     on_start: Callable[[int], None] = lambda count: None,
     on_results: Callable[[int], None] = lambda count: None,
     log: Callable[[str], None] = lambda line: None,
@@ -72,17 +74,33 @@ def evaluate(
     keeps what is written and makes no report.
 
     Args:
+        config_file: what the configuration was read from, so that it is not written over.
         on_start: called with the number of results that are missing.
         on_results: called, on the ranks that lead a replica, with how many results of all replicas were just added.
-        log: called with lines about rows that failed.
+        log: called with lines about what went wrong and was dealt with.
 
     Raises:
-        ValueError: the weights cannot be loaded, the folder holds something that is not records, or another evaluation
-            writes to it; several replicas whose machines do not share the folder.
+        ValueError: the weights cannot be loaded, the folder holds something that is not records, or files that the run
+            reads or that no evaluation wrote would be replaced, or another evaluation writes to it; several replicas
+            whose machines do not share the folder.
     """
     folder = Path(plan.config.output).expanduser()
-    with only_writer(folder, folder / LOCK, mesh):
+
+    def check() -> None:
+        if mesh.rank == 0:
+            check_folder(folder, [*inputs_of(plan.config.infer(), config_file), *_data_of(plan.config)])
+
+    with only_writer(folder, folder / LOCK, mesh, check):
         return _evaluate(plan, mesh, folder, on_start, on_results, log)
+
+
+def _data_of(config: EvalConfig) -> Iterator[tuple[str, str]]:
+    """(what it is, path) of the files that tasks read; texts and data sets that are not files here left out."""
+    for task in config.tasks:
+        for name in ("data", "text", "haystack", "qa_1_file", "qa_2_file"):
+            path = getattr(task, name, None)
+            if path is not None and Path(path).expanduser().is_file():
+                yield f"{name} of task {task.name}", str(Path(path).expanduser())
 
 
 def _evaluate(
@@ -102,7 +120,7 @@ def _evaluate(
     on_start(sum(len(methods) for _, methods in todo))
     if todo:
         runner = Runner(plan, loading.load_model(config.infer(), mesh), mesh, log=log)
-        work = batches(todo, config.batch_size, config.max_batch_tokens)
+        work = batches(todo, config.batch_size, config.max_batch_tokens, plan.border)
         queue, shown = WorkQueue(mesh, len(work)), 0
         try:
             with RankFile(folder, mesh.rank) if mesh.leads_request else nullcontext() as file:
@@ -113,12 +131,16 @@ def _evaluate(
                             done = queue.finish(len(records))
                             on_results(done - shown)
                             shown = done
+                # Rank 0 reads what the others have written: not before they have.
+                queue.wait(sum(len(methods) for _, methods in todo))
+                if file is not None:
+                    file.check()
         except KeyboardInterrupt:
             if mesh.world_size > 1:
                 raise  # only this rank knows of it
             return Outcome(folder, None, len(read_records(folder)), 0, interrupted=True)
-        # Rank 0 reads what the others have written: not before they have.
-        queue.wait(sum(len(methods) for _, methods in todo))
+        for lost in filter(None, world.all_gather_object(None if file is None else file.lost)):
+            log(lost)
     table, num_results = None, 0
     with agreed(mesh):
         if mesh.rank == 0:
@@ -136,11 +158,11 @@ def _write(plan: Plan, folder: Path, mesh: ParallelMesh, found: Mapping[str, Rec
     merge_records(folder, sorted(found.values(), key=lambda record: order.get(record["task"], len(order))))
     around = environment(mesh.world_size)
     summary = {**summarise(plan, found), "environment": around}
-    (folder / "config.yaml").write_text(dump_yaml(plan.config.to_dict()), encoding="utf-8")
+    replace_text(folder / "config.yaml", dump_yaml(plan.config.to_dict()))
     _write_json(folder / "environment.json", around)
     _write_json(folder / "metrics.json", summary)
     table = report(summary, around)
-    (folder / "table.md").write_text(table, encoding="utf-8")
+    replace_text(folder / "table.md", table)
     try:
         draw(summary, folder)
     except ImportError as error:
@@ -149,4 +171,4 @@ def _write(plan: Plan, folder: Path, mesh: ParallelMesh, found: Mapping[str, Rec
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(path, to_json(values, indent=1, ensure_ascii=False) + "\n")

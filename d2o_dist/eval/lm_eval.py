@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from d2o_dist.comm import Collectives, ParallelMesh, build_mesh, init_distributed, read_environment
+from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine import model as loading
@@ -27,10 +28,12 @@ from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session
-from d2o_dist.eval.continuation import continuation_logits
+from d2o_dist.engine.startup import check_same_run
+from d2o_dist.eval.continuation import continuation_logits, lost_rows
 from d2o_dist.eval.reading import Reading
 from d2o_dist.fields.checks import check_int
 from d2o_dist.fields.overrides import apply_overrides
+from d2o_dist.integrations.hf.rope import rope_border
 from d2o_dist.policy.config import SIZES, D2OConfig
 from d2o_dist.slots.slots import stats_dtype
 
@@ -56,6 +59,7 @@ class D2OLM(TemplateLM):
 
     Raises:
         ValueError: an unknown argument, a bad value, a model that cannot be loaded or compressed.
+        FloatingPointError: by a request, whose logits are NaN or infinite: the harness has no rows with errors.
     """
 
     def __init__(
@@ -95,10 +99,12 @@ class D2OLM(TemplateLM):
             trust_remote_code=trust_remote_code, revision=revision, prefill_chunk=prefill_chunk,
         )  # fmt: skip
         mesh = mesh or build_mesh(dp=init_distributed("gloo" if config.device == "cpu" else None).world_size)
+        limits = {"max_gen_toks": max_gen_toks, "max_length": max_length, "rolling_segment": rolling_segment}
+        check_same_run(mesh, {**config.to_dict(), "d2o": self.d2o.to_dict(), **limits}, config)
         self._world = Collectives(mesh.axis("world"))
         self._rank, self._world_size = mesh.rank, mesh.world_size
         self.tokenizer = loading.load_tokenizer(config)
-        self.model = loading.load_model(config)
+        self.model = loading.load_model(config, mesh)
         Session(self.model, self.d2o)  # refuses what it cannot serve, before any task is read
         self._device = self.model.device
         self._pad_id = loading.pad_id(self.tokenizer)
@@ -171,13 +177,16 @@ class D2OLM(TemplateLM):
             for sampling in dict.fromkeys(each for each, _ in jobs):
                 own = [request for each, request in jobs if each == sampling]
                 lengths = [len(request.input_ids) for request in own]
-                for places in make_batches(lengths, self._batch_size, self._max_batch_tokens):
+                border = rope_border(self.model.config)
+                for places in make_batches(lengths, self._batch_size, self._max_batch_tokens, border):
                     batch = [own[place] for place in places]
                     results = generate(
                         Session(self.model, self.d2o), batch, sampling, self.tokenizer, eos_ids=self._eos_ids,
                         pad_id=self._pad_id, chunk=self._chunk,
                     )  # fmt: skip
                     for request, result in zip(batch, results, strict=True):
+                        if result.error is not None:
+                            raise FloatingPointError(f"request {request.index}: {result.error}")
                         answers[request.index] = result.text
                         self.cache_hook.add_partial("generate_until", requests[request.index].args, result.text)
                     bar.update(len(batch))
@@ -240,7 +249,7 @@ class D2OLM(TemplateLM):
             else:
                 logits = session.read([inputs[start:end]], all_logits=True)
             session.cache.finalize()
-            total += _score(logits[0], ids[start:end])[0]
+            total += _score(logits[0], ids[start:end], start)[0]
         return total
 
     def _progress(self, total: int, disabled: bool) -> tqdm:
@@ -256,8 +265,18 @@ def segments(length: int, size: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _score(logits: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
-    """Sum of the log-probabilities of `tokens` (n of them) under logits [n, V], and whether each is the likeliest."""
+def _score(logits: Tensor, tokens: Sequence[int], start: int = 0) -> tuple[float, bool]:
+    """Sum of the log-probabilities of `tokens` (n of them) under logits [n, V], and whether each is the likeliest.
+
+    Args:
+        start: tokens that were scored before these, for the message.
+
+    Raises:
+        FloatingPointError: logits that are NaN or infinite: the harness would take them for a wrong answer.
+    """
+    (error,) = lost_rows(logits[None], RequestRanks.alone(), start=start)
+    if error is not None:
+        raise FloatingPointError(error)
     targets = torch.tensor(list(tokens), device=logits.device)
     log_probs = logits.to(stats_dtype(logits.dtype)).log_softmax(-1).gather(-1, targets[:, None])
     return float(log_probs.double().sum()), bool((logits.argmax(-1) == targets).all())

@@ -12,6 +12,7 @@ from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.evaluate import EvalConfig, Method
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
+from d2o_dist.engine.digest import model_digests, one_digest
 from d2o_dist.eval.encode import Encoded, Encoder
 from d2o_dist.eval.examples import Example, Passage, Task, Tools
 from d2o_dist.eval.tasks.registry import make_tasks
@@ -19,6 +20,7 @@ from d2o_dist.eval.text import text_loader
 from d2o_dist.integrations.hf import D2OCache
 from d2o_dist.integrations.hf.guards import text_config
 from d2o_dist.integrations.hf.heads import heads_of_tensor_rank
+from d2o_dist.integrations.hf.rope import rope_border
 from d2o_dist.integrations.tensor_parallel import mark_replicas
 
 
@@ -54,13 +56,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything but the weights."""
+    """Everything but the weights.
+
+    Attributes:
+        weights: digest of the model's files, which results are known by.
+        border: rows of up to so many tokens are not read with longer ones; None: all may be.
+    """
 
     config: EvalConfig
     tokenizer: Any
     tasks: list[Task]
     jobs: list[Job]
     methods: list[Method]
+    weights: str
+    border: int | None = None
 
 
 def digest(value: Any) -> str:
@@ -83,7 +92,9 @@ def prepare(
     mesh = ParallelMesh.local() if mesh is None else mesh
     with agreed(mesh) as same:
         plan = _prepare(config, named_texts)
-        same.add([job.digest for job in plan.jobs], [method.label for method in plan.methods])
+        same.add("the model", plan.weights)
+        same.add("the rows or the tokenizer", [job.digest for job in plan.jobs])
+        same.add("the methods", [method.label for method in plan.methods])
     return plan
 
 
@@ -108,7 +119,9 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
     )  # fmt: skip
     tools = Tools(tokenizer, text_loader(named_texts), encoder.count, config.seed, positions)
     tasks = make_tasks(config.tasks)
+    weights = one_digest(model_digests(config.model, config.revision))
     settings = {name: getattr(config, name) for name in ("model", "tokenizer", "dtype", "revision", "question")}
+    settings["weights"] = weights
     jobs: list[Job] = []
     for task in tasks:
         ids: set[str] = set()
@@ -117,7 +130,7 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
                 raise ValueError(f"task {task.name}: two rows have the id {row.id}; results are told apart by it")
             ids.add(row.id)
             jobs.append(_make_job(len(jobs), task, row, encoder, settings))
-    return Plan(config, tokenizer, tasks, jobs, methods)
+    return Plan(config, tokenizer, tasks, jobs, methods, weights, rope_border(model_config))
 
 
 def _make_job(index: int, task: Task, row: Example | Passage, encoder: Encoder, settings: dict[str, Any]) -> Job:

@@ -159,8 +159,7 @@ def _forward(model: Any, cache: D2OCache, ids: Tensor, mask: Tensor, *, all_logi
     device = model.device
     seen = torch.tensor(cache.compressed.num_seen or [0] * ids.shape[0])[:, None]
     positions = (seen + mask.cumsum(-1) - 1).clamp(min=0)
-    # The cache asks only which of the new columns are padding; what came before it knows.
-    padding = None if bool(mask.all()) else mask.to(device)
+    padding = None if bool(mask.all()) else cache.compressed.columns.mask_with(mask).to(device)
     return model(
         input_ids=ids.to(device), attention_mask=padding, position_ids=positions.to(device), past_key_values=cache,
         use_cache=True, logits_to_keep=0 if all_logits else 1,

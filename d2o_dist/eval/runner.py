@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from d2o_dist.comm import ParallelMesh
+from d2o_dist.compression.budgets import NotFiniteError
 from d2o_dist.config.evaluate import FULL, Method
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine import model as loading
@@ -17,7 +19,7 @@ from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.runner import BatchError
 from d2o_dist.engine.session import RowUsage
-from d2o_dist.eval.continuation import compare, continuation_logits
+from d2o_dist.eval.continuation import compare, continuation_logits, lost_rows
 from d2o_dist.eval.plan import Job, Plan
 from d2o_dist.eval.reading import Reading, SharedReading
 from d2o_dist.eval.store import Record
@@ -32,7 +34,9 @@ def pending(jobs: Iterable[Job], methods: Sequence[Method], finished: Iterable[s
     return [(job, missing) for job, missing in todo if missing]
 
 
-def batches(todo: Sequence[Todo], batch_size: int, max_batch_tokens: int) -> list[list[Todo]]:
+def batches(
+    todo: Sequence[Todo], batch_size: int, max_batch_tokens: int, border: int | None = None
+) -> list[list[Todo]]:
     """Groups of rows of one task that lack the same methods, of similar length, in the order of the tasks."""
     alike: dict[tuple, list[Todo]] = {}
     for job, methods in todo:
@@ -40,7 +44,7 @@ def batches(todo: Sequence[Todo], batch_size: int, max_batch_tokens: int) -> lis
     return [
         [group[place] for place in places]
         for group in alike.values()
-        for places in make_batches([job.num_prompt_tokens for job, _ in group], batch_size, max_batch_tokens)
+        for places in make_batches([job.num_prompt_tokens for job, _ in group], batch_size, max_batch_tokens, border)
     ]
 
 
@@ -64,8 +68,9 @@ class Runner:
         """Records, method after method. If a batch fails, its rows are tried one by one; a row that fails alone gets
         a record with an error for each method that is missing then.
 
-        Where several ranks share a request nothing is tried again: they may have failed at different points, and would
-        wait for each other. The error ends the job; what was written stays.
+        Where several ranks share a request nothing is tried again, unless all of them failed at the same point: they
+        may have failed at different ones, and would wait for each other. The error ends the job; what was written
+        stays.
 
         Raises:
             BatchError: only where several ranks share a request.
@@ -79,8 +84,8 @@ class Runner:
                 yield records
             return
         except Exception as error:  # whatever a row meets, the others go on
-            message = f"{type(error).__name__}: {error}"
-            if self._shared:
+            message = str(error) if isinstance(error, NotFiniteError) else f"{type(error).__name__}: {error}"
+            if self._shared and not isinstance(error, NotFiniteError):
                 # Of another type: a ValueError would be said by rank 0 alone, and this may be another.
                 rows = ", ".join(job.row.id for job in jobs)
                 raise BatchError(f"rows {rows} of {jobs[0].task.name} failed: {message}") from error
@@ -101,8 +106,7 @@ class Runner:
             for method in missing:
                 yield from self.run_batch([(jobs[0], (method,))])
             return
-        self._log(f"{jobs[0].task.name} row {jobs[0].row.id}, {missing[0].label}: {message}")
-        yield [self._record(jobs[0], missing[0], error=message)]
+        yield [self._failed(jobs[0], missing[0], message)]
 
     @property
     def _shared(self) -> bool:
@@ -132,7 +136,7 @@ class Runner:
                 session, requests, SamplingConfig(), self.plan.tokenizer, eos_ids=self._eos_ids, pad_id=self._pad_id
             )
             yield method, [
-                self._record(
+                self._failed(job, method, result.error) if result.error is not None else self._scored(
                     job, method, usage, text=result.text, num_new_tokens=len(result.tokens),
                     finish_reason=result.finish_reason, end_held_bytes=result.usage.held_bytes,
                     scores=job.task.score(job.row, result.text), rank_bytes=session.rank_bytes // len(jobs),
@@ -145,16 +149,33 @@ class Runner:
         reading = self._read([job.row.tokens[: job.row.num_prompt] for job in jobs], [full, *methods])
         texts = [job.row.tokens[job.row.num_prompt :] for job in jobs]
         how = jobs[0].row.continuation
-        reference = continuation_logits(reading.start(full.d2o), texts, how)
+        session = reading.start(full.d2o)
+        reference = continuation_logits(session, texts, how)
+        lost_reference = lost_rows(reference, session.cache.ranks, "the full cache's")
         for method in methods:
             session = reading.start(method.d2o)
             logits = continuation_logits(session, texts, how)
+            lost = lost_rows(logits, session.cache.ranks)
             scores = compare(logits, reference, texts)
             rank_bytes = session.rank_bytes // len(jobs)
             yield method, [
-                self._record(job, method, usage, num_new_tokens=len(text), scores=row, rank_bytes=rank_bytes)
-                for job, text, row, usage in zip(jobs, texts, scores, session.compressed, strict=True)
-            ]
+                self._failed(job, method, mine or theirs) if mine or theirs else
+                self._scored(job, method, usage, num_new_tokens=len(text), scores=row, rank_bytes=rank_bytes)
+                for job, text, row, usage, mine, theirs in zip(
+                    jobs, texts, scores, session.compressed, lost, lost_reference, strict=True
+                )
+            ]  # fmt: skip
+
+    def _scored(self, job: Job, method: Method, usage: RowUsage, scores: dict[str, float], **known: Any) -> Record:
+        """The record of a result; of an error where a score is no number to take a mean of."""
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                return self._failed(job, method, f"its {name} is {value}")
+        return self._record(job, method, usage, scores=scores, **known)
+
+    def _failed(self, job: Job, method: Method, error: str) -> Record:
+        self._log(f"{job.task.name} row {job.row.id}, {method.label}: {error}")
+        return self._record(job, method, error=error)
 
     def _record(self, job: Job, method: Method, usage: RowUsage | None = None, **known: Any) -> Record:
         example = job.encoded is not None

@@ -26,22 +26,22 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def task_table(summary: Mapping[str, Any], reference: str | None = None) -> str:
     """One line a method and budget: what was kept, every metric, the ratio to the full cache, and how far from the
-    reference, where there is one."""
-    lines = [line for line in summary["methods"] if line["n"]]
-    if not lines:
+    reference, where there is one. A method all of whose rows failed has no figure."""
+    lines = summary["methods"]
+    metrics = next((list(line["scores"]) for line in lines if line["n"]), None)
+    if metrics is None:
         return "no results"
-    metrics = list(lines[0]["scores"])
     primary = summary["primary"]
     metrics = [primary] + [name for name in metrics if name != primary]
-    compared = [] if reference is None else [f"{primary}: less {reference}"]
+    compared = [] if reference is None else [f"{primary}: minus {reference}"]
     head = ["method", "budget", "kept", "MiB", *metrics, f"{primary}: ratio to full", *compared, "n"]
     rows = [
         [
             line["method"],
             line["budget"],
-            f"{line['achieved_keep_ratio']:.4f}",
-            f"{line['held_bytes'] / 2**20:.2f}",
-            *(show(line["scores"][name]) for name in metrics),
+            f"{line['achieved_keep_ratio']:.4f}" if line["n"] else "-",
+            f"{line['held_bytes'] / 2**20:.2f}" if line["n"] else "-",
+            *(show(line["scores"][name] if line["n"] else None) for name in metrics),
             show(line.get("to_full"), "ratio"),
             *(show(line.get("to_reference")) for _ in compared),
             str(line["n"]),
@@ -105,7 +105,8 @@ def report(summary: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
         missing = [f"{line['label']} {line['n']}" for line in task["methods"] if line["n"] < task["num_rows"]]
         parts += [f"## {name}", task_table(task, summary.get("reference"))]
         if missing:
-            parts.append(f"Incomplete, of {task['num_rows']} rows: {', '.join(missing)}.")
+            failed = [f"{line['label']} {line['num_failed']}" for line in task["methods"] if line["num_failed"]]
+            parts.append(f"Incomplete, of {task['num_rows']} rows: {', '.join(missing)}. Failed: {', '.join(failed)}.")
         groups = next((list(line["by"]) for line in task["methods"] if line["n"]), [])
         for group in groups:
             if (table := group_table(task, group)) is not None:

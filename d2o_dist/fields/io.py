@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`' Did you mean "heavy_fraction"?'`, or an empty string when nothing known is near `name`."""
+    """`' Did you mean "recent_fraction"?'`, or an empty string when nothing known is near `name`."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f' Did you mean "{near[0]}"?' if near else ""
 
@@ -76,3 +78,30 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """YAML text in the order of the fields."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON as all readers take it: NaN and infinity have no place in it. `options`: those of `json.dumps`.
+
+    Raises:
+        FloatingPointError: there is such a number; it says where.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError as error:
+        where = _not_finite(value)
+        if where is None:
+            raise
+        raise FloatingPointError(f"{where} is not a finite number, and JSON has no other") from error
+
+
+def _not_finite(value: Any, where: str = "value") -> str | None:
+    """`value.scores.kl = nan`: the first number that is not finite."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{where} = {value}"
+    parts: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, Mapping):
+        parts = ((f"{where}.{name}", part) for name, part in value.items())
+    elif isinstance(value, (list, tuple)):
+        parts = ((f"{where}[{place}]", part) for place, part in enumerate(value))
+    return next((found for name, part in parts if (found := _not_finite(part, name)) is not None), None)

@@ -10,7 +10,8 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
     """One attention result from partial ones: L = logsumexp(lse_r), out = sum_r exp(lse_r - L) out_r.
 
     outs: each [..., D]; lses: each [...], acc dtype, -inf where the part had no key (its `out` may then hold anything).
-    Returns (out [..., D] in the dtype of outs[0], lse [...]). Rows that are empty in every part: out 0, lse -inf.
+    Returns (out [..., D] in the dtype of outs[0], lse [...]). Rows that are empty in every part: out 0, lse -inf. Rows
+    with an lse of NaN or +inf: NaN.
     """
     if not outs or len(outs) != len(lses):
         raise ValueError(f"number of outs ({len(outs)}) must equal number of lses ({len(lses)}) and be positive")
@@ -22,6 +23,6 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
     merged = torch.zeros_like(outs[0], dtype=lses[0].dtype)
     for out, weight in zip(outs, weights, strict=True):
         share = (weight / divisor).unsqueeze(-1)
-        # `where` and not a product: an empty part may hold NaN, and 0 * NaN is NaN.
-        merged += torch.where(share > 0, share * out.to(merged.dtype), torch.zeros_like(merged))
+        # `where` and not a product: an empty part may hold NaN, and 0 * NaN is NaN. A NaN share is no empty part.
+        merged += torch.where(share == 0, torch.zeros_like(merged), share * out.to(merged.dtype))
     return merged.to(outs[0].dtype), top + torch.log(total)

@@ -57,7 +57,8 @@ class BudgetRule(Rule):
         exact_total: water-fill the layers so that the total is exactly what was asked for; only `min_layer_tokens` can
             exceed it.
         min_layer_ratio: no layer's ratio falls below this, or below that of all where `keep_tokens` makes it smaller.
-        min_layer_tokens: no layer gets fewer slots, whatever the ratio; a shorter prompt may grow to it while decoding.
+        min_layer_tokens: no layer gets fewer slots, whatever the ratio or `keep_tokens`; a shorter prompt may grow to
+            it while decoding.
         protected_layers: layers that keep everything; negative indices count from the last layer.
     """
 
@@ -65,7 +66,7 @@ class BudgetRule(Rule):
     per_head: bool = flag(False)
     exact_total: bool = flag(True)
     min_layer_ratio: float = real(0.01, low=0, high=1)
-    min_layer_tokens: int = integer(32, low=0)
+    min_layer_tokens: int = integer(256, low=0)
     protected_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -291,7 +292,8 @@ def layer_slots(log_weights: Sequence[float], num_tokens: int, rule: BudgetRule,
     """Slots `S_l` of each layer for a row that has seen `num_tokens` tokens.
 
     A protected layer gets `num_tokens` and is never evicted. With `exact_total` the sum is
-    `floor(keep_ratio * L * T)`, except that short prompts are not squeezed below `min_layer_tokens` a layer.
+    `floor(keep_ratio * L * T)`, except that no layer gets less than `min_layer_tokens`: a prompt of fewer
+    may grow to it while decoding.
 
     Raises:
         ValueError: `keep_tokens` is exceeded by what the protected layers keep.
@@ -331,5 +333,4 @@ def layer_slots(log_weights: Sequence[float], num_tokens: int, rule: BudgetRule,
         shares = [math.exp(w) * num_layers * ratio for w in log_weights]
         ratios = [min(max(share, lo), 1.0) for share, lo in zip(shares, low, strict=True)]
         slots = [floor_tokens(r * base) for r in ratios]
-    floor = min(num_tokens, rule.min_layer_tokens)
-    return [max(s, floor) for s in slots]
+    return [max(s, rule.min_layer_tokens) for s in slots]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
-from d2o_dist.integrations.hf.guards import check_plain_softmax
+from d2o_dist.integrations.hf.attention import check_causal
+from d2o_dist.integrations.hf.guards import check_arguments
+from d2o_dist.integrations.hf.masks import names_of, read_pattern
 from d2o_dist.train.passes import Pass
 
 TRAINING_ATTENTION = "d2o_train"
@@ -29,9 +33,10 @@ def training_attention(
     """The attention function that transformers calls: query [B, Hq, n, D] -> (output [B, n, Hq, D], None).
 
     Raises:
-        ValueError: no pass, a mask, attention dropout, or attention that is not a plain softmax.
+        ValueError: no pass, a mask, attention dropout, or attention that is not a plain causal softmax.
     """
-    check_plain_softmax(kwargs)
+    check_arguments(kwargs, (PASS_KEYWORD, "is_causal"), "training")
+    check_causal(module, kwargs, "training attends causally")
     step: Pass | None = kwargs.get(PASS_KEYWORD)
     if step is None:
         raise ValueError(f'attention "{TRAINING_ATTENTION}" needs {PASS_KEYWORD}=... in every call of the model')
@@ -47,8 +52,17 @@ def training_attention(
     return out.transpose(1, 2), None
 
 
-def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask function that transformers calls: passes need none, so one that is given is handed on and refused."""
+def no_mask(
+    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor | None:
+    """The mask function that transformers calls: passes need none, so one that is given is handed on and refused.
+
+    Raises:
+        ValueError: the model's mask is more than causality, a window and packed documents.
+    """
+    if read_pattern(mask_function) is None:
+        names = ", ".join(names_of(mask_function))
+        raise ValueError(f"training attends causally, but the model's mask is made by {names}")
     return attention_mask
 
 

@@ -36,11 +36,13 @@ class Compressed:
         pasts: by layer of the model; sliding-window layers are among them, uncompressed.
         slots: by row, the slots that each full-attention layer was evicted to, in the order of the layers.
         num_tokens: T.
+        is_finite: whether the attention of the prompt was; otherwise nothing is evicted, and losses mean nothing.
     """
 
     pasts: dict[int, Past]
     slots: list[list[int]]
     num_tokens: int
+    is_finite: bool = True
 
     @property
     def achieved_keep_ratio(self) -> float:
@@ -66,7 +68,6 @@ def compress_prompt(
 
     Raises:
         ValueError: protected layers or minima that exceed the total.
-        FloatingPointError: attention that is not finite.
     """
     full = [index for index in sorted(layers) if layers[index].window is None]
     pasts = {index: window_past(layer.keys, layer.values, layer.window) for index, layer in layers.items()}
@@ -77,6 +78,9 @@ def compress_prompt(
     check_total(config.budget, config.size, len(full))
     protected = config.budget.protected(len(full))
     slots = _slot_budgets([layers[index] for index in full], num_tokens, config, gather_heads)
+    if slots is None:
+        # No error: a rank that leaves a step alone leaves the others in their collectives.
+        return Compressed(pasts, [], num_tokens, is_finite=False)
 
     def nearest_constant(evicted: Tensor, kept: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
         return nearest(evicted.detach(), kept.detach(), is_target)
@@ -95,15 +99,15 @@ def compress_prompt(
 @torch.no_grad()
 def _slot_budgets(
     layers: list[PromptLayer], num_tokens: int, config: D2OConfig, gather_heads: GatherHeads
-) -> list[list[int]]:
-    """[B][L] slots. The variances of all layers and heads meet in one exchange."""
+) -> list[list[int]] | None:
+    """[B][L] slots; None where attention is not finite. The variances of all layers and heads meet in one exchange."""
     batch = layers[0].keys.shape[0]
     variances: list[Tensor | None] = [None] * batch
     if COLUMN_SUMS in config.budget.statistics and not config.keeps_everything:
         at_hand = torch.stack([layer.variances for layer in layers], -1)  # [B, h, L]
         everyone = gather_heads(at_hand)
         if not bool(everyone.isfinite().all()):
-            raise FloatingPointError("the attention of a prompt is not finite: the training has diverged")
+            return None
         variances = list(everyone.transpose(1, 2).contiguous())
     weights = [row_log_weights(row, config, len(layers))[0] for row in variances]
     return [row_slots(row, num_tokens, None, config) for row in weights]

@@ -11,6 +11,8 @@ import argparse
 import contextlib
 import io
 import json
+import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,8 @@ import torch
 
 from d2o_dist.comm import Collectives
 from d2o_dist.config.train import TrainConfig
-from d2o_dist.train.engine import make_adamw
+from d2o_dist.train.engine import are_finite, make_adamw
+from d2o_dist.train.manifest import fault, seal
 from d2o_dist.train.objective import Losses, Objective
 
 TAG = "deepspeed"
@@ -108,7 +111,10 @@ class DeepSpeedEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        # Of gradients that are not finite DeepSpeed takes no step, or says -1.
+        odd = norm is None or norm < 0 or getattr(self._engine.optimizer, "overflow", False)
+        return math.inf if odd else float(norm)
 
     def _norm_unsharded(self) -> float | None:
         """The norm of averaged gradients where no ZeRO optimizer measures it: in stage 0 without bfloat16."""
@@ -116,6 +122,11 @@ class DeepSpeedEngine:
             return None
         grads = [p.grad for p in self.objective.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
+
+    def weights_are_finite(self) -> bool:
+        """See `Engine`."""
+        trained = (p for p in self.objective.parameters() if p.requires_grad)
+        return are_finite(getattr(p, "ds_tensor", p) for p in trained)  # under ZeRO-3, this rank's shard
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -176,17 +187,20 @@ class DeepSpeedEngine:
 
 
 def _convert(folder: Path) -> None:
-    """Write `folder/universal` from `folder/deepspeed`, unless it is there."""
+    """Write `folder/universal` from `folder/deepspeed`, unless it is there and complete."""
     from deepspeed.checkpoint import ds_to_universal
 
     target = folder / UNIVERSAL
-    if target.is_dir():
+    if fault(target) is None:
         return
     scratch = folder / f".{UNIVERSAL}"
+    for left in (target, scratch):
+        shutil.rmtree(left, ignore_errors=True)
     options = argparse.Namespace(
         input_folder=str(folder / TAG), output_folder=str(scratch), num_extract_workers=1, num_merge_workers=1,
         keep_temp_folder=False, strict=True, inject_missing_state=True,
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):  # it reports every stage of its work
         ds_to_universal.main(options)
+    seal(scratch)
     scratch.rename(target)

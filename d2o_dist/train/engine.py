@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,9 @@ class Engine(Protocol):
 
     def update(self, lr: float) -> float:
         """Clip, take an optimizer step, forget the gradients. Their norm before clipping."""
+
+    def weights_are_finite(self) -> bool:
+        """Of the trained weights that this rank holds."""
 
     def evaluating(self) -> Any:
         """A context in which the objective may be called for measuring."""
@@ -61,6 +64,12 @@ def make_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     groups = parameter_groups(module, config.weight_decay)
     fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+@torch.no_grad()
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all elements are."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 class TorchEngine:
@@ -104,6 +113,10 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
+
+    def weights_are_finite(self) -> bool:
+        """See `Engine`."""
+        return are_finite(self.parameters)
 
     @torch.no_grad()
     def _add_up(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 
-LOG_FILE = "log.jsonl"
+from d2o_dist.fields.io import to_json
+
+LOG_FILE, DROPPED_FILE = "log.jsonl", "log-dropped.jsonl"
 
 
 def peak_memory_bytes() -> int:
@@ -22,7 +25,7 @@ def peak_memory_bytes() -> int:
 
 
 class RunLog:
-    """Records of a run.
+    """Records of a run, each step once: a run that goes on drops what an earlier one said of steps taken again.
 
     Args:
         folder: where `log.jsonl` is appended to; None: nothing is written or said (ranks other than the first).
@@ -36,14 +39,37 @@ class RunLog:
         if self.path is not None:
             print(line, file=sys.stderr, flush=True)
 
+    def go_on(self, step: int | None) -> None:
+        """Keep the records up to a step (None: none of them); the others go to `log-dropped.jsonl`."""
+        if self.path is None or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        dropped = [line for line in lines if not _is_up_to(line, step)]
+        if not dropped:
+            return
+        with self.path.with_name(DROPPED_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in dropped)
+        scratch = self.path.with_name(f".{LOG_FILE}")
+        scratch.write_text("".join(line + "\n" for line in lines if _is_up_to(line, step)), encoding="utf-8")
+        os.replace(scratch, self.path)
+        self.say(f"{len(dropped)} records of {LOG_FILE}, of steps that are taken again, are moved to {DROPPED_FILE}")
+
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """One record: `{"kind": kind, **values}`; None values are left out."""
         if self.path is None:
             return
         values = {name: value for name, value in values.items() if value is not None}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
+            file.write(to_json({"kind": kind, **values}) + "\n")
         self.say(f"{kind}: " + "  ".join(f"{name} {_short(value)}" for name, value in values.items()))
+
+
+def _is_up_to(line: str, step: int | None) -> bool:
+    """Whether a line is a record of a step that is done. What a killed run has written in part is none."""
+    try:
+        return step is not None and json.loads(line)["step"] <= step
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _short(value: Any) -> str:

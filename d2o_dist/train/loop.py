@@ -15,6 +15,7 @@ import torch
 from d2o_dist.comm import Collectives, ParallelMesh
 from d2o_dist.comm.queue import first_rank_first
 from d2o_dist.config.train import TrainConfig
+from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.model import load_config, load_tokenizer
 from d2o_dist.eval.plan import Plan
 from d2o_dist.train.batches import Batch, StepOrder, make_batch
@@ -25,6 +26,7 @@ from d2o_dist.train.export import export_model
 from d2o_dist.train.log import RunLog, peak_memory_bytes
 from d2o_dist.train.measure import headline, measure
 from d2o_dist.train.model import check_trainable, load_trainable, make_objective
+from d2o_dist.train.resume import check_data, digest_rows, go_on
 from d2o_dist.train.rows import PackedRows, WindowRows
 from d2o_dist.train.schedule import drawn_ratio, learning_rate, torch_seed
 from d2o_dist.train.tasks import plan_tasks, run_tasks
@@ -78,21 +80,29 @@ def prepare(
     check_trainable(load_config(config), config)
     tokenizer = load_tokenizer(config)
     world = Collectives(mesh.axis("world"))
-    log = RunLog(Path(config.output).expanduser() if mesh.rank == 0 else None)
-    if mesh.rank == 0:
-        Path(config.output).expanduser().mkdir(parents=True, exist_ok=True)
+    output = Path(config.output).expanduser()
+    log = RunLog(output if mesh.rank == 0 else None)
+    checkpoints = Checkpoints(output / "checkpoints", world)
+    found = None
+    with agreed(mesh):
+        if mesh.rank == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            found = go_on(checkpoints, config, mesh.world_size)
+    last, state, notes = world.broadcast_object(found)
     train, validation = _read_rows(config, tokenizer, mesh)
     tasks = plan_tasks(config, named_texts)
     order = StepOrder(len(train), config.seed, config.global_batch_size, config.micro_batch_size, mesh.dp, mesh.dp_rank)
-    checkpoints = Checkpoints(Path(config.output).expanduser() / "checkpoints", world)
-    last = checkpoints.find()
-    if last is not None and not config.resume:
-        raise ValueError(f"output ({config.output}) holds checkpoints: set resume to true, or name another folder")
-    state = RunState(facts=_facts(config, len(train))) if last is None else _resumed(last, config, len(train))
+    with agreed(mesh) as told:
+        digests = {"train": digest_rows(train), "validation": digest_rows(validation)}
+        told.add(digests)
+        state = check_data(last, state, digests)
+    for note in notes:
+        log.say(note)
     log.say(f"{len(train)} rows of {config.sequence_length} tokens; step {state.step} of {config.steps}; {mesh}")
     engine = make_engine(config, mesh, device, micro_steps, last)
     if last is not None:
         engine.load(last)
+    log.go_on(None if last is None else state.step)
     return Run(config, mesh, device, engine, order, train, validation, tasks, tokenizer, checkpoints, log, state)
 
 
@@ -115,7 +125,8 @@ def train(run: Run) -> RunState:
     """Take the steps that are left; the state at the end. Called by all ranks.
 
     Raises:
-        FloatingPointError: a loss that is not finite, on all ranks alike.
+        FloatingPointError: a loss, the norm of the gradients, what is measured or a weight is not finite, on any rank;
+            on all of them alike, before anything is saved or exported.
     """
     config = run.config
     if run.state.step == 0 and config.eval_every is not None:
@@ -131,10 +142,14 @@ def train(run: Run) -> RunState:
             measured = _measure(run, done)
         is_best = measured is not None and (run.state.best is None or measured < run.state.best)
         run.state = RunState(done, measured if is_best else run.state.best, measured, run.state.facts)
+        saves = last or is_best or (config.save_every is not None and done % config.save_every == 0)
+        if saves:
+            odd = _sum_over_ranks(run, {"odd": float(not run.engine.weights_are_finite())})["odd"]
+            _end_unless(not odd, run, done, "a weight")
         if is_best:
             # Before the checkpoint: a run that ends in between takes this step once more, and exports it again.
             export_model(run.engine, run.tokenizer, run.output / "model-best", config.dtype, run.world)
-        if last or is_best or (config.save_every is not None and done % config.save_every == 0):
+        if saves:
             run.checkpoints.save(run.state, run.engine.save, is_best=is_best)
     export_model(run.engine, run.tokenizer, run.output / "model", config.dtype, run.world)
     return run.state
@@ -152,17 +167,21 @@ def take_step(run: Run, step: int) -> dict[str, Any]:
         ratio = drawn_ratio(step, config.seed, *config.keep_ratio)
         extra["d2o"] = config.d2o_at(ratio)
     sums: dict[str, float] = {}
-    achieved = []
+    achieved, attends = [], True
     for batch in batches:
         losses = run.engine.micro_step(config.objective, **batch.arguments, **extra, counts=counts)
         for name, value in (losses.sums | {"total": losses.total.detach()}).items():
             sums[name] = sums.get(name, 0.0) + float(value)
         achieved.append(losses.achieved_keep_ratio)
-    sums = _sum_over_ranks(run, sums)
-    if not all(map(math.isfinite, sums.values())):
-        raise FloatingPointError(f"step {step + 1}: a loss is not finite: {sums}")
+        attends = attends and losses.attends
+    odd, *values = _sum_over_ranks(run, {"odd": float(not attends), **sums}).values()
+    _end_unless(not odd, run, step + 1, "the attention of a prompt")
+    sums = dict(zip(sums, values, strict=True))
+    _end_unless(_are_finite(sums), run, step + 1, "a loss", sums)
     lr = learning_rate(step, config.steps, config.optimizer)
     norm = run.engine.update(lr)
+    # Every rank has it, but one may have it otherwise.
+    _end_unless(_are_finite(_sum_over_ranks(run, {"norm": norm})), run, step + 1, "the norm of the gradients")
     seconds = time.perf_counter() - started
     parts = {"context_lm": "context", "lm": "row" if config.objective == "lm" else "continuation", "kl": "continuation"}
     means = {name: sums[name] / max(counts[parts[name]], 1) for name in parts if name in sums}
@@ -193,11 +212,28 @@ def _sum_over_ranks(run: Run, values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, total.tolist(), strict=True))
 
 
+def _are_finite(values: Mapping[str, float]) -> bool:
+    return all(map(math.isfinite, values.values()))
+
+
+def _end_unless(
+    finite: bool, run: Run, step: int, what: str, values: Mapping[str, float] = MappingProxyType({})
+) -> None:
+    """End the run where something is not finite: all ranks call it, with the same. Nothing more is saved."""
+    if finite:
+        return
+    listed = f" ({', '.join(f'{name} {value:.4g}' for name, value in values.items())})" if values else ""
+    last = run.checkpoints.find()
+    kept = "no checkpoint was written" if last is None else f"the last checkpoint is still {last}"
+    raise FloatingPointError(f"step {step}: {what} is not finite{listed}: the training has diverged, and ends; {kept}")
+
+
 def _measure(run: Run, step: int) -> float | None:
     """Held-out rows and tasks, whichever there are; what checkpoints are compared by, None without held-out rows."""
     held_out = None
     if run.validation is not None:
         held_out = measure(run.engine, run.validation, run.config, run.mesh, run.device)
+        _end_unless(_are_finite(held_out), run, step, "what is measured", held_out)
     tasks = {} if run.tasks is None else run_tasks(run.engine, run.tasks)
     if held_out or tasks:
         run.log.record("eval", {"step": step, **(held_out or {}), **tasks})
@@ -220,24 +256,3 @@ def _read_rows(config: TrainConfig, tokenizer: Any, mesh: ParallelMesh) -> tuple
     if validation is not None and not len(validation):
         raise ValueError(f"data.validation ({held_out}) gives no row of sequence_length ({config.sequence_length})")
     return train, validation
-
-
-def _facts(config: TrainConfig, num_rows: int) -> dict[str, Any]:
-    """What a run that is resumed must have in common with the one that wrote the checkpoint."""
-    return {
-        "objective": config.objective,
-        "num_rows": num_rows,
-        "sequence_length": config.sequence_length,
-        "context_length": config.context_length,
-        "global_batch_size": config.global_batch_size,
-        "seed": config.seed,
-        "steps": config.steps,
-    }
-
-
-def _resumed(folder: Path, config: TrainConfig, num_rows: int) -> RunState:
-    state, facts = Checkpoints.read(folder), _facts(config, num_rows)
-    for name, value in facts.items():
-        if state.facts[name] != value:
-            raise ValueError(f"{name} ({value}) must be that of the run in {folder} ({state.facts[name]})")
-    return state

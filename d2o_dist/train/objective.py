@@ -5,6 +5,7 @@ Shape legend: B rows, T tokens of a row (C of its context, n of its continuation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -51,11 +52,13 @@ class Losses:
         total: the weighted sum that is trained.
         sums: name -> sum of one loss, detached: `lm`, `kl`, `context_lm`.
         achieved_keep_ratio: of the compressed prompt; None without compression.
+        attends: whether the attention of the prompt was finite; otherwise the losses are not either.
     """
 
     total: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
     achieved_keep_ratio: float | None = None
+    attends: bool = True
 
 
 class Objective(nn.Module):
@@ -101,7 +104,8 @@ class Objective(nn.Module):
                 past = compress_prompt(layers, d2o, gather_heads=self.exchange.gather_heads)
                 hidden = self.read_continuation(continuation, past)
                 kl = distill_loss(head, hidden, full, continuation.counted, self.loss_tile)
-                found.append({"kl": kl, "lm": self._lm(hidden, continuation), "full_lm": full_lm})
+                odd = 0.0 if past.is_finite else math.nan
+                found.append({"kl": kl + odd, "lm": self._lm(hidden, continuation) + odd, "full_lm": full_lm})
         return found
 
     # ---- objectives ----------------------------------------------------------------------------------------------
@@ -153,8 +157,10 @@ class Objective(nn.Module):
             weight / _count(counts, "context" if name == "context_lm" else "continuation") * term
             for name, (weight, term) in terms.items()
         )
+        if not past.is_finite:
+            total = total + math.nan
         sums = {name: term.detach() for name, (_, term) in terms.items()}
-        return Losses(total, sums, past.achieved_keep_ratio)
+        return Losses(total, sums, past.achieved_keep_ratio, past.is_finite)
 
     # ---- forwards ------------------------------------------------------------------------------------------------
 

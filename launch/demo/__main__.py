@@ -18,6 +18,7 @@ from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.model import load_model, load_tokenizer
+from d2o_dist.engine.startup import check_same_run
 from d2o_dist.eval.essays import essays
 from d2o_dist.eval.fetch import FetchError
 from d2o_dist.policy.config import D2OConfig
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             methods[name] = D2OConfig.preset(name, keep_ratio=args.keep_ratio)
         folder, text = fetch_once(mesh)
         config = InferConfig(model=folder, dtype="float32", device=device, prompt="-", parallel=parallel)
+        check_same_run(mesh, vars(args), config)
         with quiet_unless(speaks):
             tokenizer, model = load_tokenizer(config), load_model(config, mesh)
         questions = build_questions(tokenizer, text, args.tokens)

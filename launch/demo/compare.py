@@ -52,6 +52,8 @@ def answer_all(
             session = Session(model, config, mesh, parallel)
             request = Request(index=0, id=name, input_ids=ids, max_new_tokens=max_new_tokens)
             result = generate(session, [request], sampling, tokenizer)[0]
+            if result.error is not None:
+                raise FloatingPointError(result.error)
             yield Answer(
                 name, question, result.text, result.time_to_first_token_s, result.tokens_per_s, session.cache.report()
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def test_a_rank_trains_on_a_gpu_of_its_own(tmp_path, as_rank, monkeypatch, devic
     monkeypatch.setattr(train, "build_mesh", lambda **sizes: ParallelMesh.local())
     found = []
     monkeypatch.setattr(train, "prepare", lambda config, mesh, device, texts: found.append(device))
-    train.prepare_ranks(config)
+    with ExitStack() as held:
+        train.prepare_ranks(config, held)
     assert found == [torch.device("cuda", 1)]
     # Where the weights are loaded, the device is chosen once more.
     loaded = []
@@ -71,7 +73,7 @@ def test_what_fails_in_a_step_is_no_bad_usage(config, monkeypatch):
     def fails(run):
         raise ValueError("in a step")
 
-    monkeypatch.setattr(train, "prepare_ranks", lambda config: None)
+    monkeypatch.setattr(train, "prepare_ranks", lambda config, held: None)
     monkeypatch.setattr(train, "train", fails)
     with pytest.raises(ValueError, match="in a step"):
         train.main(config)

@@ -210,7 +210,8 @@ def test_released_equals_the_published_step(heads, dim, length, heavy, recent):
         assert float(state.threshold) == pytest.approx(float(published.threshold), rel=1e-6)
         assert torch.equal(slots.scores[0, :, 4:], published.scores[:, 4:])
         more = random_slots([1], heads, dim, seed=step, dtype=torch.float32)
-        slots = append(slots, more.replace(keys=more.keys + common, scores=torch.zeros(1, heads, 1)))
+        # Keys of their own: of two that are equal, the last bit of a product would say which is nearer.
+        slots = append(slots, more.replace(keys=randn(1, heads, 1, dim) + common, scores=torch.zeros(1, heads, 1)))
         attention = torch.rand(heads, heavy + recent + 1, generator=generator)
         slots = slots.replace(scores=slots.scores + attention)
 

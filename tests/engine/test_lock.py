@@ -155,11 +155,53 @@ def test_a_holder_touches_its_file(tmp_path, monkeypatch):
     held.release()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x", "host": "h"}'])
-def test_a_file_that_names_nobody_is_taken_over(tmp_path, monkeypatch, text):
+def test_an_empty_file_is_used_and_left_empty(tmp_path, monkeypatch):
+    """A process may have been killed as it made the file; or it is somebody's."""
     monkeypatch.setattr(locking, "_GRACE_S", 0.1)
-    (tmp_path / "lock").write_text(text)
-    OutputLock("out", tmp_path / "lock").release()
+    path = tmp_path / "lock"
+    path.touch()
+    held = OutputLock("out", path)
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    held.release()
+    assert path.read_text() == ""
+
+
+FOREIGN = ["{", "[]", '{"pid": "x", "host": "h"}', '{"pid": 1, "host": "h", "note": "mine"}', "my notes\n", " "]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_a_file_that_no_run_wrote_is_refused_and_stays(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(locking, "_GRACE_S", 0.1)
+    path = tmp_path / "lock"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} is no lock that a run has left: move it away"):
+        OutputLock("out", path)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe"])
+def test_what_is_no_file_is_refused_and_stays(tmp_path, kind):
+    path, notes = tmp_path / "lock", tmp_path / "notes"
+    if kind == "link":  # to a lock of somebody's run
+        notes.write_text(json.dumps({"pid": 1, "host": socket.gethostname()}))
+    make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}.get(kind, lambda: path.symlink_to(notes))
+    make()
+    before = os.lstat(path)
+    with pytest.raises(ValueError, match="is no lock that a run has left"):
+        OutputLock("out", path)
+    assert os.path.samestat(os.lstat(path), before) and notes.exists() == (kind == "link")
+
+
+def test_the_lock_of_another_run_is_not_deleted(tmp_path):
+    """The folder was removed and made again while this run held its lock."""
+    path = tmp_path / "lock"
+    first = OutputLock("out", path)
+    path.unlink()
+    second = OutputLock("out", path)
+    first.release()
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    second.release()
+    assert not path.exists()
 
 
 def test_without_flock_the_process_is_looked_for(tmp_path, monkeypatch):

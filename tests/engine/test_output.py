@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 def write_parts(output, *parts):
     for replica, indices in enumerate(parts):
         # U+2028 ends a line for Python's splitlines, but not for JSON.
-        lines = [to_line({"index": index, "text": f"{index}\u2028x"}) for index in indices]
+        lines = [to_line({"id": index, "index": index, "text": f"{index}\u2028x"}) for index in indices]
         part_path(output, replica).write_text("".join(lines), encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2o_dist.config.sampling import SamplingConfig
-from d2o_dist.engine.sampling import Sampler, make_processors, row_seed
+from d2o_dist.engine.sampling import LOST, Sampler, make_processors, row_seed
 
 CPU = torch.device("cpu")
 CONFIGS = {
@@ -57,14 +57,28 @@ def test_draws_are_those_of_multinomial(dtype):
         assert sampler.pick(scores) == want
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_row_without_probabilities_is_an_error_of_the_host(monkeypatch, bad):
-    """An assertion on a GPU would make every later row of the process fail."""
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_row_that_cannot_be_chosen_from_is_lost_and_the_others_are_not(monkeypatch, config, bad, dtype):
+    """On the host: an assertion on a GPU would make every later row of the process fail."""
     monkeypatch.setattr(torch, "multinomial", lambda *args, **kwargs: pytest.fail("asserts on the device"))
-    scores = logits(0)
-    scores[2, 5] = bad
-    with pytest.raises(ValueError, match="row 2 of the batch: its logits are NaN or infinite"):
-        Sampler(SamplingConfig(temperature=1.0), range(4), PROMPTS, CPU).pick(scores)
+    sound, sampler = (Sampler(config, range(4), PROMPTS, CPU) for _ in range(2))
+    for step in range(4):
+        scores = logits(step).to(dtype)
+        want = sound.pick(scores)
+        # One NaN or inf is enough; of -inf all must be: some are tokens that a model rules out.
+        scores[2, slice(None) if bad == -torch.inf else 5] = bad
+        assert sampler.pick(scores) == [*want[:2], LOST, want[3]]
+
+
+def test_tokens_that_are_ruled_out_are_not_chosen():
+    for config in CONFIGS.values():
+        scores = logits(0)
+        best = scores.argmax(-1)
+        scores[torch.arange(4), best] = -torch.inf
+        found = Sampler(config, range(4), PROMPTS, CPU).pick(scores)
+        assert LOST not in found and all(token != was for token, was in zip(found, best.tolist(), strict=True))
 
 
 def test_rows_and_seeds_differ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from d2o_dist.comm import ParallelMesh
@@ -28,7 +29,19 @@ def test_one_step_is_profiled_and_all_are_counted(tmp_path):
 
 
 def test_a_profile_of_an_earlier_run_does_not_stay(tmp_path):
-    (tmp_path / "decode-rank0.json").write_text("old")
+    (tmp_path / "decode-rank0.json").write_text('{\n  "schemaVersion": 1,\n  "traceEvents": []\n}')
     trace = Trace(tmp_path, ParallelMesh.local())
     assert not trace.profile_path.exists()
     assert str(trace) == "0 decode steps of rank 0; no decode step to profile\nnothing was sent between ranks"
+
+
+@pytest.mark.parametrize("name", ["decode-rank0.json", "traffic-rank0.json"])
+@pytest.mark.parametrize("link", [False, True])
+def test_files_of_others_are_refused_by_name(tmp_path, name, link):
+    mine, path = tmp_path / "mine.json", tmp_path / "t" / name
+    path.parent.mkdir()
+    mine.write_text('{"notes": 1}')
+    path.symlink_to(mine) if link else path.write_text(mine.read_text())
+    with pytest.raises(ValueError, match=f"{path} is in the way of a trace"):
+        Trace(tmp_path / "t", ParallelMesh.local())
+    assert path.read_text() == mine.read_text() == '{"notes": 1}' and path.is_symlink() == link

@@ -54,7 +54,11 @@ def make_folder(folder: Path, *, template: bool = True, **overrides) -> Path:
 
 
 class Numbers:
-    """A tokenizer whose text is the token ids."""
+    """A tokenizer whose text is the token ids, none of them special."""
+
+    added_tokens_decoder: dict = {}
+    all_special_ids: list = []
+    all_special_tokens: list = []
 
     def decode(self, ids, **kwargs) -> str:
         return "".join(f"{i} " for i in ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import time
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from d2o_dist.comm import ParallelMesh, build_mesh
 from d2o_dist.config.evaluate import EvalConfig
+from d2o_dist.engine.records import to_line
 from d2o_dist.engine.runner import BatchError
 from d2o_dist.eval import runner as runner_module
 from d2o_dist.eval.aggregate import summarise
@@ -55,8 +58,12 @@ def run(plan: Plan, **kwargs):
 
 def comparable(path) -> dict:
     """Records by task, row and method, without what may differ between runs."""
+    return comparable_of(read_records(path).values())
+
+
+def comparable_of(records) -> dict:
     found = {}
-    for record in read_records(path).values():
+    for record in records:
         record = {key: value for key, value in record.items() if not key.startswith("rank")}
         if record["scores"]:
             record["scores"] = {name: round(value, 9) for name, value in record["scores"].items()}
@@ -119,7 +126,7 @@ def test_distances_from_a_reference_are_paired(done, folder):
     assert h2o["to_reference"]["mean"] == pytest.approx(sum(apart) / 3)
     assert h2o["to_reference"]["se"] == pytest.approx(statistics.stdev(apart) / 3**0.5)
     table = report(summary, {})
-    assert "| kl: less mass |" in table and "less" not in report(summarise(plan_of(folder, output), records), {})
+    assert "| kl: minus mass |" in table and "minus" not in report(summarise(plan_of(folder, output), records), {})
 
 
 def test_finished_rows_are_not_run_again(done, folder, tmp_path, monkeypatch):
@@ -231,6 +238,32 @@ def test_rows_that_read_alike_are_rows_of_their_own(folder, data):
     assert not set(before.values()) & set(digests(folder, data, kind="longbench", tasks=["trec"]).values())
 
 
+@pytest.mark.parametrize("file", ["weights", "config", "generation"])
+def test_another_model_under_the_same_path_is_another_result(folder, tmp_path, file):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    before, out = plan_of(str(model), tmp_path / "out", tasks=TASKS[1:2]), tmp_path / "out"
+    run(before)
+    if file == "weights":
+        weights = load_file(model / "model.safetensors")
+        save_file({**weights, "model.norm.weight": -weights["model.norm.weight"]}, model / "model.safetensors")
+    else:
+        path = model / {"config": "config.json", "generation": "generation_config.json"}[file]
+        changed = {"rms_norm_eps": 1e-3} if file == "config" else {"eos_token_id": [1, 7]}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    counted: list[int] = []
+    again = plan_of(str(model), out, tasks=TASKS[1:2])
+    assert run(again, on_results=counted.append).num_results == sum(counted) == 9
+    # The old records stay, as with any other setting, and are in no table.
+    found = read_records(out)
+    assert len(found) == 18 and before.weights != again.weights
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["model digest"] == again.weights
+    own = [found[job.key(method)]["scores"]["nll"] for job in again.jobs for method in again.methods[:1]]
+    assert metrics["tasks"]["fidelity"]["methods"][0]["scores"]["nll"]["mean"] == pytest.approx(sum(own) / 3)
+    assert run(plan_of(str(model), out, tasks=TASKS[1:2]), on_results=counted.append).num_results == sum(counted) == 9
+
+
 def test_batches_change_nothing(done, folder, tmp_path):
     *_, output, _ = done
     run(plan_of(folder, tmp_path, batch_size=3, prefill_chunk=64))
@@ -291,6 +324,28 @@ def test_an_interruption_keeps_what_is_written(folder, tmp_path):
     outcome = run(plan, on_results=stop)
     assert outcome.interrupted and outcome.table is None and len(read_records(tmp_path)) == 1
     assert run(plan).num_missing == 0
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "replaced"])
+def test_records_that_are_taken_away_are_written_anew(done, folder, tmp_path, what):
+    *_, output, _ = done
+    out, counted, log = tmp_path / "out", [], []
+    mine = out / "predictions.rank0000.jsonl"
+
+    def meddle(count: int) -> None:
+        counted.append(count)
+        if len(counted) == 4:
+            shutil.rmtree(out) if what == "folder" else mine.unlink()
+            if what == "replaced":
+                mine.write_text(to_line({"task": "mine", "key": "k", "error": None}))
+
+    outcome = run(plan_of(folder, out, tasks=TASKS[1:2]), on_results=meddle, log=log.append)
+    assert (outcome.num_results, outcome.num_missing) == (9, 0) and sum(counted) == 9
+    place = out / "predictions.rank0000-1.jsonl" if what == "replaced" else mine
+    how = "was replaced" if what == "replaced" else "was removed"
+    assert log == [f"{mine} {how} while it was written: the results of this run are in {place}"]
+    found = comparable_of([record for record in read_records(out).values() if record["task"] != "mine"])
+    assert found == {key: record for key, record in comparable(output).items() if key[0] == "fidelity"}
 
 
 def rival(rank: int, world: int, folder: str, output: str) -> tuple[int, str]:

@@ -251,7 +251,7 @@ def test_a_prompt_holds_no_memory_but_its_slots(family):
 @pytest.mark.parametrize("long", [True, False], ids=["evicts", "within its budget"])
 def test_inference_mode_may_be_entered_and_left(preset, inside, long):
     """What is made in inference mode cannot be written outside of it: the cache sees to it, also with gradients on."""
-    model = tiny_model()
+    model = tiny_model().requires_grad_(False)
     parts = {"prompt": tokens(2, 40), "decoding": tokens(2, 1, 1), "turn": tokens(2, 9, 2)}
     found = []
     for modes in ({"prompt", "decoding", "turn"} if inside == "all but finalize" else {inside}, set()):

@@ -121,17 +121,32 @@ def test_budgets_the_model_cannot_have_are_refused_before_any_forward():
         D2OCache(config=config, d2o={"keep_ratio": 0.2})
 
 
-def test_softcap_sinks_dropout_and_4d_masks_are_refused():
+def test_softcap_sinks_and_unknown_arguments_are_refused_with_a_cache_and_without():
     from d2o_dist.integrations.hf.attention import d2o_attention
 
     q = torch.randn(1, 4, 5, 8)
     module = torch.nn.Identity()
-    with pytest.raises(ValueError, match="softcap"):
-        d2o_attention(module, q, q, q, None, softcap=30.0)
-    with pytest.raises(ValueError, match="s_aux"):
-        d2o_attention(module, q, q, q, None, s_aux=torch.zeros(4))
-    with pytest.raises(ValueError, match=r"2D padding mask.*\(1, 1, 5, 5\)"):
-        d2o_attention(module, q, q, q, torch.zeros(1, 1, 5, 5))
+    for name, value in {"softcap": 30.0, "s_aux": torch.zeros(4), "sinks": torch.zeros(4), "something": 0}.items():
+        with pytest.raises(ValueError, match=f"attention has {name} "):
+            d2o_attention(module, q, q, q, None, **{name: value})
+    with pytest.raises(ValueError, match=r"takes a mask \[B, 1, n, S\], not one of shape \(1, 5\)"):
+        d2o_attention(module, q, q, q, torch.ones(1, 5))
+    model = tiny_model()
+    for name, value in {"softcap": 30.0, "position_bias": torch.zeros(1), "cu_seq_lens_q": torch.zeros(2)}.items():
+        cache = D2OCache(config=model.config)
+        with pytest.raises(ValueError, match=f"attention has {name} .*a D2OCache"), torch.no_grad():
+            model(tokens(1, 9), past_key_values=cache, **{name: value})
+
+
+def test_a_4d_mask_is_honoured_without_a_cache_and_refused_with_one():
+    model, reference = tiny_model(), tiny_model(attention="sdpa")
+    ids, seen = tokens(1, 9), torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    seen[..., 3:6] = False
+    with torch.no_grad():
+        found, expected = (one(ids, attention_mask=seen, use_cache=False).logits for one in (model, reference))
+        assert torch.equal(found, expected)
+        with pytest.raises(ValueError, match=r"2D padding mask.*\(1, 1, 9, 9\)"):
+            model(ids, attention_mask=seen, past_key_values=D2OCache(config=model.config))
 
 
 def test_finalize_before_any_token_and_in_the_middle_of_a_forward():
@@ -151,13 +166,23 @@ def test_a_static_cache_is_refused():
                        disable_compile=True)  # fmt: skip
 
 
-def test_training_through_the_cache_is_refused_and_evaluation_with_gradients_enabled_is_not():
-    model = tiny_model()
-    cache = D2OCache(config=model.config)
-    model(tokens(1, 20), past_key_values=cache)
-    assert not cache.layers[0].keys.requires_grad
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_gradients_through_the_cache_are_refused(training):
+    """They would vanish, and the loss would be right."""
+    model = tiny_model().train(training)
+    with pytest.raises(ValueError, match=r"does not carry gradients: run the model under torch.no_grad\(\)"):
+        model(tokens(1, 20), past_key_values=D2OCache(config=model.config))
+    model.requires_grad_(False).model.layers[3].self_attn.v_proj.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="does not carry gradients"):
-        model.train()(tokens(1, 20), past_key_values=D2OCache(config=model.config))
+        model(tokens(1, 20), past_key_values=D2OCache(config=model.config))
+
+
+def test_where_nothing_has_gradients_they_may_be_on():
+    model = tiny_model().requires_grad_(False)
+    cache = D2OCache(config=model.config)
+    assert torch.is_grad_enabled()
+    assert model(tokens(1, 20), past_key_values=cache).logits.isfinite().all()
+    assert not cache.layers[0].keys.requires_grad
 
 
 def test_layers_on_several_devices():

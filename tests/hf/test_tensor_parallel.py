@@ -81,9 +81,12 @@ def test_copied_heads_compute_what_one_did(family):
     repeat_kv_heads(model, 4)
     assert model.config.num_key_value_heads == 8
     out = model(ids, attention_mask=mask, use_cache=True)
-    assert torch.equal(out.logits[mask.bool()], want[mask.bool()])
+    # Not bit by bit: products of another shape are added up in another order. The norms of qwen3's heads are float32.
+    limit = 1e-5 if family == "qwen3" else 1e-12
+    torch.testing.assert_close(out.logits[mask.bool()], want[mask.bool()], rtol=limit, atol=limit)
     keys = out.past_key_values.layers[0].keys.unflatten(1, (2, 4))
-    assert keys.shape[1] == 2 and torch.equal(keys, keys[:, :, :1].expand_as(keys))
+    assert keys.shape[1] == 2
+    torch.testing.assert_close(keys, keys[:, :, :1].expand_as(keys), rtol=limit, atol=limit)
 
 
 def sharded(rank, world, engine, cases):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -90,6 +91,21 @@ def test_two_agents_as_two_nodes(job, alone):
     assert [status for status, _, _ in ends] == [0, 0], ends
     assert texts(job, "nodes.jsonl") == alone
     assert "rows: 6 ok" in ends[0][2] and "rows:" not in ends[1][2]
+
+
+def test_two_nodes_with_other_weights_under_one_path(job, tmp_path):
+    """Each agent runs where its machine's files are; nothing is computed, and one line says what differs."""
+    shutil.copytree(job, tmp_path / "node")
+    make_folder(tmp_path / "node" / "model", seed=1)
+    where = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    args = ["--output", str(tmp_path / "out.jsonl"), "--sp", "2", "sampling.max_new_tokens=20"]
+    folders = [job, tmp_path / "node"]
+    nodes = [start(folders[rank], [*TORCHRUN, *where, "--node-rank", str(rank)], *args) for rank in (0, 1)]
+    ends = [finish(node) for node in nodes]
+    message = "infer.py: error: rank 1 differs from rank 0 in model.safetensors of model: make them the same"
+    assert [status for status, _, _ in ends] == [1, 1] and ends[0][2].count(message) == 1, ends
+    assert "infer.py: error" not in ends[1][2] and "exitcode  : 2" in ends[0][2]
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 FAIL = """

@@ -1,4 +1,4 @@
-"""A rule of one's own is a class and a name in the registry of its part: then YAML knows it, and every path serves it."""
+"""A rule of one's own is a class and a name in a registry: then YAML knows it, and every path serves it."""
 
 from __future__ import annotations
 

@@ -8,9 +8,11 @@ import torch
 from d2o_dist import D2OCache
 from d2o_dist.comm import build_mesh
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.integrations.hf import FirstRankScores
 from d2o_dist.integrations.tensor_parallel import shard_model
-from tests.models import left_padded, tiny_model, tokens
+from tests.models import VOCABULARY, left_padded, tiny_model, tokens
 from tests.ranks import run_ranks
+from tests.sharded.last_bits import second_is_likelier, tied
 from tests.spec import spec
 
 SETTINGS = {
@@ -48,11 +50,38 @@ def test_generate_on_tensor_ranks(setting):
         assert found == wanted
 
 
+def spoiled_on_rank(rank: int, world: int, setting: str) -> tuple[list[list[int]], dict]:
+    """Two entries of the vocabulary are always as likely, and rank 1 finds the second a last bit likelier."""
+    mesh = build_mesh(tp=world)
+    model = shard_model(tiny_model(), mesh, ParallelConfig(tp=world, tp_engine="transformers"), torch.device("cpu"))
+    model.register_forward_hook(tied)
+    if rank == 1:
+        model.register_forward_hook(second_is_likelier)
+    cache = D2OCache(model.config, spec(keep_ratio=0.4, min_layer_tokens=8), mesh=mesh)
+    ids, mask = left_padded([41, 60])
+    torch.manual_seed(5)
+    out = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20, logits_processor=[FirstRankScores(cache)],
+        **{"do_sample": False, **SETTINGS[setting], **({"top_k": 1} if setting == "sampling" else {})},
+    )  # fmt: skip
+    return out.tolist(), cache.ranks.counter.to_dict()["token"]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_generate_by_the_scores_of_the_first_rank(setting):
+    """All ranks hold its tokens; a score of each entry of the vocabulary is sent, in the float32 of `generate`."""
+    (tokens, sent), (others, _) = run_ranks(2, spoiled_on_rank, setting, fresh=True)
+    rows = 6 if setting == "beams" else 2
+    assert tokens == others
+    assert sent == {"request": {"broadcast": {"calls": 20, "bytes": 20 * rows * VOCABULARY * 4 // 2}}}
+
+
 @torch.no_grad()
 def by_hand(mesh=None) -> torch.Tensor:
     """The loop of docs/sharding.md: a dealt prompt, then one token at a time, position ids left to the model."""
     model, ids = tiny_model(), tokens(1, 101)
-    cache = D2OCache(config=model.config, d2o=spec(keep_ratio=0.2), mesh=mesh)
+    cache = D2OCache(config=model.config, d2o=spec(keep_ratio=0.2, min_layer_tokens=32), mesh=mesh)
     model(**cache.deal(ids), past_key_values=cache)
     cache.finalize()
     steps = [model(torch.tensor([[5 + step]]), past_key_values=cache).logits for step in range(20)]
@@ -75,12 +104,17 @@ def selected(mesh=None, sp_prefill="auto") -> tuple[torch.Tensor, list[int]]:
     """Of two prompts the longer one is let go of while they are read."""
     model, (ids, mask) = tiny_model(), left_padded([97, 40])
     parallel = None if mesh is None else ParallelConfig(sp=mesh.sp, sp_prefill=sp_prefill)
-    cache = D2OCache(config=model.config, d2o=spec(keep_ratio=0.2), mesh=mesh, parallel=parallel)
+    d2o = spec(keep_ratio=0.2, min_layer_tokens=32)
+    cache = D2OCache(config=model.config, d2o=d2o, mesh=mesh, parallel=parallel)
     model(**cache.deal(ids[:, :80], mask[:, :80]), past_key_values=cache)
     cache.batch_select_indices(torch.tensor([1]))
     model(**cache.deal(ids[1:, 80:], mask[1:, 80:]), past_key_values=cache)
     cache.finalize()
-    steps = [model(torch.tensor([[5 + step]]), past_key_values=cache).logits for step in range(20)]
+    # The row has 40 tokens in 97 columns, and the cache knows no position ids but those that it is given.
+    steps = [
+        model(torch.tensor([[5 + step]]), position_ids=torch.tensor([[40 + step]]), past_key_values=cache).logits
+        for step in range(20)
+    ]
     return torch.cat(steps, 1), cache.layers[0].kv_len
 
 

@@ -126,22 +126,27 @@ def test_what_is_sent_does_not_grow_with_the_prompt():
     parallel = ParallelConfig(tp=2, tp_engine="transformers")
     short, long = (calls(parallel, (4, 2), length, dtype=torch.float32) for length in (100, 200))
     assert short == long
-    assert short.keys() == {"finalize"} and short["finalize"].keys() == {"tp"}
+    assert short.keys() == {"finalize"} and short["finalize"].keys() == {"tp", "request"}
+    # Slots and a weight of each head, from the rank that divides the total.
+    assert short["finalize"]["request"] == {"broadcast": {"calls": 1, "bytes": 2 * LAYERS * 2 * 8 // 2}}
     sent = short["finalize"]["tp"]
     assert {kind: one["calls"] for kind, one in sent.items()} == {"all_reduce": 4, "all_gather": 1}
     assert sent["all_reduce"]["bytes"] == 4 * 256 * 8 and sent["all_gather"]["bytes"] == 2 * LAYERS * 8
 
 
 def test_what_copies_of_a_head_exchange():
-    """Queries of the second reading, maxima and rates at its end, probabilities while decoding."""
+    """Queries of the second reading, maxima and rates at its end, probabilities while decoding; and what one of them
+    chose, and found to be near, in every eviction."""
     sent = calls(ParallelConfig(tp=2, tp_engine="transformers"), (4, 1), 120)
     forwards = 3  # of the second reading
     assert sent["prefill"]["tp"].keys() == {"all_to_all"}
     assert sent["prefill"]["tp"]["all_to_all"]["calls"] == 2 * LAYERS * forwards
     assert {kind: one["calls"] for kind, one in sent["finalize"]["tp"].items()} == {
-        "all_reduce": 8, "all_gather": 1, "all_to_all": 2 * LAYERS
+        "all_reduce": 8, "all_gather": 1, "all_to_all": (2 + 2) * LAYERS
     }  # fmt: skip
-    assert sent["decode"]["tp"]["all_to_all"]["calls"] == 12 * LAYERS and "evict" not in sent
+    assert sent["decode"]["tp"]["all_to_all"]["calls"] == 12 * LAYERS
+    assert sent["evict"].keys() == {"tp"} and sent["evict"]["tp"].keys() == {"all_to_all"}
+    assert sent["evict"]["tp"]["all_to_all"]["calls"] == 2 * 12 // 4
 
 
 def test_what_sequence_ranks_exchange():

@@ -76,6 +76,20 @@ def test_tensor_ranks_add_one_collective_an_eviction():
         assert calls == 4 * 64 // 16
 
 
+@pytest.mark.parametrize("sp", [1, 2])
+def test_copies_of_a_head_add_one_more(sp):
+    """What one of them chose; what it found to be near goes with the reports."""
+    one = Play(lengths=(100,), steps=64, model={"num_key_value_heads": 1})
+    parallel = ParallelConfig(tp=2, sp=sp, tp_engine="transformers", **(SEQUENCE if sp > 1 else {}))
+    for _, traffic in run_ranks(2 * sp, on_rank, one, parallel, fresh=True):
+        calls = {axis: {kind: n["calls"] for kind, n in kinds.items()} for axis, kinds in traffic["evict"].items()}
+        assert calls.pop("tp") == {"all_to_all": 64 // 16, "all_gather": 64 // 16}
+        assert sum(sum(kinds.values()) for kinds in calls.values()) == (3 * 64 // 16 if sp > 1 else 0)
+        assert traffic["decode"]["tp"] == {"all_to_all": traffic["decode"]["tp"]["all_to_all"]}
+        assert traffic["decode"]["tp"]["all_to_all"]["calls"] == 64 * LAYERS
+        assert traffic["finalize"]["request"]["broadcast"]["calls"] == 1
+
+
 @pytest.mark.parametrize("layout", [SEQUENCE, {"sp_prefill": "ulysses", "cache_layout": "sequence"}], ids=str)
 def test_shards_are_level(layout):
     """To one slot when nothing was evicted since the last 16 tokens came; never further apart than what is evicted."""
@@ -97,6 +111,9 @@ def test_merging_within_a_shard_keeps_the_same_tokens_of_the_prompt():
         assert found["budgets"] == wanted["budgets"]
         local = sum(kind["bytes"] for kind in traffic["finalize"]["sp"].values())
     _, traffic = run_ranks(3, on_rank, one, ParallelConfig(sp=3, **SEQUENCE))[0]
+    # What becomes of each of 120 tokens in each layer and head: a byte.
+    assert traffic["finalize"]["sp"]["broadcast"]["calls"] == LAYERS
+    assert traffic["finalize"]["sp"]["broadcast"]["bytes"] == LAYERS * (KV_HEADS * 120 * 2 // 3)
     assert local < sum(kind["bytes"] for kind in traffic["finalize"]["sp"].values()) / 2
     _, without = run_ranks(3, on_rank, Play(preset="h2o", lengths=(120,), steps=0), ParallelConfig(sp=3, **SEQUENCE))[0]
     assert "all_reduce" not in without["finalize"]["sp"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,10 @@ def test_a_broken_run_goes_on_to_the_same_losses(inputs, objective, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         run_whole(broken)
     monkeypatch.setattr(loop, "take_step", take_step)
-    # Steps 1 and 2 are in the checkpoint; step 3 was lost and is taken again.
-    found = losses(run_whole(broken))
-    assert [step for step, *_ in found] == [1, 2, 3, 3, 4, 5]
-    assert found[:3] + found[4:] == expected
+    # Steps 1 and 2 are in the checkpoint; step 3 was lost, is taken again, and stands in the log once.
+    assert losses(run_whole(broken)) == expected
+    dropped = (tmp_path / "broken" / "log-dropped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in dropped] == [3]
 
 
 @pytest.mark.parametrize(("where", "name"), [(loop, "export_model"), (Checkpoints, "save")], ids=["export", "save"])
@@ -217,3 +218,18 @@ def test_a_finished_folder_is_not_trained_over_unasked(inputs, tmp_path):
         start(make_config(inputs, output, steps=1, resume=False))
     with pytest.raises(ValueError, match=r"steps \(9\) must be that of the run in .* \(1\)"):
         start(make_config(inputs, output, steps=9))
+
+
+def test_a_measure_or_a_gradient_that_is_no_number_ends_the_run(inputs, tmp_path, monkeypatch):
+    """Before anything is written: a measure of NaN would be the best of all, and its weights exported."""
+    config = make_config(inputs, str(tmp_path / "measure"), eval_every=1, **LM)
+    monkeypatch.setattr(loop, "measure", lambda *args: {"lm": float("nan")})
+    with pytest.raises(FloatingPointError, match="step 0: a measure of the held-out rows is not finite: {'lm': nan}"):
+        loop.train(start(config))
+    assert not list((tmp_path / "measure").glob("model*")) and not (tmp_path / "measure" / "log.jsonl").exists()
+    monkeypatch.undo()
+    run = start(make_config(inputs, str(tmp_path / "gradient"), **LM))
+    run.engine.parameters[0].register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(FloatingPointError, match="step 1: the norm of the gradients is not finite: (nan|inf)"):
+        loop.train(run)
+    assert not list((tmp_path / "gradient").glob("*/*")) and not (tmp_path / "gradient" / "log.jsonl").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,14 @@ def test_refusals(inputs):
         config_of(inputs, "bad", eval_tasks="needle")
     with pytest.raises(ValueError, match="nowhere.txt"):
         start(config_of(inputs, "bad", eval_tasks=[{**tasks(inputs)[0], "haystack": "nowhere.txt"}]))
+
+
+def test_a_figure_that_is_no_number_is_an_error(inputs):
+    """Not 0, and not the best checkpoint of all."""
+    run = start(config_of(inputs, "broken", eval_every=10))
+    run.engine.objective.model.lm_head.register_forward_hook(lambda module, args, out: out * torch.nan)
+    with pytest.raises(RuntimeError, match="task needle, row 180-0-0: the logits of new token 1, right after"):
+        run_tasks(run.engine, run.tasks)
+    plan = replace(run.tasks, jobs=[job for job in run.tasks.jobs if job.task.name == "fidelity"])
+    with pytest.raises(RuntimeError, match="task fidelity, row 100-0: the logits of token 1 of the continuation are"):
+        run_tasks(run.engine, plan)

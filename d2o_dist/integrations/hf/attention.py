@@ -1,4 +1,4 @@
-"""`attn_implementation="d2o"`: attention through a `D2OCache` when there is one, plain attention otherwise.
+"""`attn_implementation="d2o"`: attention through a `D2OCache` when there is one, what `sdpa` computes otherwise.
 
 Shape legend: B rows, Hq query heads, Hkv key/value heads, n queries, S keys, D head dim.
 """
@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from d2o_dist.core.autocast import without_autocast
-from d2o_dist.integrations.hf.guards import ATTENTION_NAME, check_plain_softmax
-from d2o_dist.integrations.hf.packed import by_document, document_lengths
+from d2o_dist.integrations.hf.guards import ATTENTION_NAME, check_arguments
+from d2o_dist.integrations.hf.masks import LazyMask, make_mask
+from d2o_dist.integrations.hf.packed import by_document, document_lengths, lengths_of
 
 # `D2OCache.update` hands the keys on with this attribute, through which the attention function finds its cache.
 CACHE_TAG = "d2o_cache"
+# What sdpa computes with, besides queries, keys, values, mask, dropout and scale.
+_OF_SDPA = ("is_causal", "position_bias")
+# What sdpa leaves alone, rightly: its mask says it.
+_IN_THE_MASK = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 def d2o_attention(
@@ -32,95 +38,127 @@ def d2o_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: query [B, Hq, n, D] -> (output [B, n, Hq, D], None).
 
-    Without a cache, position ids that restart in an unpadded row begin another document, which attends to itself only.
-
     Raises:
-        ValueError: a 4D mask, soft-capped logits, learned sinks; training with a compressed cache.
+        ValueError: arguments that neither `sdpa` nor a cache can honour, such as soft-capped logits or learned sinks.
+            With a cache also: gradients, dropout, and attention that is not causal.
     """
-    check_plain_softmax(kwargs)
-    if attention_mask is not None and attention_mask.dim() != 2:
-        shape = tuple(attention_mask.shape)
-        raise ValueError(f"d2o attention takes a 2D padding mask [B, T], not one of shape {shape}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     cache = getattr(key, CACHE_TAG, None)
+    if cache is None:
+        check_arguments(kwargs, (*_OF_SDPA, *_IN_THE_MASK), "d2o attention")
+        return exact_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs), None
+    check_arguments(kwargs, ("is_causal",), "a D2OCache")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        raise ValueError("a D2OCache does not carry gradients: run the model under torch.no_grad()")
+    if dropout:
+        raise ValueError(f"attention dropout ({dropout}) cannot be used with a compressed cache: call model.eval()")
+    padding = padding_of(attention_mask, cache.pending_window)
+    check_causal(module, kwargs, "a D2OCache attends causally")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):
         # Positions are added in float32 there, so that queries and keys are no longer what values are.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if cache is None:
-        window = kwargs.get("sliding_window")
-        documents = None
-        if key.shape[2] == query.shape[2] and (attention_mask is None or bool(attention_mask.all())):
-            documents = document_lengths(kwargs.get("position_ids"), query.shape[0], query.shape[2])
-        if documents is None:
-            out = plain_attention(query, key, value, attention_mask, scale, dropout, window)
-        else:
-
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return plain_attention(q, k, v, None, scale, dropout, window)
-
-            out = by_document(attend, query, key, value, documents)
-    else:
-        if module.training and torch.is_grad_enabled():
-            raise ValueError("a D2OCache does not carry gradients: call model.eval(), or run under torch.no_grad()")
-        if dropout:
-            raise ValueError(f"attention dropout ({dropout}) cannot be used with a compressed cache: call model.eval()")
-        with torch.no_grad(), without_autocast():
-            out = cache.attend(module, query, key, value, scale, attention_mask)
+    with torch.no_grad(), without_autocast():
+        out = cache.attend(module, query, key, value, scale, padding, kwargs.get("position_ids"))
     return out.transpose(1, 2), None
 
 
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float, window: int | None
-) -> Tensor:
-    """Exact causal attention without a compressed cache; the last query sees the last key.
+def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether queries see the keys before them only, where there is no mask: as `sdpa` decides it."""
+    given = kwargs.get("is_causal")
+    return getattr(module, "is_causal", True) if given is None else given
+
+
+def check_causal(module: nn.Module, kwargs: dict[str, Any], what: str) -> None:
+    """Refuse attention that is not causal, where `what` says that it must be."""
+    if not is_causal(module, kwargs):
+        raise ValueError(f"{what}, but {type(module).__name__} says is_causal=False: which of them holds is not known")
+
+
+def padding_of(mask: Tensor | None, window: int | None) -> Tensor | None:
+    """The 2D padding mask in what a model hands to attention; None: no padding.
 
     Args:
-        mask: 2D [B, >= S] padding mask or None; window: keys a query sees, itself included, or None.
-    """
-    length, held = query.shape[2], key.shape[2]
-    padded = mask is not None and not bool(mask.all())
-    if not padded and held == length and (window is None or window >= held):
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=length > 1, scale=scale, dropout_p=dropout, enable_gqa=True
-        )
-    queries = torch.arange(held - length, held, device=query.device)[:, None]
-    keys = torch.arange(held, device=query.device)
-    allowed = keys <= queries
-    if window is not None:
-        allowed = allowed & (keys > queries - window)
-    allowed = allowed[None, None]
-    if padded:
-        # A padding query sees itself, so that its softmax is defined; nobody reads its output.
-        allowed = (allowed & mask[:, None, None, -held:].bool()) | (keys == queries)
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed, scale=scale, dropout_p=dropout, enable_gqa=True
-    )
-
-
-def hand_on_padding_mask(
-    *args: Any,
-    q_length: int | None = None,
-    kv_length: int = 0,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask function that transformers calls: the 2D padding mask as it is; causality needs no tensor.
+        window: of the layer, in its cache.
 
     Raises:
-        ValueError: a cache of static size, whose keys end in slots that are not filled yet.
+        ValueError: a mask that is not causal, has another window, or is not known.
     """
-    if q_length is not None and kv_length + kv_offset > int(q_offset) + q_length:
+    if mask is None or mask.dim() == 2:
+        return mask
+    if not isinstance(mask, LazyMask):
+        raise ValueError(f"a D2OCache takes a 2D padding mask [B, T], not one of shape {tuple(mask.shape)}")
+    if mask.may_be_changed:
+        raise ValueError("a D2OCache attends causally, but the model takes parts of its mask, and may have changed it")
+    if mask.pattern is None:
         raise ValueError(
-            f"the cache hands out {kv_length} keys, but only {int(q_offset) + q_length} tokens were seen: caches of "
-            "static size are not supported by d2o attention; use D2OCache or DynamicCache"
+            f"a D2OCache attends causally, but the model's mask is made by {mask.names}: images and prefixes that "
+            "attend to themselves, and chunks, are not supported"
         )
-    return attention_mask
+    if mask.pattern.window != window:
+        raise ValueError(
+            f"the model's mask has a window of {mask.pattern.window}, but its configuration has {window} for this layer"
+        )
+    if mask.pattern.documents is not None:
+        raise ValueError("a D2OCache cannot hold packed documents: give each a row of its own")
+    return mask.padding
+
+
+def exact_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
+    dropout: float, kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Attention without a compressed cache, as `sdpa` computes it: [B, n, Hq, D].
+
+    Packed rows are attended to document by document, without a mask of all pairs. Without a mask (sequence parallel
+    engines give none), position ids that restart tell the documents, and `sliding_window` holds.
+
+    Raises:
+        ValueError: a 2D mask, which no mask function of transformers makes for this attention; a causal mask for a
+            module that is not.
+    """
+    documents = window = None
+    if isinstance(mask, LazyMask):
+        if not mask.may_be_changed and mask.pattern is not None and mask.pattern.documents is not None:
+            documents, window = lengths_of(mask.pattern.documents), mask.pattern.window
+    elif mask is not None and mask.dim() != 4:
+        raise ValueError(f"d2o attention takes a mask [B, 1, n, S], not one of shape {tuple(mask.shape)}")
+    elif mask is None and is_causal(module, kwargs) and key.shape[2] == query.shape[2]:
+        documents = document_lengths(kwargs.get("position_ids"), query.shape[0], query.shape[2])
+        window = kwargs.get("sliding_window")
+        if documents is None and window is not None and window < key.shape[2]:
+            documents = [[key.shape[2]]] * query.shape[0]
+    if documents is None or kwargs.get("position_bias") is not None:
+        if isinstance(mask, LazyMask):
+            mask = mask.of("sdpa")
+            if mask is None and query.shape[2] > 1 and kwargs.get("is_causal") is None:
+                check_causal(module, kwargs, "the model's mask is causal")
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(q, k, v, scaling, dropout, window)
+
+    return by_document(attend, query, key, value, documents).transpose(1, 2)
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float, window: int | None
+) -> Tensor:
+    """Exact causal attention of n queries to their n keys: [B, Hq, n, D].
+
+    Args:
+        window: keys a query sees, itself included, or None.
+    """
+    length, mask = query.shape[2], None
+    if window is not None and window < length:
+        place = torch.arange(length, device=query.device)
+        mask = (place <= place[:, None]) & (place > place[:, None] - window)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=True
+    )
 
 
 def register() -> None:
     """Make `attn_implementation="d2o"` known to transformers. Registering twice does no harm."""
     AttentionInterface.register(ATTENTION_NAME, d2o_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, hand_on_padding_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, make_mask)

@@ -22,8 +22,10 @@ from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.integrations.hf.attention import CACHE_TAG
-from d2o_dist.integrations.hf.guards import check_attention, layer_windows, text_config
+from d2o_dist.integrations.hf.ended import EndedRows
+from d2o_dist.integrations.hf.guards import check_attention, check_interface, layer_windows, text_config
 from d2o_dist.integrations.hf.heads import request_ranks
+from d2o_dist.integrations.hf.rope import BORDER, check_side, is_let_go_of, rope_border
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.score import Reread
 
@@ -136,8 +138,8 @@ class D2OCache(Cache):
         counter: where the traffic between ranks is counted.
 
     Raises:
-        ValueError: a model whose attention is not `d2o`, that has layers of an unsupported kind, a budget that
-            this model's layers cannot have, or heads that the ranks cannot share.
+        ValueError: a model whose attention is not or cannot be `d2o`, that has layers of an unsupported kind, a budget
+            that this model's layers cannot have, or heads that the ranks cannot share.
     """
 
     def __init__(
@@ -152,8 +154,12 @@ class D2OCache(Cache):
             raise ValueError(f"d2o must be a D2OConfig, not {type(d2o).__name__}")
         self.model_config = text_config(config)
         check_attention(self.model_config)
+        check_interface(self.model_config)
         self.ranks = request_ranks(self.model_config, mesh, parallel, counter)
         self.compressed = CompressedCache(d2o or D2OConfig(), layer_windows(self.model_config), self.ranks)
+        self._border, self._is_true = rope_border(config), not is_let_go_of(config)
+        # Tokens of the longest text that a forward had positions for.
+        self._longest = 0
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._pending: int | None = None
         self._shape: tuple[Any, ...] | None = None
@@ -163,6 +169,10 @@ class D2OCache(Cache):
     def d2o(self) -> D2OConfig:
         """The configuration of the compression."""
         return self.compressed.config
+
+    def __bool__(self) -> bool:
+        """False for models whose `generate` asks `if past_key_values` only to let go of the cache; True for others."""
+        return self._is_true
 
     def __repr__(self) -> str:
         return f"D2OCache(seen={self.compressed.num_seen}, phase={self.compressed.phase}, layers={self.layers})"
@@ -190,6 +200,11 @@ class D2OCache(Cache):
         setattr(tagged, CACHE_TAG, self)
         return tagged, value_states
 
+    @property
+    def pending_window(self) -> int | None:
+        """The window of the layer whose keys were announced; None: full attention, or no such layer."""
+        return None if self._pending is None else self.compressed.windows[self._pending]
+
     def _check_shape(self, keys: Tensor, layer_idx: int) -> None:
         if layer_idx >= len(self.layers):
             raise ValueError(f"layer {layer_idx} uses the cache, but it was made for {len(self.layers)} layers")
@@ -211,17 +226,30 @@ class D2OCache(Cache):
             )
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
-    ) -> Tensor:
-        """Called by d2o attention: store the announced keys and values, and attend: [B, Hq, n, D]."""
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Called by d2o attention: store the announced keys and values, and attend: [B, Hq, n, D].
+
+        Args:
+            mask: 2D, of all columns; positions: the position ids of the new ones. None says nothing.
+        """
         layer, self._pending = self._pending, None
         if layer is None:
             raise ValueError("d2o attention met keys of this cache that were not announced by update()")
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
+        if layer == 0 and self._border is not None and positions is not None and not self.compressed.step_announced:
+            self._check_side(int(positions.max()) + 1)
         # Detached: a slot must not keep the graph of the forward that made it alive. The tag is gone too.
-        return self.compressed.attend(layer, query, key.detach(), value.detach(), scale, mask)
+        return self.compressed.attend(layer, query, key.detach(), value.detach(), scale, mask, positions)
+
+    def _check_side(self, length: int) -> None:
+        """Of a forward with positions below `length`: it must be on the side of the model's border that all are on."""
+        if self.compressed.num_seen_columns:
+            check_side(self._border, min(length, self._longest), max(length, self._longest))
+        self._longest = max(length, self._longest)
 
     def with_config(self, d2o: D2OConfig) -> D2OCache:
         """A copy of a cache that has read a prompt and compressed nothing yet, to be compressed as `d2o` says.
@@ -243,6 +271,7 @@ class D2OCache(Cache):
 
         See `CompressedCache.begin_step`. A forward without it is a decode step all the same.
         """
+        self._check_side(max(self.compressed.num_seen, default=0) + 1)
         return self.compressed.begin_step(present)
 
     def end_step(self) -> None:
@@ -288,6 +317,7 @@ class D2OCache(Cache):
         if lengths != seen:
             raise ValueError(f"the prompts to read a second time have {lengths} tokens, but the cache has seen {seen}")
         last = max(count + min(count, chunk) for count in seen)
+        check_side(self._border, max(seen), last)
         limit = getattr(self.model_config, "max_position_embeddings", None)
         if limit is not None and last > limit:
             raise ValueError(
@@ -315,15 +345,22 @@ class D2OCache(Cache):
             input_ids: [B, n] int64; attention_mask: [B, n] of this chunk alone, 0 marks padding; None: no padding.
 
         Raises:
-            ValueError: a chunk without a token, or of another batch size than the cache's.
+            ValueError: a chunk without a token, or of another batch size than the cache's; with sequence ranks, a text
+                beyond the border of `longrope`.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask {tuple(mask.shape)} must have input_ids' shape {tuple(input_ids.shape)}")
-        deal = self.compressed.deal(mask.bool().sum(1).tolist())
+        counts, seen = mask.bool().sum(1).tolist(), self.compressed.num_seen or [0] * len(mask)
+        length = max(map(sum, zip(seen, counts, strict=False)), default=0)
+        if self._border is not None and self.ranks.sp.size > 1 and length > self._border:
+            raise ValueError(
+                f"sp ({self.ranks.sp.size}) cannot read a text of {length} tokens, beyond {BORDER} ({self._border}): a "
+                "rank that has none of the tokens beyond would turn its own otherwise. Use sp 1"
+            )
+        deal = self.compressed.deal(mask)
         ids = input_ids.new_zeros(input_ids.shape[0], deal.width)
         positions = torch.zeros_like(ids)
-        seen = self.compressed.num_seen or [0] * len(ids)
         for row, one in enumerate(deal.maps):
             mine = one.indices(deal.rank, ids.device)
             here = slice(deal.width - len(mine), None)
@@ -361,6 +398,19 @@ class D2OCache(Cache):
         self.compressed.reset()
         self._modules.clear()
         self._pending = self._shape = None
+        self._longest = 0
+
+    def ended_rows(self, eos_token_id: int | Sequence[int], pad_token_id: int) -> EndedRows:
+        """For `generate(..., stopping_criteria=[cache.ended_rows(eos, pad)])` of a batch that goes on to a next turn.
+
+        `generate` feeds padding to rows that have ended, and says that it is tokens. So told, the cache leaves it out,
+        and the mask of the next turn, with zeros there, agrees with what the cache has seen. It stops nothing. Make one
+        for each call.
+
+        Args:
+            eos_token_id, pad_token_id: those that `generate` uses: of `model.generation_config`, or of the call.
+        """
+        return EndedRows(self.compressed, eos_token_id, pad_token_id)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refused: evicted tokens cannot be brought back."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import transformers
 from packaging.version import Version
+from torch import Tensor
+from transformers import MODEL_MAPPING
 
 MINIMUM = "5.17"
 ATTENTION_NAME = "d2o"
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Arguments of an attention function that change nothing in what it computes. Windows and documents are in the mask.
+HARMLESS = frozenset({
+    "position_ids", "sliding_window", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
+    "return_dict", "num_items_in_batch", "deterministic",
+})  # fmt: skip
 
 
 def check_version() -> None:
@@ -71,12 +79,34 @@ def check_attention(config: Any) -> None:
         )
 
 
-def check_plain_softmax(kwargs: dict[str, Any]) -> None:
-    """Refuse attention that is not a plain softmax.
+def check_interface(config: Any) -> None:
+    """Refuse a type of model whose layers attend by themselves, whatever attention is asked for.
+
+    Types that transformers does not know by their configuration are noticed by the cache later.
 
     Raises:
-        ValueError: soft-capped logits or learned sinks.
+        ValueError: names the type.
     """
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attention with {name} ({kwargs[name]}) is not supported by d2o")
+    known = MODEL_MAPPING.get(type(config), None)
+    for model in known if isinstance(known, (tuple, list)) else [known]:
+        uses_interface = getattr(model, "_can_set_attn_implementation", None)
+        if uses_interface is not None and not uses_interface():
+            raise ValueError(
+                f"{config.model_type}: {model.__name__} does not use transformers' attention interface, so a D2OCache "
+                "cannot serve it: use another cache"
+            )
+
+
+def check_arguments(kwargs: dict[str, Any], honoured: Iterable[str], who: str) -> None:
+    """Refuse arguments of an attention function that would be dropped: they may change what it should compute.
+
+    Args:
+        honoured: names that are computed with; who: what does not know the others.
+
+    Raises:
+        ValueError: names the arguments.
+    """
+    for name, value in kwargs.items():
+        if value is not None and name not in HARMLESS and name not in honoured:
+            shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"the model's attention has {name} ({shown}), which {who} does not support")

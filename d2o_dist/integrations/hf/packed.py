@@ -27,11 +27,22 @@ def document_lengths(position_ids: Tensor | None, batch: int, length: int) -> li
     starts = position_ids[:, 1:] <= position_ids[:, :-1]
     if not bool(starts.any()):
         return None
+    lengths = _lengths(starts)
+    return lengths * batch if len(lengths) == 1 and batch > 1 else lengths
+
+
+def lengths_of(documents: Tensor) -> list[list[int]]:
+    """Per row the lengths of its documents; documents: [B, T] int64, the number of the one each token belongs to."""
+    return _lengths(documents[:, 1:] != documents[:, :-1])
+
+
+def _lengths(starts: Tensor) -> list[list[int]]:
+    """Per row the lengths of its documents; starts: [B, T - 1] bool, whether one begins at each token but the first."""
     lengths = []
     for row in starts.cpu():
-        edges = [0, *(row.nonzero().flatten() + 1).tolist(), length]
+        edges = [0, *(row.nonzero().flatten() + 1).tolist(), len(row) + 1]
         lengths.append([end - start for start, end in zip(edges, edges[1:], strict=False)])
-    return lengths * batch if len(lengths) == 1 and batch > 1 else lengths
+    return lengths
 
 
 def by_document(attend: Attend, q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Sequence[int]]) -> Tensor:

@@ -1,0 +1,144 @@
+"""The mask function of `attn_implementation="d2o"`: what the model's mask says, and the mask itself where it is read.
+
+Shape legend: B rows, n queries, S keys, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
+
+# Functions of transformers whose masks are read here; of another version some may be missing, and are then not read.
+_PACKED = ("packed_sequence_mask_function", "remap_positions_for_packed_sequence")
+_SLIDING = ("sliding_window_overlay", "causal_mask_function")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A causal mask.
+
+    Attributes:
+        window: keys that a query sees, itself included; None: all before it.
+        documents: [B, T] int64, the number of the document that each token of a packed row belongs to; None: one.
+    """
+
+    window: int | None = None
+    documents: Tensor | None = None
+
+
+def read_pattern(mask_function: Callable[..., Any]) -> Pattern | None:
+    """What a mask function of transformers allows; None: something that is not causal, or not only."""
+    name, held = _parts(mask_function)
+    if name == "causal_mask_function":
+        return Pattern()
+    if name != "and_masks":
+        return None
+    parts = [_parts(part) for part in held["mask_functions"]]
+    names = tuple(part for part, _ in parts)
+    if names == _SLIDING:
+        return Pattern(window=parts[0][1]["sliding_window"])
+    if names == _PACKED:
+        inner = read_pattern(parts[1][1]["mask_function"])
+        return None if inner is None else replace(inner, documents=parts[0][1]["packed_sequence_mask"])
+    return None
+
+
+def names_of(mask_function: Callable[..., Any]) -> Iterator[str]:
+    """Names of the functions that a mask function is put together from."""
+    name, held = _parts(mask_function)
+    inner = held.get("mask_functions", ()) if name in ("and_masks", "or_masks") else ()
+    if not inner:
+        yield name
+    for part in inner:
+        yield from names_of(part)
+
+
+def _parts(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the function, or of the one that made it, and what it holds; a foreign one gives its full name."""
+    name = getattr(function, "__qualname__", repr(function)).split(".<locals>")[0]
+    if getattr(function, "__module__", None) != masking_utils.__name__:
+        return f"{getattr(function, '__module__', '?')}.{name}", {}
+    names = function.__code__.co_freevars
+    return name, dict(zip(names, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
+
+
+class LazyMask(Tensor):
+    """The mask [B, 1, n, S] that `eager` attention is given, made only where somebody computes with it.
+
+    d2o attention needs no such tensor: it asks for the padding and the pattern. Layers that do not use the attention
+    interface, and models that change their masks, find what they would find with `eager`.
+
+    Attributes:
+        padding: 2D [B, T] bool, False marks padding; None: no padding.
+        pattern: of a mask that is made causal; None: of another.
+        may_be_changed: whether it was written to, or a view of it was taken, through which it may have been.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, arguments: dict[str, Any]) -> LazyMask:
+        """arguments: what a mask function of transformers is called with."""
+        shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+        dtype, device = arguments.get("dtype", torch.float32), arguments.get("device", "cpu")
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        mask.padding = arguments.get("attention_mask")
+        mask.pattern = read_pattern(arguments["mask_function"])
+        mask.may_be_changed, mask._arguments, mask._made = False, arguments, {}
+        return mask
+
+    def __repr__(self) -> str:
+        return f"LazyMask({tuple(self.shape)}, {self.pattern})"
+
+    @property
+    def names(self) -> str:
+        """The functions of the model that the mask is put together from."""
+        return ", ".join(names_of(self._arguments["mask_function"]))
+
+    def of(self, attention: str) -> Tensor | None:
+        """The mask that transformers makes for this attention: "sdpa" [B, 1, n, S] bool, or None where `is_causal` or
+        nothing will do; "eager" [B, 1, n, S] in the dtype of the model, to be added to logits."""
+        attention = "eager" if self.may_be_changed else attention
+        if attention not in self._made:
+            make = {"sdpa": masking_utils.sdpa_mask, "eager": masking_utils.eager_mask}[attention]
+            self._made[attention] = make(**self._arguments)
+        return self._made[attention]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments, results = func._schema.arguments, func._schema.returns
+        shared = any(one.alias_info is not None for one in (*arguments, *results))
+
+        def made(mask: LazyMask) -> Tensor:
+            tensor = mask.of("eager")
+            mask.may_be_changed |= shared
+            return tensor
+
+        args, kwargs = tree_map_only(LazyMask, made, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def make_mask(**arguments: Any) -> Tensor | None:
+    """The mask function that transformers calls: a `LazyMask`, or None where `eager` attention gets none.
+
+    Raises:
+        ValueError: a causal mask over a cache of static size, whose keys end in slots that are not filled yet.
+    """
+    arguments.setdefault("mask_function", masking_utils.causal_mask_function)
+    if arguments.get("allow_is_bidirectional_skip") and masking_utils.sdpa_mask(**arguments) is None:
+        return None
+    # A causal query sees no key after itself, so a model has none to offer; of an encoder it may have any number.
+    keys = arguments["kv_length"] + arguments.get("kv_offset", 0)
+    seen = int(arguments.get("q_offset", 0)) + arguments["q_length"]
+    if keys > seen and "causal_mask_function" in names_of(arguments["mask_function"]):
+        raise ValueError(
+            f"the cache hands out {keys} keys, but only {seen} tokens were seen: caches of static size are not "
+            "supported by d2o attention; use D2OCache or DynamicCache"
+        )
+    return LazyMask(arguments)

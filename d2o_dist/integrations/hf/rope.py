@@ -1,0 +1,44 @@
+"""Rotary embeddings that turn a text's tokens otherwise once it is long: what is held was turned for the shorter text.
+
+`longrope` (Phi-3, Phi-4) has two sets of factors, and takes the second for a whole forward if one position in it lies
+beyond `original_max_position_embeddings`. transformers lets go of a cache there, and reads the text again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from d2o_dist.integrations.hf.guards import rope_types, text_config
+
+BORDER = "original_max_position_embeddings"
+
+
+def rope_border(model_config: Any) -> int | None:
+    """Tokens of the longest text that `longrope` turns by its first factors; None for models without it."""
+    config = text_config(model_config)
+    if "longrope" not in rope_types(config):
+        return None
+    return getattr(config, BORDER, None) or config.rope_parameters[BORDER]
+
+
+def is_let_go_of(model_config: Any) -> bool:
+    """Whether the model's `generate` may let go of a cache that is true, at the border: it asks `if past_key_values`,
+    and of the configuration only whether it has a border, whatever the kind of its embedding."""
+    return any(hasattr(config, BORDER) for config in (model_config, text_config(model_config)))
+
+
+def check_side(border: int | None, seen: int, length: int) -> None:
+    """Refuse a forward on the other side of the border than what was seen.
+
+    Args:
+        seen: tokens of the longest text seen; length: that text with the forward's tokens.
+
+    Raises:
+        ValueError: names both, and the border.
+    """
+    if border is not None and 0 < seen <= border < length:
+        raise ValueError(
+            f"the text would grow from {seen} to {length} tokens, beyond {BORDER} ({border}), where this model's "
+            "longrope turns all tokens otherwise, also those that were read. Stay below it, or read a text that is "
+            "longer from the start, in one piece and into a new cache"
+        )
