@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from d2o_dist.cache import evictions, plans
 from d2o_dist.comm import build_mesh
-from d2o_dist.compression import shard_evict, shard_finalize
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session
 from d2o_dist.integrations.tensor_parallel import shard_model
+from d2o_dist.policy.score import SCORES
 from tests.engine.tiny import Numbers
 from tests.models import VOCABULARY, tiny_model
 from tests.sharded.play import budgeted, thresholds_of
@@ -42,10 +41,9 @@ def coarse(ranking: torch.Tensor) -> torch.Tensor:
 
 
 def tie_ranks(change) -> None:
-    """Let slots of this process rank by `change` of a coarse rank, wherever it is asked for."""
-    for module in (evictions, plans, shard_finalize, shard_evict):
-        original = module.rank_scores
-        module.rank_scores = lambda *args, _of=original, **kwargs: change(coarse(_of(*args, **kwargs)))
+    """Let slots of this process rank by `change` of a coarse rank, whatever the rule."""
+    for rule in SCORES.values():
+        rule.rank = lambda self, *args, _of=rule.rank: change(coarse(_of(self, *args)))
 
 
 def repeated(length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
