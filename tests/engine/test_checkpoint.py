@@ -51,7 +51,7 @@ DOES_NOT_FIT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "change", "message"), DOES_NOT_FIT, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("fields", "change", "message"), DOES_NOT_FIT, ids=[case[-1][:40] for case in DOES_NOT_FIT])
 def test_keys_that_do_not_fit_are_named_and_counted(tmp_path, heard, fields, change, message):
     config = rewrite(make_folder(tmp_path / "m"), change, **fields)
     with pytest.raises(ValueError) as caught:
