@@ -71,7 +71,8 @@ class D2OConfig:
         exact_total: water-fill the layers so that the total is exactly what was asked for; only `min_layer_tokens` can
             exceed it.
         min_layer_ratio: no layer's ratio falls below this, or below that of all where `keep_tokens` makes it smaller.
-        min_layer_tokens: a layer gets at least so many slots, or as many as the prompt has tokens, whatever the ratio.
+        min_layer_tokens: a layer gets at least so many slots, whatever the ratio or `keep_tokens`. A prompt of fewer
+            tokens may grow to it while decoding.
         protected_layers: layers that keep everything; negative indices count from the last layer.
 
     Which tokens:
@@ -127,7 +128,7 @@ class D2OConfig:
     pyramid_beta: float = 20.0
     exact_total: bool = True
     min_layer_ratio: float = 0.01
-    min_layer_tokens: int = 32
+    min_layer_tokens: int = 256
     protected_layers: tuple[int, ...] = ()
     heavy_fraction: float = 0.8
     num_sink_tokens: int = 4

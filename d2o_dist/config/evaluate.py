@@ -20,6 +20,7 @@ from d2o_dist.config.presets import PRESETS
 QUESTIONS = ("visible", "hidden")
 EVAL_TRUNCATIONS = ("middle", "error")
 FULL = "full"
+MINIMUM = "min_layer_tokens"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class EvalConfig:
             fields.
         methods: presets by name, or mappings of `name`, `preset` and fields. `full` is always run, and comes first.
         keep_ratios, keep_tokens: the budgets; every method but `full` runs at each of them.
+        min_layer_tokens: of methods that name none, by themselves or in their preset; null: the default's. A small one
+            compares methods at the ratios that are asked for, also on short prompts.
         reference: one of the methods; tables show how far each other one is from it, row by row, at the same budget.
         question: whether the question is `visible` when the cache is compressed, or `hidden`: read afterwards.
         chat_template, system_prompt: as in `InferConfig`; `auto`: where the tokenizer has a template and the task
@@ -70,6 +73,7 @@ class EvalConfig:
     methods: tuple[Mapping[str, Any], ...] = ("d2o", "snapkv")
     keep_ratios: tuple[float, ...] = ()
     keep_tokens: tuple[int, ...] = ()
+    min_layer_tokens: int | None = None
     reference: str | None = None
     question: str = "visible"
     tokenizer: str | None = None
@@ -115,6 +119,8 @@ class EvalConfig:
         check_int("batch_size", self.batch_size, low=1)
         check_int("max_batch_tokens", self.max_batch_tokens, low=1)
         check_int("seed", self.seed, low=0)
+        if self.min_layer_tokens is not None:
+            check_int(MINIMUM, self.min_layer_tokens, low=0)
         if not isinstance(self.parallel, ParallelConfig):
             raise ValueError(f"parallel must be a ParallelConfig, not {type(self.parallel).__name__}")
         if self.reference is not None:
@@ -146,6 +152,8 @@ class EvalConfig:
         for fields in others:
             fields = dict(fields)
             name = fields.pop("name")
+            if self.min_layer_tokens is not None and MINIMUM not in PRESETS.get(fields.get("preset"), {}):
+                fields.setdefault(MINIMUM, self.min_layer_tokens)
             for size, value, shown in sizes:
                 try:
                     expanded.append(Method(name, shown, D2OConfig.from_dict({**fields, size: value})))

@@ -20,6 +20,8 @@ _PAPER = {
     "max_decode_tail": None,
     "gate": "threshold",
 }
+# Neither the paper nor its code holds short prompts above the ratio.
+_PAPER_RULES = {**_PAPER, "min_layer_tokens": 32}
 _BASELINE = {**_PAPER, "allocation": "uniform", "merge": "none"}
 _MASS = {
     **_PAPER,
@@ -37,10 +39,10 @@ _REACH = {**_SPAN, "selection_reach": 20.0, "max_decode_tail": 16}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "d2o": {},
-    "paper": {**_PAPER, "dispersion": "raw", "eviction_interval": 1},
-    "paper_minmax": _PAPER,
+    "paper": {**_PAPER_RULES, "dispersion": "raw", "eviction_interval": 1},
+    "paper_minmax": _PAPER_RULES,
     "released": {
-        **_PAPER,
+        **_PAPER_RULES,
         "dispersion": "heads_minmax",
         "exact_total": False,
         "protected_layers": (0, 1, -1),

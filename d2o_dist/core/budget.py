@@ -106,7 +106,8 @@ def layer_slots(log_weights: Sequence[float], num_tokens: int, config: D2OConfig
     """Slots `S_l` of each layer for a row that has seen `num_tokens` tokens.
 
     A protected layer gets `num_tokens` and is never evicted. With `exact_total` the sum is
-    `floor(keep_ratio * L * T)`, except that short prompts are not squeezed below `min_layer_tokens` a layer.
+    `floor(keep_ratio * L * T)`, except that no layer gets less than `min_layer_tokens`: a prompt of fewer
+    may grow to it while decoding.
 
     Raises:
         ValueError: `keep_tokens` is exceeded by what the protected layers keep.
@@ -146,5 +147,4 @@ def layer_slots(log_weights: Sequence[float], num_tokens: int, config: D2OConfig
         shares = [math.exp(w) * num_layers * ratio for w in log_weights]
         ratios = [min(max(share, lo), 1.0) for share, lo in zip(shares, low, strict=True)]
         slots = [floor_tokens(r * base) for r in ratios]
-    floor = min(num_tokens, config.min_layer_tokens)
-    return [max(s, floor) for s in slots]
+    return [max(s, config.min_layer_tokens) for s in slots]

@@ -61,7 +61,7 @@ def run_case(objective: str, length: int, checkpointing: bool, keep_ratio: float
         ids = torch.randint(SHAPE["vocab_size"], (tokens,)).numpy()
         context = None if objective == "lm" else int(tokens * CONTEXT_FRACTION)
         batch = make_batch([make_row([(ids, ids >= 0)])], context, 0, 1, device)
-        extra = {} if objective == "lm" else {"d2o": D2OConfig(keep_ratio=keep_ratio)}
+        extra = {} if objective == "lm" else {"d2o": D2OConfig(keep_ratio=keep_ratio, min_layer_tokens=32)}
         started, cpu_started = time.perf_counter(), time.process_time()
         engine.micro_step(objective, **batch.arguments, **extra, counts=batch.counts)
         engine.update(1e-5)

@@ -16,9 +16,9 @@ FIELDS = (
     "selection_reach", "max_decode_tail", "ema_beta", "threshold_agg", "eviction_interval", "min_layer_tokens",
 )  # fmt: skip
 PAPER = ("dynamic", "layer", "layers_minmax", -1, 1.0, True, (), 0.75, "cumulative", 7, "both", "keys_values", "kept",
-         "threshold", None, None, 0.7, "max", 16, 32)  # fmt: skip
+         "threshold", None, None, 0.7, "max", 16, 256)  # fmt: skip
 MASS = ("dynamic", "layer", "log_zscore", 1, 3.3, True, (), 0.8, "window", 7, "both", "mass", "tail", "quantile", None,
-        None, 0.7, "max", 16, 32)  # fmt: skip
+        None, 0.7, "max", 16, 256)  # fmt: skip
 
 
 def but(base: tuple, **changes) -> tuple:
@@ -34,11 +34,12 @@ EXPECTED = {
     "reach": D2O,
     "lean": but(D2O, allocation="uniform"),
     "mass": MASS,
-    "paper_minmax": PAPER,
-    "paper": but(PAPER, dispersion="raw", eviction_interval=1),
+    "paper_minmax": but(PAPER, min_layer_tokens=32),
+    "paper": but(PAPER, dispersion="raw", eviction_interval=1, min_layer_tokens=32),
     "released": but(
         PAPER, dispersion="heads_minmax", exact_total=False, protected_layers=(0, 1, -1), heavy_fraction=0.5,
         ema_beta=0.5, threshold_agg="mean", eviction_interval=1, merge="released",
+        min_layer_tokens=32,
     ),
     "reread": but(
         PAPER, allocation="ranked", budget_per="head", selection="reread", heavy_fraction=0.8, min_layer_tokens=16,

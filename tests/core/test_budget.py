@@ -77,15 +77,19 @@ def test_remainders_go_to_the_largest_then_to_the_lower_layer():
     assert layer_slots([0.0], 100, config) == [29]
 
 
-def test_short_prompts_are_not_squeezed():
+def test_short_prompts_are_not_squeezed_and_may_grow():
     config = D2OConfig(keep_ratio=0.1, allocation="uniform")
-    assert layer_slots([0.0] * 2, 20, config) == [20, 20]
-    assert layer_slots([0.0] * 2, 100, config) == [32, 32]
-    assert layer_slots([0.0] * 2, 1000, config) == [100, 100]
+    assert [layer_slots([0.0] * 2, count, config) for count in (20, 1000, 5000)] == [[256] * 2, [256] * 2, [500] * 2]
+    assert layer_slots(log_softmax([0.0, 9.0]), 5000, config) == [256, 950]
+    small = config.replace(min_layer_tokens=32)
+    assert [layer_slots([0.0] * 2, count, small) for count in (20, 100, 1000)] == [[32] * 2, [32] * 2, [100] * 2]
+    heads = D2OConfig.preset("reread", keep_ratio=0.1)
+    assert layer_slots([0.0] * 4, 20, heads) == [16] * 4
+    assert layer_slots([0.0] * 2, 20, D2OConfig(keep_tokens=64)) == [256] * 2
 
 
 def test_absolute_budgets():
-    config = D2OConfig(keep_tokens=64, allocation="uniform")
+    config = D2OConfig(keep_tokens=64, allocation="uniform", min_layer_tokens=32)
     assert layer_slots([0.0] * 3, 50, config) == [64] * 3
     assert layer_slots([0.0] * 3, 100_000, config) == [64] * 3
     uneven = layer_slots(log_softmax([0.0, 1.0, 2.0]), 500, config.replace(min_layer_tokens=0))

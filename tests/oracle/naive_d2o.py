@@ -112,6 +112,7 @@ def _choice(name: str, value: Any, choices: tuple) -> None:
 
 
 # Section 6. The `paper_minmax` preset is the defaults.
+_ROOM = {"min_layer_tokens": 256}  # of all but the paper's and the released rules
 PRESETS: dict[str, dict[str, Any]] = {
     "paper_minmax": {},
     "paper": {"dispersion": "raw", "eviction_interval": 1},
@@ -126,6 +127,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "merge": "released",
     },
     "mass": {
+        **_ROOM,
         "selection": "window",
         "dispersion": "log_zscore",
         "dispersion_sign": 1,
@@ -135,11 +137,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "merge_targets": "tail",
         "gate": "quantile",
     },
-    "full": {"keep_ratio": 1.0, "allocation": "uniform", "merge": "none", "eviction_interval": None},
-    "streaming": {"selection": "recent", "allocation": "uniform", "merge": "none"},
-    "h2o": {"selection": "cumulative", "allocation": "uniform", "heavy_fraction": 0.5, "merge": "none"},
-    "snapkv": {"selection": "window", "allocation": "uniform", "merge": "none"},
-    "pyramidkv": {"selection": "window", "allocation": "pyramid", "merge": "none"},
+    "full": {**_ROOM, "keep_ratio": 1.0, "allocation": "uniform", "merge": "none", "eviction_interval": None},
+    "streaming": {**_ROOM, "selection": "recent", "allocation": "uniform", "merge": "none"},
+    "h2o": {**_ROOM, "selection": "cumulative", "allocation": "uniform", "heavy_fraction": 0.5, "merge": "none"},
+    "snapkv": {**_ROOM, "selection": "window", "allocation": "uniform", "merge": "none"},
+    "pyramidkv": {**_ROOM, "selection": "window", "allocation": "pyramid", "merge": "none"},
 }
 
 
@@ -258,8 +260,8 @@ def layer_slots(config: OracleConfig, log_weights: list[float], num_tokens: int)
         ratios = [min(max(w * num_layers * keep_ratio, min_ratio), 1.0) for w in normalise(log_weights)]
         ratios = [1.0 if layer in protected else r for layer, r in enumerate(ratios)]
         slots = [floor(r * length) for r in ratios]
-    # "last of all, S_l = max(S_l, min(T, min_layer_tokens))".
-    return [max(s, min(num_tokens, config.min_layer_tokens)) for s in slots], ratios
+    # "last of all, S_l = max(S_l, min_layer_tokens). A prompt shorter than that may grow to it while decoding."
+    return [max(s, config.min_layer_tokens) for s in slots], ratios
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_generate_on_tensor_ranks(setting):
 def by_hand(mesh=None) -> torch.Tensor:
     """The loop of docs/sharding.md: a dealt prompt, then one token at a time, position ids left to the model."""
     model, ids = tiny_model(), tokens(1, 101)
-    cache = D2OCache(config=model.config, d2o=D2OConfig(keep_ratio=0.2), mesh=mesh)
+    cache = D2OCache(config=model.config, d2o=D2OConfig(keep_ratio=0.2, min_layer_tokens=32), mesh=mesh)
     model(**cache.deal(ids), past_key_values=cache)
     cache.finalize()
     steps = [model(torch.tensor([[5 + step]]), past_key_values=cache).logits for step in range(20)]
@@ -74,7 +74,8 @@ def selected(mesh=None, sp_prefill="auto") -> tuple[torch.Tensor, list[int]]:
     """Of two prompts the longer one is let go of while they are read."""
     model, (ids, mask) = tiny_model(), left_padded([97, 40])
     parallel = None if mesh is None else ParallelConfig(sp=mesh.sp, sp_prefill=sp_prefill)
-    cache = D2OCache(config=model.config, d2o=D2OConfig(keep_ratio=0.2), mesh=mesh, parallel=parallel)
+    d2o = D2OConfig(keep_ratio=0.2, min_layer_tokens=32)
+    cache = D2OCache(config=model.config, d2o=d2o, mesh=mesh, parallel=parallel)
     model(**cache.deal(ids[:, :80], mask[:, :80]), past_key_values=cache)
     cache.batch_select_indices(torch.tensor([1]))
     model(**cache.deal(ids[1:, 80:], mask[1:, 80:]), past_key_values=cache)

@@ -67,7 +67,7 @@ def test_copied_heads_and_token_shards(layout):
         ("span", {}),
         ("span", {"max_decode_tail": 2, "eviction_interval": 7}),
         ("span", {"selection_reach": 6.5}),
-        ("reach", {"min_layer_tokens": 200, "eviction_interval": 7}),
+        ("reach", {"min_layer_tokens": 104, "eviction_interval": 7}),
         ("snapkv", {}),
         ("pyramidkv", {}),
         ("h2o", {}),
