@@ -23,7 +23,9 @@ VOCABULARY = 99
 LENGTH = 12
 PADDED = 4
 LARGEST = 20_000_000
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# `eager` takes its softmax in float32 in many models, also of a float64 model.
+TOLERANCE = {("sdpa", torch.float64): 1e-9, ("eager", torch.float64): 1e-5, ("sdpa", torch.float32): 1e-4,
+             ("eager", torch.float32): 1e-4}  # fmt: skip
 # Every field that a configuration has is set to these. Weights are large, so that attention is far from uniform.
 SMALL: dict[str, Any] = {
     **dict.fromkeys("hidden_size d_model n_embd embed_dim dim encoder_hidden_size embedding_size text_embed_dim "
@@ -194,7 +196,7 @@ def compare(
     if found.keys() != expected.keys():
         return Outcome("wrong", f"outputs {sorted(found)}, but {sorted(expected)} with {reference}")
     off = max(_difference(found[name], expected[name]) for name in expected)
-    kind = "equal" if off <= TOLERANCE[dtype] * max(largest, 1.0) else "wrong"
+    kind = "equal" if off <= TOLERANCE[reference, dtype] * max(largest, 1.0) else "wrong"
     return Outcome(kind, f"off by {off:.1e} of {largest:.1e} ({reference}, {str(dtype).removeprefix('torch.')})")
 
 

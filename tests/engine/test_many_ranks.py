@@ -163,9 +163,9 @@ def test_replicas_alone_with_their_requests_try_rows_again(folder, tmp_path):
 
 def test_weights_that_one_rank_lacks_end_all_ranks_alike(folder, tmp_path):
     values = write_config(folder, tmp_path, 2, 1, 1)
-    with pytest.raises(RankError, match="ValueError: rank 1: the weights of") as caught:
+    with pytest.raises(RankError, match="AgreedError: rank 1: the weights of") as caught:
         run_ranks(2, without_weights, values, fresh=True)
-    assert "rank 0, 1 of 2 raised" in str(caught.value) or str(caught.value).count("ValueError: rank 1") == 2
+    assert "rank 0, 1 of 2 raised" in str(caught.value) or str(caught.value).count("AgreedError: rank 1") == 2
 
 
 def without_weights(rank, world, values):

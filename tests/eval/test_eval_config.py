@@ -108,3 +108,12 @@ def test_shipped_configurations_are_valid(path):
 
 def test_there_are_shipped_configurations():
     assert "eval_smollm2" in {path.stem for path in CONFIGS} and "defaults" in {path.stem for path in STUDIES}
+
+
+def test_a_minimum_for_all_methods_that_name_none():
+    methods = ["d2o", "reread", "paper", {"name": "own", "preset": "h2o", "budget": {"min_layer_tokens": 7}}]
+    for given, expected in ((None, [256, 256, 16, 32, 7]), (8, [256, 8, 16, 32, 7])):
+        config = make(methods=methods, keep_ratios=[0.2], min_layer_tokens=given)
+        assert [method.d2o.budget.min_layer_tokens for method in config.expand_methods()] == expected
+    with pytest.raises(ValueError, match="min_layer_tokens"):
+        make(min_layer_tokens=-1)

@@ -70,5 +70,5 @@ def test_all_ranks_take_the_token_of_one(mesh, sampling):
     results = run_ranks(size, last_bits.picked, parallel, sampling, fresh=True)
     (tokens, sent), others = results[0], results[1:]
     assert all(found == tokens and len(found) == 3 for found, _ in others)
-    assert sent == {"request": {"broadcast": {"calls": 12, "bytes": 12 * (8 * 3 * (size - 1) // size)}}}
+    assert sent == {"request": {"all_reduce": {"calls": 12, "bytes": 12 * (2 * 8 * 3 * (size - 1) // size)}}}
     assert all(of_other == sent for _, of_other in others)

@@ -83,14 +83,14 @@ class LazyMask(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, arguments: dict[str, Any]) -> LazyMask:
-        """arguments: what a mask function of transformers is called with."""
+    def __new__(cls, arguments: dict[str, Any], made: dict[str, Tensor]) -> LazyMask:
+        """arguments: what a mask function of transformers is called with; made: masks there are, by their attention."""
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         dtype, device = arguments.get("dtype", torch.float32), arguments.get("device", "cpu")
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         mask.padding = arguments.get("attention_mask")
         mask.pattern = read_pattern(arguments["mask_function"])
-        mask.may_be_changed, mask._arguments, mask._made = False, arguments, {}
+        mask.may_be_changed, mask._arguments, mask._made = False, arguments, made
         return mask
 
     def __repr__(self) -> str:
@@ -131,8 +131,11 @@ def make_mask(**arguments: Any) -> Tensor | None:
         ValueError: a causal mask over a cache of static size, whose keys end in slots that are not filled yet.
     """
     arguments.setdefault("mask_function", masking_utils.causal_mask_function)
-    if arguments.get("allow_is_bidirectional_skip") and masking_utils.sdpa_mask(**arguments) is None:
-        return None
+    made = {}
+    if arguments.get("allow_is_bidirectional_skip"):
+        made["sdpa"] = masking_utils.sdpa_mask(**arguments)
+        if made["sdpa"] is None:
+            return None
     # A causal query sees no key after itself, so a model has none to offer; of an encoder it may have any number.
     keys = arguments["kv_length"] + arguments.get("kv_offset", 0)
     seen = int(arguments.get("q_offset", 0)) + arguments["q_length"]
@@ -141,4 +144,4 @@ def make_mask(**arguments: Any) -> Tensor | None:
             f"the cache hands out {keys} keys, but only {seen} tokens were seen: caches of static size are not "
             "supported by d2o attention; use D2OCache or DynamicCache"
         )
-    return LazyMask(arguments)
+    return LazyMask(arguments, made)
