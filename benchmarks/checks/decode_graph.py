@@ -28,15 +28,15 @@ class Case:
 
 CASES = {
     "d2o": Case("d2o"),
-    "mass": Case("mass"),
-    "mass-float32": Case("mass", torch.float32),
-    "span-qwen2": Case("span", family=Qwen2Config),
+    "lean": Case("lean"),
+    "lean-float32": Case("lean", torch.float32),
+    "d2o-qwen2": Case("d2o", family=Qwen2Config),
     "h2o": Case("h2o", torch.float16),
     "released": Case("released", torch.float32),
     "reread": Case("reread"),  # heads that hold different numbers of slots
     "reread-float32": Case("reread", torch.float32),
     "full": Case("full"),
-    "one-row": Case("mass", lengths=(70,)),
+    "one-row": Case("lean", lengths=(70,)),
 }
 
 
@@ -57,7 +57,7 @@ def run(case: Case, device: str) -> Result:
         num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=1024,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="d2o").to(device, case.dtype).eval()
-    sizes = {} if case.preset == "full" else {"keep_ratio": 0.3, "min_layer_tokens": 12}
+    sizes = {} if case.preset == "full" else {"keep_ratio": 0.3, "budget": {"min_layer_tokens": 12}}
     d2o = D2OConfig.preset(case.preset, **sizes)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(2, 128, (length,), generator=generator).tolist() for length in case.lengths]
