@@ -22,9 +22,15 @@ from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.kernels.scored_prefill import naive_scored_prefill_attention, scored_prefill_attention
 from d2o_dist.kernels.update_scores import update_scores
 from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.statistics import QuerySample
 
 GATE_LENGTH = 300
-SAMPLE = D2OConfig(score_queries="strided").query_sample
+# What decode steps and evictions are timed under, by name in the tables.
+POLICIES = {
+    "d2o": {"preset": "d2o"},
+    "paper, every 16 tokens": {"preset": "paper", "eviction_interval": 16},
+}
+SAMPLE = QuerySample(stride=8, near=64)
 STRIDED = f"with sums strided by {SAMPLE.stride}"
 
 
@@ -129,14 +135,14 @@ def lse_limit(shape: Shape) -> float:
 def decode_group(shape: Shape) -> Group:
     """One new token: over the full cache, over the kept slots, with all that D2O does besides, evictions included."""
     grouped, interval = shape.heads[0] != shape.heads[1], D2OConfig().eviction_interval
-    full, kept, layers = [], [], {"d2o": [], "paper_minmax": []}
+    full, kept, layers = [], [], {name: [] for name in POLICIES}
     for _ in range(shape.copies):
         q, k, v = shape.inputs(shape.length)
         q = q[:, :, :1].contiguous()
         full.append((q, k, v))
         kept.append((q, *(x[:, :, : shape.num_kept].contiguous() for x in (k, v))))
-        for preset, built in layers.items():
-            config = D2OConfig.preset(preset, keep_ratio=shape.keep_ratio)
+        for policy, built in layers.items():
+            config = D2OConfig.from_dict({**POLICIES[policy], "keep_ratio": shape.keep_ratio})
             built.append(DecodeLayer.full(config, shape.heads, shape.length, shape.head_dim, shape.dtype, shape.device))
 
     def sdpa(buffers: list) -> None:
@@ -150,15 +156,15 @@ def decode_group(shape: Shape) -> Group:
     def attend_and_score() -> None:
         for (q, k, v), layer in zip(kept, layers["d2o"], strict=True):
             _, lse, logits = decode_with_logits(q[:, :, 0], k, v, shape.scale)
-            update_scores(logits, lse, layer.layer.store.slots.scores[:, :, : shape.num_kept])
+            update_scores(logits, lse, layer.layer.store.buffers.scores[:, :, : shape.num_kept])
 
-    def steps(preset: str) -> None:
+    def steps(policy: str) -> None:
         for _ in range(interval):
-            for (q, k, v), layer in zip(full, layers[preset], strict=True):
+            for (q, k, v), layer in zip(full, layers[policy], strict=True):
                 layer.step(q, k[:, :, :1], v[:, :, :1])
 
-    def plain(preset: str) -> None:
-        for (q, k, v), layer in zip(full, layers[preset], strict=True):
+    def plain(policy: str) -> None:
+        for (q, k, v), layer in zip(full, layers[policy], strict=True):
             layer.attend(q, k[:, :, :1], v[:, :, :1])
 
     def evict() -> None:
@@ -180,12 +186,12 @@ def decode_group(shape: Shape) -> Group:
             ("attention and scores, CUDA graph", "SDPA, full cache, CUDA graph", 1 / 4),
         ]
     attending = list(cases)
-    cases |= {f"plain step, {preset}": lambda preset=preset: plain(preset) for preset in layers}
+    cases |= {f"plain step, {policy}": lambda policy=policy: plain(policy) for policy in layers}
     if shape.device != "cpu":
-        for preset in layers:
-            cases[f"plain step, {preset}, CUDA graph"] = captured(lambda preset=preset: plain(preset))
-            targets.append((f"plain step, {preset}, CUDA graph", "SDPA, kept slots, CUDA graph", 1.10))
-    cases |= {f"whole step, {preset}": lambda preset=preset: steps(preset) for preset in layers}
+        for policy in layers:
+            cases[f"plain step, {policy}, CUDA graph"] = captured(lambda policy=policy: plain(policy))
+            targets.append((f"plain step, {policy}, CUDA graph", "SDPA, kept slots, CUDA graph", 1.10))
+    cases |= {f"whole step, {policy}": lambda policy=policy: steps(policy) for policy in layers}
     cases["one eviction"] = evict
     full_work = decode_work(shape.heads, shape.head_dim, shape.length, shape.dtype.itemsize)
     kept_work = decode_work(shape.heads, shape.head_dim, shape.num_kept, shape.dtype.itemsize)
@@ -196,7 +202,7 @@ def decode_group(shape: Shape) -> Group:
         lambda: decode_gate(shape),
         {name: shape.copies * (interval if name.startswith("whole step") else 1) for name in cases},
         {name: full_work if "full" in name else kept_work for name in attending},
-        [*targets, *((f"whole step, {preset}", "SDPA, full cache", 1 / 3.5) for preset in layers)],
+        [*targets, *((f"whole step, {policy}", "SDPA, full cache", 1 / 3.5) for policy in layers)],
     )
 
 
@@ -212,7 +218,7 @@ def decode_gate(shape: Shape) -> Result:
     probs = (want[2] - want[1].unsqueeze(-1)).exp().unflatten(1, (shape.heads[1], -1)).sum(2)
     aged = 0.75 + probs / 4
     aged[:, :, -1] = probs[:, :, -1]
-    newest = torch.tensor([GATE_LENGTH - 1], device=shape.device)
+    newest = torch.tensor([[GATE_LENGTH - 1]], device=shape.device)
     valid = torch.ones(1, GATE_LENGTH, dtype=torch.bool, device=shape.device)
     statistics = torch.ones(2, 2, *k.shape[:3], device=shape.device, dtype=logits.dtype)
     update_scores(logits, lse, *statistics[0], newest=newest, rate_window=4)
@@ -241,9 +247,9 @@ def evict_group(shape: Shape) -> Group:
         "nearest kept": lambda: nearest_kept(evicted, kept),
         "merge into": lambda: merge_into((kept, kept), (evicted, evicted), weight, target, merged, 2.718281828),
     }
-    for preset in ("d2o", "paper_minmax"):
-        config = D2OConfig.preset(preset, keep_ratio=shape.keep_ratio)
-        cases[f"whole eviction, {preset}"] = lambda config=config: finalize_layer(slots, config)
+    for policy, fields in POLICIES.items():
+        config = D2OConfig.from_dict({**fields, "keep_ratio": shape.keep_ratio})
+        cases[f"whole eviction, {policy}"] = lambda config=config: finalize_layer(slots, config)
     return Group(
         "evict",
         cases,
@@ -253,9 +259,7 @@ def evict_group(shape: Shape) -> Group:
             "nearest kept": nearest_work(shape.heads[1], shape.head_dim, *sizes),
             "merge into": merge_work(shape.heads[1], shape.head_dim, int(merged.sum()) // shape.heads[1], *sizes[1:]),
         },
-        targets=[
-            (f"whole eviction, {preset}", "attention with column sums", 1.0) for preset in ("d2o", "paper_minmax")
-        ],
+        targets=[(f"whole eviction, {policy}", "attention with column sums", 1.0) for policy in POLICIES],
     )
 
 

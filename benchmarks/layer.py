@@ -6,8 +6,10 @@ Shape legend: Hq/Hkv heads, S slots, D head dim; one row.
 import torch
 from torch import Tensor
 
+from d2o_dist.cache.evictions import LayerEvictions
 from d2o_dist.cache.layer import FullLayer
 from d2o_dist.cache.step import DecodeStep
+from d2o_dist.cache.store import SlotStore
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.budgets import eviction_budget
 from d2o_dist.compression.evict import run_evictions
@@ -15,7 +17,7 @@ from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.core.compress import eviction_steps
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy.config import D2OConfig
-from d2o_dist.slots.slots import D2OState, LayerBudget, Slots, stats_dtype
+from d2o_dist.slots.slots import D2OState, Slots, stats_dtype
 
 
 def random_slots(num_kv_heads: int, num_slots: int, head_dim: int, dtype: torch.dtype, device: str) -> Slots:
@@ -29,13 +31,17 @@ def random_slots(num_kv_heads: int, num_slots: int, head_dim: int, dtype: torch.
 
 
 class DecodeLayer:
-    """A layer of the cache at its budget, with room for what gathers between evictions: store, attend, score, evict."""
+    """A layer of the cache at its budget, with room for what gathers between evictions: store, attend, score, evict.
+
+    Attributes:
+        layer: the layer, whose slots lie in an arena of its own; seen: tokens seen.
+        evictions: what evicts them, as in the cache.
+    """
 
     def __init__(self, config: D2OConfig, layer: FullLayer, seen: int) -> None:
         self.layer, self.config, self.seen = layer, config, seen
-        (held,) = layer.kv_len
-        self.budget = LayerBudget(*config.split(held))
-        self._step = DecodeStep([seen], [[held]], [layer.store.buffers], None)
+        self.evictions = self._of_cache().at_finalize(in_arena=True)
+        self._step = DecodeStep([seen], [layer.kv_len], [layer.store.buffers], None, self.evictions.arena, [0])
 
     @classmethod
     def full(cls, config: D2OConfig, heads: tuple[int, int], seen: int, head_dim: int, dtype: torch.dtype, device: str):
@@ -44,9 +50,8 @@ class DecodeLayer:
         slots = random_slots(heads[1], held, head_dim, dtype, device)
         positions = torch.linspace(0, seen - 1, held, dtype=torch.float64, device=device).long()
         layer = FullLayer(1, config, RequestRanks.alone())
-        layer.store.replace(
-            slots.replace(positions=positions.expand_as(slots.positions)), [held], held + config.eviction_interval
-        )
+        layer.store = SlotStore.of(slots.replace(positions=positions.repeat(1, heads[1], 1)), [held])
+        layer.slot_budgets = [held]
         return cls(config, layer, seen)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -59,8 +64,7 @@ class DecodeLayer:
         out = self.attend(q, k, v)
         self._step.end()
         self._count(1)
-        if self.layer.kv_len[0] == self.layer.store.capacity:
-            self.evict()
+        self.evict()
         return out
 
     def _count(self, tokens: int) -> None:
@@ -68,28 +72,23 @@ class DecodeLayer:
         self.seen += tokens
 
     def evict(self) -> None:
-        """Down to the budget, in place. As in the cache, the device is asked nothing, and only told what is held."""
-        store, layer = self.layer.store, self.layer
-        device = store.buffers.positions.device
-        seen = torch.full((1,), self.seen, device=device)
-        budget, kv_len = eviction_budget([self.budget.num_slots], layer.kv_len, 1, self.config, device)
-        # The slots are in order of position already, so unlike `compress_layer` this does not copy them to make sure.
-        steps = eviction_steps(
-            store.slots, budget, layer.state, self.config, finalize=False, num_seen_tokens=seen,
-            nearest=nearest_kept, merge=merge_evicted,
-        )  # fmt: skip
-        ((kept, layer.state),) = run_evictions([steps], lambda reports: reports)  # all heads are here
-        store.replace(kept, kv_len)
-        self._step.hold([layer.kv_len])
+        """Down to the budget, if the layer is full. As in the cache, the device is asked nothing."""
+        if self._of_cache().while_decoding(self.config.eviction_interval, self._step.positions, self.evictions):
+            self._step.hold([self.layer.kv_len])
 
     def fill(self) -> None:
         """Take what lies in the free slots for the newest tokens, so that an eviction is due."""
-        store = self.layer.store
-        free = slice(self.layer.kv_len[0], store.capacity)
-        count = free.stop - free.start
-        positions = store.buffers.positions
-        positions[:, :, free] = torch.arange(self.seen, self.seen + count, device=positions.device)
+        arena = self.evictions.arena
+        count = self.layer.store.capacity - self.layer.kv_len[0]
+        free = arena.start[:, None] + arena.free[:, arena.free.shape[1] - count :]
+        arena.storage.positions[free] = self._step.positions + torch.arange(count, device=free.device)
+        arena.taken += count
+        self._step.positions.add_(count)
         self._count(count)
+        self._step.hold([self.layer.kv_len])
+
+    def _of_cache(self) -> LayerEvictions:
+        return LayerEvictions({0: self.layer}, self.config, RequestRanks.alone(), [self.seen])
 
 
 def finalize_layer(slots: Slots, config: D2OConfig) -> Slots:

@@ -28,15 +28,15 @@ class Case:
 
 CASES = {
     "d2o": Case("d2o"),
-    "mass": Case("mass"),
-    "mass-float32": Case("mass", torch.float32),
-    "span-qwen2": Case("span", family=Qwen2Config),
+    "lean": Case("lean"),
+    "lean-float32": Case("lean", torch.float32),
+    "d2o-qwen2": Case("d2o", family=Qwen2Config),
     "h2o": Case("h2o", torch.float16),
     "released": Case("released", torch.float32),
     "reread": Case("reread"),  # heads that hold different numbers of slots
     "reread-float32": Case("reread", torch.float32),
     "full": Case("full"),
-    "one-row": Case("mass", lengths=(70,)),
+    "one-row": Case("lean", lengths=(70,)),
 }
 
 

@@ -98,15 +98,15 @@ def _update_scores(device: str) -> tuple[Tensor, ...]:
     logits = normal(2, 4, 30, dtype=torch.float32, device=device)
     lse = logits.logsumexp(-1)
     scores, rates = torch.ones(2, 2, 2, 30, device=device)
-    newest, present = torch.tensor([29, 3], device=device), torch.tensor([True, False], device=device)
+    newest, present = torch.tensor([[29], [3]], device=device), torch.tensor([True, False], device=device)
     update_scores(logits, lse, scores, rates, newest=newest, rate_window=8, present=present)
     return slot_probabilities(logits, lse, 2), scores, rates
 
 
 def _scored_decode(device: str) -> tuple[Tensor, ...]:
     q, k, v = _prompt(device)
-    newest, present = torch.tensor([50, 11], device=device), torch.tensor([True, False], device=device)
-    valid, mass = torch.arange(64, device=device) <= newest[:, None], k[..., 0].float().abs()
+    newest, present = torch.tensor([[50], [11]], device=device), torch.tensor([True, False], device=device)
+    valid, mass = torch.arange(64, device=device) <= newest, k[..., 0].float().abs()
     found = []
     for more in ({}, {"present": present, "log_mass": mass}):
         scores, rates = torch.ones(2, 2, 2, 64, device=device)

@@ -119,7 +119,7 @@ class LayerEvictions:
     def _arena_evictions(self, arena: Arena, units: Sequence[FullLayer]) -> ArenaEvictions:
         device = arena.start.device
         arena.settle([unit.kv_len for unit in units])
-        most = max(self.config.split(slots)[1] for unit in units for slots in unit.slot_budgets)
+        most = max(1, *(self.config.split(slots)[1] for unit in units for slots in unit.slot_budgets))
         back = torch.arange(most, device=device) - most
         newest = []
         for number, unit in enumerate(units):

@@ -190,7 +190,7 @@ class ArenaEvictions:
             return similarity, where.gather(-1, index)
         # Every kept slot may take one in: keys are read where they lie, one block after the other.
         is_victim = torch.zeros_like(self.arena.storage.positions, dtype=torch.bool)
-        is_victim[self._where(tables, victim)] = True
+        is_victim.index_fill_(0, self._where(tables, victim).flatten(), True)
         found, first = [], 0
         for number in due.blocks:
             block, view = self.arena.blocks[number], self.arena.view(number)

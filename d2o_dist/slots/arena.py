@@ -152,9 +152,9 @@ class Arena:
         """
         slots, number = self.storage, slot.shape[1]
         flat = where.flatten()
-        slots.positions[flat] = -1
+        slots.positions.index_fill_(0, flat, -1)
         for statistic in (slots.scores, slots.rates, slots.log_mass):
-            statistic[flat] = 0
+            statistic.index_fill_(0, flat, 0)
         old = self.free[units]
         fresh = torch.nn.functional.pad(slot, (0, old.shape[1] - number)) if number < old.shape[1] else slot
         if number > old.shape[1]:

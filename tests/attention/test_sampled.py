@@ -136,5 +136,5 @@ def test_which_queries_a_configuration_takes():
         StatisticsConfig(query_stride=0)
     with pytest.raises(ValueError, match=r"statistics.near_distance \(-1\) must be at least 0"):
         StatisticsConfig(near_distance=-1)
-    with pytest.raises(ValueError, match="score_queries"):
-        spec(score_queries="stride")
+    with pytest.raises(ValueError, match=r"statistics.query_stride \('strided'\) must be an integer"):
+        StatisticsConfig(query_stride="strided")

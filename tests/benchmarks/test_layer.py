@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import memory, prefill
 from benchmarks.layer import DecodeLayer, finalize_layer, random_slots
+from d2o_dist.compression.evict_arena import ArenaEvictions, DueBlocks
 from d2o_dist.core import compress
 from tests.spec import spec
 
@@ -29,13 +30,18 @@ def test_memory_prints_json(capsys):
 
 def test_evictions_are_timed_as_the_cache_runs_them(monkeypatch):
     """Which knows how many slots stay and go: to ask the device would be a wait that users do not have."""
-    budgets, select = [], compress.select
+    budgets, select, due, run = [], compress.select, [], ArenaEvictions.run
 
     def noted(slots, budget, *args, **kwargs):
         budgets.append(budget)
         return select(slots, budget, *args, **kwargs)
 
+    def noted_run(self, blocks, *args):
+        due.append(blocks)
+        return run(self, blocks, *args)
+
     monkeypatch.setattr(compress, "select", noted)
+    monkeypatch.setattr(ArenaEvictions, "run", noted_run)
     config = spec("d2o", keep_ratio=0.2)
     layer = DecodeLayer.full(config, (4, 2), 300, 16, torch.float32, "cpu")
     for _ in range(2):
@@ -43,4 +49,26 @@ def test_evictions_are_timed_as_the_cache_runs_them(monkeypatch):
         layer.evict()
         assert layer.layer.kv_len == [60]
     assert finalize_layer(random_slots(2, 300, 16, torch.float32, "cpu"), config).positions.shape[-1] == 60
-    assert [(one.most_kept, one.most_evicted) for one in budgets] == [(60, 16), (60, 16), (60, 240)]
+    assert [(one.most_kept, one.most_evicted) for one in budgets] == [(60, 240)]
+    assert due == [DueBlocks(blocks=(0,), surplus=(16,), slots=(60,))] * 2
+
+
+def test_steps_of_a_layer_store_and_evict_as_the_cache_does():
+    """What is repeated without its end changes nothing but its slot; what is full is evicted, the oldest first here."""
+    config = spec("streaming", keep_ratio=0.2)
+    layer, reference = (DecodeLayer.full(config, (4, 2), 300, 16, torch.float32, "cpu") for _ in range(2))
+    q, k, v = torch.randn(1, 4, 1, 16), *torch.randn(2, 1, 2, 1, 16)
+    for _ in range(3):
+        layer.attend(q, k, v)
+    old = layer.layer.store.slots.positions[0, 0].tolist()
+    for count in range(1, 36):
+        torch.testing.assert_close(layer.step(q, k, v), reference.step(q, k, v))
+        assert layer.seen == 300 + count and layer.layer.kv_len == [60 + count % 16]
+    slots = layer.layer.store.slots
+    assert old[:2] == [0, 5] and slots.positions[0].tolist() == [[0, *old[-27:], *range(300, 335)]] * 2
+    assert torch.equal(slots.keys[:, :, -1:], k) and torch.equal(slots.values[:, :, -1:], v)
+    layer.fill()
+    assert (
+        layer.layer.kv_len == [76]
+        and layer.layer.store.slots.positions[0, :, -16:].tolist() == [list(range(332, 348))] * 2
+    )

@@ -15,7 +15,7 @@ from d2o_dist.cli import evaluate, infer
 from tests.engine.tiny import make_folder
 
 REPO = Path(__file__).resolve().parents[2]
-SMALL = ["d2o.min_layer_tokens=8", "sampling.max_new_tokens=5", "device=cpu"]
+SMALL = ["d2o.budget.min_layer_tokens=8", "sampling.max_new_tokens=5", "device=cpu"]
 
 
 @pytest.fixture(scope="module")

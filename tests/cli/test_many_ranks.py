@@ -12,7 +12,7 @@ from tests.engine.tiny import make_folder
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.multirank
-SMALL = ["d2o.min_layer_tokens=8", "sampling.max_new_tokens=5", "device=cpu"]
+SMALL = ["d2o.budget.min_layer_tokens=8", "sampling.max_new_tokens=5", "device=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_failed_rows_are_the_status_of_all_ranks(folder, tmp_path):
         (["--prompts", "nowhere.jsonl"], "error: prompts file nowhere.jsonl does not exist"),
         (["--prompt", "x", "--dp", "2"], "error: 2 replicas (dp) write their results to part files"),
         (["--prompt", "x", "--tp", "2", "parallel.tp_engine=transformers", "d2o.budget.protected_layers=[9]"],
-         "error: protected_layers has 9"),
+         "error: budget.protected_layers has 9"),
         (["--prompt", "x", "--sp", "2", "--trace", __file__], "error: trace folder"),
     ],
 )  # fmt: skip

@@ -38,10 +38,10 @@ def test_defaults():
 
 
 def test_yaml_and_overrides(tmp_path):
-    text = "model: m\nd2o: {preset: mass, keep_ratio: 0.5}\nsampling: {stop: END, seed: 3}\nstream: true\n"
+    text = "model: m\nd2o: {preset: lean, keep_ratio: 0.5}\nsampling: {stop: END, seed: 3}\nstream: true\n"
     overrides = ("d2o.keep_ratio=0.1", "sampling.max_new_tokens=64", "prefill_chunk=512", "stream=auto")
     config = load(text, tmp_path, *overrides)
-    assert config.d2o == D2OConfig.preset("mass", keep_ratio=0.1)
+    assert config.d2o == D2OConfig.preset("lean", keep_ratio=0.1)
     assert config.sampling == SamplingConfig(max_new_tokens=64, stop=("END",), seed=3)
     assert (config.prefill_chunk, config.stream) == (512, "auto")
 
@@ -71,9 +71,9 @@ def test_sections_that_are_null_are_the_defaults(tmp_path):
         ("sampling.top_pp=1", 'SamplingConfig has no field "top_pp". Did you mean "top_p"'),
         ("d2o.keep_ration=0.1", 'D2OConfig has no field "keep_ration". Did you mean "keep_ratio"'),
         ("d2o.keep_ratio=1.5", r"keep_ratio \(1.5\) must be in \(0, 1\]"),
-        ("d2o.max_decode_tail=0", r"max_decode_tail \(0\) must be at least 1, or null"),
-        ("d2o.max_decode_tail=2.5", r"max_decode_tail \(2.5\) must be an integer"),
-        ("d2o.max_decode_tail=true", r"max_decode_tail \(True\) must be an integer"),
+        ("d2o.merge.targets.most_while_decoding=0", r"most_while_decoding \(0\) must be at least 1, or null"),
+        ("d2o.merge.targets.most_while_decoding=2.5", r"most_while_decoding \(2.5\) must be an integer"),
+        ("d2o.merge.targets.most_while_decoding=true", r"most_while_decoding \(True\) must be an integer"),
         ("d2o=5", "must be a mapping of fields, not int"),
         ("parallel=5", "ParallelConfig must be given as a mapping of fields, not int"),
         ("parallel.pp=2", 'ParallelConfig has no field "pp"'),

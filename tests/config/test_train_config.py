@@ -13,9 +13,9 @@ D2O = {**BASE, "objective": "d2o_distill", "sequence_length": 64, "context_lengt
 
 
 def test_round_trip_through_yaml():
-    config = TrainConfig.from_dict({**D2O, "lora": {"rank": 4}, "d2o": {"preset": "mass"}, "keep_ratio": [0.1, 0.3]})
+    config = TrainConfig.from_dict({**D2O, "lora": {"rank": 4}, "d2o": {"preset": "lean"}, "keep_ratio": [0.1, 0.3]})
     again = TrainConfig.from_dict(yaml.safe_load(dump_yaml(config.to_dict())))
-    assert again == config and again.lora.rank == 4 and again.d2o.merge == "mass"
+    assert again == config and again.lora.rank == 4 and again.d2o.merge.name == "mass"
     assert TrainConfig.from_dict(BASE).lora is None
 
 

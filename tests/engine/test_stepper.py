@@ -22,7 +22,7 @@ from d2o_dist.engine.cuda_graph import CudaGraphRecorder, graph_recorder, obstac
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session, left_pad
 from d2o_dist.engine.stepper import Stepper
-from d2o_dist.policy import merge as merging
+from d2o_dist.policy.merge import nearest_kept
 from tests.engine.tape import HostSync, TapeRecorder, watched
 from tests.engine.tiny import Numbers, request
 from tests.models import left_padded, tiny_model, tokens
@@ -314,25 +314,11 @@ def test_nothing_outlives_the_session():
     assert [one() for one in left] == [None] * 3
 
 
-def dense_merge(kept, evicted, similarity, target, merged, config):
-    """As `core.merge.merge_into`, by products with a matrix of zeros and ones: shapes follow from arguments."""
-    taken = (target.unsqueeze(-2) == torch.arange(kept.positions.shape[-1])[:, None]) & merged.unsqueeze(-2)
-    weights = torch.where(taken, merging.evicted_weight(evicted, similarity, config).unsqueeze(-2), 0)
-    sums = merging.MergeSums(
-        count=taken.sum(-1).to(weights.dtype),
-        weight=weights.sum(-1),
-        keys=weights @ evicted.keys if merging.merges_keys(config) else None,
-        values=weights @ evicted.values,
-    )
-    return merging.apply_merge(kept, sums, config)
-
-
-@pytest.mark.parametrize("preset", ["d2o", "paper_minmax", "mass", "released"])
+@pytest.mark.parametrize("preset", ["d2o", "paper_minmax", "mass", "released", "reread", "h2o"])
 def test_an_eviction_asks_the_device_nothing(monkeypatch, preset):
     """Beside what the kernels for a CPU ask: how many there are to keep and to evict follows from lengths. The first of
     a batch brings the rows' budgets."""
-    monkeypatch.setattr(cache_evictions, "nearest_kept", merging.nearest_kept)
-    monkeypatch.setattr(cache_evictions, "merge_evicted", dense_merge)
+    monkeypatch.setattr(cache_evictions, "nearest_kept", nearest_kept)
     plain, other, logits = pair(tiny_model(), PRESETS[preset], BATCHES["ragged"])
     logits = go_on(plain, other, logits, INTERVAL)
     evict, evictions = other.cache.compressed._evict, []
@@ -356,7 +342,7 @@ class Stale(TapeRecorder):
         return lambda: kept
 
 
-@pytest.mark.parametrize("preset", ["mass", "reread"])
+@pytest.mark.parametrize("preset", ["lean", "reread"])
 @pytest.mark.parametrize("recorder", [TapeRecorder, Stale])
 def test_what_a_gpu_will_check(monkeypatch, recorder, preset):
     """The check itself, with the tape in place of CUDA graphs; and that it notices replays that do nothing."""

@@ -8,6 +8,7 @@ import pytest
 
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.fields.io import dump_yaml
+from d2o_dist.policy import D2OConfig
 from tests.spec import spec
 
 REPO = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def test_full_comes_first_and_every_method_runs_at_every_budget():
     assert [method.label for method in expanded] == [
         "full", "h2o@50%", "h2o@20%", "h2o@64 tokens", "x@50%", "x@20%", "x@64 tokens",
     ]  # fmt: skip
-    assert expanded[0].d2o == spec("full")
+    assert expanded[0].d2o == D2OConfig.preset("full")
     assert expanded[3].d2o == spec("h2o", keep_tokens=64)
     assert expanded[5].d2o == spec("lean", keep_ratio=0.2, tail_fraction=0.2)
     assert [method.label for method in make(methods=[], keep_ratios=[]).expand_methods()] == ["full"]

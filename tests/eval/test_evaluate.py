@@ -460,12 +460,12 @@ def test_parallel_checks(folder, tmp_path):
     values = {"model": folder, "output": "o", "tasks": TASKS[1:2], "methods": [], "parallel": {"sp": 2}}
     with pytest.raises(ValueError, match=r"task fidelity: continuation \(chunk\) needs a request on one rank"):
         check_parallel(EvalConfig.from_dict(values), 2)
-    with pytest.raises(ValueError, match="method reread@30%: selection reread .* cache_layout is sequence"):
+    with pytest.raises(ValueError, match="method reread@30%: score.rule reread .* cache_layout is sequence"):
         plan_of(folder, tmp_path, methods=["reread"], parallel={"sp": 2, "sp_prefill": "allgather"})
 
 
 def test_what_is_wrong_is_found_before_the_weights(folder, tmp_path):
-    with pytest.raises(ValueError, match="method mass@30%: protected_layers has 9, but the model has 2 layers"):
+    with pytest.raises(ValueError, match="method mass@30%: budget.protected_layers has 9, but the model has 2 layers"):
         plan_of(folder, tmp_path, methods=[{"name": "mass", "preset": "lean", "budget": {"protected_layers": [9]}}])
     with pytest.raises(ValueError, match="task needle: row 260-0-0: the prompt has .* above the limit of 200"):
         plan_of(folder, tmp_path, tasks=TASKS[:1], max_prompt_tokens=200, truncation="error")

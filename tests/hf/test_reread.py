@@ -299,7 +299,7 @@ def test_refusals():
     with torch.no_grad():
         short(ids, past_key_values=cache)
         with pytest.raises(
-            ValueError, match=r"40 tokens in chunks of 2048 \(reread_chunk\) needs 80 positions.* has 70"
+            ValueError, match=r"40 tokens in chunks of 2048 \(score.chunk\) needs 80 positions.* has 70"
         ):
             cache.reread(short, ids)
 

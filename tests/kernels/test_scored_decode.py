@@ -7,16 +7,24 @@ from d2o_dist.kernels.scored_decode import naive_scored_decode, scored_decode
 from tests.kernels.helpers import DTYPE_IDS, DTYPES, HEADS, HEADS_IDS, assert_near, make
 
 
-def case(heads, dtype, slots=37, dim=16):
-    """Three rows that hold 21, 1 and all but one of their slots; the new token of each is the last."""
+def case(heads, dtype, apart=False, slots=37, dim=16):
+    """Three rows that hold 21, 1 and all but one of their slots; the new token of each is the last.
+
+    apart: slots of the heads lie in other orders, and so do the free ones between them.
+    """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     q = make(3, heads[0], dim, dtype=dtype)
     k, v = (make(3, heads[1], slots, dim, dtype=dtype, seed=s) for s in (1, 2))
-    newest = torch.tensor([20, 0, slots - 2])
-    valid = torch.arange(slots) <= newest[:, None]
+    newest = torch.tensor([[20], [0], [slots - 2]])
+    valid = torch.arange(slots) <= newest
+    if apart:
+        order = torch.stack([torch.arange(slots).flip(0).roll(5 * head) for head in range(heads[1])]).expand(3, -1, -1)
+        newest = (order == newest.unsqueeze(-1)).int().argmax(-1)
+        valid = valid.unsqueeze(1).expand_as(order).gather(-1, order)
+    by_head = valid if apart else valid.unsqueeze(1)
     for x in (k, v):
-        x.masked_fill_(~valid[:, None, :, None], 1e4)
-    statistics = [make(3, heads[1], slots, dtype=exact, seed=s).abs() * valid.unsqueeze(1) for s in (3, 4, 5)]
+        x.masked_fill_(~by_head.unsqueeze(-1), 1e4)
+    statistics = [make(3, heads[1], slots, dtype=exact, seed=s).abs() * by_head for s in (3, 4, 5)]
     return (q, k, v, 0.3), dict(valid=valid, newest=newest), statistics
 
 
@@ -24,8 +32,9 @@ def case(heads, dtype, slots=37, dim=16):
 @pytest.mark.parametrize("heads", HEADS, ids=HEADS_IDS)
 @pytest.mark.parametrize("parts", ["", "s", "r", "srm", "p", "prm"])
 @pytest.mark.parametrize("absent", [False, True], ids=["all", "absent"])
-def test_equals_naive(dtype, heads, parts, absent):
-    tensors, options, (scores, rates, mass) = case(heads, dtype)
+@pytest.mark.parametrize("apart", [False, True], ids=["level", "apart"])
+def test_equals_naive(dtype, heads, parts, absent, apart):
+    tensors, options, (scores, rates, mass) = case(heads, dtype, apart)
     options |= dict(log_mass=mass if "m" in parts else None, rate_window=8)
     options["present"] = torch.tensor([True, False, True]) if absent else None
     options["peaks"] = "p" in parts
@@ -38,10 +47,11 @@ def test_equals_naive(dtype, heads, parts, absent):
     for name, want in expected.items():
         if want is not None:
             assert_near(kept[name], want, want.dtype)
-            assert not kept[name].masked_select(~options["valid"].unsqueeze(1)).any()
+            by_head = options["valid"] if apart else options["valid"].unsqueeze(1)
+            assert not kept[name].masked_select(~by_head).any()
     if absent:
         assert not out[1].any()
-        assert kept["scores"] is None or torch.equal(scores[1], case(heads, dtype)[2][0][1])
+        assert kept["scores"] is None or torch.equal(scores[1], case(heads, dtype, apart)[2][0][1])
 
 
 def test_probabilities_may_be_completed_by_others():

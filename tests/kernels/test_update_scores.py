@@ -11,7 +11,9 @@ from tests.kernels.helpers import DTYPE_IDS, DTYPES, HEADS, HEADS_IDS, assert_ne
 @pytest.mark.parametrize("heads", HEADS, ids=HEADS_IDS)
 @pytest.mark.parametrize("parts", ["s", "r", "sr"])
 @pytest.mark.parametrize("absent", [False, True], ids=["all", "absent"])
-def test_equals_naive(dtype, heads, parts, absent):
+@pytest.mark.parametrize("apart", [False, True], ids=["level", "apart"])
+def test_equals_naive(dtype, heads, parts, absent, apart):
+    """The newest token lies in one slot of all heads, or in another one of each, or elsewhere."""
     logits = make(3, heads[0], 33, dtype=dtype)
     logits[:, :, ::4] = -torch.inf
     logits[1] = -torch.inf
@@ -20,7 +22,8 @@ def test_equals_naive(dtype, heads, parts, absent):
         make(3, heads[1], 40, dtype=dtype, seed=s)[:, :, :33] if p in parts else None for s, p in enumerate("sr")
     ]
     expected = [None if x is None else x.clone() for x in statistics]
-    options = dict(newest=torch.tensor([32, 5, -1]), rate_window=8)
+    newest = torch.tensor([[32], [5], [-1]])
+    options = dict(newest=newest - torch.arange(heads[1]) * 3 if apart else newest, rate_window=8)
     options["present"] = torch.tensor([False, True, True]) if absent else None
     update_scores(logits, lse, *statistics, **options)
     naive_update_scores(logits, lse, *expected, **options)
@@ -65,8 +68,11 @@ def test_errors():
         update_scores(logits, lse)
     with pytest.raises(ValueError, match=r"scores \(2, 2, 8\).*\(2, 4, 9\)"):
         update_scores(logits, lse, scores[:, :, :8])
-    with pytest.raises(ValueError, match="newest, one slot for each of 2 rows, not None"):
+    with pytest.raises(ValueError, match="newest, one slot for each of 2 rows and KV heads, not None"):
         update_scores(logits, lse, rates=scores)
+    for newest in (torch.tensor([3, 4]), torch.tensor([[3, 4, 5]] * 2), torch.tensor([[3]])):
+        with pytest.raises(ValueError, match=r"newest, one slot for each of 2 rows and KV heads, not \("):
+            update_scores(logits, lse, rates=scores, newest=newest)
     with pytest.raises(ValueError, match=r"lse \(2, 3\).*\(2, 4, 9\)"):
         slot_probabilities(logits, lse[:, :3], 2)
     with pytest.raises(ValueError, match=r"\(4\).*\(3\)"):

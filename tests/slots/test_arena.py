@@ -1,0 +1,130 @@
+"""Segments of an arena: where slots of which unit lie, which are free, and what happens when rows are chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2o_dist.cache.store import SlotStore
+from d2o_dist.slots.arena import Arena, Block
+from d2o_dist.slots.slots import Slots
+from tests.core.test_compress import random_slots
+
+# Two layers of two heads and two rows; the second row of the second one may hold fewer slots.
+BLOCKS = [Block(2, 5, (5, 5)), Block(2, 7, (7, 4))]
+HELD = [[3, 2], [5, 1]]
+
+
+def made(dtype=torch.float64) -> tuple[Arena, list[Slots]]:
+    """An arena, and what was put into each of its blocks."""
+    arena, inside = Arena(BLOCKS, torch.zeros(3, dtype=dtype)), []
+    for number, held in enumerate(HELD):
+        inside.append(random_slots(held, 2, 3, seed=number, dtype=dtype))
+        SlotStore(2).enter(arena.view(number), inside[-1], held)
+    arena.settle(HELD)
+    return arena, inside
+
+
+def live(arena: Arena, number: int) -> list[list[list[int]]]:
+    """Positions of each row and head of a block, in order."""
+    return [[sorted(p for p in head if p >= 0) for head in row] for row in arena.view(number).positions.tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_blocks_are_views_of_one_piece_of_memory(dtype):
+    arena, inside = made(dtype)
+    assert arena.num_slots == 2 * 2 * 5 + 2 * 2 * 7 and arena.storage.keys.shape == (49, 3)
+    assert arena.start.tolist() == [0, 5, 10, 15, 20, 27, 34, 41] and arena.row.tolist() == [0, 0, 1, 1] * 2
+    assert arena.storage.keys.dtype == dtype
+    assert arena.storage.rates.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for number, slots in enumerate(inside):
+        view, width = arena.view(number), slots.positions.shape[-1]
+        assert view.positions.shape == (2, 2, BLOCKS[number].width)
+        for name, tensor in vars(slots).items():
+            assert torch.equal(getattr(view, name)[:, :, :width], tensor)
+            assert getattr(view, name).data_ptr() == getattr(arena.storage, name)[arena.start[4 * number]].data_ptr()
+        assert (view.positions[:, :, width:] == -1).all()
+    assert [arena.units(number) for number in (0, 1)] == [slice(0, 4), slice(4, 8)]
+    numbers = torch.arange(49)
+    assert [part.shape for part in arena.split_slots(numbers[:48])] == [(2, 2, 5), (2, 2, 7)]
+    assert [part.tolist() for part in arena.split_units(numbers[:8])] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    assert torch.equal(arena.block_of(numbers, 1), numbers[20:48].view(2, 2, 7))
+
+
+def test_tokens_take_free_slots_until_segments_are_full():
+    arena, inside = made()
+    taken = []
+    for step in range(2):
+        slot, used = arena.open(torch.tensor([100 + step, 200 + step]))
+        again, _ = arena.open(torch.tensor([100 + step, 200 + step]))
+        assert torch.equal(slot, again), "a step without its end changes nothing but its slots"
+        assert torch.equal(used, arena.storage.positions[:48] >= 0)
+        arena.close(None)
+        taken.append(slot.tolist())
+    assert taken == [[3, 3, 2, 2, 5, 5, 1, 1], [4, 4, 3, 3, 6, 6, 2, 2]]
+    for number, slots in enumerate(inside):
+        for row, new in enumerate(([100, 101], [200, 201])):
+            before = [[p for p in head if p >= 0] for head in slots.positions[row].tolist()]
+            assert live(arena, number)[row] == [[*head, *new] for head in before]
+    assert arena.storage.positions[48] == -1
+
+
+def test_a_row_that_takes_no_token_keeps_its_slot_free():
+    arena, _ = made()
+    before = arena.storage.positions.clone()
+    for position in (100, 101):
+        slot, _ = arena.open(torch.tensor([position, -1]))
+        arena.close(torch.tensor([True, False]))
+    assert slot.tolist() == [4, 4, 2, 2, 6, 6, 1, 1] and arena.taken.tolist() == [2, 2, 0, 0] * 2
+    assert torch.equal(arena.view(0).positions[1], before[10:20].view(2, 5))
+    assert [head[-2:] for head in live(arena, 1)[0]] == [[100, 101]] * 2
+
+
+def test_the_slots_of_victims_are_taken_next():
+    arena, _ = made()
+    for position in range(2):
+        arena.open(torch.tensor([100 + position] * 2))
+        arena.close(None)
+    units, nobody = torch.arange(4), arena.num_slots
+    slot = torch.tensor([[0, 3], [4, 1], [2, 0], [0, 0]])
+    due = torch.tensor([True, True, True, False])
+    where = torch.where(due[:, None], arena.start[:4, None] + slot, nobody)
+    kept, before = arena.storage.positions[15:48].clone(), arena.taken.clone()
+    arena.storage.log_mass.fill_(0.5)
+    arena.release(units, where, slot, due)
+    assert (arena.storage.positions[where[:3].flatten()] == -1).all() and arena.storage.positions[nobody] == -1
+    assert torch.equal(arena.storage.positions[15:48], kept), "what is not due, and other blocks, keep their slots"
+    for statistic in (arena.storage.scores, arena.storage.rates, arena.storage.log_mass):
+        assert not statistic[where[:3].flatten()].any()
+    assert arena.storage.log_mass[15:48].all()
+    assert arena.taken.tolist() == [0, 0, 0, *before[3:].tolist()]
+    for step in range(2):
+        assert arena.open(torch.tensor([300 + step, 400 + step]))[0][:3].tolist() == slot[:3, step].tolist()
+        arena.close(None)
+
+
+def test_columns_stop_where_a_segment_ends():
+    arena, _ = made()
+    both = arena.columns([0, 1])
+    assert both.shape == (8, 7) and both[1].tolist() == [5, 6, 7, 8, 9, 48, 48]
+    assert both[7].tolist() == list(range(41, 48))
+    assert arena.columns([1]).tolist() == both[4:].tolist() and arena.columns([0]).tolist() == both[:4, :5].tolist()
+    assert arena.columns((0, 1)) is both, "made once"
+
+
+def test_rows_are_selected_with_their_free_slots():
+    arena, _ = made()
+    arena.open(torch.tensor([100, -1]))
+    arena.close(torch.tensor([True, False]))
+    index = torch.tensor([1, 0, 1])
+    chosen = arena.select_rows(index)
+    assert [block.room for block in chosen.blocks] == [(5, 5, 5), (4, 7, 4)]
+    for number in (0, 1):
+        for name, tensor in vars(chosen.view(number)).items():
+            assert torch.equal(tensor, getattr(arena.view(number), name)[index])
+    before = [arena.storage.positions.clone(), arena.taken.clone()]
+    slot, _ = chosen.open(torch.tensor([107, 108, 109]))
+    chosen.close(None)
+    assert slot.tolist() == [2, 2, 4, 4, 2, 2, 1, 1, 6, 6, 1, 1]
+    assert [head[-1] for head in (rows[0] for rows in live(chosen, 0))] == [107, 108, 109]
+    assert torch.equal(arena.storage.positions, before[0]) and torch.equal(arena.taken, before[1])
