@@ -80,7 +80,8 @@ def new_cache(model: PreTrainedModel, preset: str, keep_ratio: float) -> Cache:
     model.set_attn_implementation("sdpa" if preset == "sdpa" else "d2o")
     if preset == "sdpa":
         return DynamicCache(config=model.config)
-    options = {} if preset == "full" else {"keep_ratio": keep_ratio}
+    # At the ratio that is asked for, also where the prompt is short.
+    options = {} if preset == "full" else {"keep_ratio": keep_ratio, "budget": {"min_layer_tokens": 32}}
     return D2OCache(config=model.config, d2o=D2OConfig.preset(preset, **options))
 
 

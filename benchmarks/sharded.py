@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=Path, required=True, help="what one process decided")
     parser.add_argument("--out", type=Path, help="folder for a dated report")
     args = parser.parse_args(argv)
-    size = {} if args.preset == "full" else {"keep_ratio": args.keep_ratio}
+    size = {} if args.preset == "full" else {"keep_ratio": args.keep_ratio, "budget": {"min_layer_tokens": 32}}
     config = D2OConfig.preset(args.preset, **size)
     launch = init_distributed()
     model, ids = load(args)

@@ -100,6 +100,7 @@ class Session:
         """Decode steps that were replays of a CUDA graph."""
         return self._stepper.num_replayed
 
+    @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
         """Read the prompts, or the next turn of each, and compress them: [B, T] -> next-token logits [B, V].
 
@@ -141,6 +142,7 @@ class Session:
         self.prefill_s, self.finalize_s = read - began, self._now() - read
         return logits
 
+    @torch.no_grad()
     def decode(self, tokens: Sequence[int] | Tensor, live: Sequence[bool] | None = None) -> Tensor:
         """One step: the rows' newest tokens, B of them -> next-token logits [B, V].
 

@@ -94,7 +94,7 @@ def prepare(
     order = StepOrder(len(train), config.seed, config.global_batch_size, config.micro_batch_size, mesh.dp, mesh.dp_rank)
     with agreed(mesh) as told:
         digests = {"train": digest_rows(train), "validation": digest_rows(validation)}
-        told.add(digests)
+        told.add("the data or the tokenizer", digests)
         state = check_data(last, state, digests)
     for note in notes:
         log.say(note)

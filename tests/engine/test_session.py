@@ -114,7 +114,7 @@ def test_one_new_token_is_measured_after_compression(model):
 
 
 def test_usage_of_rows_adds_up_to_the_report():
-    model = tiny_model("mistral_sliding", layer_types=["sliding_attention", "full_attention"] * 2)
+    model = tiny_model("gemma3")
     session = Session(model, PRESETS["d2o"])
     with torch.inference_mode():
         session.prefill(*left_pad(prompts_of([90, 20, 55]), 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +194,7 @@ class Script:
     """A session that says what it is told."""
 
     device = torch.device("cpu")
+    cache = SimpleNamespace(ranks=None)
 
     def __init__(self, ids, vocabulary: int) -> None:
         self._ids, self._size = list(ids), vocabulary

@@ -187,6 +187,7 @@ def test_the_largest_value_and_of_equal_ones_the_lowest_position(world, dtype):
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
+@torch.no_grad()
 def refusals(rank: int, world: int) -> list[str]:
     session = Session(tiny_model(), Play().config, build_mesh(sp=world), ParallelConfig(sp=world, **SEQUENCE))
     cache, said = session.cache, []

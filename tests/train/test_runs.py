@@ -224,12 +224,12 @@ def test_a_measure_or_a_gradient_that_is_no_number_ends_the_run(inputs, tmp_path
     """Before anything is written: a measure of NaN would be the best of all, and its weights exported."""
     config = make_config(inputs, str(tmp_path / "measure"), eval_every=1, **LM)
     monkeypatch.setattr(loop, "measure", lambda *args: {"lm": float("nan")})
-    with pytest.raises(FloatingPointError, match="step 0: a measure of the held-out rows is not finite: {'lm': nan}"):
+    with pytest.raises(FloatingPointError, match=r"step 0: what is measured is not finite \(lm nan\)"):
         loop.train(start(config))
     assert not list((tmp_path / "measure").glob("model*")) and not (tmp_path / "measure" / "log.jsonl").exists()
     monkeypatch.undo()
     run = start(make_config(inputs, str(tmp_path / "gradient"), **LM))
     run.engine.parameters[0].register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(FloatingPointError, match="step 1: the norm of the gradients is not finite: (nan|inf)"):
+    with pytest.raises(FloatingPointError, match="step 1: the norm of the gradients is not finite"):
         loop.train(run)
     assert not list((tmp_path / "gradient").glob("*/*")) and not (tmp_path / "gradient" / "log.jsonl").exists()
