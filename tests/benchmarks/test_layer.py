@@ -30,17 +30,17 @@ def test_memory_prints_json(capsys):
 
 def test_evictions_are_timed_as_the_cache_runs_them(monkeypatch):
     """Which knows how many slots stay and go: to ask the device would be a wait that users do not have."""
-    budgets, select, due, run = [], compress.select, [], ArenaEvictions.run
+    budgets, choose, due, run = [], compress.choose, [], ArenaEvictions.run
 
     def noted(slots, budget, *args, **kwargs):
         budgets.append(budget)
-        return select(slots, budget, *args, **kwargs)
+        return choose(slots, budget, *args, **kwargs)
 
     def noted_run(self, blocks, *args):
         due.append(blocks)
         return run(self, blocks, *args)
 
-    monkeypatch.setattr(compress, "select", noted)
+    monkeypatch.setattr(compress, "choose", noted)
     monkeypatch.setattr(ArenaEvictions, "run", noted_run)
     config = spec("d2o", keep_ratio=0.2)
     layer = DecodeLayer.full(config, (4, 2), 300, 16, torch.float32, "cpu")
