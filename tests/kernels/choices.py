@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from d2o_dist.kernels import backend, flash_attn, launch
+from d2o_dist.kernels import backend, flash_attn, launch, registry
 from d2o_dist.kernels.column_peaks import column_peaks
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
@@ -107,8 +107,8 @@ def machine(situation: Situation) -> Iterator[None]:
 
 def forget() -> None:
     """What was found about another machine."""
-    backend.has_triton.cache_clear()
-    flash_attn.installed.cache_clear()
+    registry.forget()
+    flash_attn.unusable.cache_clear()
 
 
 def chosen(op: str, situation: Situation) -> str:
