@@ -4,9 +4,9 @@
 
 Needs a checkout, torch with CUDA, triton and transformers.
 
-Prints a table of checks, one of times and one of targets, and writes them, dated, as JSON and Markdown. The checks of
-an op and a group of timings are processes of their own, so that a kernel that fails, hangs or corrupts its CUDA context
-hides no other: what it said is in the report.
+Prints tables of what serves which op, of checks, of times and of targets, and writes them, dated, as JSON and Markdown.
+The checks of an op and a group of timings are processes of their own, so that a kernel that fails, hangs or corrupts
+its CUDA context hides no other: what it said is in the report.
 
 Exit status: 0 if all was right and timed; 1 if anything was wrong, failed or ran out of time; 2 without a CUDA device.
 """
@@ -26,7 +26,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.checks import all_checks
+from benchmarks.checks.common import DTYPES
 from benchmarks.groups import GROUPS
+from benchmarks.serving import serving
 from benchmarks.timing import machine, markdown_table, write_report
 from d2o_dist.kernels.backend import has_triton
 
@@ -131,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts["triton"] = importlib.metadata.version("triton")
     checks_end = start + 0.6 * args.limit  # checks may not take all the time that timing needs
     print(*(f"{key}: {value}" for key, value in facts.items()), "", sep="\n", flush=True)
+    served = serving("cuda", DTYPES)
+    print(markdown_table(served), "", sep="\n", flush=True)
     ops = sorted({check.op for check in all_checks()})
     rows, problems = run_checks(ops, "cuda", checks_end)
     facts["seconds of checks"] = round(time.monotonic() - start, 1)
@@ -144,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n" + markdown_table(table), flush=True)
     print("", *problems, f"{len(problems)} problems", sep="\n")
     facts["problems"] = problems
-    print(f"written: {write_report(args.out, 'gpu-check', rows, facts, times, targets)}")
+    print(f"written: {write_report(args.out, 'gpu-check', rows, facts, times, targets, served)}")
     return 1 if problems else 0
 
 

@@ -39,7 +39,7 @@ def run(num_heads: int, num_kv_heads: int, num_slots: int, parts: str, device: s
     rest = [x[:, :, num_slots:].clone() for x in statistics]
     with poisoned():
         probs = kernel(
-            logits, lse, num_kv_heads, scores=scores, rates=rates, newest=newest, decay=1 / 16, present=present,
+            logits, lse, num_kv_heads, scores=scores, rates=rates, newest=newest, rate_window=16, present=present,
             with_probs=True,
         )  # fmt: skip
     want = torch.zeros(batch, num_kv_heads, num_slots, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """What every op needs: the accumulation dtype, and shape checks whose errors name both numbers."""
 
+import torch
 from torch import Tensor
 
 from d2o_dist.slots.slots import stats_dtype
@@ -10,6 +11,11 @@ LN_2 = 0.6931471805599453
 
 # Logits, lse, sums and probabilities are accumulated in the dtype that statistics are kept in.
 acc_dtype = stats_dtype
+
+
+def wants_grad(*tensors: Tensor) -> bool:
+    """Whether autograd would have to see this call."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def group_size(num_heads: int, num_kv_heads: int) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import gpu_check, layers
 from benchmarks.groups import GROUPS
+from d2o_dist.kernels.registry import OPS
 
 TINY = ["--heads", "2/1", "--head-dim", "16", "--length", "340", "--reps", "1", "--threads", "1"]
 
@@ -88,13 +89,15 @@ def test_timings_of_tiny_layers():
 def test_main_reports_problems_and_fails(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
     monkeypatch.setattr(gpu_check, "run_checks", lambda *a: ([{"op": "x", "right": 0}], ["x one: wrong"]))
     monkeypatch.setattr(gpu_check, "run_timings", lambda *a: ([], [], ["decode: failed"]))
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
-    assert "2 problems" in capsys.readouterr().out
+    assert "2 problems" in (said := capsys.readouterr().out) and "| passed over |" in said
     (report,) = tmp_path.glob("*-gpu-check.json")
-    assert json.loads(report.read_text())["facts"]["problems"] == ["x one: wrong", "decode: failed"]
+    values = json.loads(report.read_text())
+    assert values["facts"]["problems"] == ["x one: wrong", "decode: failed"]
+    assert {row["op"] for row in values["more"][-1]} == set(OPS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

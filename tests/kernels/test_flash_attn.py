@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from d2o_dist.kernels import flash_attn
+from d2o_dist.kernels import flash_attn, registry
 from d2o_dist.kernels.backend import set_backend
 from d2o_dist.kernels.prefill_attention import cross_attention, naive_prefill_attention, prefill_attention
+from d2o_dist.kernels.registry import OPS, Call
 from d2o_dist.kernels.scored_prefill import naive_scored_prefill_attention
 from tests.kernels import fake_flash_attn
 from tests.kernels.helpers import HEADS, HEADS_IDS, make
@@ -33,14 +35,20 @@ def install(monkeypatch):
 
         monkeypatch.setattr(importlib.util, "find_spec", find_spec)
         monkeypatch.setattr(importlib, "import_module", lambda n, *a: modules[n] if n in fakes else load(n, *a))
-        monkeypatch.setattr(flash_attn, "DEVICES", ("cuda", "cpu"))
-        flash_attn.installed.cache_clear()
-        flash_attn._say.cache_clear()
+        for op in (OPS["prefill_attention"], OPS["cross_attention"]):
+            here = [replace(x, devices=("cuda", "cpu")) if x.kind == "package" else x for x in op.implementations]
+            monkeypatch.setattr(op, "implementations", tuple(here))
+        forget()
         fake_flash_attn.CALLS.clear()
 
     yield install
     monkeypatch.undo()
-    flash_attn.installed.cache_clear()
+    forget()
+
+
+def forget():
+    registry.forget()
+    flash_attn.unusable.cache_clear()
 
 
 def inputs(heads, q_start, tq, dtype=torch.bfloat16, device="cpu", dim=16):
@@ -82,17 +90,20 @@ def test_keys_before_all_queries(install, version):
 
 
 def test_the_newest_that_takes_the_inputs_is_chosen_and_named_once(install, caplog, monkeypatch):
-    caplog.set_level(logging.INFO, flash_attn.__name__)
+    caplog.set_level(logging.INFO, registry.__name__)
     install("flash_attn", "flash_attn_interface")
     q, k, v = inputs((4, 2), 0, 9)
     prefill_attention(q, k, v, 0.3)
     prefill_attention(q, k, v, 0.3)
-    monkeypatch.setattr("d2o_dist.kernels.launch.assumed_capability", 80)  # version 3 has no kernels there
-    prefill_attention(q, k, v, 0.3)
-    monkeypatch.setattr("d2o_dist.kernels.launch.assumed_capability", 75)
-    prefill_attention(q, k, v, 0.3)
+    for capability in (80, 75):  # version 3 has no kernels on the one, and neither version on the other
+        monkeypatch.setattr("d2o_dist.kernels.launch.assumed_capability", capability)
+        for op in OPS.values():
+            op._picked.clear()
+        prefill_attention(q, k, v, 0.3)
     assert [call["version"] for call in fake_flash_attn.CALLS] == [3, 3, 2]
-    assert [record.getMessage()[-12:] for record in caplog.records] == ["flash-attn 3", "flash-attn 2"]
+    said = [record.getMessage().split(" are served by ") for record in caplog.records]
+    served = ("flash-attn 3", "flash-attn 2", "cpu_prefill_attention")
+    assert said == [["prefill_attention: cpu tensors", name] for name in served]
 
 
 def test_what_it_does_not_take_goes_elsewhere(install):
@@ -149,16 +160,20 @@ def test_the_package_itself(version, dtype, dim, tq, q_start, window):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     q, k, v = inputs((8, 2), q_start, tq, dtype, "cuda", dim)
-    package = next((one for one in flash_attn.installed() if one.version == version), None)
-    if package is None or not package.takes(q):
-        pytest.skip(f"flash-attn {version} is not installed, or not for this device")
+    call = Call(q.device, dtype, dim)
+    whole, cross = (
+        next(one for one in OPS[op].implementations if str(one) == f"flash-attn {version}")
+        for op in ("prefill_attention", "cross_attention")
+    )
+    if why := whole.declines(call) or whole.lacks(q.device):
+        pytest.skip(f"flash-attn {version}: {why}")
     scale = dim**-0.5
     wide = [x.cpu().double() for x in (q, k, v)]
-    found = package.attend(q, k, v, scale, causal=True, window=window)
+    found = whole.load()(q, k, v, scale, q_start=q_start, window=window, bias=None)
     assert_equal(found, naive_prefill_attention(*wide, scale, q_start=q_start, window=window), dtype)
-    cross = package.attend(q, k, v, scale, causal=False)
     logits = wide[0] @ wide[1].repeat_interleave(4, 1).mT * scale
-    assert_equal(cross, (logits.softmax(-1) @ wide[2].repeat_interleave(4, 1), logits.logsumexp(-1)), dtype)
+    found = cross.load()(q, k, v, scale, bias=None)
+    assert_equal(found, (logits.softmax(-1) @ wide[2].repeat_interleave(4, 1), logits.logsumexp(-1)), dtype)
 
 
 def test_column_sums_follow_from_its_lse(install, monkeypatch):

@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.column_peaks.naive import naive_column_peaks
 from d2o_dist.kernels.column_peaks.torch_blocked import blocked_column_peaks
 from d2o_dist.kernels.common import check_bias, check_lse, check_queries_keys
+from d2o_dist.kernels.registry import Op, Torch, Triton
 
 __all__ = ["column_peaks", "naive_column_peaks"]
+
+_OP = Op("column_peaks", Triton("column_peaks.triton:triton_column_peaks"), Torch(blocked_column_peaks))
 
 
 def column_peaks(
@@ -36,7 +38,4 @@ def column_peaks(
     check_queries_keys(q, k)
     check_lse(q, lse)
     check_bias(k, bias)
-    path = blocked_column_peaks
-    if takes_triton(q, k, head_dim=q.shape[3]) and q.numel() and k.numel():
-        from d2o_dist.kernels.column_peaks.triton import triton_column_peaks as path
-    return path(q, k, lse, scale, q_start=q_start, bias=bias, causal=causal)
+    return _OP.pick(q, k)(q, k, lse, scale, q_start=q_start, bias=bias, causal=causal)

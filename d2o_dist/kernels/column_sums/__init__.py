@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.column_sums.naive import naive_column_sums
 from d2o_dist.kernels.column_sums.torch_blocked import blocked_column_sums
 from d2o_dist.kernels.common import check_bias, check_lse, check_queries_keys
+from d2o_dist.kernels.registry import Op, Torch, Triton
 
 __all__ = ["column_sums", "naive_column_sums"]
+
+_OP = Op("column_sums", Triton("column_sums.triton:triton_column_sums"), Torch(blocked_column_sums))
 
 
 def column_sums(
@@ -53,9 +55,6 @@ def column_sums(
             raise ValueError(f"query_stride ({query_stride}) must be at least 1 and excludes num_last ({num_last})")
         first = (-1 - (q_start if stride_start is None else stride_start)) % query_stride
         q, lse, q_start = q[:, :, first::query_stride], lse[:, :, first::query_stride], q_start + first
-    path = blocked_column_sums
-    if takes_triton(q, k, head_dim=q.shape[3]) and q.numel() and k.numel():
-        from d2o_dist.kernels.column_sums.triton import triton_column_sums as path
-    return path(
+    return _OP.pick(q, k)(
         q, k, lse, scale, q_start=q_start, k_start=k_start, q_step=query_stride, bias=bias, causal=causal, window=window
     )

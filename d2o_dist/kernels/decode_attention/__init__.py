@@ -2,13 +2,17 @@
 
 from torch import Tensor
 
-from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.common import check_queries_keys
 from d2o_dist.kernels.decode_attention.naive import naive_decode_attention, naive_decode_with_logits
 from d2o_dist.kernels.decode_attention.torch_blocked import blocked_decode_attention, blocked_decode_with_logits
-from d2o_dist.kernels.update_scores import slot_probabilities
+from d2o_dist.kernels.registry import Op, Torch, Triton
 
 __all__ = ["decode_attention", "decode_with_logits", "naive_decode_attention", "naive_decode_with_logits"]
+
+_PROBABILITIES = Op("decode_attention", Triton("decode_attention.triton:triton_decode_with_probabilities"),
+                    Torch(blocked_decode_attention))  # fmt: skip
+_LOGITS = Op("decode_with_logits", Triton("decode_attention.triton:triton_decode_attention"),
+             Torch(blocked_decode_with_logits))  # fmt: skip
 
 
 def decode_attention(
@@ -29,10 +33,7 @@ def decode_attention(
     vouches that the values of invalid slots are finite numbers, and nothing looks whether they are.
     """
     valid = _checked_valid(q, k, v, valid, log_mass)
-    if _takes_triton(q, k, v):
-        out, lse, logits = _triton(q, k, v, scale, valid=valid, log_mass=log_mass)
-        return out, lse, slot_probabilities(logits, lse, k.shape[1])
-    return blocked_decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass, finite=finite)
+    return _PROBABILITIES.pick(q, k, v)(q, k, v, scale, valid=valid, log_mass=log_mass, finite=finite)
 
 
 def decode_with_logits(
@@ -50,18 +51,7 @@ def decode_with_logits(
     the merged lse to `update_scores`. Also one kernel less where scores are updated in place anyway.
     """
     valid = _checked_valid(q, k, v, valid, log_mass)
-    path = _triton if _takes_triton(q, k, v) else blocked_decode_with_logits
-    return path(q, k, v, scale, valid=valid, log_mass=log_mass)
-
-
-def _takes_triton(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return takes_triton(q, k, v, head_dim=q.shape[-1]) and q.numel() > 0 and k.shape[2] > 0
-
-
-def _triton(q: Tensor, k: Tensor, v: Tensor, scale: float, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
-    from d2o_dist.kernels.decode_attention.triton import triton_decode_attention
-
-    return triton_decode_attention(q, k, v, scale, **kwargs)
+    return _LOGITS.pick(q, k, v)(q, k, v, scale, valid=valid, log_mass=log_mass)
 
 
 def _checked_valid(

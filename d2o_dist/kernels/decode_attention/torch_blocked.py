@@ -8,8 +8,7 @@ exp2 and not exp: exp is 50x slower where it underflows, as it does on every mas
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.backend import wants_grad
-from d2o_dist.kernels.common import LN_2, LOG2_E, acc_dtype, group_size
+from d2o_dist.kernels.common import LN_2, LOG2_E, acc_dtype, group_size, wants_grad
 
 CONVERTED_ELEMENTS = 1 << 18  # of K or V at a time: 1 MiB in float32
 

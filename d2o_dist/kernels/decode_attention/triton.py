@@ -11,6 +11,7 @@ from torch import Tensor
 
 from d2o_dist.kernels.common import LOG2_E, group_size
 from d2o_dist.kernels.launch import Tile, launch, matmul_constants, padded_dim, processors, rows_contiguous
+from d2o_dist.kernels.update_scores import slot_probabilities
 
 # Programs a multiprocessor, so that reads of one hide the latency of another.
 _PROGRAMS_PER_PROCESSOR = 4
@@ -176,3 +177,11 @@ def triton_decode_attention(
         BLOCK_S=16,
     )  # fmt: skip
     return out, lse, logits
+
+
+def triton_decode_with_probabilities(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None, finite: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `decode_attention`, valid [B, Hkv, S]. Invalid slots are never read, finite or not."""
+    out, lse, logits = triton_decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass)
+    return out, lse, slot_probabilities(logits, lse, k.shape[1])

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.common import acc_dtype
 from d2o_dist.kernels.merge_into.naive import naive_merge_into
 from d2o_dist.kernels.merge_into.torch_blocked import blocked_merge_into
+from d2o_dist.kernels.registry import Op, Torch, Triton
 
 __all__ = ["merge_into", "naive_merge_into"]
+
+_OP = Op("merge_into", Triton("merge_into.triton:triton_merge_into"), Torch(blocked_merge_into))
 
 
 def merge_into(
@@ -56,8 +58,4 @@ def merge_into(
     own = own.expand(rows)
     weight = weight.to(dtype)
     share = weight if share is None else share.to(dtype)
-    if takes_triton(*kept, *evicted, head_dim=kept[0].shape[3]) and weight.numel() and own.numel():
-        from d2o_dist.kernels.merge_into.triton import triton_merge_into as path
-    else:
-        path = blocked_merge_into
-    return path(kept, evicted, weight, target, merged, own, share)
+    return _OP.pick(*kept, *evicted)(kept, evicted, weight, target, merged, own, share)

@@ -1,16 +1,14 @@
 """The nearest kept key of every evicted key, by cosine."""
 
-import torch
 from torch import Tensor
 
-from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.nearest_kept.naive import naive_nearest_kept
-from d2o_dist.kernels.nearest_kept.torch_blocked import COMPACT_BELOW, blocked_nearest_kept, compact_targets
+from d2o_dist.kernels.nearest_kept.torch_blocked import blocked_nearest_kept
+from d2o_dist.kernels.registry import Op, Torch, Triton
 
 __all__ = ["naive_nearest_kept", "nearest_kept"]
 
-# Pairs of keys from which on it pays to ask the device how many targets there are: the host waits for the answer.
-_COUNT_TARGETS_FROM = 1 << 22
+_OP = Op("nearest_kept", Triton("nearest_kept.triton:triton_nearest_of_targets"), Torch(blocked_nearest_kept))
 
 
 def nearest_kept(evicted: Tensor, kept: Tensor, target_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -26,20 +24,4 @@ def nearest_kept(evicted: Tensor, kept: Tensor, target_mask: Tensor | None = Non
         raise ValueError(f"dtype of evicted ({evicted.dtype}) must equal dtype of kept ({kept.dtype})")
     if target_mask is not None and target_mask.shape != kept.shape[:-1]:
         raise ValueError(f"target_mask {tuple(target_mask.shape)} must have kept's shape {tuple(kept.shape[:-1])}")
-    if takes_triton(evicted, kept, head_dim=evicted.shape[-1]) and evicted.numel() and kept.numel():
-        from d2o_dist.kernels.nearest_kept.triton import triton_nearest_kept
-
-        lead = evicted.shape[:-1]
-        rows = lead[:-1].numel()
-        evicted, kept = evicted.reshape(rows, *evicted.shape[-2:]), kept.reshape(rows, *kept.shape[-2:])
-        mask = None if target_mask is None else target_mask.reshape(rows, -1)
-        original = None
-        if mask is not None and evicted.shape[1] * kept.shape[1] >= _COUNT_TARGETS_FROM:
-            most = int(mask.sum(1).max())
-            if 0 < most < COMPACT_BELOW * kept.shape[1]:
-                kept, mask, original = compact_targets(kept, mask, most)
-        similarity, index = triton_nearest_kept(evicted, kept, mask)
-        if original is not None:
-            index = original.gather(1, index).masked_fill_(similarity == -torch.inf, 0)
-        return similarity.view(lead), index.view(lead)
-    return blocked_nearest_kept(evicted, kept, target_mask)
+    return _OP.pick(evicted, kept)(evicted, kept, target_mask)

@@ -13,6 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from d2o_dist.kernels.launch import Tile, launch, matmul_constants, padded_dim, rows_contiguous
+from d2o_dist.kernels.nearest_kept.torch_blocked import COMPACT_BELOW, compact_targets
+
+# Pairs of keys from which on it pays to ask the device how many targets there are: the host waits for the answer.
+_COUNT_TARGETS_FROM = 1 << 22
 
 
 def plan_tile(dtype: torch.dtype, head_dim: int) -> Tile:
@@ -137,3 +141,19 @@ def triton_nearest_kept(evicted: Tensor, kept: Tensor, target_mask: Tensor | Non
         **matmul_constants(evicted.dtype),
     )  # fmt: skip
     return similarity, index
+
+
+def triton_nearest_of_targets(evicted: Tensor, kept: Tensor, target_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `nearest_kept`. Where targets are few among many keys, they are copied together first."""
+    lead = evicted.shape[:-1]
+    rows = lead[:-1].numel()
+    evicted, kept = (x.reshape(rows, *x.shape[-2:]) for x in (evicted, kept))
+    mask, original = None if target_mask is None else target_mask.reshape(rows, -1), None
+    if mask is not None and evicted.shape[1] * kept.shape[1] >= _COUNT_TARGETS_FROM:
+        most = int(mask.sum(1).max())
+        if 0 < most < COMPACT_BELOW * kept.shape[1]:
+            kept, mask, original = compact_targets(kept, mask, most)
+    similarity, index = triton_nearest_kept(evicted, kept, mask)
+    if original is not None:
+        index = original.gather(1, index).masked_fill_(similarity == -torch.inf, 0)
+    return similarity.view(lead), index.view(lead)

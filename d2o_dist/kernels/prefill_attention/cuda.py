@@ -1,26 +1,24 @@
 """CUDA, fp16 and bf16: PyTorch's flash kernel, which returns the lse and takes GQA as it is. Not run in CI (no GPU)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2o_dist.kernels.backend import has_kernels
 from d2o_dist.kernels.lse import merge_partials
+from d2o_dist.kernels.registry import FROM_AMPERE, HALF, HEAD_DIMS, Torch
 
-MAX_HEAD_DIM = 256  # the kernel's own limit
-
-
-def cuda_supports(q: Tensor, window: int | None) -> bool:
-    """Whether `cuda_prefill_attention` takes these inputs; what it does not take goes to the blocked torch path."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    fits = half and window is None and q.shape[3] <= MAX_HEAD_DIM and q.numel() > 0
-    return q.device.type == "cuda" and fits and has_kernels(q.device)
+# What the kernel serves.
+CudaFlash = partial(
+    Torch, devices=("cuda",), dtypes=HALF, head_dims=HEAD_DIMS, capabilities=FROM_AMPERE, empty=False
+)  # fmt: skip
 
 
 def cuda_prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: None, bias: None
 ) -> tuple[Tensor, Tensor]:
-    """As `prefill_attention`, for inputs that `cuda_supports`."""
+    """As `prefill_attention`."""
     out, lse = _flash(q, k[:, :, q_start:], v[:, :, q_start:], scale, causal=True)
     if q_start > 0:
         past_out, past_lse = _flash(q, k[:, :, :q_start], v[:, :, :q_start], scale, causal=False)
@@ -28,8 +26,8 @@ def cuda_prefill_attention(
     return out, lse.contiguous()
 
 
-def cuda_cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `cross_attention`, for inputs that `cuda_supports`."""
+def cuda_cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: None) -> tuple[Tensor, Tensor]:
+    """As `cross_attention`."""
     out, lse = _flash(q, k, v, scale, causal=False)
     return out, lse.contiguous()
 

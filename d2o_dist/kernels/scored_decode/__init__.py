@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
+from d2o_dist.kernels.registry import Op, Torch, Triton
 from d2o_dist.kernels.scored_decode.naive import naive_scored_decode
 from d2o_dist.kernels.update_scores import add_probabilities, update_scores
 
@@ -43,15 +43,28 @@ def scored_decode(
         total: what becomes of the probabilities [B, Hkv, S] before they are added: the sum over ranks that hold copies
             of the KV heads. None: they are complete.
     """
-    scored = scores is not None or rates is not None
-    update = dict(newest=newest, rate_window=rate_window, present=present)
-    if scored and total is None and not peaks and takes_triton(q, k, v, head_dim=q.shape[-1]):
-        out, lse, logits = decode_with_logits(q, k, v, scale, valid=valid, log_mass=log_mass)
-        update_scores(logits, lse, scores, rates, **update)
-    else:
-        # PyTorch's operators have the probabilities at hand, and would have to compute them again from the logits; no
-        # kernel of `update_scores` takes maxima.
-        out, _, probs = decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass, finite=True)
-        if scored:
-            add_probabilities(probs if total is None else total(probs), scores, rates, peaks=peaks, **update)
+    attend = dict(q=q, k=k, v=v, scale=scale, valid=valid, log_mass=log_mass)
+    update = dict(scores=scores, rates=rates, newest=newest, rate_window=rate_window, present=present)
+    unscored = scores is None and rates is None
+    path = _OP.pick(q, k, v, unscored=unscored, peaks=peaks, total=total is not None)
+    out = path(attend, update, peaks=peaks, total=total)
     return out if present is None else out * present[:, None, None]
+
+
+def by_logits(attend: dict, update: dict, *, peaks: bool, total: None) -> Tensor:
+    """Two kernels, for K is not read again; none of `update_scores` takes maxima."""
+    out, lse, logits = decode_with_logits(**attend)
+    update_scores(logits, lse, **update)
+    return out
+
+
+def by_probabilities(attend: dict, update: dict, *, peaks: bool, total: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """PyTorch's operators have the probabilities at hand, and would have to compute them again from the logits."""
+    out, _, probs = decode_attention(**attend, finite=True)
+    if update["scores"] is not None or update["rates"] is not None:
+        add_probabilities(probs if total is None else total(probs), peaks=peaks, **update)
+    return out
+
+
+_OP = Op("scored_decode", Triton(by_logits, without={"unscored", "peaks", "total"}, empty=True),
+         Torch(by_probabilities))  # fmt: skip

@@ -5,6 +5,7 @@ from torch import Tensor
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.common import check_queries_keys
 from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.kernels.registry import Op, Torch
 from d2o_dist.kernels.scored_prefill.cpu import cpu_scored_prefill
 from d2o_dist.kernels.scored_prefill.naive import naive_scored_prefill_attention
 
@@ -26,7 +27,12 @@ def scored_prefill_attention(
     check_queries_keys(q, k, v)
     if k.shape[2] != q_start + q.shape[2]:
         raise ValueError(f"k has {k.shape[2]} keys, but q_start ({q_start}) + Tq ({q.shape[2]}) is another number")
-    if q.device.type == "cpu" and q.numel():
-        return cpu_scored_prefill(q, k, v, scale, q_start=q_start)
+    return _OP.pick(q)(q, k, v, scale, q_start=q_start)
+
+
+def two_passes(q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int) -> tuple[Tensor, Tensor, Tensor]:
     out, lse = prefill_attention(q, k, v, scale, q_start=q_start)
     return out, lse, column_sums(q, k, lse, scale, q_start=q_start)
+
+
+_OP = Op("scored_prefill", Torch(cpu_scored_prefill, devices=("cpu",), empty=False), Torch(two_passes))

@@ -5,16 +5,18 @@ With sequence shards the lse is that of all shards: each then updates its own sl
 
 from torch import Tensor
 
-from d2o_dist.kernels.backend import takes_triton
 from d2o_dist.kernels.common import group_size
+from d2o_dist.kernels.registry import Op, Torch, Triton
 from d2o_dist.kernels.update_scores.naive import naive_update_scores
-from d2o_dist.kernels.update_scores.torch_ops import (
-    add_probabilities,
-    torch_slot_probabilities,
-    torch_update_scores,
-)
+from d2o_dist.kernels.update_scores.torch_ops import add_probabilities, torch_slot_probabilities, torch_update_scores
 
 __all__ = ["add_probabilities", "naive_update_scores", "slot_probabilities", "update_scores"]
+
+# The last dim is slots: no head dim limits the kernel.
+_PROBABILITIES = Op("slot_probabilities", Triton("update_scores.triton:triton_slot_probabilities", head_dims=None),
+                    Torch(torch_slot_probabilities))  # fmt: skip
+_UPDATE = Op("update_scores", Triton("update_scores.triton:triton_update_scores", head_dims=None),
+             Torch(torch_update_scores))  # fmt: skip
 
 
 def slot_probabilities(logits: Tensor, lse: Tensor, num_kv_heads: int) -> Tensor:
@@ -23,11 +25,7 @@ def slot_probabilities(logits: Tensor, lse: Tensor, num_kv_heads: int) -> Tensor
     Slots whose logit is -inf, and heads whose lse is -inf, give 0.
     """
     _check(logits, lse, num_kv_heads)
-    if (kernel := _kernel(logits, lse)) is not None:
-        return kernel(
-            logits, lse, num_kv_heads, scores=None, rates=None, newest=None, decay=0.0, present=None, with_probs=True
-        )
-    return torch_slot_probabilities(logits, lse, num_kv_heads)
+    return _PROBABILITIES.pick(logits, lse)(logits, lse, num_kv_heads)
 
 
 def update_scores(
@@ -64,24 +62,9 @@ def update_scores(
         shape = None if newest is None else tuple(newest.shape)
         raise ValueError(f"rates need newest, one slot for each of {len(logits)} rows and KV heads, not {shape}")
     newest = None if newest is None else newest.expand(-1, num_kv_heads)
-    if (kernel := _kernel(logits, lse)) is not None:
-        kernel(
-            logits, lse, num_kv_heads, scores=scores, rates=rates, newest=newest, decay=1 / rate_window,
-            present=present, with_probs=False,
-        )  # fmt: skip
-        return
-    torch_update_scores(logits, lse, scores, rates, newest=newest, rate_window=rate_window, present=present)
-
-
-def _kernel(logits: Tensor, lse: Tensor):
-    """The kernel that serves these, or None."""
-    if logits.numel() == 0:
-        return None
-    if takes_triton(logits, lse):
-        from d2o_dist.kernels.update_scores.triton import triton_update_scores
-
-        return triton_update_scores
-    return None
+    _UPDATE.pick(logits, lse)(
+        logits, lse, num_kv_heads, scores=scores, rates=rates, newest=newest, rate_window=rate_window, present=present
+    )
 
 
 def _check(logits: Tensor, lse: Tensor, num_kv_heads: int) -> None:

@@ -17,15 +17,16 @@ def torch_slot_probabilities(logits: Tensor, lse: Tensor, num_kv_heads: int) -> 
 def torch_update_scores(
     logits: Tensor,
     lse: Tensor,
+    num_kv_heads: int,
+    *,
     scores: Tensor | None,
     rates: Tensor | None,
-    *,
     newest: Tensor | None,
     rate_window: int,
     present: Tensor | None,
 ) -> None:
     """As `update_scores`."""
-    probs = torch_slot_probabilities(logits, lse, (scores if scores is not None else rates).shape[1])
+    probs = torch_slot_probabilities(logits, lse, num_kv_heads)
     add_probabilities(probs, scores, rates, newest=newest, rate_window=rate_window, present=present)
 
 

@@ -60,9 +60,9 @@ def triton_update_scores(
     scores: Tensor | None,
     rates: Tensor | None,
     newest: Tensor | None,
-    decay: float,
+    rate_window: int,
     present: Tensor | None,
-    with_probs: bool,
+    with_probs: bool = False,
 ) -> Tensor | None:
     """In place; as `update_scores`. Returns probs [B, Hkv, S] if wanted."""
     batch, num_heads, num_slots = logits.shape
@@ -77,7 +77,7 @@ def triton_update_scores(
         (triton.cdiv(num_slots, _SLOTS), batch * num_kv_heads),
         logits, lse, scores, rates, newest, present, probs,
         *logits.stride(), *lse.stride(), *((0, 0, 0) if scores is None else scores.stride()),
-        *((0, 0, 0) if rates is None else rates.stride()), num_kv_heads, num_slots, decay,
+        *((0, 0, 0) if rates is None else rates.stride()), num_kv_heads, num_slots, 1 / rate_window,
         tile=Tile(_SLOTS, 1, 4, 2),
         GROUP=group_size(num_heads, num_kv_heads),
         BLOCK_S=_SLOTS,
@@ -87,3 +87,9 @@ def triton_update_scores(
         HAS_PROBS=with_probs,
     )  # fmt: skip
     return probs
+
+
+def triton_slot_probabilities(logits: Tensor, lse: Tensor, num_kv_heads: int) -> Tensor:
+    """As `slot_probabilities`."""
+    nothing = dict(scores=None, rates=None, newest=None, rate_window=1, present=None)
+    return triton_update_scores(logits, lse, num_kv_heads, **nothing, with_probs=True)
