@@ -123,14 +123,14 @@ def evict_shards(
     similarities, takes = _nearest_of_all(found, kept, picked, ranks)
 
     reports = [
-        head_reports(similarity, pick.valid.expand_as(similarity), config)
+        head_reports(similarity, pick.valid.expand_as(similarity), config.merge.gate)
         for similarity, pick in zip(similarities, picked, strict=True)
     ]
     everyone = ranks.gather_kv_heads(torch.cat(reports, -1)).split([one.shape[-1] for one in reports], -1)
     for number, (job, pick) in enumerate(zip(jobs, picked, strict=True)):
         merged, state = judge(similarities[number], pick.valid, everyone[number], job.state, config)
         slots = merge_evicted(
-            kept[number], victims[number], similarities[number], found[number][1], merged & takes[number], config
+            kept[number], victims[number], similarities[number], found[number][1], merged & takes[number], config.merge
         )
         results.append(ShardEviction(slots, pick.held, pick.positions, state))
     return results

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`' Did you mean "heavy_fraction"?'`, or an empty string when nothing known is near `name`."""
+    """`' Did you mean "keep_ratio"?'`, or an empty string when nothing known is near `name`."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f' Did you mean "{near[0]}"?' if near else ""
 
