@@ -20,7 +20,7 @@ class LayerReport:
         layer: index in the model; kind: `compressed`, `protected` or `sliding`.
         num_heavy, num_recent: the budget of each row; None before finalize and for layers that are never evicted.
         kv_len: slots held by each row. Where heads have budgets of their own, these three are means over the KV heads.
-        dispersion: statistic that the budget came from, per row; None if the allocation does not use it.
+        dispersion: statistic that the budget came from, per row; None if the budget rule does not use it.
         threshold: moving similarity threshold per row; None before the first eviction of a row. Where heads have
             budgets of their own, the mean over the KV heads of this rank.
         num_merged, num_dropped: evicted tokens folded into others or lost so far, over all rows and the KV heads that

@@ -1,6 +1,6 @@
-"""`core.merge.merge_into` by the merge kernel: only slots that take something in are computed, the same bits every run.
+"""`policy.merge.merge_into` by the merge kernel: only slots that take something in are computed, in every run alike.
 
-No gradients: training merges by `core.merge`, which this is tested against.
+No gradients: training merges by `policy.merge`, which this is tested against.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from d2o_dist.slots.slots import Slots
 def merge_evicted(
     kept: Slots, evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
 ) -> Slots:
-    """As `core.merge.merge_into`: kept [B, Hkv, K, ...], evicted [B, Hkv, E, ...], the rest [B, Hkv, E]."""
+    """As `policy.merge.merge_into`: kept [B, Hkv, K, ...], evicted [B, Hkv, E, ...], the rest [B, Hkv, E]."""
     if not rule.merges:
         return kept
     share = torch.ones_like(similarity) if rule.plain_mean else None

@@ -13,9 +13,9 @@ from d2o_dist.policy.gate import head_reports, read_reports
 from d2o_dist.policy.merge import MergeRule, merge_into, nearest_kept
 from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 
-# Finds the nearest target of each evicted key; the contract of `core.merge.nearest_kept`.
+# Finds the nearest target of each evicted key; the contract of `policy.merge.nearest_kept`.
 Nearest = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-# Folds evicted tokens into kept ones; the contract of `core.merge.merge_into`.
+# Folds evicted tokens into kept ones; the contract of `policy.merge.merge_into`.
 Merge = Callable[[Slots, Slots, Tensor, Tensor, Tensor, MergeRule], Slots]
 # Whole numbers below it are exact in float32.
 MAX_FOUND = 1 << 24

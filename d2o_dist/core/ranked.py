@@ -1,4 +1,4 @@
-"""How many of a model's highest ranked tokens each KV head has, wherever its tokens lie (`allocation="ranked"`).
+"""How many of a model's highest ranked tokens each KV head has, wherever its tokens lie (the budget rule `ranked`).
 
 Tokens are neither gathered nor sorted. The rank that the last one of them has is found digit by digit, from the
 numbers of tokens that have each digit: those of several ranks add up, and do not grow with the context.

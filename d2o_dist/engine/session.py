@@ -104,7 +104,7 @@ class Session:
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
         """Read the prompts, or the next turn of each, and compress them: [B, T] -> next-token logits [B, V].
 
-        With `selection="reread"` the prompts of the first turn are read twice.
+        With the score rule `reread` the prompts of the first turn are read twice.
 
         Args:
             attention_mask: [B, T], 0 marks padding, which is on the left.

@@ -26,7 +26,7 @@ class Rule:
     Attributes:
         name: what `rule` says in YAML.
         path: the part of a policy that it can be, as in `merge.gate`.
-        statistics: names of the statistics of attention that it reads (`d2o_dist.statistics`).
+        statistics: names of the statistics of attention that it reads (`policy/statistics.py`).
     """
 
     name: ClassVar[str]

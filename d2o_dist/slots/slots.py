@@ -27,7 +27,7 @@ class Slots:
         values: [B, Hkv, S, D].
         positions: [B, Hkv, S] int64, index of the token in its own row, -1 on an unused slot.
         scores: [B, Hkv, S] float32 (float64 for a float64 cache): attention received, summed over the group; added up
-            over queries, or with `selection="reread"` the most that any one query gave.
+            over queries, or with the score rule `reread` the most that any one query gave.
         rates: [B, Hkv, S]: recent attention received per query, summed over the group.
         log_mass: [B, Hkv, S]: added to the slot's logit; 0 until something is merged by mass.
     """

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--tokens", type=int, default=3500, help="length of each prompt (default: 3500)")
     parser.add_argument("--keep-ratio", type=float, default=0.2, help="fraction of the cache to keep (default: 0.2)")
-    presets = "snapkv,paper_minmax,d2o"
+    presets = "snapkv,paper,d2o"
     parser.add_argument("--presets", default=presets, help=f"beside the full cache (default: {presets})")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     launch = read_environment()
