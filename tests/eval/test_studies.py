@@ -9,7 +9,16 @@ import pytest
 
 from d2o_dist.config.evaluate import EvalConfig
 from tests.eval.test_eval_config import CONFIGS, STUDIES
-from tests.spec import spec
+from tests.spec import DEFAULTS, flat
+from tests.spec import spec as spec_of
+
+
+def spec(preset, **fields):
+    """As published: no layer below 32 slots, unless the preset names another number."""
+    if flat(preset).min_layer_tokens == DEFAULTS["min_layer_tokens"]:
+        fields["min_layer_tokens"] = 32
+    return spec_of(preset, **fields)
+
 
 # By file: methods that are not a preset of the specification of the same name.
 WERE = {
