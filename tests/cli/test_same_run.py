@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2o_dist.cli import demo, evaluate, infer, train
+from d2o_dist.cli import evaluate, infer, train
 from d2o_dist.engine import model as loading
+from launch.demo import __main__ as demo
 from tests.cli.test_many_ranks import speak
 from tests.engine.tiny import make_folder
 from tests.ranks import run_ranks

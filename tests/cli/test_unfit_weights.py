@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from d2o_dist.cli import demo, evaluate, infer, lm_harness, train
+from d2o_dist.cli import evaluate, infer, lm_harness, train
+from launch.demo import __main__ as demo
 from tests.engine.tiny import make_folder
 
 REPO = Path(__file__).resolve().parents[2]
