@@ -131,7 +131,8 @@ def exact_attention(
     if documents is None or kwargs.get("position_bias") is not None:
         if isinstance(mask, LazyMask):
             mask = mask.of("sdpa")
-            if mask is None and query.shape[2] > 1 and kwargs.get("is_causal") is None:
+            # Some models say so themselves where there is a mask: without one they would not.
+            if mask is None and query.shape[2] > 1:
                 check_causal(module, kwargs, "the model's mask is causal")
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
 

@@ -16,7 +16,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 # Arguments of an attention function that change nothing in what it computes. Windows and documents are in the mask.
 HARMLESS = frozenset({
     "position_ids", "sliding_window", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
-    "return_dict", "num_items_in_batch", "deterministic",
+    "return_dict", "num_items_in_batch", "logits_to_keep", "deterministic",
 })  # fmt: skip
 
 
