@@ -1,4 +1,4 @@
-"""One folder an op: `naive.py` is the oracle, the other files are fast paths; `__init__.py` picks one and exports it.
+"""One folder an op: `naive.py` is the oracle, the other files are fast paths; `__init__.py` names them in order.
 
 Shape legend, used in every file below:
     q [B, Hq, Tq, D] · k, v [B, Hkv, Tk, D] · G = Hq // Hkv · query head h reads KV head h // G
