@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import Cache, PreTrainedModel
 
-from benchmarks.model import MODELS, build_model, check_gate, new_cache
+from benchmarks.model import MODELS, build_model, check_gate, full_bytes, new_cache
 from benchmarks.timing import machine, markdown_table, write_report
 from d2o_dist.integrations.hf import D2OCache
 
@@ -106,7 +106,7 @@ def cache_bytes(cache: Cache) -> int:
     """Of all its buffers, room to grow and statistics included."""
     if isinstance(cache, D2OCache):
         return cache.report().allocated_bytes
-    return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
+    return full_bytes(cache)
 
 
 def _wait(device: torch.device) -> None:

@@ -12,9 +12,8 @@ from d2o_dist.cache.step import DecodeStep
 from d2o_dist.cache.store import SlotStore
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.budgets import eviction_budget
-from d2o_dist.compression.evict import run_evictions
 from d2o_dist.compression.merge import merge_evicted
-from d2o_dist.core.compress import eviction_steps
+from d2o_dist.core.compress import evict_ordered
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.slots import D2OState, Slots, stats_dtype
@@ -94,7 +93,5 @@ class DecodeLayer:
 def finalize_layer(slots: Slots, config: D2OConfig) -> Slots:
     """Select, find the nearest, merge: what the end of a prompt costs a layer after its attention."""
     held = slots.positions.shape[-1]
-    budget, _ = eviction_budget([int(config.keep_ratio * held)], [held], 1, config, slots.positions.device)
-    steps = eviction_steps(slots, budget, D2OState(), config, nearest=nearest_kept, merge=merge_evicted)
-    ((kept, _),) = run_evictions([steps], lambda reports: reports)  # all heads are here
-    return kept
+    budget, _ = eviction_budget([int(config.keep_ratio * held)], [held], config, slots.positions.device)
+    return evict_ordered(slots, budget, D2OState(), config, nearest=nearest_kept, merge=merge_evicted)[0]

@@ -64,6 +64,11 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+def full_bytes(cache: Cache) -> int:
+    """Of the keys and values of a cache of transformers."""
+    return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
+
+
 def build_model(name: str, num_layers: int | None, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The named shape with random weights, made on the device; `num_layers` of its layers if given."""
     config = MODELS[name]()
@@ -129,11 +134,7 @@ def measure(
             warm = _now(on_gpu)
         token = step(token)
     end = _now(on_gpu)
-    held = (
-        cache.report().held_bytes
-        if preset != "sdpa"
-        else sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
-    )
+    held = cache.report().held_bytes if preset != "sdpa" else full_bytes(cache)
     peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if on_gpu else "not measured"
     return {
         "first token, s": f"{first - start:.3f}",

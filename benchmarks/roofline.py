@@ -59,17 +59,6 @@ def nearest_work(num_kv_heads: int, head_dim: int, evicted: int, kept: int, item
     return Work(num_kv_heads * (evicted + kept) * head_dim * itemsize, 2.0 * num_kv_heads * evicted * kept * head_dim)
 
 
-def eviction_work(num_kv_heads: int, head_dim: int, kept: int, evicted: int, itemsize: int, merges: bool) -> Work:
-    """While decoding: keys read once to compare, if anything is merged; keys and values read and written to close gaps.
-
-    At the most: slots before the first victim do not move.
-    """
-    row = head_dim * itemsize
-    compared = (kept + evicted) * row if merges else 0
-    flops = 2.0 * num_kv_heads * evicted * kept * head_dim if merges else 0.0
-    return Work(num_kv_heads * (compared + 4 * kept * row), flops)
-
-
 def merge_work(num_kv_heads: int, head_dim: int, merged: int, kept: int, itemsize: int) -> Work:
     """Keys and values: kept rows read and written, merged rows read; two operations a number."""
     return Work(2 * num_kv_heads * (merged + 2 * kept) * head_dim * itemsize, 4.0 * num_kv_heads * merged * head_dim)

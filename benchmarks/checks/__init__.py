@@ -1,6 +1,6 @@
 """Every kernel against its oracle, on awkward shapes: run on a GPU by `gpu_check`, and by the tests without one.
 
-The kernels' own files are imported when a check runs, so listing checks needs neither Triton nor a library.
+The kernels' own files are imported when a check runs, so listing checks does not need Triton.
 And CUDA graphs of decode steps beside the steps themselves, which need a GPU.
 """
 

@@ -1,4 +1,4 @@
-"""Run the checks of one op, or of all of Triton's, and print a JSON line for each: on a GPU, or interpreted on a CPU.
+"""Run the checks of one op, or of all, and print a JSON line for each: on a GPU, or interpreted on a CPU.
 
 python -m benchmarks.checks --op decode_attention
 TRITON_INTERPRET=1 python -m benchmarks.checks --device cpu

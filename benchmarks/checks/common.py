@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from d2o_dist.kernels.backend import get_backend, set_backend
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Limits of |got - want| / (1 + |want|): outputs are rounded to their dtype; statistics are float32 in every dtype, from
 # products that are exact, so what remains is the order of additions.
@@ -84,6 +86,17 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Ops use this backend."""
+    before = get_backend()
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        set_backend(before)
 
 
 def in_each_dtype(op: str, cases: dict[str, object], run: Callable[[object, torch.dtype, str], Result]) -> list[Check]:

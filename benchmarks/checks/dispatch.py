@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Check, Result, normal
+from benchmarks.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Check, Result, normal, using
 from d2o_dist.attention.sampled import prompt_column_sums
-from d2o_dist.kernels.backend import get_backend, set_backend
+from d2o_dist.kernels.column_peaks import column_peaks
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
 from d2o_dist.kernels.merge_into import merge_into
@@ -28,13 +28,10 @@ def checks() -> list[Check]:
 
 def _run(case: Callable[[str], tuple[Tensor, ...]], device: str) -> Result:
     """The op through all backends: everything it returns must agree. "auto" may be flash-attn."""
-    results, before = {}, get_backend()
-    try:
-        for backend in ("triton", "auto", "torch"):
-            set_backend(backend)
+    results = {}
+    for backend in ("triton", "auto", "torch"):
+        with using(backend):
             results[backend] = case(device)
-    finally:
-        set_backend(before)
     result = Result()
     for backend in ("triton", "auto"):
         for number, (got, want) in enumerate(zip(results[backend], results["torch"], strict=True)):
@@ -57,6 +54,13 @@ def _column_sums(device: str) -> tuple[Tensor, ...]:
     lse = prefill_attention(q, k, v, 0.2, q_start=24)[1]
     options = ({}, {"num_last": 9}, {"query_stride": 8}, {"window": 20}, {"k_start": 7}, {"bias": k[..., 0].float()})
     return tuple(column_sums(q, k, lse, 0.2, q_start=24, **more) for more in options)
+
+
+def _column_peaks(device: str) -> tuple[Tensor, ...]:
+    q, k, v = _prompt(device)
+    lse = prefill_attention(q, k, v, 0.2, q_start=24)[1]
+    options = ({}, {"bias": k[..., 0].float()}, {"causal": False})
+    return tuple(column_peaks(q, k, lse, 0.2, q_start=24, **more) for more in options)
 
 
 def _prefill_attention(device: str) -> tuple[Tensor, ...]:
@@ -108,7 +112,7 @@ def _scored_decode(device: str) -> tuple[Tensor, ...]:
     newest, present = torch.tensor([[50], [11]], device=device), torch.tensor([True, False], device=device)
     valid, mass = torch.arange(64, device=device) <= newest, k[..., 0].float().abs()
     found = []
-    for more in ({}, {"present": present, "log_mass": mass}):
+    for more in ({}, {"present": present, "log_mass": mass}, {"present": present, "peaks": True}):
         scores, rates = torch.ones(2, 2, 2, 64, device=device)
         statistics = {"scores": scores, "rates": rates, "rate_window": 8}
         found += [scored_decode(q[:, :, 0], k, v, 0.2, valid=valid, newest=newest, **statistics, **more), scores, rates]
@@ -146,6 +150,7 @@ def _merge_into(device: str) -> tuple[Tensor, ...]:
 
 CASES = (
     _column_sums,
+    _column_peaks,
     _prefill_attention,
     _cross_attention,
     _scored_prefill,

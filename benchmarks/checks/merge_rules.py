@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Check, Result, normal
+from benchmarks.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Check, Result, normal, using
 from d2o_dist.compression.merge import merge_evicted
-from d2o_dist.kernels.backend import get_backend, set_backend
 from d2o_dist.policy.merge import MERGES, Average, Mass, MergeRule, merge_into
 from d2o_dist.slots.slots import Slots
 
@@ -32,13 +31,10 @@ def run(device: str) -> Result:
     target = torch.randint(0, 5, (2, 2, 40), generator=generator)
     merged = torch.rand(2, 2, 40, generator=generator) < 0.7
     plain = (kept.map(lambda x: x.cpu()), evicted.map(lambda x: x.cpu()), similarity, target, merged)
-    result, before = Result(), get_backend()
+    result = Result()
     for name, rule in RULES.items():
-        try:
-            set_backend("triton")
+        with using("triton"):
             got = merge_evicted(kept, evicted, similarity.to(device), target.to(device), merged.to(device), rule)
-        finally:
-            set_backend(before)
         want = merge_into(*plain, rule)
         for field in ("keys", "values"):
             result.near(f"{name}: {field}", getattr(got, field), getattr(want, field), OUT_LIMITS[torch.float32])

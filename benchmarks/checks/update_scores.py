@@ -20,7 +20,7 @@ def checks() -> list[Check]:
 
 
 def run(num_heads: int, num_kv_heads: int, num_slots: int, parts: str, device: str) -> Result:
-    from d2o_dist.kernels.update_scores.triton import triton_update_scores as kernel
+    from d2o_dist.kernels.update_scores.triton import triton_update_scores
 
     batch, room = 3, 5
     logits = normal(batch, num_heads, num_slots, dtype=torch.float32, device=device) * 3
@@ -38,7 +38,7 @@ def run(num_heads: int, num_kv_heads: int, num_slots: int, parts: str, device: s
     before = on_cpu(logits, lse, *(x if x is None else x.clone() for x in (scores, rates)), newest, present)
     rest = [x[:, :, num_slots:].clone() for x in statistics]
     with poisoned():
-        probs = kernel(
+        probs = triton_update_scores(
             logits, lse, num_kv_heads, scores=scores, rates=rates, newest=newest, rate_window=16, present=present,
             with_probs=True,
         )  # fmt: skip

@@ -22,42 +22,33 @@ from d2o_dist.cache.sharded import ShardedLayer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.compression.agree import check_agreement
 from d2o_dist.compression.budgets import eviction_budget, rows_due
-from d2o_dist.compression.evict import run_evictions
 from d2o_dist.compression.evict_arena import ArenaEvictions, DueBlocks
 from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.compression.shard_evict import evict_shards
 from d2o_dist.compression.shard_finalize import finalize_shard
-from d2o_dist.core.compress import EvictionSteps, eviction_steps
+from d2o_dist.core.compress import evict_ordered
 from d2o_dist.core.select import add_rates, choose, ranking_rates, rate_gain
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.arena import Arena, Block
 from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 
-
-class DueUnit(NamedTuple):
-    """What is to be evicted: of which layer, the slots of it that have one budget, that budget, and the slots of each
-    row after it."""
-
-    index: int
-    unit: FullLayer | ShardedLayer
-    budget: LayerBudget
-    kv_len: list[int]
+# The budget of a unit, and the slots of each row after its eviction.
+_Budget = tuple[LayerBudget, list[int]]
 
 
-class _DueBlock(NamedTuple):
-    """A block of the arena that is due: its number, its layer in the model, and the slots of each row afterwards."""
+class Due(NamedTuple):
+    """What is due for an eviction while decoding: the slots of a layer that have one budget.
+
+    Attributes:
+        number: its place among all that have a budget here; index: of its layer in the model.
+        kv_len: slots of each row afterwards.
+    """
 
     number: int
     index: int
-    unit: FullLayer
+    unit: FullLayer | ShardedLayer
     kv_len: list[int]
-
-
-def due_unit(index: int, unit: FullLayer | ShardedLayer, slack: int) -> DueUnit | None:
-    """The eviction of a layer (or head) with budgets; None if no row holds `slack` slots or more over its own."""
-    due = eviction_budget(unit.slot_budgets, unit.kv_len, slack, unit.config, unit.store.slots.positions.device)
-    return None if due is None else DueUnit(index, unit, *due)
 
 
 @dataclass(frozen=True)
@@ -80,37 +71,58 @@ class LayerEvictions:
         Args:
             in_arena: whether what is left goes into one arena, for evictions while decoding, which is returned.
         """
-        units = self._budgeted()
-        due = [due_unit(index, unit, 1) for index, unit in units]
+        units = _budgeted(self.layers)
+        due = [_budget_of(unit) for _, unit in units]
         arena = self._make_arena([unit for _, unit in units], due) if in_arena and units else None
         for number, ((index, unit), job) in enumerate(zip(units, due, strict=True)):
-            slots, held = self._evicted(index, unit, job)
+            if job is None:
+                slots, held = self._whole(index, unit), unit.kv_len
+            else:
+                slots, held = self._evicted(unit, *job), job[1]
             if arena is None:
                 unit.store.replace(slots, held, max(*unit.slot_budgets, *held) + (self.config.eviction_interval or 0))
             else:
                 unit.store.enter(arena.view(number), slots, held)
-            if job is not None:
-                self._check([job])
+            if job is not None and not self._by_head:
+                _check(self.layers, {index: [unit.store.slots.positions]}, self.ranks, by_sequence=False)
         self._end_of_heads(1)
         return None if arena is None else self._arena_evictions(arena, [unit for _, unit in units])
 
-    def _evicted(self, index: int, unit: FullLayer, due: DueUnit | None) -> tuple[Slots, list[int]]:
-        """What is left of a unit, [B, h, S, ...] in order, and how many slots of each row that is."""
-        if due is None:
-            slots = unit.store.slots
-            gain = rate_gain(slots, ranking_rates(slots, self.config, finalize=True), self.config)
-            if self._others_may_ask([self.layers[index]], 1):
-                self._steps_of([], None)
-            return slots if gain is None else add_rates(slots, gain), unit.kv_len
-        seen = torch.tensor(self.num_seen, device=unit.store.slots.positions.device)
-        [(slots, unit.state)] = self._steps_of([due], seen)
-        return slots, due.kv_len
+    def _whole(self, index: int, unit: FullLayer) -> Slots:
+        """All of a unit of which no row is over its budget, [B, h, S, ...] in order."""
+        slots = unit.store.slots
+        gain = rate_gain(slots, ranking_rates(slots, self.config, finalize=True), self.config)
+        if self._others_may_ask([self.layers[index]], 1):
+            self._join(torch.uint8)
+        return slots if gain is None else add_rates(slots, gain)
 
-    def _make_arena(self, units: Sequence[FullLayer], due: Sequence[DueUnit | None]) -> Arena:
+    def _evicted(self, unit: FullLayer, budget: LayerBudget, kv_len: Sequence[int]) -> Slots:
+        """What is left of a unit, [B, h, S, ...] in order. Collectives: one, if anything is merged; one more between
+        copies of KV heads."""
+        slots = unit.store.slots
+        seen = torch.tensor(self.num_seen, device=slots.positions.device)
+        left, unit.state = evict_ordered(
+            slots, budget, unit.state, self.config, num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted,
+            gather_heads=self._gather_reports, choice=self._choice(slots, budget, seen), here=self._own_heads,
+        )  # fmt: skip
+        if self._by_head and self.ranks.kv_replicas > 1 and self.config.merge.merges and not max(kv_len):
+            # Nothing stays, so it asked nothing, and other heads may.
+            self._gather_reports(self._nothing("scores"))
+        return left
+
+    def _choice(self, slots: Slots, budget: LayerBudget, seen: Tensor) -> Tensor | None:
+        """What becomes of the slots of a unit, as the first of the ranks chose that hold copies of its heads; None
+        where there are no copies. What they rank by may differ by a last bit."""
+        if self.ranks.kv_replicas == 1:
+            return None
+        ranking = self.config.score.rank(slots, ranking_rates(slots, self.config, finalize=True), seen)
+        return self.ranks.from_first_copy(choose(slots, budget, ranking, self.config, finalize=True))
+
+    def _make_arena(self, units: Sequence[FullLayer], due: Sequence[_Budget | None]) -> Arena:
         """A block for each unit: room for the budget and what gathers between evictions."""
         blocks = []
         for unit, job in zip(units, due, strict=True):
-            held = unit.kv_len if job is None else job.kv_len
+            held = unit.kv_len if job is None else job[1]
             room = [max(slots, now) + self.config.eviction_interval
                     for slots, now in zip(unit.slot_budgets, held, strict=True)]  # fmt: skip
             blocks.append(Block(unit.store.shape[0], max(room), tuple(room)))
@@ -141,20 +153,16 @@ class LayerEvictions:
             seen: [B] int64 tokens seen, on the device.
             evictions: of the arena that the layers lie in.
         """
-        jobs = []
-        for number, (index, unit) in enumerate(self._budgeted()):
-            due, left = rows_due(unit.slot_budgets, unit.kv_len, slack)
-            if any(due):
-                jobs.append(_DueBlock(number, index, unit, left))
+        jobs = _all_due(self.layers, slack)
         if jobs:
             self._run(jobs, seen, evictions)
         elif self._others_may_ask(self.layers.values(), slack):
             # Collectives are for all tensor ranks: those that have nothing due join in with nothing.
-            self._join(self.config.merge.merges)
+            self._join(torch.int64)
         self._end_of_heads(slack)
         return bool(jobs)
 
-    def _run(self, jobs: Sequence[_DueBlock], seen: Tensor, evictions: ArenaEvictions) -> None:
+    def _run(self, jobs: Sequence[Due], seen: Tensor, evictions: ArenaEvictions) -> None:
         both = [(held, left) for job in jobs for held, left in zip(job.unit.kv_len, job.kv_len, strict=True)]
         due = DueBlocks(
             blocks=tuple(job.number for job in jobs),
@@ -170,39 +178,11 @@ class LayerEvictions:
             decided = {job.index: [part] for job, part in zip(jobs, victims.split(rows), strict=True)}
             _check(self.layers, decided, self.ranks, by_sequence=False)
 
-    def _budgeted(self) -> list[tuple[int, FullLayer]]:
-        """What has a budget and slots here, with the index of its layer in the model: the blocks of the arena."""
-        return [
-            (index, unit) for index, layer in self.layers.items() for unit in layer.units
-            if unit.slot_budgets is not None
-        ]  # fmt: skip
-
-    def _steps_of(self, jobs: Sequence[DueUnit], seen: Tensor | None) -> list[tuple[Slots, D2OState]]:
-        """What evictions at finalize leave. Collectives: one, if anything is merged; one more between copies of KV
-        heads."""
-        choices = self._choices(jobs, seen)
-        steps = [self._steps(job, choice, seen) for job, choice in zip(jobs, choices, strict=True)]
-        asks = self._by_head and self.ranks.kv_replicas > 1 and self.config.merge.merges
-        return run_evictions(steps, self._gather_reports, self._nothing("scores") if asks else None)
-
-    def _join(self, merges: bool) -> None:
-        """Take part in the exchanges of an eviction of which this rank has nothing."""
-        self.ranks.from_first_copy(self._nothing("positions"))
-        if merges:
+    def _join(self, dtype: torch.dtype) -> None:
+        """Take part in the exchanges of an eviction of which this rank has nothing; dtype: of what others choose."""
+        self.ranks.from_first_copy(self._nothing("positions").to(dtype))
+        if self.config.merge.merges:
             self._gather_reports(self._nothing("scores"))
-
-    def _choices(self, jobs: Sequence[DueUnit], seen: Tensor | None) -> Sequence[Tensor | None]:
-        """What becomes of the slots of each job, as the first of the ranks chose that hold copies of its heads; None
-        where there are no copies. What they rank by may differ by a last bit."""
-        if self.ranks.kv_replicas == 1:
-            return [None] * len(jobs)
-        chosen = []
-        for job in jobs:
-            slots, config = job.unit.store.slots, self.config
-            ranking = config.score.rank(slots, ranking_rates(slots, config, finalize=True), seen)
-            chosen.append(choose(slots, job.budget, ranking, config, finalize=True))
-        mine = torch.cat(chosen, -1) if chosen else self._nothing("positions").to(torch.uint8)
-        return self.ranks.from_first_copy(mine).split([one.shape[-1] for one in chosen] or [0], -1)[: len(jobs)]
 
     def _others_may_ask(self, layers: Collection[FullLayer | HeadwiseLayer], slack: int) -> bool:
         """Whether any head with a budget of its own is due, on whichever rank, where several ranks hold each: those
@@ -239,12 +219,6 @@ class LayerEvictions:
                     head.evict(slack)
             self._check_heads()
 
-    def _steps(self, job: DueUnit, choice: Tensor | None, seen: Tensor) -> EvictionSteps:
-        return eviction_steps(
-            job.unit.store.slots, job.budget, job.unit.state, self.config, finalize=True,
-            num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted, choice=choice, here=self._own_heads,
-        )  # fmt: skip
-
     def _gather_reports(self, reports: Tensor) -> Tensor:
         """[B, h, X] of the KV heads at hand -> [B, H, X] of the whole layer, the same on every rank.
 
@@ -253,11 +227,6 @@ class LayerEvictions:
         if self._by_head:
             return self.ranks.from_first_copy(reports)
         return self.ranks.gather_kv_heads(self.ranks.join_heads(reports))
-
-    def _check(self, jobs: Sequence[DueUnit]) -> None:
-        if not self._by_head:
-            decided = {job.index: [job.unit.store.slots.positions] for job in jobs}
-            _check(self.layers, decided, self.ranks, by_sequence=False)
 
     def _check_heads(self) -> None:
         """As `_check`, of all layers at once, due or not: ranks that differ may disagree on what is due.
@@ -295,10 +264,9 @@ class ShardEvictions:
                 self._finalize(index, layer)
 
     def _finalize(self, index: int, layer: ShardedLayer) -> None:
-        slots, due = layer.slots_for_finalize(), due_unit(index, layer, 1)
+        slots = layer.slots_for_finalize()
         # No row is due: a budget of all that is held evicts nothing, and the shards are made level all the same.
-        budget = LayerBudget(max(layer.kv_len), 0) if due is None else due.budget
-        kv_len = layer.kv_len if due is None else due.kv_len
+        budget, kv_len = _budget_of(layer) or (LayerBudget(max(layer.kv_len), 0), layer.kv_len)
         shard, state = finalize_shard(
             slots, budget, layer.state, self.config, self.ranks,
             num_seen_tokens=torch.tensor(self.num_seen, device=slots.positions.device), nearest=nearest_kept,
@@ -324,14 +292,23 @@ class ShardEvictions:
         return True
 
 
-def _all_due(layers: Mapping[int, CompressedLayer], slack: int) -> list[DueUnit]:
-    jobs = [
-        due_unit(index, unit, slack)
-        for index, layer in layers.items()
-        for unit in layer.units
-        if unit.slot_budgets is not None
-    ]
-    return [job for job in jobs if job is not None]
+def _budgeted(layers: Mapping[int, CompressedLayer]) -> list[tuple[int, FullLayer | ShardedLayer]]:
+    """What has a budget and slots here, with the index of its layer in the model; in an arena, its blocks."""
+    return [(index, unit) for index, layer in layers.items() for unit in layer.units if unit.slot_budgets is not None]
+
+
+def _all_due(layers: Mapping[int, CompressedLayer], slack: int) -> list[Due]:
+    jobs = []
+    for number, (index, unit) in enumerate(_budgeted(layers)):
+        due, left = rows_due(unit.slot_budgets, unit.kv_len, slack)
+        if any(due):
+            jobs.append(Due(number, index, unit, left))
+    return jobs
+
+
+def _budget_of(unit: FullLayer | ShardedLayer) -> _Budget | None:
+    """At the end of a prompt; None if no row holds more than its budget."""
+    return eviction_budget(unit.slot_budgets, unit.kv_len, unit.config, unit.store.slots.positions.device)
 
 
 def _check(

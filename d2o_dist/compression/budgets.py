@@ -98,14 +98,11 @@ def rows_due(slot_budgets: Sequence[int], kv_len: Sequence[int], slack: int) -> 
 
 
 def eviction_budget(
-    slot_budgets: Sequence[int], kv_len: Sequence[int], slack: int, config: D2OConfig, device: torch.device
+    slot_budgets: Sequence[int], kv_len: Sequence[int], config: D2OConfig, device: torch.device
 ) -> tuple[LayerBudget, list[int]] | None:
-    """The budget of the rows that are due for eviction and what each row holds after it; None when none is due.
-
-    A row is due when it holds at least `slack` slots more than its budget (1 at finalize, the eviction interval while
-    decoding). A row that is not due keeps all it has.
-    """
-    due, after = rows_due(slot_budgets, kv_len, slack)
+    """The budget of the rows that hold more than theirs when a prompt ends, and what each row holds after the eviction;
+    None when none does. Other rows keep all they have."""
+    due, after = rows_due(slot_budgets, kv_len, 1)
     if not any(due):
         return None
     sizes = (max(after), max(held - left for held, left in zip(kv_len, after, strict=True)))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from d2o_dist.core.compress import MAX_FOUND, Nearest, count_dropped, found_of, judge, with_found
+from d2o_dist.core.compress import MAX_FOUND, GatherHeads, Nearest, count_dropped, found_of, judge, with_found
 from d2o_dist.core.ranked import ordered
 from d2o_dist.policy import D2OConfig
 from d2o_dist.policy.gate import head_reports
@@ -25,9 +25,6 @@ from d2o_dist.policy.merge import MergeSums, apply_merge, unit
 from d2o_dist.policy.statistics import COLUMN_SUMS, PEAKS, RATES
 from d2o_dist.slots.arena import Arena
 from d2o_dist.slots.slots import D2OState, Slots, stats_dtype
-
-# [G, h, X] of the heads at hand -> [G, H, X] of all heads, in the order of the heads; the same on every rank.
-GatherHeads = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,20 +116,10 @@ class ArenaEvictions:
 
     def select_rows(self, index: Tensor) -> ArenaEvictions:
         """Of rows `index`, in that order, repeated where repeated."""
-        arena = self.arena.select_rows(index)
-        device = self.newest.device
-        index = index.to(device)
-        # Where the units of the selected rows stood before.
-        before = [
-            units.view(-1, block.heads).index_select(0, index).flatten()
-            for block, units in zip(
-                self.arena.blocks, torch.arange(len(self.newest), device=device).split(
-                    [len(block.room) * block.heads for block in self.arena.blocks]
-                ), strict=True,
-            )
-        ]  # fmt: skip
-        newest = self.newest[torch.cat(before)]
-        return dataclasses.replace(self, arena=arena, newest=newest, seen_then=self.seen_then[index], _tables={})
+        before = self.arena.units_of_rows(index)
+        arena, newest = self.arena.select_rows(index), self.newest[before]
+        seen_then = self.seen_then[index.to(self.seen_then.device)]
+        return dataclasses.replace(self, arena=arena, newest=newest, seen_then=seen_then, _tables={})
 
     # ---- propose -------------------------------------------------------------------------------------------------
 
@@ -191,12 +178,13 @@ class ArenaEvictions:
         # Every kept slot may take one in: keys are read where they lie, one block after the other.
         is_victim = torch.zeros_like(self.arena.storage.positions, dtype=torch.bool)
         is_victim.index_fill_(0, self._where(tables, victim).flatten(), True)
+        victims = self.arena.split_slots(is_victim[: self.arena.num_slots])
         found, first = [], 0
         for number in due.blocks:
             block, view = self.arena.blocks[number], self.arena.view(number)
             part = slice(first, first + len(block.room))
             first = part.stop
-            can = (view.positions >= 0) & ~self.arena.block_of(is_victim, number)
+            can = (view.positions >= 0) & ~victims[number]
             if self.config.merge.keeps_mass:
                 can &= view.positions >= tables.sinks.view(groups, heads)[part].unsqueeze(-1)
             similarity, index = nearest_of_set(evicted.keys[part], view.keys, can, view.positions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 Nearest = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # Folds evicted tokens into kept ones; the contract of `policy.merge.merge_into`.
 Merge = Callable[[Slots, Slots, Tensor, Tensor, Tensor, MergeRule], Slots]
+# [B, h, X] of the heads at hand -> [B, H, X] of all heads, in the order of the heads; the same on every rank.
+GatherHeads = Callable[[Tensor], Tensor]
 # Whole numbers below it are exact in float32.
 MAX_FOUND = 1 << 24
-# Yields the reports [B, h, X] of the heads at hand, is sent those of all heads, returns slots and state.
-EvictionSteps = Generator[Tensor, Tensor, tuple[Slots, D2OState]]
 
 
-def eviction_steps(
+def evict_ordered(
     slots: Slots,
     budget: LayerBudget,
     state: D2OState,
@@ -33,20 +33,23 @@ def eviction_steps(
     num_seen_tokens: Tensor | None = None,
     nearest: Nearest = nearest_kept,
     merge: Merge = merge_into,
+    gather_heads: GatherHeads = lambda reports: reports,
     choice: Tensor | None = None,
     here: slice | None = None,
-) -> EvictionSteps:
-    """`compress_layer` that stops where it must hear from the KV heads of other ranks (once, if it merges at all).
+) -> tuple[Slots, D2OState]:
+    """`compress_layer` of slots that lie in order of position, unused ones last, and of some heads of the layer.
 
-    Whoever drives it may run many layers up to that point and exchange the reports of all in one collective. Unlike
-    `compress_layer` it takes slots in order of position, unused ones last, and does not copy them to make sure.
+    Args:
+        num_seen_tokens: [B] tokens seen by each row; by default one more than its last position.
+        nearest, merge: what finds the nearest target of each evicted key, and what folds it in.
+        gather_heads: asked once if anything is merged and anything stays, else never.
 
     Where other ranks hold copies of these heads, one of them decides for all:
 
     Args:
         choice: what becomes of each slot, as it chose (`core.select.choose`); None: it is chosen here.
-        here: which of the heads that are sent in answer are its own of these. The reports then carry what it found of
-            each evicted token (`with_found`), and that is what counts.
+        here: which of the heads that `gather_heads` answers with are its own of these. The reports then carry what it
+            found of each evicted token (`with_found`), and that is what counts.
     """
     if num_seen_tokens is None:
         num_seen_tokens = slots.positions.amax((1, 2)) + 1
@@ -72,10 +75,10 @@ def eviction_steps(
     similarity, target = nearest(evicted.keys, kept.keys, selection.is_target)
     reports = head_reports(similarity, valid.expand_as(similarity), config.merge.gate)
     if here is None:
-        reports = yield reports
+        reports = gather_heads(reports)
     else:
         assert kept.positions.shape[-1] < MAX_FOUND
-        everyone = yield with_found(reports, similarity, target)
+        everyone = gather_heads(with_found(reports, similarity, target))
         reports, similarity, target = found_of(everyone, here, reports.shape[-1], similarity.shape[-1])
         target = target.long()
     merged, state = judge(similarity, valid, reports, state, config)
@@ -89,8 +92,6 @@ def compress_layer(
     config: D2OConfig,
     *,
     finalize: bool = True,
-    num_seen_tokens: Tensor | None = None,
-    nearest: Nearest = nearest_kept,
 ) -> tuple[Slots, D2OState]:
     """Evict each row down to its budget and merge what was evicted. All KV heads of the layer are in `slots`.
 
@@ -99,21 +100,11 @@ def compress_layer(
         budget: `num_heavy` and `num_recent`, ints or [B].
         state: `D2OState()` before the first eviction of the sequence.
         finalize: at the end of a prefill (rates are pooled for the selection) rather than while decoding.
-        num_seen_tokens: [B] tokens seen by each row; by default one more than its last position.
-        nearest: what finds the nearest target of each evicted key.
 
     Returns:
         Slots by ascending position, as many as the fullest row holds, and the new state.
     """
-    steps = eviction_steps(
-        slots.in_order(), budget, state, config, finalize=finalize, num_seen_tokens=num_seen_tokens, nearest=nearest
-    )
-    try:
-        reports = next(steps)
-        while True:
-            reports = steps.send(reports)
-    except StopIteration as end:
-        return end.value
+    return evict_ordered(slots.in_order(), budget, state, config, finalize=finalize)
 
 
 def with_found(reports: Tensor, *columns: Tensor) -> Tensor:

@@ -115,14 +115,6 @@ def selection_of(choice: Tensor, slots: Slots, budget: LayerBudget) -> Selection
     )
 
 
-def select(
-    slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig, *, finalize: bool
-) -> Selection | None:
-    """Choose the slots that stay, as `choose`; None when every row is within its budget."""
-    choice = choose(slots, budget, ranking, config, finalize=finalize)
-    return None if choice is None else selection_of(choice, slots, budget)
-
-
 def _counts(slots: Slots, budget: LayerBudget) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each [B, 1, 1]: heavy and recent slots that stay, slots held, and how many of them are too many."""
     heavy, recent = (x[:, None, None] for x in budget.rows(slots.positions.shape[0], slots.positions.device))

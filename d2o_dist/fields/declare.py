@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 from d2o_dist.fields.io import did_you_mean
-
-# Says what is wrong with a value, or None.
-Limit = Callable[[Any], "str | None"]
 
 
 def real(

@@ -77,11 +77,6 @@ class Arena:
         shape = (len(block.room), block.heads, block.width)
         return self.storage.map(lambda tensor: tensor[first : first + block.num_slots].unflatten(0, shape))
 
-    def block_of(self, table: Tensor, number: int) -> Tensor:
-        """[>= N] of all slots -> [B, h, C] of one block."""
-        block, first = self.blocks[number], self._first[number]
-        return table[first : first + block.num_slots].view(-1, block.heads, block.width)
-
     def units(self, number: int) -> slice:
         """The units of one block, in [0, U)."""
         before = sum(len(block.room) * block.heads for block in self.blocks[:number])
@@ -156,27 +151,27 @@ class Arena:
         for statistic in (slots.scores, slots.rates, slots.log_mass):
             statistic.index_fill_(0, flat, 0)
         old = self.free[units]
-        fresh = torch.nn.functional.pad(slot, (0, old.shape[1] - number)) if number < old.shape[1] else slot
-        if number > old.shape[1]:
-            raise AssertionError(f"{number} slots are freed at once, but only {old.shape[1]} were ever taken")
+        assert number <= old.shape[1], f"{number} slots are freed at once, but only {old.shape[1]} were ever taken"
+        fresh = torch.nn.functional.pad(slot, (0, old.shape[1] - number))
         self.free[units] = torch.where(due[:, None], fresh, old)
         self.taken[units] = torch.where(due, 0, self.taken[units])
 
     # ---- rows ----------------------------------------------------------------------------------------------------
+
+    def units_of_rows(self, index: Tensor) -> Tensor:
+        """[u] int64: the units of rows `index`, in the order that they have in an arena of these rows."""
+        units, index = torch.arange(len(self.start), device=self.start.device), index.to(self.start.device)
+        return torch.cat([block.index_select(0, index).flatten() for block in self.split_units(units)])
 
     def select_rows(self, index: Tensor) -> Arena:
         """An arena of rows `index`, in that order, repeated where repeated."""
         host = index.tolist()
         blocks = [Block(b.heads, b.width, tuple(b.room[row] for row in host)) for b in self.blocks]
         made = Arena(blocks, self.storage.keys)
-        free, taken = [], []
-        for number, block in enumerate(self.blocks):
+        for number in range(len(blocks)):
             old, new = self.view(number), made.view(number)
             for name in vars(old):
                 getattr(new, name).copy_(getattr(old, name).index_select(0, index.to(self.start.device)))
-            shape = (len(block.room), block.heads)
-            for table, parts in ((self.free, free), (self.taken, taken)):
-                rows = table[self.units(number)].unflatten(0, shape)
-                parts.append(rows.index_select(0, index.to(table.device)).flatten(0, 1))
-        made.free, made.taken = torch.cat(free), torch.cat(taken)
+        units = self.units_of_rows(index)
+        made.free, made.taken = self.free[units], self.taken[units]
         return made

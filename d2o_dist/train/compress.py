@@ -16,9 +16,8 @@ from torch import Tensor
 
 from d2o_dist.cache.plans import on_full_layers
 from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
-from d2o_dist.compression.evict import GatherHeads, run_evictions
 from d2o_dist.core.autocast import without_autocast
-from d2o_dist.core.compress import Nearest, eviction_steps
+from d2o_dist.core.compress import GatherHeads, Nearest, evict_ordered
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy import D2OConfig
 from d2o_dist.policy.budget import check_total
@@ -119,17 +118,16 @@ def _evict_layer(
     """What is left of one layer; None where no row is over its budget."""
     batch, heads, num_tokens, _ = layer.keys.shape
     device = layer.keys.device
-    job = eviction_budget(slots, [num_tokens] * batch, 1, config, device)
+    job = eviction_budget(slots, [num_tokens] * batch, config, device)
     if job is None:
         return None
     budget, kv_len = job
     positions = torch.arange(num_tokens, device=device).expand(batch, heads, num_tokens)
     held = Slots(layer.keys, layer.values, positions, layer.scores, layer.rates, torch.zeros_like(layer.scores))
-    steps = eviction_steps(
-        held, budget, D2OState(), config, finalize=True,
-        num_seen_tokens=torch.full((batch,), num_tokens, device=device), nearest=nearest,
+    kept, _ = evict_ordered(
+        held, budget, D2OState(), config, num_seen_tokens=torch.full((batch,), num_tokens, device=device),
+        nearest=nearest, gather_heads=gather_heads,
     )  # fmt: skip
-    ((kept, _),) = run_evictions([steps], gather_heads)
     ragged = min(kv_len) != max(kv_len)
     return Past(
         kept.keys,

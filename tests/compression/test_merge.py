@@ -1,4 +1,4 @@
-"""Merging by the kernel against `core.merge`, under every rule."""
+"""Merging by the kernel against `policy.merge`, under every rule."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_blocks_are_views_of_one_piece_of_memory(dtype):
     numbers = torch.arange(49)
     assert [part.shape for part in arena.split_slots(numbers[:48])] == [(2, 2, 5), (2, 2, 7)]
     assert [part.tolist() for part in arena.split_units(numbers[:8])] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
-    assert torch.equal(arena.block_of(numbers, 1), numbers[20:48].view(2, 2, 7))
+    assert torch.equal(arena.split_slots(numbers[:48])[1], numbers[20:48].view(2, 2, 7))
 
 
 def test_tokens_take_free_slots_until_segments_are_full():
