@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", metavar="FILE", help=".jsonl (id, prompt or messages) or .txt (one prompt)")
     parser.add_argument("--prompt", help="one prompt")
     parser.add_argument("--output", metavar="FILE", help="JSONL of results; standard output if not given")
-    parser.add_argument("--preset", help="named D2O configuration, such as d2o, mass, full")
+    parser.add_argument("--preset", help="named D2O configuration, such as d2o, lean, full")
     parser.add_argument("--keep-ratio", help="fraction of the cache to keep, in (0, 1]")
     parser.add_argument("--tp", type=int, metavar="N", help="ranks that share the heads of a request")
     parser.add_argument("--sp", type=int, metavar="N", help="ranks that share the tokens of a request")

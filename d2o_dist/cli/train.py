@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from d2o_dist.cli.evaluate import load_essays
-from d2o_dist.cli.voice import parse_once
+from d2o_dist.cli.voice import parse_once, speaks_of
 from d2o_dist.comm import Launch, build_mesh, init_distributed, read_environment, run_guarded
 from d2o_dist.comm.launch import SECONDARY_DELAY_S
 from d2o_dist.config.eval_tasks import ESSAYS
@@ -23,10 +24,11 @@ from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.model import pick_device
 from d2o_dist.engine.paths import check_apart, check_outside, inputs_of
 from d2o_dist.engine.startup import check_same_run
+from d2o_dist.eval.evaluate import data_of
 from d2o_dist.fields.io import dump_yaml
 from d2o_dist.fields.overrides import parse_override
 from d2o_dist.train.log import LOG_FILE
-from d2o_dist.train.loop import Run, prepare, train
+from d2o_dist.train.loop import Diverged, Run, prepare, train
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 # In `output`, while a run writes there.
@@ -66,17 +68,27 @@ def model_of(config: TrainConfig) -> InferConfig:
 
 
 def check_output(config: TrainConfig, config_file: str | None) -> None:
-    """Refuse an output in which the run would replace what it reads.
+    """Refuse an output in which the run would replace what it reads, or what no run has written.
 
     Raises:
         ValueError: names both.
     """
     output = Path(config.output).expanduser()
     inputs = list(inputs_of(model_of(config), config_file))
-    inputs += [("the data", path) for path in (config.data.train, config.data.validation) if path is not None]
+    data = (config.data.train, config.data.validation)
+    inputs += [("the data", Path(path).expanduser()) for path in data if path is not None]
+    inputs += data_of(config.eval_tasks)
     check_apart(output / LOG_FILE, inputs)
     for name in ("model", "model-best", "checkpoints"):
         check_outside(output / name, inputs)
+    if (output / LOG_FILE).exists() or (output / "checkpoints").is_dir():
+        return
+    for name in ("model", "model-best"):
+        if os.path.lexists(output / name):
+            raise ValueError(
+                f"{output / name} would be replaced, and no run wrote it, for {output} has neither {LOG_FILE} nor "
+                "checkpoints: name another output"
+            )
 
 
 def prepare_ranks(config: TrainConfig, held: ExitStack) -> Run:
@@ -106,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(args)
         check_output(config, args.config)
     except ValueError as error:
-        if launch.local_rank == 0:
+        if speaks_of(error, launch, met=False):
             _say(error)
         return EXIT_USAGE
     if args.print_config:
@@ -125,7 +137,7 @@ def _train(config: TrainConfig, launch: Launch) -> int:
             try:
                 run = prepare_ranks(config, held)
             except AgreedError as error:
-                if launch.rank == 0:
+                if speaks_of(error, launch, met=True):
                     _say(error)
                 return EXIT_USAGE
             except ValueError as error:
@@ -136,7 +148,7 @@ def _train(config: TrainConfig, launch: Launch) -> int:
                 # Peers may be waiting for this rank: the status ends them, and `run_guarded` this process.
                 raise SystemExit(EXIT_USAGE) from error
             state = train(run)
-        except FloatingPointError as error:  # on all ranks alike
+        except Diverged as error:
             if launch.rank == 0:
                 _say(error)
             return EXIT_FAILED

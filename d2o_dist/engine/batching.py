@@ -10,7 +10,7 @@ SLACK_TOKENS = 64
 
 
 def make_batches(
-    lengths: Sequence[int], max_batch_size: int, max_batch_tokens: int, border: int | None = None
+    lengths: Sequence[int], max_batch_size: int, max_batch_tokens: int, border: int | None
 ) -> list[list[int]]:
     """Indices into `lengths`, grouped; the longest rows come first, so that a lack of memory shows at once.
 

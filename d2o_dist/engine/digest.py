@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,9 @@ def tokenizer_digests(name: str) -> dict[str, str]:
     return {path.name: file_digest(path) for path in tokenizer_paths(Path(name).expanduser())}
 
 
-def one_digest(parts: Mapping[str, str]) -> str:
-    """16 hexadecimal digits for all of them."""
-    return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()[:16]
+def one_digest(value: Any) -> str:
+    """16 hexadecimal digits of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
 def model_paths(folder: Path) -> list[Path]:

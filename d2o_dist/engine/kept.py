@@ -6,6 +6,7 @@ import errno
 import os
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -90,7 +91,12 @@ class KeptFile:
             there = os.lstat(self.path)
         except OSError:
             return "was removed"
-        mine = os.fstat(self._file.fileno())
+        try:
+            mine = os.fstat(self._file.fileno())
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            return "was replaced"
         if not os.path.samestat(mine, there):
             return "was replaced"
         return None if mine.st_size == self._file.tell() else "was changed by something else"
@@ -104,10 +110,19 @@ class KeptFile:
                 if os.path.lexists(path):
                     continue
                 self._file = path.open("xb")
+            except OSError as error:
+                self._why = str(error)
+                return
+            try:
                 self._file.writelines(line.encode("utf-8") for line in self._lines)
                 self._file.flush()
             except OSError as error:
                 self._why = str(error)
+                # No second file with a part of the lines at the next try.
+                with suppress(OSError):
+                    path.unlink()
+                with suppress(OSError):  # what it could not write is tried again
+                    self._file.close()
                 return
             self.path = path
             return
@@ -119,6 +134,8 @@ def replace_text(path: Path, text: str) -> None:
     try:
         with scratch.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)

@@ -38,12 +38,12 @@ def holds_records(path: Path, begin: bytes = _RECORD) -> bool:
     """Whether it is a regular file, no link, of nothing but records. One that is empty holds nothing else either.
 
     Args:
-        begin: of every line; the last may be cut off.
+        begin: of every line; one may be cut off, and end there.
     """
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
-        return all(line.startswith(begin) or begin.startswith(line) or not line.strip() for line in file)
+        return all(line.startswith(begin) or begin.startswith(line.rstrip()) for line in file)
 
 
 def check_own_parts(path: Path) -> list[Path]:

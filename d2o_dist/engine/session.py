@@ -71,7 +71,7 @@ class Session:
 
     Attributes:
         cache: the batch's `D2OCache`.
-        prefill_s, finalize_s: seconds spent in the two; None before. A second reading belongs to the prefill.
+        prefill_s: seconds that the last prompt took, a second reading included and the compression not; None before.
     """
 
     def __init__(
@@ -88,7 +88,6 @@ class Session:
         recorder = graph_recorder(decode_graph, model.config, self.device, self.cache.ranks)
         self._stepper = Stepper(model, recorder, required=decode_graph == "always")
         self.prefill_s: float | None = None
-        self.finalize_s: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -137,9 +136,8 @@ class Session:
             start = end
         if self.cache.d2o.needs_reread and not seen:
             self.cache.reread(self.model, ids, mask)
-        read = self._now()
+        self.prefill_s = self._now() - began
         self.cache.finalize()
-        self.prefill_s, self.finalize_s = read - began, self._now() - read
         return logits
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from d2o_dist.comm import Collectives, ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
+from d2o_dist.config.eval_tasks import TaskConfig
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
@@ -77,7 +78,7 @@ def evaluate(
         config_file: what the configuration was read from, so that it is not written over.
         on_start: called with the number of results that are missing.
         on_results: called, on the ranks that lead a replica, with how many results of all replicas were just added.
-        log: called with lines about what went wrong and was dealt with.
+        log: called with lines about what went wrong and was dealt with; with each on one rank.
 
     Raises:
         ValueError: the weights cannot be loaded, the folder holds something that is not records, or files that the run
@@ -87,16 +88,15 @@ def evaluate(
     folder = Path(plan.config.output).expanduser()
 
     def check() -> None:
-        if mesh.rank == 0:
-            check_folder(folder, [*inputs_of(plan.config.infer(), config_file), *_data_of(plan.config)])
+        check_folder(folder, [*inputs_of(plan.config.infer(), config_file), *data_of(plan.config.tasks)])
 
     with only_writer(folder, folder / LOCK, mesh, check):
         return _evaluate(plan, mesh, folder, on_start, on_results, log)
 
 
-def _data_of(config: EvalConfig) -> Iterator[tuple[str, str]]:
+def data_of(tasks: Iterable[TaskConfig]) -> Iterator[tuple[str, str]]:
     """(what it is, path) of the files that tasks read; texts and data sets that are not files here left out."""
-    for task in config.tasks:
+    for task in tasks:
         for name in ("data", "text", "haystack", "qa_1_file", "qa_2_file"):
             path = getattr(task, name, None)
             if path is not None and Path(path).expanduser().is_file():
@@ -119,7 +119,8 @@ def _evaluate(
     todo = pending(plan.jobs, plan.methods, world.broadcast_object(finished))
     on_start(sum(len(methods) for _, methods in todo))
     if todo:
-        runner = Runner(plan, loading.load_model(config.infer(), mesh), mesh, log=log)
+        log_rows = log if mesh.leads_request else lambda line: None
+        runner = Runner(plan, loading.load_model(config.infer(), mesh), mesh, log=log_rows)
         work = batches(todo, config.batch_size, config.max_batch_tokens, plan.border)
         queue, shown = WorkQueue(mesh, len(work)), 0
         try:
@@ -139,8 +140,9 @@ def _evaluate(
             if mesh.world_size > 1:
                 raise  # only this rank knows of it
             return Outcome(folder, None, len(read_records(folder)), 0, interrupted=True)
-        for lost in filter(None, world.all_gather_object(None if file is None else file.lost)):
-            log(lost)
+        lost = world.all_gather_object(None if file is None else file.lost)
+        for line in filter(None, lost if mesh.rank == 0 else []):
+            log(line)
     table, num_results = None, 0
     with agreed(mesh):
         if mesh.rank == 0:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +49,7 @@ class Job:
 
     def key(self, method: Method) -> str:
         """Of one result: the same if and only if row, settings and method are the same."""
-        return digest([self.digest, method.d2o.to_dict()])
+        return one_digest([self.digest, method.d2o.to_dict()])
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,6 @@ class Plan:
     methods: list[Method]
     weights: str
     border: int | None = None
-
-
-def digest(value: Any) -> str:
-    """16 hexadecimal digits of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
 def prepare(
@@ -136,10 +129,10 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
 def _make_job(index: int, task: Task, row: Example | Passage, encoder: Encoder, settings: dict[str, Any]) -> Job:
     about: list[Any] = [settings, task.name, row.id, dict(row.groups), dict(task.scoring)]
     if isinstance(row, Passage):
-        return Job(index, task, row, None, digest([*about, row.tokens, row.num_prompt, row.continuation]))
+        return Job(index, task, row, None, one_digest([*about, row.tokens, row.num_prompt, row.continuation]))
     try:
         encoded = encoder.encode(row, task.uses_template)
     except ValueError as error:
         raise ValueError(f"task {task.name}: {error}") from error
     about += [encoded.context, encoded.question, row.max_new_tokens, row.stop, row.answers, dict(row.extra)]
-    return Job(index, task, row, encoded, digest(about))
+    return Job(index, task, row, encoded, one_digest(about))

@@ -35,7 +35,7 @@ def pending(jobs: Iterable[Job], methods: Sequence[Method], finished: Iterable[s
 
 
 def batches(
-    todo: Sequence[Todo], batch_size: int, max_batch_tokens: int, border: int | None = None
+    todo: Sequence[Todo], batch_size: int, max_batch_tokens: int, border: int | None
 ) -> list[list[Todo]]:
     """Groups of rows of one task that lack the same methods, of similar length, in the order of the tasks."""
     alike: dict[tuple, list[Todo]] = {}

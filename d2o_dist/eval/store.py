@@ -69,7 +69,9 @@ def read_records(folder: Path) -> dict[str, Record]:
     for path in [folder / MERGED, *rank_files(folder)]:
         if not path.is_file():
             continue
-        lines = path.read_text(encoding="utf-8").split("\n")
+        # Half a line may end inside a character.
+        errors = "strict" if path.name == MERGED else "replace"
+        lines = path.read_text(encoding="utf-8", errors=errors).split("\n")
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -10,7 +10,6 @@ name and is removed later. What is there counts, not what the text files say: se
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from d2o_dist.comm import Collectives
+from d2o_dist.engine.kept import replace_text
 from d2o_dist.fields.io import to_json
 from d2o_dist.train.manifest import fault, files_in, seal
 
@@ -100,7 +100,7 @@ class Checkpoints:
             ValueError: there were some, and none is complete.
         """
         there = self._all()
-        if not there and not (self.folder / "last").exists():
+        if not self.any:
             return None, None
         named, why = self._named("last")
         if named is not None:
@@ -160,12 +160,7 @@ class Checkpoints:
         return min(known, key=known.__getitem__) if known else None
 
     def _point(self, which: str, name: str) -> None:
-        scratch = self.folder / f".{which}"
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(name + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, self.folder / which)
+        replace_text(self.folder / which, name + "\n")
 
     def _put(self, scratch: Path, final: Path) -> None:
         """Give the folder its name. One of that name is damaged, or was not gone on from: it is pruned afterwards."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from d2o_dist.engine.kept import replace_text
 from d2o_dist.fields.io import to_json
 
 LOG_FILE, DROPPED_FILE = "log.jsonl", "log-dropped.jsonl"
@@ -49,9 +49,7 @@ class RunLog:
             return
         with self.path.with_name(DROPPED_FILE).open("a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in dropped)
-        scratch = self.path.with_name(f".{LOG_FILE}")
-        scratch.write_text("".join(line + "\n" for line in lines if _is_up_to(line, step)), encoding="utf-8")
-        os.replace(scratch, self.path)
+        replace_text(self.path, "".join(line + "\n" for line in lines if _is_up_to(line, step)))
         self.say(f"{len(dropped)} records of {LOG_FILE}, of steps that are taken again, are moved to {DROPPED_FILE}")
 
     def record(self, kind: str, values: dict[str, Any]) -> None:

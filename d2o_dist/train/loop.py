@@ -34,6 +34,10 @@ from d2o_dist.train.tasks import plan_tasks, run_tasks
 Rows = PackedRows | WindowRows
 
 
+class Diverged(FloatingPointError):
+    """Something of the training is not finite. Raised by all ranks alike."""
+
+
 @dataclass
 class Run:
     """Everything a run needs, made by `prepare`."""
@@ -125,7 +129,7 @@ def train(run: Run) -> RunState:
     """Take the steps that are left; the state at the end. Called by all ranks.
 
     Raises:
-        FloatingPointError: a loss, the norm of the gradients, what is measured or a weight is not finite, on any rank;
+        Diverged: a loss, the norm of the gradients, what is measured or a weight is not finite, on any rank;
             on all of them alike, before anything is saved or exported.
     """
     config = run.config
@@ -225,7 +229,7 @@ def _end_unless(
     listed = f" ({', '.join(f'{name} {value:.4g}' for name, value in values.items())})" if values else ""
     last = run.checkpoints.find()
     kept = "no checkpoint was written" if last is None else f"the last checkpoint is still {last}"
-    raise FloatingPointError(f"step {step}: {what} is not finite{listed}: the training has diverged, and ends; {kept}")
+    raise Diverged(f"step {step}: {what} is not finite{listed}: the training has diverged, and ends; {kept}")
 
 
 def _measure(run: Run, step: int) -> float | None:

@@ -12,6 +12,7 @@ from d2o_dist.config.train import TrainConfig
 from d2o_dist.config.train_parts import LoraOptions
 from d2o_dist.engine.model import load_model, max_positions
 from d2o_dist.integrations.hf.guards import layer_windows, text_config
+from d2o_dist.integrations.hf.rope import BORDER, check_side, rope_border
 from d2o_dist.train.attention import TRAINING_ATTENTION, register
 from d2o_dist.train.objective import Objective
 from d2o_dist.train.ulysses import GradientExchange, check_heads
@@ -38,6 +39,15 @@ def check_trainable(model_config: Any, config: TrainConfig) -> None:
         raise ValueError(
             f"sequence_length ({config.sequence_length}) must be at most the model's max_position_embeddings "
             f"({positions})"
+        )
+    border = rope_border(model_config)
+    if config.objective != "lm":
+        # The context and what follows it are read one after the other.
+        check_side(border, config.context_length, config.sequence_length)
+    if border is not None and config.sp > 1 and config.sequence_length > border:
+        raise ValueError(
+            f"sp ({config.sp}) cannot train on rows of {config.sequence_length} tokens, beyond {BORDER} ({border}): a "
+            "rank with early tokens alone would turn them as in a shorter text"
         )
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     check_heads(text.num_attention_heads, kv_heads, config.sp, compressed=config.objective != "lm")

@@ -57,7 +57,7 @@ def run_tasks(engine: Engine, plan: Plan) -> dict[str, float]:
     primary = {task.name: task.primary for task in plan.tasks}
     with engine.evaluating(), _inference_attention(engine.objective.model) as model:
         runner = Runner(plan, model, ParallelMesh.local())
-        for batch in batches(todo, plan.config.batch_size, plan.config.max_batch_tokens):
+        for batch in batches(todo, plan.config.batch_size, plan.config.max_batch_tokens, plan.border):
             for record in (record for records in runner.run_batch(batch) for record in records):
                 if record["error"] is not None:
                     raise RuntimeError(f"task {record['task']}, row {record['row']}: {record['error']}")
