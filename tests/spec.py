@@ -18,6 +18,8 @@ from d2o_dist.policy.merge import Average, Drop, Mass, Released
 from d2o_dist.policy.score import Accumulated, Newest, Reach, Reread, Window
 from d2o_dist.policy.statistics import StatisticsConfig
 from d2o_dist.policy.targets import Kept, Tail
+from tests.oracle import naive_d2o
+from tests.oracle.naive_d2o import OracleConfig
 
 DEFAULTS: dict[str, Any] = {
     "keep_ratio": None,
@@ -55,7 +57,9 @@ DEFAULTS: dict[str, Any] = {
     "max_log_mass": 3.0,
     "eviction_interval": 16,
 }
-_PAPER = {
+# What the oracle's presets leave out. Neither the paper nor its code holds short prompts above the ratio.
+_PAPER_RULES = {
+    "min_layer_tokens": 32,
     "dispersion": "layers_minmax",
     "dispersion_sign": -1,
     "temperature": 1.0,
@@ -69,43 +73,16 @@ _PAPER = {
     "max_decode_tail": None,
     "gate": "threshold",
 }
-# Neither the paper nor its code holds short prompts above the ratio.
-_PAPER_RULES = {**_PAPER, "min_layer_tokens": 32}
-_BASELINE = {**_PAPER, "allocation": "uniform", "merge": "none"}
-_MASS = {
-    **_PAPER,
-    "selection": "window",
-    "dispersion": "log_zscore",
-    "dispersion_sign": 1,
-    "temperature": 3.3,
-    "heavy_fraction": 0.8,
-    "merge": "mass",
-    "merge_targets": "tail",
-    "gate": "quantile",
-}
-_SPAN = {**_MASS, "selection_pool": 15, "selection_pool_side": "after"}
+PRESETS: dict[str, dict[str, Any]] = {name: {**_PAPER_RULES, **fields} for name, fields in naive_d2o.PRESETS.items()}
+_SPAN = {**PRESETS["mass"], "selection_pool": 15, "selection_pool_side": "after"}
 _REACH = {**_SPAN, "selection_reach": 20.0, "max_decode_tail": 16}
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS |= {
     "d2o": {},
-    "paper": {**_PAPER_RULES, "dispersion": "raw", "eviction_interval": 1},
-    "paper_minmax": _PAPER_RULES,
-    "released": {
-        **_PAPER_RULES,
-        "dispersion": "heads_minmax",
-        "exact_total": False,
-        "protected_layers": (0, 1, -1),
-        "heavy_fraction": 0.5,
-        "ema_beta": 0.5,
-        "threshold_agg": "mean",
-        "eviction_interval": 1,
-        "merge": "released",
-    },
-    "mass": _MASS,
     "span": _SPAN,
     "reach": _REACH,
     "lean": {**_REACH, "allocation": "uniform"},
     "reread": {
-        **_PAPER,
+        **_PAPER_RULES,
         "allocation": "ranked",
         "budget_per": "head",
         "selection": "reread",
@@ -115,11 +92,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "merge_targets": "tail",
         "gate": "quantile",
     },
-    "full": {**_BASELINE, "keep_ratio": 1.0, "eviction_interval": None},
-    "streaming": {**_BASELINE, "selection": "recent"},
-    "h2o": {**_BASELINE, "heavy_fraction": 0.5},
-    "snapkv": {**_BASELINE, "selection": "window"},
-    "pyramidkv": {**_BASELINE, "allocation": "pyramid", "selection": "window"},
 }
 
 
@@ -132,8 +104,6 @@ def flat(preset: str = "d2o", **fields: Any) -> SimpleNamespace:
 def spec(preset: str = "d2o", **fields: Any) -> D2OConfig:
     """A preset of the specification with fields of the specification."""
     f = vars(flat(preset, **fields))
-    if f["keep_tokens"] is not None and "keep_ratio" not in fields:
-        f["keep_ratio"] = None
     sums = f["score_queries"] == "strided"
     return D2OConfig(
         keep_ratio=f["keep_ratio"],
@@ -151,6 +121,13 @@ def spec(preset: str = "d2o", **fields: Any) -> D2OConfig:
     )
 
 
+def pair(preset: str, **fields: Any) -> tuple[D2OConfig, OracleConfig]:
+    """The same configuration for the library and for the oracle; `keep_tokens` goes before `keep_ratio`."""
+    if fields.get("keep_tokens"):
+        fields.pop("keep_ratio")
+    values = vars(flat(preset, **fields))
+    values.pop("pyramid_beta")  # the oracle knows one
+    return spec(preset, **fields), OracleConfig(**values)
 
 
 def _score(f: dict[str, Any]):

@@ -153,12 +153,12 @@ def read_reports(reports: Tensor) -> LayerSimilarity:
     return LayerSimilarity(mean, count, reports[..., 2].amax(1), every)
 
 
-def quantile_cut(similarity: Tensor, valid: Tensor, drop_quantile: float) -> Tensor:
-    """The similarity [B] from which on tokens are merged, so that `floor(drop_quantile * n)` of a row's n are not.
+def quantile_cut(similarity: Tensor, valid: Tensor, drop: float) -> Tensor:
+    """The similarity [B] from which on tokens are merged, so that `floor(drop * n)` of a row's n are not.
 
     Over all KV heads; [B, H, E] in. Rows without evicted tokens get +inf.
     """
     flat = similarity.masked_fill(~valid, torch.inf).flatten(1).sort(-1).values
     count = valid.expand_as(similarity).sum((1, 2))
-    dropped = torch.floor(drop_quantile * count.double() + 1e-9).long()
+    dropped = torch.floor(drop * count.double() + 1e-9).long()
     return flat.gather(1, dropped.clamp_max(flat.shape[1] - 1)[:, None])[:, 0]

@@ -12,6 +12,7 @@ from d2o_dist.cli import evaluate, infer, train
 from d2o_dist.engine import lock as locking
 from d2o_dist.engine import model as loading
 from d2o_dist.fields.io import dump_yaml
+from d2o_dist.train import model as train_model
 from tests.engine.tiny import make_folder
 
 ROWS = '{"id": "a", "prompt": "one two"}\n{"id": "b", "prompt": "the lazy dog"}\n'
@@ -27,7 +28,8 @@ def model(tmp_path_factory):
 def here(model, tmp_path, monkeypatch):
     """A folder of the user's, in which the programs run; none of them may load weights."""
     monkeypatch.setattr(locking, "_GRACE_S", 0.1)
-    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("loaded"))
+    for module in (loading, train_model):
+        monkeypatch.setattr(module, "load_model", lambda *args: pytest.fail("loaded"))
     (tmp_path / "model").mkdir()
     for path in model.iterdir():
         (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
@@ -175,10 +177,19 @@ def test_an_evaluation_does_not_write_over_what_it_reads(here, capsys, source):
          "run/checkpoints/t.txt, the data, lies in run/checkpoints, which the run replaces"),
         (["--model=model", "--output=run", "data.train=run/log.jsonl"],
          "output run/log.jsonl and run/log.jsonl, the data, are one file"),
+        (["--model=model", "--output=run", "data.validation=~/run/checkpoints/t.txt"],
+         "run/checkpoints/t.txt, the data, lies in run/checkpoints, which the run replaces"),
+        (["--model=model", "--output=run", "eval_every=1",
+          "eval_tasks=[{kind: fidelity, lengths: [64], num_scored: 8, text: run/model-best/t.txt}]"],
+         "run/model-best/t.txt, text of task fidelity, lies in run/model-best, which the run replaces"),
+        (["--model=model", "--output=run"], "run/model would be replaced, and no run wrote it"),
     ],
 )  # fmt: skip
-def test_training_does_not_replace_what_it_reads(here, capsys, argv, words):
+def test_training_does_not_replace_what_it_reads(here, capsys, monkeypatch, argv, words):
+    monkeypatch.setenv("HOME", str(here))
     (here / "run").mkdir()
+    (here / "run" / "model-best").mkdir()
+    (here / "run" / "model-best" / "t.txt").write_text("a text")
     (here / "model").rename(here / "run" / "model")
     (here / "s").symlink_to("run/model")
     (here / "model").symlink_to("elsewhere")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from d2o_dist.cli import evaluate, infer, train
 from d2o_dist.engine import model as loading
+from d2o_dist.train import model as train_model
 from launch.demo import __main__ as demo
 from tests.cli.test_many_ranks import speak
 from tests.engine.tiny import make_folder
@@ -70,7 +71,7 @@ def on_machine(rank, world, folders, program, argvs):
     def load_model(*args, **kwargs):
         raise AssertionError("loaded")
 
-    real = {module: module.load_model for module in (loading, demo)}
+    real = {module: module.load_model for module in (loading, demo, train_model)}
     here = os.getcwd()
     os.chdir(folders[rank])
     demo.prepare_model, demo.essays = lambda: "model", lambda: ""

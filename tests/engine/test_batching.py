@@ -11,9 +11,9 @@ from d2o_dist.engine.batching import SLACK_TOKENS, make_batches
 
 def test_limits_and_padding():
     lengths = [random.Random(0).choice([5, 30, 90, 400, 1000]) + i for i in range(60)]
-    batches = make_batches(lengths, 8, 4000)
+    batches = make_batches(lengths, 8, 4000, None)
     assert sorted(i for batch in batches for i in batch) == list(range(60))
-    assert batches == make_batches(lengths, 8, 4000)
+    assert batches == make_batches(lengths, 8, 4000, None)
     for batch in batches:
         inside = [lengths[i] for i in batch]
         assert len(batch) <= 8 and max(inside) * len(batch) <= 4000
@@ -32,4 +32,4 @@ def test_limits_and_padding():
     ],
 )
 def test_examples(lengths, size, tokens, expected):
-    assert make_batches(lengths, size, tokens) == expected
+    assert make_batches(lengths, size, tokens, None) == expected

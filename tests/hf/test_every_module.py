@@ -40,7 +40,9 @@ def test_equals_sdpa(model_type):
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_is_refused_by_name(model_type):
-    for outcome in sweep(model_type).values():
+    outcomes = sweep(model_type)
+    assert outcomes
+    for outcome in outcomes.values():
         assert outcome.kind == "refused" and re.search(REFUSED[model_type], outcome.why), outcome
 
 

@@ -159,5 +159,5 @@ def test_rows_that_would_cross_the_border_are_refused_before_the_run(count, new,
 
 def test_rows_on_both_sides_of_the_border_are_not_batched():
     lengths = [47, 48, 49, 60, 40]
-    assert make_batches(lengths, 8, 1000) == [[3, 2, 1, 0, 4]]
+    assert make_batches(lengths, 8, 1000, None) == [[3, 2, 1, 0, 4]]
     assert make_batches(lengths, 8, 1000, BORDER) == [[3, 2], [1, 0, 4]]

@@ -7,8 +7,8 @@ import torch
 
 from d2o_dist import D2OCache
 from tests.models import tiny_model, tokens
-from tests.oracle.naive_d2o import OracleConfig, run_oracle, use_float64_norms
-from tests.spec import flat, spec
+from tests.oracle.naive_d2o import run_oracle, use_float64_norms
+from tests.spec import pair
 
 CASES = {
     "d2o": ("d2o", {}),
@@ -48,11 +48,7 @@ def both(case: str, **changes):
     """The same configuration for the library and for the oracle."""
     preset, overrides = CASES[case]
     overrides = {"keep_ratio": 0.3, "min_layer_tokens": 12, **overrides, **changes}
-    if overrides.get("keep_tokens"):
-        overrides.pop("keep_ratio")
-    values = vars(flat(preset, **overrides))
-    values.pop("pyramid_beta")
-    return spec(preset, **overrides), OracleConfig(**values)
+    return pair(preset, **overrides)
 
 
 def assert_equal_slots(cache: D2OCache, snapshot, row: int = 0) -> None:

@@ -14,7 +14,7 @@ from d2o_dist.engine.session import Session
 from tests.models import left_padded, tiny_model, tokens
 from tests.oracle.naive_d2o import OracleConfig, OracleResult, run_oracle, use_float64_norms
 from tests.ranks import run_ranks
-from tests.spec import flat, spec
+from tests.spec import pair, spec
 
 DROP = {"merge": "none", "merge_targets": "kept", "gate": "threshold"}
 CASES = {
@@ -39,11 +39,7 @@ def both(case: str, **changes) -> tuple[D2OConfig, OracleConfig]:
     """The same configuration for the library and for the oracle."""
     rule = {} if case == "reread" else DROP
     overrides = {"keep_ratio": 0.3, "min_layer_tokens": 8, **rule, **CASES[case], **changes}
-    if overrides.get("keep_tokens"):
-        overrides.pop("keep_ratio")
-    values = vars(flat("reread", **overrides))
-    values.pop("pyramid_beta")
-    return spec("reread", **overrides), OracleConfig(**values)
+    return pair("reread", **overrides)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def _update_scores(heads: int, kv_heads: int):
 
         rows = [_meta(1, kv_heads, 6568, dtype=torch.float32) for _ in range(2)]
         logits, lse = _meta(1, heads, 6568, dtype=torch.float32), _meta(1, heads, dtype=torch.float32)
-        newest, present = _meta(1, dtype=torch.int64), _meta(1, dtype=torch.bool)
+        newest, present = _meta(1, kv_heads, dtype=torch.int64), _meta(1, dtype=torch.bool)
         options = dict(scores=rows[0], rates=rows[1], newest=newest, rate_window=32, present=present, with_probs=False)
         triton_update_scores(logits, lse, kv_heads, **options)
 

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from d2o_dist.kernels import flash_attn, registry
+from d2o_dist.kernels import registry
 from d2o_dist.kernels.backend import set_backend
 from d2o_dist.kernels.prefill_attention import cross_attention, naive_prefill_attention, prefill_attention
 from d2o_dist.kernels.registry import OPS, Call
 from d2o_dist.kernels.scored_prefill import naive_scored_prefill_attention
 from tests.kernels import fake_flash_attn
+from tests.kernels.choices import forget
 from tests.kernels.helpers import HEADS, HEADS_IDS, make
 
 NAMES = {2: ["flash_attn"], 3: ["flash_attn_interface"]}
@@ -44,11 +45,6 @@ def install(monkeypatch):
     yield install
     monkeypatch.undo()
     forget()
-
-
-def forget():
-    registry.forget()
-    flash_attn.unusable.cache_clear()
 
 
 def inputs(heads, q_start, tq, dtype=torch.bfloat16, device="cpu", dim=16):

@@ -132,7 +132,7 @@ def test_what_one_rank_has_ends_all_of_them(inputs, tmp_path, engine):
         (str(tmp_path / f"{number}-{what.__name__}"), what, changes)
         for number, changes in enumerate(engines)
         for what in (loss, gradient, attention, weight)
-        if not (what is weight and engine == "deepspeed")
+        if not (what is weight and changes["engine"].get("zero_stage") == 3)
     ]
     found = run_ranks(2, ranks_diverge, str(inputs), jobs, fresh=True, timeout_s=400)
     assert found[0] == found[1]

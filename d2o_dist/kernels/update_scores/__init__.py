@@ -61,7 +61,6 @@ def update_scores(
     if rates is not None and (newest is None or newest.shape not in ((len(logits), num_kv_heads), (len(logits), 1))):
         shape = None if newest is None else tuple(newest.shape)
         raise ValueError(f"rates need newest, one slot for each of {len(logits)} rows and KV heads, not {shape}")
-    newest = None if newest is None else newest.expand(-1, num_kv_heads)
     _UPDATE.pick(logits, lse)(
         logits, lse, num_kv_heads, scores=scores, rates=rates, newest=newest, rate_window=rate_window, present=present
     )

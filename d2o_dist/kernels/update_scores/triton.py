@@ -67,7 +67,7 @@ def triton_update_scores(
     """In place; as `update_scores`. Returns probs [B, Hkv, S] if wanted."""
     batch, num_heads, num_slots = logits.shape
     # Read as one number a row and head, or a row, side by side.
-    newest = None if newest is None else newest.contiguous()
+    newest = None if rates is None else newest.expand(batch, num_kv_heads).contiguous()
     present = None if present is None else present.contiguous().view(torch.uint8)
     probs = None
     if with_probs:
