@@ -156,7 +156,7 @@ def decode_group(shape: Shape) -> Group:
     def attend_and_score() -> None:
         for (q, k, v), layer in zip(kept, layers["d2o"], strict=True):
             _, lse, logits = decode_with_logits(q[:, :, 0], k, v, shape.scale)
-            update_scores(logits, lse, layer.layer.store.buffers.scores[:, :, : shape.num_kept])
+            update_scores(logits, lse, layer.block.store.buffers.scores[:, :, : shape.num_kept])
 
     def steps(policy: str) -> None:
         for _ in range(interval):

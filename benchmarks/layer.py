@@ -6,17 +6,19 @@ Shape legend: Hq/Hkv heads, S slots, D head dim; one row.
 import torch
 from torch import Tensor
 
-from d2o_dist.cache.evictions import LayerEvictions
-from d2o_dist.cache.layer import FullLayer
-from d2o_dist.cache.step import DecodeStep
-from d2o_dist.cache.store import SlotStore
+from d2o_dist.cache.block import HeadBlock
+from d2o_dist.cache.evictions import Evictions
+from d2o_dist.cache.layer import Layer
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.compression.budgets import eviction_budget
-from d2o_dist.compression.merge import merge_evicted
 from d2o_dist.core.compress import evict_ordered
+from d2o_dist.evict.budgets import eviction_budget
+from d2o_dist.evict.merge import merge_evicted
 from d2o_dist.kernels.nearest_kept import nearest_kept
+from d2o_dist.layout.heads import Heads
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.slots import D2OState, Slots, stats_dtype
+from d2o_dist.slots.step import DecodeStep
+from d2o_dist.slots.store import SlotStore
 
 
 def random_slots(num_kv_heads: int, num_slots: int, head_dim: int, dtype: torch.dtype, device: str) -> Slots:
@@ -33,14 +35,15 @@ class DecodeLayer:
     """A layer of the cache at its budget, with room for what gathers between evictions: store, attend, score, evict.
 
     Attributes:
-        layer: the layer, whose slots lie in an arena of its own; seen: tokens seen.
+        block: its heads, whose slots lie in an arena of their own; seen: tokens seen.
         evictions: what evicts them, as in the cache.
     """
 
-    def __init__(self, config: D2OConfig, layer: FullLayer, seen: int) -> None:
-        self.layer, self.config, self.seen = layer, config, seen
-        self.evictions = self._of_cache().at_finalize(in_arena=True)
-        self._step = DecodeStep([seen], [layer.kv_len], [layer.store.buffers], None, self.evictions.arena, [0])
+    def __init__(self, config: D2OConfig, block: HeadBlock, seen: int) -> None:
+        self.block, self.config, self.seen = block, config, seen
+        self._layer = Layer(block)
+        self.evictions = self._of_cache().in_arena()
+        self._step = DecodeStep([seen], [block.held], None, self.evictions.arena)
 
     @classmethod
     def full(cls, config: D2OConfig, heads: tuple[int, int], seen: int, head_dim: int, dtype: torch.dtype, device: str):
@@ -48,15 +51,15 @@ class DecodeLayer:
         held = int(config.keep_ratio * seen)
         slots = random_slots(heads[1], held, head_dim, dtype, device)
         positions = torch.linspace(0, seen - 1, held, dtype=torch.float64, device=device).long()
-        layer = FullLayer(1, config, RequestRanks.alone())
-        layer.store = SlotStore.of(slots.replace(positions=positions.repeat(1, heads[1], 1)), [held])
-        layer.slot_budgets = [held]
-        return cls(config, layer, seen)
+        store = SlotStore.of(slots.replace(positions=positions.repeat(1, heads[1], 1)), [held])
+        block = HeadBlock(config, Heads(RequestRanks.alone(), store))
+        block.slot_budgets = [held]
+        return cls(config, block, seen)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A step without its end: it can be captured, and repeated, since the next one writes the same slot."""
         (step,) = self._step.begin()
-        return self.layer.decode(q, k, v, q.shape[-1] ** -0.5, step)
+        return self.block.decode(q, k, v, q.shape[-1] ** -0.5, step)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token: q [1, Hq, 1, D], k and v [1, Hkv, 1, D] -> [1, Hq, 1, D]. An eviction where one is due."""
@@ -67,27 +70,27 @@ class DecodeLayer:
         return out
 
     def _count(self, tokens: int) -> None:
-        self.layer.advance([tokens])
+        self.block.advance([tokens])
         self.seen += tokens
 
     def evict(self) -> None:
         """Down to the budget, if the layer is full. As in the cache, the device is asked nothing."""
         if self._of_cache().while_decoding(self.config.eviction_interval, self._step.positions, self.evictions):
-            self._step.hold([self.layer.kv_len])
+            self._step.hold([self.block.kv_len])
 
     def fill(self) -> None:
         """Take what lies in the free slots for the newest tokens, so that an eviction is due."""
         arena = self.evictions.arena
-        count = self.layer.store.capacity - self.layer.kv_len[0]
+        count = self.block.store.capacity - self.block.kv_len[0]
         free = arena.start[:, None] + arena.free[:, arena.free.shape[1] - count :]
         arena.storage.positions[free] = self._step.positions + torch.arange(count, device=free.device)
         arena.taken += count
         self._step.positions.add_(count)
         self._count(count)
-        self._step.hold([self.layer.kv_len])
+        self._step.hold([self.block.kv_len])
 
-    def _of_cache(self) -> LayerEvictions:
-        return LayerEvictions({0: self.layer}, self.config, RequestRanks.alone(), [self.seen])
+    def _of_cache(self) -> Evictions:
+        return Evictions({0: self._layer}, self.config, RequestRanks.alone(), [self.seen])
 
 
 def finalize_layer(slots: Slots, config: D2OConfig) -> Slots:

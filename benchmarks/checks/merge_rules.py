@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Check, Result, normal, using
-from d2o_dist.compression.merge import merge_evicted
+from d2o_dist.evict.merge import merge_evicted
 from d2o_dist.policy.merge import MERGES, Average, Mass, MergeRule, merge_into
 from d2o_dist.slots.slots import Slots
 

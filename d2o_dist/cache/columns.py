@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from d2o_dist.cache.rows import Rows
+from d2o_dist.slots.rows import Rows
 
 _READ_AGAIN = (
     "the forward reads again what the cache holds. Is use_cache False, in the call or in the model's configuration? It "

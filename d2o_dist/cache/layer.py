@@ -1,266 +1,203 @@
-"""One layer of the cache: its slots, the statistics that attention leaves on them, its budget and its threshold.
+"""One compressed layer of a cache: a block of all its heads, or of each of them where they have budgets of their own.
 
-Shape legend: B rows, Hq query heads, Hkv key/value heads, n tokens of a chunk, S slots, D head dim.
+Heads differ far more than layers do: a few look tokens up anywhere in the prompt, most never leave their neighbourhood.
+Where ranks share the heads, every rank knows how many slots each head of the layer holds, its own or not: that follows
+from lengths and budgets alone, which all ranks know. So nothing is asked of other ranks to evict, or to report.
+
+Shape legend: B rows, Hq query heads, Hkv KV heads of this rank, n tokens of a chunk, S slots of the fullest head, D
+head dim.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from d2o_dist.attention.peaks import partial_peaks
-from d2o_dist.attention.prefill import chunk_attention, prompt_rates, reread_attention
-from d2o_dist.attention.sampled import rest_sums
-from d2o_dist.cache.query_window import QueryWindow
-from d2o_dist.cache.rows import Rows, is_uniform
-from d2o_dist.cache.step import LayerStep
-from d2o_dist.cache.store import GROWTH, SlotStore
-from d2o_dist.comm.request import RequestRanks
-from d2o_dist.core.statistics import RATE_FLOOR, group_sum, squared_deviations
-from d2o_dist.kernels.scored_decode import scored_decode
-from d2o_dist.policy.config import D2OConfig
-from d2o_dist.slots.slots import D2OState, stats_dtype
+from d2o_dist.cache.block import HeadBlock
+from d2o_dist.layout.forward import Chunk, DealtChunk
+from d2o_dist.slots.rows import Rows
+from d2o_dist.slots.slots import D2OState, Slots
+from d2o_dist.slots.step import BlockStep
 
 
-class FullLayer:
-    """A layer that attends to everything before it, and is compressed.
+class HeadElsewhere:
+    """A KV head that another rank holds: how many slots it has there.
 
     Attributes:
-        store: the slots.
-        slot_budgets: per row the slots `S_l` it is evicted to; None before finalize and for a protected layer.
-        state: threshold and counts.
+        kv_len, slot_budgets: as of the `HeadBlock` that it is there.
     """
 
-    def __init__(self, batch: int, config: D2OConfig, ranks: RequestRanks) -> None:
-        self.config = config
-        self.ranks = ranks
-        self.store = SlotStore(batch)
+    def __init__(self, kv_len: Sequence[int]) -> None:
+        self.kv_len = list(kv_len)
         self.slot_budgets: list[int] | None = None
-        self.state = D2OState()
-        # Slots of each row when the running prefill began; None between prefills.
-        self._num_old: list[int] | None = None
-        self._window: QueryWindow | None = None
-        # Per query head, [B, Hq, S]: only the first prefill needs them, for its dispersions.
-        self._column_sums: Tensor | None = None
-        # [B, Hkv, S]: the most attention that a query of the second reading gave. They become the scores. Between
-        # ranks that hold copies of the KV heads peaks are complete, here and in the scores, only when a prefill ends.
-        self._peaks: Tensor | None = None
-        self._first_prefill = True
 
-    @property
-    def kv_len(self) -> list[int]:
-        """Slots of each row, of each of its heads."""
-        return self.store.kv_len
+    def advance(self, counts: Sequence[int]) -> None:
+        """Count what each row took."""
+        self.kv_len = [held + new for held, new in zip(self.kv_len, counts, strict=True)]
 
-    @property
-    def mean_kv_len(self) -> list[int]:
-        """Slots of each row, mean over its heads."""
-        return self.store.kv_len
-
-    @property
-    def units(self) -> list[FullLayer]:
-        """What holds slots of its own."""
-        return [self]
-
-    @property
-    def budgeted(self) -> list[FullLayer]:
-        """What has a budget of its own, here or on other ranks."""
-        return [self]
-
-    # ---- attention ---------------------------------------------------------------------------------------------
-
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
-        """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
-        start = list(self.store.kv_len)
-        if self._num_old is None:
-            self._num_old = start
-        old = self._num_old
-        self.store.append(k, v, rows, num_seen)
-        self._grow_column_sums(q)
-        if self._peaks is not None:
-            self._peaks = pad(self._peaks, (0, max(self.store.kv_len) - self._peaks.shape[-1]))
-        if rows.index is None and is_uniform(start) and is_uniform(old):
-            return self._prefill_rows(slice(None), q, start[0], old[0], scale)
-        out = torch.zeros_like(q)
-        for row in range(rows.batch):
-            if rows.counts[row]:
-                part = self._prefill_rows(slice(row, row + 1), rows.pick(q, row), start[row], old[row], scale)
-                rows.put(out, row, part)
-        return out
-
-    def _prefill_rows(self, group: slice, q: Tensor, start: int, num_old: int, scale: float) -> Tensor:
-        """Rows of equal length: attend, add up the column sums, remember the last queries."""
-        config, slots = self.config, self.store.slots
-        here = slice(0, start + q.shape[2])
-        keys, values = slots.keys[group, :, here], slots.values[group, :, here]
-        log_mass = slots.log_mass[group, :, here] if config.merge.keeps_mass and not self._first_prefill else None
-        out, lse, sums = chunk_attention(
-            q, keys, values, scale,
-            with_sums=config.needs_column_sums and not self._by_peaks, sample=config.query_sample, num_old=num_old,
-            log_mass=log_mass,
-        )  # fmt: skip
-        if self._by_peaks or self._peaks is not None:
-            # A later turn, or what follows the second reading before anything is compressed.
-            peaks = (slots.scores if self._by_peaks else self._peaks)[group, :, here]
-            found = partial_peaks(self.ranks, q, keys, lse, scale, q_start=start, bias=log_mass)
-            torch.maximum(peaks, found, out=peaks)
-        if sums is not None:
-            slots.scores[group, :, here] += self.ranks.sum_replicas(group_sum(sums, keys.shape[1]))
-            if self._column_sums is not None:
-                self._column_sums[group, :, here] += sums
-        if config.num_last_queries:
-            batch = len(self.store.kv_len)
-            if self._window is None:
-                self._window = QueryWindow(batch, config.num_last_queries, q, lse, scale)
-            self._window.add(range(*group.indices(batch)), q, lse, [torch.arange(start, here.stop)] * q.shape[0])
-        return out
-
-    @property
-    def _by_peaks(self) -> bool:
-        """Whether the scores are peaks already: nothing is added to them, and no column sums are wanted."""
-        return self.config.needs_reread and not self._first_prefill
-
-    def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows) -> Tensor:
-        """Attend from a chunk that is not kept, over all slots and causally over itself, and note what each slot got.
-
-        [B, Hq, n, D] -> the same shape, zeros at padding.
-        """
-        if self._peaks is None:
-            self._peaks = torch.zeros_like(self.store.slots.scores)
-        if rows.index is None and is_uniform(self.store.kv_len):
-            return self._reread_rows(slice(None), q, k, v, scale, self.store.kv_len[0])
-        out = torch.zeros_like(q)
-        for row in range(rows.batch):
-            if rows.counts[row]:
-                q_row, k_row, v_row = (rows.pick(tensor, row) for tensor in (q, k, v))
-                part = self._reread_rows(slice(row, row + 1), q_row, k_row, v_row, scale, self.store.kv_len[row])
-                rows.put(out, row, part)
-        return out
-
-    def _reread_rows(self, group: slice, q: Tensor, k: Tensor, v: Tensor, scale: float, count: int) -> Tensor:
-        slots = self.store.slots
-        keys, values = slots.keys[group, :, :count], slots.values[group, :, :count]
-        out, lse = reread_attention(q, k, v, keys, values, scale)
-        peaks = self._peaks[group, :, :count]
-        torch.maximum(peaks, partial_peaks(self.ranks, q, keys, lse, scale, causal=False), out=peaks)
-        return out
-
-    def _grow_column_sums(self, q: Tensor) -> None:
-        if not (self._first_prefill and self.config.needs_column_sums):
-            return
-        width = max(self.store.kv_len)
-        grown = torch.zeros(q.shape[0], q.shape[1], width, dtype=stats_dtype(q.dtype), device=q.device)
-        if self._column_sums is not None:
-            grown[:, :, : self._column_sums.shape[-1]] = self._column_sums
-        self._column_sums = grown
-
-    def make_room(self) -> None:
-        """Before a decode step. A layer with a budget has room for all that comes before its next eviction."""
-        self.store.reserve(max(self.kv_len) + 1, slack=GROWTH)
-
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: LayerStep) -> Tensor:
-        """Store one token a row, attend over all live slots, and score them by what they got: [B, Hq, 1, D].
-
-        On the device only; `advance` counts the tokens on the host.
-        """
-        config, buffers = self.config, self.store.buffers
-        self.store.put(k, v, step.slot, step.position)
-        out = scored_decode(
-            q[:, :, 0], buffers.keys, buffers.values, scale,
-            valid=step.live,
-            newest=step.slot,
-            log_mass=buffers.log_mass if config.merge.keeps_mass else None,
-            scores=buffers.scores if config.needs_column_sums or config.needs_reread else None,
-            peaks=config.needs_reread,
-            rates=buffers.rates if config.needs_rates else None,
-            rate_window=config.statistics.rate_window,
-            present=step.present,
-            total=None if self.ranks.kv_replicas == 1 else self.ranks.sum_replicas,
-        )  # fmt: skip
-        return out.unsqueeze(2)
-
-    def advance(self, counts: list[int]) -> bool:
-        """Count what each row took in a decode step; whether slots moved (never: evictions are the cache's)."""
-        self.store.advance(counts)
-        return False
-
-    # ---- what finalize reads ------------------------------------------------------------------------------------
-
-    def squared_deviations(self, row: int) -> Tensor:
-        """[Hq] sum of the squared deviations of the row's column sums, of the first prefill."""
-        assert self._column_sums is not None
-        return squared_deviations(self._column_sums[row, :, : self.store.kv_len[row]])
-
-    def complete_statistics(self) -> None:
-        """Measure what needs the last queries of this prefill: all rates, and the rest of sampled column sums."""
-        if self._window is None:
-            return
-        slots, config, scale = self.store.slots, self.config, self._window.scale
-        for row, (queries, lse) in enumerate(zip(self._window.queries, self._window.lse, strict=True)):
-            if queries.shape[1] == 0:
-                continue
-            here, count, old = slice(row, row + 1), self.store.kv_len[row], self._num_old[row]
-            keys = slots.keys[here, :, :count]
-            mass = slots.log_mass[here, :, :count] if config.merge.keeps_mass else None
-            if config.needs_rates:
-                last = slice(-config.statistics.rate_window, None)
-                rates = prompt_rates(queries[None, :, last], lse[None, :, last], keys, scale, log_mass=mass)
-                slots.rates[here, :, :count] = self.ranks.sum_replicas(rates) + RATE_FLOOR
-            rest = 0 if config.query_sample is None or self._by_peaks else (count - old) % config.query_sample.stride
-            if rest:
-                sums = rest_sums(
-                    queries[None, :, -rest:], keys, lse[None, :, -rest:], scale, config.query_sample,
-                    query_tokens=torch.arange(count - rest, count), key_tokens=torch.arange(old, count), bias=mass,
-                )  # fmt: skip
-                slots.scores[here, :, :count] += self.ranks.sum_replicas(group_sum(sums, keys.shape[1]))
-                if self._column_sums is not None:
-                    self._column_sums[here, :, :count] += sums
-
-    def finish_prefill(self) -> None:
-        """Let peaks be the scores, and free what only a prefill needs."""
-        scores = self.store.slots.scores
-        if self._peaks is not None and self.config.needs_reread:
-            scores.copy_(self.ranks.max_replicas(self._peaks))
-        elif self._by_peaks and self.ranks.kv_replicas > 1:
-            scores.copy_(self.ranks.max_replicas(scores))
-        self._window = self._column_sums = self._num_old = self._peaks = None
-        self._first_prefill = False
-
-    def of_head(self, head: int) -> FullLayer:
-        """A layer of one KV head of this one, whose first prefill is over; it holds views of this one's slots."""
-        assert not self._first_prefill and self.state.num_dropped is None
-        made = FullLayer(len(self.kv_len), self.config, self.ranks)
-        made.store = SlotStore.of(self.store.slots.map(lambda tensor: tensor[:, head : head + 1]), self.kv_len)
-        made._first_prefill = False
-        return made
-
-    def adopt(self, config: D2OConfig) -> None:
-        """Leave what a prefill under `config` would have left, of a prefill that gathered at least that."""
-        self.config = config
-        if not config.needs_column_sums:
-            self._column_sums = None
-            self.store.slots.scores.zero_()
-        if not config.needs_reread:
-            self._peaks = None
-        if not config.num_last_queries:
-            self._window = None
-        elif self._window is not None:
-            self._window.shrink(config.num_last_queries)
+    def evict(self, slack: int) -> None:
+        """Count the eviction of each row that holds `slack` slots or more over its budget."""
+        if self.slot_budgets is not None:
+            both = zip(self.kv_len, self.slot_budgets, strict=True)
+            self.kv_len = [slots if held >= slots + slack else held for held, slots in both]
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
         host = index.tolist()
-        self.store.select_rows(index)
-        self.state = self.state.map(lambda t: t.index_select(0, index.to(t.device)))
+        self.kv_len = [self.kv_len[row] for row in host]
         if self.slot_budgets is not None:
             self.slot_budgets = [self.slot_budgets[row] for row in host]
-        if self._num_old is not None:
-            self._num_old = [self._num_old[row] for row in host]
-        if self._window is not None:
-            self._window.select_rows(host)
-        width = max(self.store.kv_len)  # of the rows that stay
-        if self._column_sums is not None:
-            self._column_sums = self._column_sums[:, :, :width].index_select(0, index.to(self._column_sums.device))
-        if self._peaks is not None:
-            self._peaks = self._peaks[:, :, :width].index_select(0, index.to(self._peaks.device))
+
+
+class Layer:
+    """A layer that attends to everything before it.
+
+    Attributes:
+        blocks: what holds slots here, of one budget each; elsewhere: heads of other ranks that have budgets of their
+            own.
+        budgeted: both, in the order of the model's heads.
+    """
+
+    def __init__(self, block: HeadBlock) -> None:
+        self.blocks = [block]
+        self.elsewhere: list[HeadElsewhere] = []
+        self.budgeted: list[HeadBlock | HeadElsewhere] = self.blocks
+
+    def part_heads(self, here: range, num_heads: int) -> None:
+        """After the first prefill: let each KV head be a block of its own.
+
+        Args:
+            here: which of the whole model's `num_heads` heads of the layer are on this rank.
+        """
+        (whole,) = self.blocks
+        self.blocks = [whole.of_head(number) for number in range(len(here))]
+        before, after = ([HeadElsewhere(whole.kv_len) for _ in range(count)]
+                         for count in (here.start, num_heads - here.stop))  # fmt: skip
+        self.elsewhere = before + after
+        self.budgeted = before + self.blocks + after
+
+    # ---- what it holds ---------------------------------------------------------------------------------------------
+
+    @property
+    def kv_len(self) -> list[int]:
+        """Slots of each row's fullest head, on whichever rank."""
+        return [max(held) for held in zip(*(one.kv_len for one in self.budgeted), strict=True)]
+
+    @property
+    def mean_kv_len(self) -> list[float]:
+        """Slots of each row, mean over its heads on all ranks."""
+        return [_mean(held) for held in zip(*(one.kv_len for one in self.budgeted), strict=True)]
+
+    @property
+    def slot_budgets(self) -> list[float] | None:
+        """Slots each row is evicted to, mean over its heads on all ranks; None before finalize and for a protected
+        layer."""
+        budgets = [one.slot_budgets for one in self.budgeted]
+        return None if None in budgets else [_mean(slots) for slots in zip(*budgets, strict=True)]
+
+    @property
+    def state(self) -> D2OState:
+        """Thresholds averaged over the blocks of this rank, counts added up."""
+        states = [block.state for block in self.blocks]
+
+        def join(name: str, over: Callable[[Tensor], Tensor]) -> Tensor | None:
+            known = [value for value in (getattr(state, name) for state in states) if value is not None]
+            return over(torch.stack(known)) if known else None
+
+        return states[0] if len(states) == 1 else D2OState(
+            join("threshold", lambda x: x.nanmean(0)),
+            join("num_merged", lambda x: x.sum(0)),
+            join("num_dropped", lambda x: x.sum(0)),
+        )  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(Hkv, D) of this rank; None before the first token."""
+        shapes = [block.store.shape for block in self.blocks]
+        return None if shapes[0] is None else (sum(heads for heads, _ in shapes), shapes[0][1])
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of keys and values; None before the first token."""
+        return self.blocks[0].store.dtype
+
+    @property
+    def num_allocated_bytes(self) -> int:
+        """Bytes of all buffers here."""
+        return sum(block.store.num_allocated_bytes for block in self.blocks)
+
+    @property
+    def slots(self) -> Slots | None:
+        """What is held here, [B, Hkv, S, ...]: in order, but for unused slots amid those of a rank that has some slots
+        of all heads; heads with fewer slots end in unused ones, of position -1."""
+        parts = [block.store.slots for block in self.blocks]
+        if len(parts) == 1:
+            return parts[0]
+        width = max(one.positions.shape[-1] for one in parts)
+
+        def join(name: str) -> Tensor:
+            value = -1 if name == "positions" else 0
+            tensors = [getattr(one, name) for one in parts]
+            sides = [(0, 0) * (tensor.dim() - 3) + (0, width - tensor.shape[2]) for tensor in tensors]
+            return torch.cat([pad(one, side, value=value) for one, side in zip(tensors, sides, strict=True)], 1)
+
+        return Slots(*(join(name) for name in ("keys", "values", "positions", "scores", "rates", "log_mass")))
+
+    # ---- attention -------------------------------------------------------------------------------------------------
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk | DealtChunk) -> Tensor:
+        """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
+        for head in self.elsewhere:
+            head.advance(chunk.counts)
+        return self._over_blocks(lambda block, *qkv: block.prefill(*qkv, scale, chunk), q, k, v)
+
+    def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows) -> Tensor:
+        """Attend from a chunk that is not kept, and note what each slot got; the same shape, zeros at padding."""
+        return self._over_blocks(lambda block, *qkv: block.reread(*qkv, scale, rows), q, k, v)
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, *steps: BlockStep) -> Tensor:
+        """Store one token a row, attend over all slots, and score them: [B, Hq, 1, D]; a step for each block."""
+        step = iter(steps)
+        return self._over_blocks(lambda block, *qkv: block.decode(*qkv, scale, next(step)), q, k, v)
+
+    def _over_blocks(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each block with its heads, one after the other."""
+        if len(self.blocks) == 1:
+            return attend(self.blocks[0], q, k, v)
+        heads = zip(self.blocks, q.chunk(len(self.blocks), 1), k.split(1, 1), v.split(1, 1), strict=True)
+        return torch.cat([attend(*of_head) for of_head in heads], 1)
+
+    # ---- the rest is that of the blocks ----------------------------------------------------------------------------
+
+    def begin_prefill(self) -> None:
+        """A prompt, or a later turn, is read from here on."""
+        for block in self.blocks:
+            block.begin_prefill()
+
+    def complete_statistics(self) -> None:
+        """The last chunk was read."""
+        for block in self.blocks:
+            block.complete_statistics()
+
+    def finish_prefill(self) -> None:
+        """Free what only a prefill needs."""
+        for block in self.blocks:
+            block.finish_prefill()
+
+    def spread(self, num_seen: Sequence[int]) -> None:
+        """Hold some slots of all heads of the tensor rank, after a prompt whose slots were held by heads."""
+        for block in self.blocks:
+            block.spread(num_seen)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index`, in that order, repeated where repeated."""
+        for one in self.budgeted:
+            one.select_rows(index)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of one value, the value itself."""
+    return values[0] if len(values) == 1 else sum(values) / len(values)

@@ -12,13 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from d2o_dist.cache.layer import FullLayer
-from d2o_dist.cache.layers import CompressedLayer
-from d2o_dist.cache.sharded import ShardedLayer
+from d2o_dist.cache.layer import Layer
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.compression.budgets import highest_of_heads, row_log_weights, row_slots
-from d2o_dist.compression.shard_finalize import statistics_of_all
 from d2o_dist.core.select import ranking_rates
+from d2o_dist.evict.budgets import highest_of_heads, row_log_weights, row_slots
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.statistics import COLUMN_SUMS
 
@@ -92,12 +89,7 @@ def _queries(config: D2OConfig) -> str:
 
 
 def head_variances(
-    layers: Collection[FullLayer | ShardedLayer],
-    config: D2OConfig,
-    num_seen: Sequence[int],
-    ranks: RequestRanks,
-    *,
-    by_sequence: bool,
+    layers: Collection[Layer], config: D2OConfig, num_seen: Sequence[int], ranks: RequestRanks
 ) -> Tensor | None:
     """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers.
 
@@ -106,28 +98,20 @@ def head_variances(
     Args:
         layers: those that are compressed, at the end of their first prefill.
         num_seen: tokens seen by each row.
-        by_sequence: whether every sequence rank holds a part of the tokens of every head, not all tokens of some.
     """
     if COLUMN_SUMS not in config.budget.statistics or config.keeps_everything or not layers:
         return None
-    rows = range(len(num_seen))
-    squares = torch.stack([torch.stack([layer.squared_deviations(row) for layer in layers], -1) for row in rows])
-    if by_sequence:
-        squares = ranks.sp.sum_in_rank_order(squares)
+    blocks = [layer.blocks[0] for layer in layers]
+    squares = torch.stack([
+        torch.stack([block.squared_deviations(row) for block in blocks], -1) for row in range(len(num_seen))
+    ])  # fmt: skip
+    squares = blocks[0].layout.add_up(squares)
     divisors = torch.tensor([max(seen - 1, 1) for seen in num_seen], device=squares.device)
-    variances = squares / divisors[:, None, None]
-    variances = ranks.gather_query_heads(variances if by_sequence else ranks.join_heads(variances))
-    return variances.transpose(1, 2).contiguous()
+    return ranks.gather_query_heads(squares / divisors[:, None, None]).transpose(1, 2).contiguous()
 
 
 def head_counts(
-    layers: Collection[FullLayer | ShardedLayer],
-    config: D2OConfig,
-    num_seen: Sequence[int],
-    num_kv_heads: int,
-    ranks: RequestRanks,
-    *,
-    by_sequence: bool,
+    layers: Collection[Layer], config: D2OConfig, num_seen: Sequence[int], num_kv_heads: int, ranks: RequestRanks
 ) -> Tensor | None:
     """[B, L, Hkv] int64, how many of the model's highest ranked tokens each KV head has.
 
@@ -135,23 +119,24 @@ def head_counts(
 
     Args:
         layers: those that are compressed, their first prefill finished.
-        num_kv_heads: of a layer of the whole model; num_seen, by_sequence: as for `head_variances`.
+        num_kv_heads: of a layer of the whole model; num_seen: as for `head_variances`.
     """
     if not config.budget.by_ranking or config.keeps_everything or not layers:
         return None
     rankings, live = [], []
     for layer in layers:
         # Over sequence ranks the statistics are gathered: a rank may be a maximum over neighbours on another rank.
-        slots = statistics_of_all(layer.slots_for_finalize(), ranks.sp)[0] if by_sequence else layer.store.slots
+        slots = layer.blocks[0].layout.everyone()
         seen = torch.tensor(num_seen, device=slots.positions.device)
         rates = ranking_rates(slots, config, finalize=True)
         rankings.append(config.score.rank(slots, rates, seen))
         live.append(slots.live)
-    return highest_of_heads(rankings, live, num_seen, num_kv_heads, config, ranks, by_sequence=by_sequence)
+    spread = next(iter(layers)).blocks[0].layout.is_spread
+    return highest_of_heads(rankings, live, num_seen, num_kv_heads, config, ranks, spread=spread)
 
 
 def set_budgets(
-    layers: Collection[CompressedLayer],
+    layers: Collection[Layer],
     plans: list[RowPlan] | None,
     variances: Tensor | None,
     highest: Tensor | None,
@@ -188,7 +173,7 @@ def set_budgets(
         plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
         plan.num_tokens = num_tokens
     if ranks.is_shared:
-        _take_first(plans, ranks, next(iter(layers)).units[0].store.slots.positions.device)
+        _take_first(plans, ranks, next(iter(layers)).blocks[0].store.buffers.positions.device)
     protected = config.budget.protected(count)
     for index, one in enumerate(budgeted):
         one.slot_budgets = None if index in protected else [plan.slots[index] for plan in plans]

@@ -146,7 +146,7 @@ def make_report(cache: CompressedCache) -> CacheReport:
         achieved_keep_ratio=held / seen if seen else None if not cache.num_seen else 1.0,
         held_bytes=sum(report.num_bytes for report in reports),
         full_bytes=sum(report.full_bytes for report in reports),
-        allocated_bytes=sum(layer.store.num_allocated_bytes for layer in cache.layers),
+        allocated_bytes=sum(layer.num_allocated_bytes for layer in cache.layers),
         num_seen_tokens=list(cache.num_seen),
         layers=reports,
     )

@@ -11,21 +11,25 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
+from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.columns import Columns
-from d2o_dist.cache.evictions import LayerEvictions, ShardEvictions
-from d2o_dist.cache.forward import Chunk, ChunkOfHeads, DealtChunk, Forward, SecondReading, Step
-from d2o_dist.cache.headwise import HeadElsewhere, HeadwiseLayer
+from d2o_dist.cache.evictions import Evictions
 from d2o_dist.cache.inference import in_own_mode
-from d2o_dist.cache.layers import CompressedLayer, Layer, make_layers, spread_layers
+from d2o_dist.cache.layer import Layer
 from d2o_dist.cache.plans import RowPlan, check_gathered, head_counts, head_variances, on_full_layers, set_budgets
-from d2o_dist.cache.rows import Rows
-from d2o_dist.cache.step import DecodeStep
+from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
-from d2o_dist.compression.evict_arena import ArenaEvictions
+from d2o_dist.evict.arena import ArenaEvictions
+from d2o_dist.layout.forward import Chunk, ChunkOfHeads, DealtChunk, Forward, SecondReading, Step
+from d2o_dist.layout.heads import Heads
+from d2o_dist.layout.sequence import Sequence as SequenceLayout
 from d2o_dist.policy.budget import check_total
 from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.rows import Rows
+from d2o_dist.slots.step import DecodeStep
+from d2o_dist.slots.store import SlotStore
 
 
 class CompressedCache:
@@ -61,7 +65,7 @@ class CompressedCache:
 
     def reset(self) -> None:
         """Forget everything: the next forward begins a new batch."""
-        self.layers: list[Layer] = []
+        self.layers: list[Layer | WindowLayer] = []
         self.num_seen: list[int] = []
         self.num_reread: list[int] = []
         self.reread_chunk: int | None = None
@@ -83,8 +87,8 @@ class CompressedCache:
         self._arena_evictions: ArenaEvictions | None = None
         self._step_announced = False
         self.in_inference = False
-        # Whether every rank holds a part of the slots of every head, rather than all slots of some heads.
-        self._by_sequence = self.ranks.deals_tokens and self.ranks.parallel.sp_prefill != "ulysses"
+        spread = self.ranks.deals_tokens and self.ranks.parallel.sp_prefill != "ulysses"
+        self._layout: type[Heads] | type[SequenceLayout] = SequenceLayout if spread else Heads
 
     @in_own_mode
     def adopt(self, config: D2OConfig) -> None:
@@ -103,7 +107,7 @@ class CompressedCache:
         self._check_shared(config)
         self.config, self._compressed_config = config, compressed
         for layer in self._full().values():
-            layer.adopt(config)
+            layer.blocks[0].adopt(config)
 
     def _check_first_prefill(self, rule: str) -> None:
         if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
@@ -119,17 +123,17 @@ class CompressedCache:
     @property
     def num_kv_heads(self) -> int:
         """KV heads of a layer of the whole model; 0 before the first token."""
-        shape = self.layers[0].store.shape if self.layers else None
+        shape = self.layers[0].shape if self.layers else None
         if shape is None:
             return 0
-        whole = self.ranks.deals_tokens and not self._by_sequence
+        whole = self.ranks.deals_tokens and not self._layout.is_spread
         heads = sum(self.ranks.kv_sizes) if whole else shape[0]
         return heads * self.ranks.tp.size // self.ranks.kv_replicas
 
     def token_bytes(self, layer: int) -> int:
         """Bytes of the key and value of one token in all KV heads of a layer of the whole model."""
-        store = self.layers[layer].store
-        return 2 * self.num_kv_heads * store.shape[1] * store.dtype.itemsize
+        one = self.layers[layer]
+        return 2 * self.num_kv_heads * one.shape[1] * one.dtype.itemsize
 
     @property
     def num_seen_columns(self) -> int:
@@ -161,7 +165,7 @@ class CompressedCache:
             raise ValueError(f"a chunk of {len(counts)} rows was dealt, but the cache has {len(self.num_seen)}")
         if not counts or max(counts) < 1:
             raise ValueError(f"a chunk must have a token, but its rows have {list(counts)}")
-        rule = Zigzag if self._by_sequence else Contiguous
+        rule = Zigzag if self._layout.is_spread else Contiguous
         self.dealt, self._dealt_rows = Deal.of(counts, rule, self.ranks.sp.size, self.ranks.sp.rank), rows
         return self.dealt
 
@@ -222,7 +226,7 @@ class CompressedCache:
             )
         if not self.layers:
             self.num_seen, self.columns = [0] * batch, Columns(batch)
-            self.layers = make_layers(self.windows, batch, self.config, self.ranks, by_sequence=self._by_sequence)
+            self.layers = [self._make_layer(window, batch) for window in self.windows]
         self._last_positions = None
         if deal is not None:
             self._rows, rows = dealt_rows, Rows.of(batch, length, deal.mask())
@@ -238,9 +242,9 @@ class CompressedCache:
             if not self._step_announced:
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
             steps = iter(self.step.begin())
-            by_layer = [[next(steps) for _ in layer.units] for layer in self.layers]
-            spread = self.ranks.deals_tokens and not self._by_sequence
-            self._forward = Step(by_layer, self.ranks if spread else None)
+            by_layer = [[next(steps) for _ in layer.blocks] for layer in self.layers]
+            to_heads = self.ranks.deals_tokens and not self._layout.is_spread
+            self._forward = Step(by_layer, self.ranks if to_heads else None)
             return
         if self._step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
@@ -250,7 +254,7 @@ class CompressedCache:
         self._begin_prefill(batch)
         if deal is None or not self.ranks.deals_tokens:
             self._forward = Chunk(rows, self.num_seen)
-        elif self._by_sequence:
+        elif self._layout.is_spread:
             self._placement.add(deal)
             self._forward = DealtChunk(deal, self._placement, rows, self.num_seen)
         else:
@@ -262,15 +266,18 @@ class CompressedCache:
             return SecondReading(rows, None)
         return SecondReading(Rows.first(deal.counts), HeadExchange(self.ranks, deal))
 
+    def _make_layer(self, window: int | None, batch: int) -> Layer | WindowLayer:
+        if window is not None:
+            return WindowLayer(batch, window, self.ranks)
+        return Layer(HeadBlock(self.config, self._layout(self.ranks, SlotStore(batch))))
+
     def _begin_prefill(self, batch: int) -> None:
-        for unit in self._units():
-            unit.store.leave()
-        self._arena_evictions = None
+        """The first chunk of a prompt or of a later turn comes."""
         if self._placement is None or self.phase != "prefill":
             self._placement = Placement(batch, self.ranks.sp.size)
-            if self._by_sequence:
-                for layer in self.layers:
-                    layer.begin_prefill()
+            for layer in self.layers:
+                layer.begin_prefill()
+        self._arena_evictions = None
         self.phase = "prefill"
 
     def _end(self) -> None:
@@ -324,41 +331,36 @@ class CompressedCache:
 
     def _open_step(self, present: Sequence[bool] | None) -> None:
         self.finalize()
-        units = self._units()
-        for unit in units:
-            if not unit.store.in_arena:
-                unit.make_room()
+        blocks = self._blocks()
+        for block in blocks:
+            if not block.store.in_arena:
+                block.make_room()
         if present is not None and all(present):
             present = None
-        buffers = [unit.store.buffers for unit in units]
-        if self.step is None or not self.step.fits(buffers, present):
+        held = [block.held for block in blocks]
+        if self.step is None or not self.step.fits(held, present):
             arena = None if self._arena_evictions is None else self._arena_evictions.arena
-            numbers = iter(range(len(units)))
-            blocks = [next(numbers) if unit.store.in_arena else None for unit in units]
-            held = [unit.kv_len for unit in units]
-            self.step = DecodeStep(self.num_seen, held, buffers, present, arena, blocks)
+            self.step = DecodeStep(self.num_seen, held, present, arena)
         self.step.choose(present)
 
-    def _units(self) -> list[Layer]:
-        """All that holds slots of its own: layers, or their KV heads where these have budgets of their own."""
-        return [unit for layer in self.layers for unit in layer.units]
-
-    def _elsewhere(self) -> list[HeadElsewhere]:
-        """KV heads of other ranks that have budgets of their own."""
-        return [head for layer in self.layers if isinstance(layer, HeadwiseLayer) for head in layer.elsewhere]
+    def _blocks(self) -> list[HeadBlock | WindowLayer]:
+        """All that holds slots of its own."""
+        return [block for layer in self.layers for block in layer.blocks]
 
     def _close_step(self) -> None:
         counts = self.step.counts
-        moved = [unit.advance(counts) for unit in self._units()]
-        for head in self._elsewhere():
-            head.advance(counts)
+        moved = [block.advance(counts) for block in self._blocks()]
+        for layer in self._full().values():
+            for head in layer.elsewhere:
+                head.advance(counts)
         self.num_seen = _added(self.num_seen, counts)
         self.columns.add(Rows.of_step(counts), self._last_positions)
         if self.config.eviction_interval is not None:
             with self.ranks.counter.phase("evict"):
-                moved.append(self._evict(self.config.eviction_interval))
+                slack = self.config.eviction_interval
+                moved.append(self._evictions().while_decoding(slack, self.step.positions, self._arena_evictions))
         if any(moved):
-            self.step.hold([unit.kv_len for unit in self._units()])
+            self.step.hold([block.store.kv_len for block in self._blocks()])
 
     @contextmanager
     def rereading(self, chunk: int) -> Iterator[None]:
@@ -372,7 +374,7 @@ class CompressedCache:
             ValueError: the first prefill is over or has not begun; the prompt was not read by heads (`sp_prefill`).
         """
         self._check_first_prefill("a prompt is read a second time after the first and before it is compressed")
-        if self._by_sequence:
+        if self._layout.is_spread:
             raise ValueError(
                 f"sp_prefill ({self.ranks.parallel.sp_prefill}) must be ulysses to read a prompt a second time with sp "
                 f"({self.ranks.sp.size})"
@@ -406,49 +408,38 @@ class CompressedCache:
         with self.ranks.counter.phase("finalize"):
             for index in self.full_layers:
                 self.layers[index].complete_statistics()
-            config, variances, highest = self._compressed_config, None, None
+            config, layers, variances, highest = self._compressed_config, self._full().values(), None, None
             if self.plans is None:
-                variances = head_variances(
-                    self._full().values(), config, self.num_seen, self.ranks, by_sequence=self._by_sequence
-                )
-            for index in self.full_layers:
-                self.layers[index].finish_prefill()
+                variances = head_variances(layers, config, self.num_seen, self.ranks)
+            for layer in layers:
+                layer.finish_prefill()
             if self.plans is None:
-                highest = head_counts(
-                    self._full().values(), config, self.num_seen, self.num_kv_heads, self.ranks,
-                    by_sequence=self._by_sequence,
-                )  # fmt: skip
+                highest = head_counts(layers, config, self.num_seen, self.num_kv_heads, self.ranks)
                 if config.budget.per_head:
                     self._part_heads()
-            self.plans = set_budgets(
-                self._full().values(), self.plans, variances, highest, config, self.num_seen, self.ranks
-            )
+            self.plans = set_budgets(layers, self.plans, variances, highest, config, self.num_seen, self.ranks)
             # Of this prefill's tokens a step from before it knows nothing.
             self.phase, self.step = "decode", None
-            moves = self.ranks.deals_tokens and not self._by_sequence and not self.ranks.by_heads
-            in_arena = self.config.eviction_interval is not None and not moves
-            self._arena_evictions = self._evictions().at_finalize(in_arena=in_arena)
-            if moves:
-                spread_layers(self.layers, self.num_seen, self.ranks)
-                self._by_sequence = True
+            evictions = self._evictions()
+            evictions.at_prompt_end()
+            if self.ranks.deals_tokens and not self._layout.is_spread and not self.ranks.by_heads:
+                for layer in self.layers:
+                    layer.spread(self.num_seen)
+                self._layout = SequenceLayout
+            if self.config.eviction_interval is not None:
+                self._arena_evictions = evictions.in_arena()
         self._placement = None
 
     def _part_heads(self) -> None:
-        """Let each KV head of a layer be a layer of its own."""
-        num_heads = self.num_kv_heads
-        for index in self.full_layers:
-            here = self.ranks.kv_heads(self.layers[index].store.shape[0], by_sequence=self._by_sequence)
-            self.layers[index] = HeadwiseLayer(self.layers[index], here, num_heads)
+        """Let each KV head of a layer have a budget of its own."""
+        for layer in self._full().values():
+            here = self.ranks.kv_heads(layer.shape[0], spread=self._layout.is_spread)
+            layer.part_heads(here, self.num_kv_heads)
 
-    def _evict(self, slack: int) -> bool:
-        """While decoding: evict what is `slack` slots or more over its budget; whether anything was."""
-        return self._evictions().while_decoding(slack, self.step.positions, self._arena_evictions)
+    def _evictions(self) -> Evictions:
+        return Evictions(self._full(), self.config, self.ranks, self.num_seen)
 
-    def _evictions(self) -> LayerEvictions | ShardEvictions:
-        kind = ShardEvictions if self._by_sequence else LayerEvictions
-        return kind(self._full(), self.config, self.ranks, self.num_seen)
-
-    def _full(self) -> dict[int, CompressedLayer]:
+    def _full(self) -> dict[int, Layer]:
         """The layers that are compressed, by their index in the model."""
         return {index: self.layers[index] for index in self.full_layers}
 
@@ -469,9 +460,10 @@ class CompressedCache:
             layer.select_rows(index)
         if self._arena_evictions is not None:
             self._arena_evictions = self._arena_evictions.select_rows(index)
-            stores = [unit.store for unit in self._units() if unit.store.in_arena]
-            for number, store in enumerate(stores):
-                store.rebase(self._arena_evictions.arena.view(number))
+            arena = self._arena_evictions.arena
+            for number, block in enumerate(block for block in self._blocks() if block.store.in_arena):
+                block.store.rebase(arena.view(number))
+            self._evictions().hold_shares(arena)
         if self._placement is not None:
             self._placement.select_rows(host)
         self.num_seen = [self.num_seen[row] for row in host]

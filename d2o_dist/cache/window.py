@@ -5,18 +5,26 @@ Shape legend: B rows, Hq query heads, n tokens of a chunk, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from d2o_dist.cache.rows import Rows, is_uniform
-from d2o_dist.cache.step import LayerStep
-from d2o_dist.cache.store import GROWTH, SlotStore
+from d2o_dist.comm.request import RequestRanks
 from d2o_dist.kernels.prefill_attention import prefill_attention
 from d2o_dist.kernels.scored_decode import scored_decode
+from d2o_dist.layout.forward import Chunk, DealtChunk, over_rows
+from d2o_dist.slots.rows import Rows, is_uniform
+from d2o_dist.slots.slots import Slots
+from d2o_dist.slots.step import BlockStep, Held
+from d2o_dist.slots.store import GROWTH, SlotStore
 
 
 class WindowLayer:
     """A layer that attends to its last `window` tokens only. It holds them, and is never compressed.
+
+    A window is small: where ranks share the tokens of a prompt, every rank holds all of it, and gathers the keys and
+    values of a chunk. Decode steps need no exchange.
 
     Attributes:
         store: the slots; a few more than the window between trims.
@@ -26,69 +34,99 @@ class WindowLayer:
     # Tokens that may pile up before the window is moved to the front of the buffers again.
     SLACK = 64
 
-    def __init__(self, batch: int, window: int) -> None:
+    def __init__(self, batch: int, window: int, ranks: RequestRanks) -> None:
         self.store = SlotStore(batch)
-        self.window = window
+        self.window, self.ranks = window, ranks
+
+    kv_len = property(lambda self: self.store.kv_len, doc="Slots of each row, of each of its heads.")
+    mean_kv_len = property(lambda self: self.store.kv_len, doc="The same: all heads hold as many.")
+    shape = property(lambda self: self.store.shape, doc="(Hkv, D) of this rank; None before the first token.")
+    dtype = property(lambda self: self.store.dtype, doc="Of keys and values; None before the first token.")
+    slots = property(lambda self: self.store.slots, doc="What is held, [B, Hkv, S, ...]; None before the first token.")
+    num_allocated_bytes = property(lambda self: self.store.num_allocated_bytes, doc="Bytes of all buffers here.")
 
     @property
-    def kv_len(self) -> list[int]:
-        """Slots of each row, of each of its heads."""
-        return self.store.kv_len
-
-    @property
-    def mean_kv_len(self) -> list[int]:
-        """Slots of each row, mean over its heads."""
-        return self.store.kv_len
-
-    @property
-    def units(self) -> list[WindowLayer]:
+    def blocks(self) -> list[WindowLayer]:
         """Itself: all of its heads hold the same."""
         return [self]
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, num_seen: list[int]) -> Tensor:
+    @property
+    def held(self) -> Held:
+        """As a decode step takes it."""
+        return Held(self.store.buffers, False, self.store.kv_len)
+
+    def begin_prefill(self) -> None:
+        """Nothing to settle: a window has no past but its slots."""
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk | DealtChunk) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
         start = list(self.store.kv_len)
-        self.store.append(k, v, rows, num_seen)
-        slots = self.store.slots
-        out = torch.zeros_like(q)
-        uniform = rows.index is None and is_uniform(start)
-        for row in range(1 if uniform else rows.batch):
-            if not rows.counts[row]:
-                continue
-            group = slice(None) if uniform else slice(row, row + 1)
-            here = slice(0, start[row] + rows.counts[row])
-            queries = q if uniform else rows.pick(q, row)
-            part, _ = prefill_attention(
-                queries, slots.keys[group, :, here], slots.values[group, :, here], scale,
-                q_start=start[row], window=self.window,
-            )  # fmt: skip
-            if uniform:
-                out = part
-            else:
-                rows.put(out, row, part)
+        if isinstance(chunk, DealtChunk):
+            self.store.append(*self._gather(k, v, chunk), Rows.first(chunk.counts), chunk.num_seen)
+            out = self._attend_dealt(q, scale, chunk, start)
+        else:
+            self.store.append(k, v, chunk.rows, chunk.num_seen)
+            slots = self.store.slots
+
+            def attend(rows: slice, queries: Tensor) -> Tensor:
+                return self._attend(queries, slots, rows, start[rows.start], scale)
+
+            out = over_rows(chunk.rows, q, attend, alike=is_uniform(start))
         self._trim()
+        return out
+
+    def _attend(self, q: Tensor, slots: Slots, rows: slice, first: int, scale: float) -> Tensor:
+        """From the queries of slots [first, first + n) of a group of rows."""
+        here = slice(0, first + q.shape[2])
+        keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
+        return prefill_attention(q, keys, values, scale, q_start=first, window=self.window)[0]
+
+    def _gather(self, k: Tensor, v: Tensor, chunk: DealtChunk) -> list[Tensor]:
+        """Keys and values of all ranks' part of a chunk, [B, Hkv, T, D] by token. One collective."""
+        everyone = self.ranks.sp.all_gather(torch.cat([k, v], -1), 2)
+        index = chunk.deal.restore_index().to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, 2 * k.shape[3])
+        return list(everyone.gather(2, index).split(k.shape[3], -1))
+
+    def _attend_dealt(self, q: Tensor, scale: float, chunk: DealtChunk, start: list[int]) -> Tensor:
+        out, slots = torch.zeros_like(q), self.store.slots
+        for row, one in enumerate(chunk.deal.maps):
+            group, at = slice(row, row + 1), chunk.columns(row).start
+            for first, stop in one.segments(chunk.deal.rank):
+                here = slice(at, at + stop - first)
+                out[group, :, here] = self._attend(q[group, :, here], slots, group, start[row] + first, scale)
+                at = here.stop
         return out
 
     def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows) -> Tensor:
         """Attend from a chunk that is not kept; [B, Hq, n, D] -> the same shape, zeros at padding."""
         slots, held = self.store.slots, self.store.kv_len
-        out = torch.zeros_like(q)
-        for row in range(rows.batch):
-            if rows.counts[row]:
-                q_row, k_row, v_row = (rows.pick(tensor, row) for tensor in (q, k, v))
-                keys = torch.cat([slots.keys[row : row + 1, :, : held[row]], k_row], 2)
-                values = torch.cat([slots.values[row : row + 1, :, : held[row]], v_row], 2)
-                part, _ = prefill_attention(q_row, keys, values, scale, q_start=held[row], window=self.window)
-                rows.put(out, row, part)
-        return out
+
+        def attend(group: slice, queries: Tensor) -> Tensor:
+            row = group.start
+            both = [
+                torch.cat([old[group, :, : held[row]], rows.pick(new, row)], 2)
+                for old, new in ((slots.keys, k), (slots.values, v))
+            ]
+            return prefill_attention(queries, *both, scale, q_start=held[row], window=self.window)[0]
+
+        return over_rows(rows, q, attend, alike=rows.batch == 1)
+
+    def spread(self, num_seen: Sequence[int]) -> None:
+        """Hold all heads of the tensor rank, after a prompt whose slots were held by heads."""
+        slots = self.store.slots
+        wide = self.ranks.join_heads(torch.cat([slots.keys, slots.values], -1))
+        keys, values = wide.split(slots.keys.shape[-1], -1)
+        rest = [tensor[:, :1].expand(-1, keys.shape[1], -1).clone()
+                for tensor in (slots.positions, slots.scores, slots.rates, slots.log_mass)]  # fmt: skip
+        self.store.replace(Slots(keys, values, *rest), self.store.kv_len, capacity=self.window + self.SLACK)
 
     def make_room(self) -> None:
         """Before a decode step: room for one token, and for some more while the buffers are short of the window's."""
         needed, most = max(self.kv_len) + 1, self.window + self.SLACK
         self.store.reserve(needed, slack=max(0, min(GROWTH, most - needed)))
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: LayerStep) -> Tensor:
-        """Store one token a row and attend over the window: [B, Hq, 1, D]. As `FullLayer.decode`."""
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: BlockStep) -> Tensor:
+        """Store one token a row and attend over the window: [B, Hq, 1, D]. As `Layer.decode`."""
         buffers, capacity = self.store.buffers, self.store.capacity
         self.store.put(k, v, step.slot, step.position)
         valid = step.live & (step.columns[:capacity] >= (step.stop - self.window)[:, None])

@@ -109,9 +109,9 @@ class RequestRanks:
         scale = num_heads // sum(self.kv_sizes)
         return [scale * size for size in self.kv_sizes]
 
-    def kv_heads(self, num_here: int, *, by_sequence: bool) -> range:
+    def kv_heads(self, num_here: int, *, spread: bool) -> range:
         """Which KV heads of a layer of the whole model the `num_here` at hand are."""
-        dealt = self.deals_tokens and not by_sequence
+        dealt = self.deals_tokens and not spread
         block = sum(self.kv_sizes) if dealt else num_here
         first = self.tp.rank // self.kv_replicas * block + (sum(self.kv_sizes[: self.sp.rank]) if dealt else 0)
         return range(first, first + num_here)

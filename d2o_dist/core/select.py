@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d2o_dist.policy.config import D2OConfig
-from d2o_dist.slots.slots import LayerBudget, Slots
+from d2o_dist.slots.slots import LayerBudget, Slots, compact
 
 # What becomes of a slot. One byte each: ranks that hold copies of a head send it.
 GONE, KEPT, TARGET = 0, 1, 2
@@ -51,15 +51,6 @@ def rate_gain(slots: Slots, rates: Tensor, config: D2OConfig) -> Tensor | None:
 def add_rates(slots: Slots, gain: Tensor) -> Slots:
     """The slots with `gain` [B, Hkv, S] added to the rates of those in use."""
     return slots.replace(rates=torch.where(slots.positions >= 0, slots.rates + gain, slots.rates).clamp_min(0))
-
-
-def compact(mask: Tensor, width: int) -> Tensor:
-    """Indices of the True entries of [B, Hkv, S], in order, in a [B, Hkv, width] tensor; the rest is 0."""
-    slots = mask.shape[-1]
-    target = torch.where(mask, mask.cumsum(-1) - 1, width)
-    index = torch.arange(slots, device=mask.device).expand_as(mask)
-    out = torch.zeros(*mask.shape[:-1], width + 1, dtype=torch.int64, device=mask.device)
-    return out.scatter_(-1, target, index)[..., :width]
 
 
 def choose(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig, *, finalize: bool) -> Tensor | None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from d2o_dist.compression.budgets import NOT_FINITE_BECAUSE
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.sampling import LOST, Sampler
 from d2o_dist.engine.session import RowUsage, Session, left_pad
 from d2o_dist.engine.text import TextStream, decode_tokens
 from d2o_dist.engine.trace import Trace
+from d2o_dist.evict.budgets import NOT_FINITE_BECAUSE
 
 
 @dataclass

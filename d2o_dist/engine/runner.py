@@ -13,7 +13,6 @@ from d2o_dist.cache.report import CacheReport
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
-from d2o_dist.compression.budgets import NotFiniteError
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
@@ -36,6 +35,7 @@ from d2o_dist.engine.records import Record, error_record, make_record
 from d2o_dist.engine.session import Session
 from d2o_dist.engine.summary import Summary, summarise
 from d2o_dist.engine.trace import Trace
+from d2o_dist.evict.budgets import NotFiniteError
 
 
 class BatchError(RuntimeError):

@@ -174,7 +174,7 @@ class Session:
         calls it. It waits for the device: for rows that have failed."""
         bad = []
         for layer in self.cache.compressed.layers:
-            slots = layer.store.slots
+            slots = layer.slots
             finite = slots.keys.isfinite().all(-1) & slots.values.isfinite().all(-1)
             bad.append((slots.live & ~finite).flatten(1).any(1))
         everywhere = self.cache.ranks.request.all_reduce(torch.stack(bad).int(), "max").T.tolist()
@@ -183,7 +183,7 @@ class Session:
     @property
     def rank_bytes(self) -> int:
         """Bytes of all buffers of the cache on this rank: room to grow, positions and statistics included."""
-        return sum(layer.store.num_allocated_bytes for layer in self.cache.compressed.layers)
+        return sum(layer.num_allocated_bytes for layer in self.cache.compressed.layers)
 
     def _shared_forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """A chunk that the sequence ranks share: [B, n] -> the logits of each row's last token [B, V], on all ranks."""

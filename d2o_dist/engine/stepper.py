@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from d2o_dist.cache.step import DecodeStep
 from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.slots.step import DecodeStep
 
 _logger = logging.getLogger(__name__)
 

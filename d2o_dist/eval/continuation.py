@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.compression.budgets import NOT_FINITE_BECAUSE
 from d2o_dist.engine.sampling import is_lost
 from d2o_dist.eval.reading import ReadSession, TokenRows
+from d2o_dist.evict.budgets import NOT_FINITE_BECAUSE
 from d2o_dist.slots.slots import stats_dtype
 
 # Positions whose distributions are compared at once: each takes V numbers, several times over.

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from d2o_dist.comm import ParallelMesh
-from d2o_dist.compression.budgets import NotFiniteError
 from d2o_dist.config.evaluate import FULL, Method
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine import model as loading
@@ -23,6 +22,7 @@ from d2o_dist.eval.continuation import compare, continuation_logits, lost_rows
 from d2o_dist.eval.plan import Job, Plan
 from d2o_dist.eval.reading import Reading, SharedReading
 from d2o_dist.eval.store import Record
+from d2o_dist.evict.budgets import NotFiniteError
 
 Todo = tuple[Job, tuple[Method, ...]]
 

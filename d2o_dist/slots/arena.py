@@ -11,14 +11,15 @@ most, N slots of all segments, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from d2o_dist.slots.slots import Slots, unused_slots
+from d2o_dist.slots.shares import Shares
+from d2o_dist.slots.slots import Slots, compact, unused_slots
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,23 @@ class Block:
         return len(self.room) * self.heads * self.width
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A decode step of an arena.
+
+    Attributes:
+        slot: [U] int64 where each unit's token goes, counted from its start; position: [U] int64 of what is stored
+            here; -1: nothing is, and the slot stays as it was.
+        live: [N] bool which slots of the storage are in use, the new ones included.
+        taker: [U] int64 the ranks that store the tokens, where the slots of a unit are spread; None otherwise.
+    """
+
+    slot: Tensor
+    position: Tensor
+    live: Tensor
+    taker: Tensor | None
+
+
 class Arena:
     """Segments for blocks of `batch` rows, and which slots of theirs are free.
 
@@ -47,9 +65,11 @@ class Arena:
         like: [..., D], whose dtype, device and head dim the keys and values have.
 
     Attributes:
-        storage: [N + 1, ...] of all segments; the last slot is nobody's, and is written where nothing is to be.
+        storage: [N + 1, ...] of all segments; the last slot is nobody's, and is written where nothing is to be. Its
+            position stays -1.
+        shares: [U, world], where the slots of a unit are spread over ranks; None: all of them are here.
         start: [U] int64, the first slot of each unit; row: [U] int64.
-        free: [U, W] int64, which slots of a unit, counted from its start, the next tokens take, in order.
+        free: [U, W] int64, which slots of a unit, counted from its start, the next tokens take, in order; then -1.
         taken: [U] int64, how many of those were taken.
     """
 
@@ -69,6 +89,7 @@ class Arena:
         self.start, self.row = torch.cat(starts).to(device), torch.cat(rows).to(device)
         self.free = torch.zeros(len(self.start), 0, dtype=torch.int64, device=device)
         self.taken = torch.zeros_like(self.start)
+        self.shares: Shares | None = None
         self._columns: dict[tuple[int, ...], Tensor] = {}
 
     def view(self, number: int) -> Slots:
@@ -92,69 +113,79 @@ class Arena:
         parts = table.split([block.num_slots for block in self.blocks])
         return [part.view(-1, block.heads, block.width) for part, block in zip(parts, self.blocks, strict=True)]
 
-    def settle(self, held: Sequence[Sequence[int]]) -> None:
-        """Note which slots are free; held: per block the slots of each row, which are its first ones."""
-        rows = [
-            (count, room)
-            for block, counts in zip(self.blocks, held, strict=True)
-            for count, room in zip(counts, block.room, strict=True)
-            for _ in range(block.heads)
-        ]
-        width = max(1, *(room - count for count, room in rows))
-        first = torch.tensor([count for count, _ in rows], device=self.start.device)
-        self.free = first[:, None] + torch.arange(width, device=self.start.device)
+    def split_shares(self) -> list[Shares]:
+        """[B, h, world] of each block, parts of one table."""
+        parts = self.shares.held.split([len(block.room) * block.heads for block in self.blocks])
+        return [Shares(part.unflatten(0, (-1, block.heads)), self.shares.rank)
+                for part, block in zip(parts, self.blocks, strict=True)]  # fmt: skip
+
+    def settle(self, num_free: int, shares: Tensor | None = None, rank: int = 0) -> None:
+        """Note which slots are free, of blocks that were filled.
+
+        Args:
+            num_free: W, the most that a unit has, now or later.
+            shares: [U, world] int64 slots of each rank, if the units are spread; rank: this one.
+        """
+        columns = self.columns(range(len(self.blocks)))
+        free = (self.storage.positions[columns] < 0) & (columns < self.num_slots)
+        self.free = _listed(free, max(1, num_free))
         self.taken.zero_()
+        self.shares = None if shares is None else Shares(shares, rank)
 
     # ---- a decode step -------------------------------------------------------------------------------------------
 
-    def open(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Give each unit's next token its slot: ([U] int64 slots, [N] bool which slots of the storage are in use).
+    def open(self, position: Tensor) -> Opened:
+        """Give each unit's next token its slot.
 
         Args:
-            position: [B] int64 of each row's token; -1 for a row that takes none, whose slot stays free.
+            position: [B] int64 of each row's token; -1 for a row that takes none.
         """
         slot = self.free.gather(1, self.taken.clamp_max(self.free.shape[1] - 1)[:, None])[:, 0]
-        where = self.start + slot
-        self.storage.positions[where] = position[self.row]
-        return slot, self.storage.positions[: self.num_slots] >= 0
+        own, taker = position[self.row], None
+        if self.shares is not None:
+            taker = self.shares.taker
+            own = own.masked_fill(taker != self.shares.rank, -1)
+        where = (self.start + slot).masked_fill(own < 0, self.num_slots)
+        self.storage.positions[where] = own
+        return Opened(slot, own, self.storage.positions[: self.num_slots] >= 0, taker)
 
-    def close(self, present: Tensor | None) -> None:
-        """The tokens are stored; present: [B] bool, rows that took one, None: all of them."""
-        self.taken += 1 if present is None else present[self.row]
+    def close(self, opened: Opened, present: Tensor | None) -> None:
+        """The tokens of the step are stored; present: [B] bool, rows that took one; None: all of them."""
+        self.taken += opened.position >= 0
+        if self.shares is not None:
+            self.shares.add(opened.taker, None if present is None else present[self.row])
 
     # ---- an eviction ---------------------------------------------------------------------------------------------
 
-    def columns(self, blocks: Sequence[int]) -> Tensor:
+    def columns(self, blocks: Iterable[int]) -> Tensor:
         """[u, C] int64: the slots in the storage of the units of some blocks; N where a segment is shorter."""
         key = tuple(blocks)
         if key not in self._columns:
-            width = max(self.blocks[number].width for number in blocks)
+            width = max(self.blocks[number].width for number in key)
             parts = []
-            for number in blocks:
+            for number in key:
                 units, own = self.units(number), self.blocks[number].width
                 offset = torch.arange(width, device=self.start.device)
                 parts.append(torch.where(offset < own, self.start[units, None] + offset, self.num_slots))
             self._columns[key] = torch.cat(parts)
         return self._columns[key]
 
-    def release(self, units: Tensor, where: Tensor, slot: Tensor, due: Tensor) -> None:
+    def release(self, units: Tensor, where: Tensor, slot: Tensor, valid: Tensor) -> None:
         """Free the slots of victims.
 
         Args:
             units: [u] int64; where: [u, E] int64 in the storage, N where there is none; slot: [u, E], the same counted
-                from the unit's start.
-            due: [u] bool, units that evict E slots; the others keep what they have.
+                from the unit's start; valid: [u, E] bool, where there is one.
         """
-        slots, number = self.storage, slot.shape[1]
-        flat = where.flatten()
+        slots, flat = self.storage, where.flatten()
         slots.positions.index_fill_(0, flat, -1)
         for statistic in (slots.scores, slots.rates, slots.log_mass):
             statistic.index_fill_(0, flat, 0)
         old = self.free[units]
-        assert number <= old.shape[1], f"{number} slots are freed at once, but only {old.shape[1]} were ever taken"
-        fresh = torch.nn.functional.pad(slot, (0, old.shape[1] - number))
-        self.free[units] = torch.where(due[:, None], fresh, old)
-        self.taken[units] = torch.where(due, 0, self.taken[units])
+        left = (torch.arange(old.shape[1], device=old.device) >= self.taken[units, None]) & (old >= 0)
+        slot, free = torch.cat([slot, old], 1), _listed(torch.cat([valid, left], 1), old.shape[1])
+        self.free[units] = slot.gather(1, free.clamp_min(0)).masked_fill(free < 0, -1)
+        self.taken[units] = 0
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
@@ -174,4 +205,12 @@ class Arena:
                 getattr(new, name).copy_(getattr(old, name).index_select(0, index.to(self.start.device)))
         units = self.units_of_rows(index)
         made.free, made.taken = self.free[units], self.taken[units]
+        if self.shares is not None:
+            made.shares = Shares(self.shares.held[units], self.shares.rank)
         return made
+
+
+def _listed(mask: Tensor, width: int) -> Tensor:
+    """[u, width] int64: the first True entries of [u, S], in order; then -1."""
+    there = torch.arange(width, device=mask.device) < mask.sum(-1, keepdim=True)
+    return compact(mask, width).masked_fill(~there, -1)

@@ -86,6 +86,15 @@ def unused_slots(batch: int, heads: int, capacity: int, like: Tensor) -> Slots:
     return Slots(keys, torch.zeros_like(keys), positions, *statistics.unbind(0))
 
 
+def compact(mask: Tensor, width: int) -> Tensor:
+    """Indices of the first `width` True entries of [..., S], in order, in a [..., width] tensor; the rest is 0."""
+    slots = mask.shape[-1]
+    target = torch.where(mask, mask.cumsum(-1) - 1, width).clamp_max(width)
+    index = torch.arange(slots, device=mask.device).expand_as(mask)
+    out = torch.zeros(*mask.shape[:-1], width + 1, dtype=torch.int64, device=mask.device)
+    return out.scatter_(-1, target, index)[..., :width]
+
+
 @dataclass(frozen=True)
 class LayerBudget:
     """How many slots a layer may hold: `num_heavy` (sinks included) by score and the `num_recent` newest.
@@ -155,3 +164,9 @@ class D2OState:
         """`function` applied to each tensor that is set."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return D2OState(**{name: None if value is None else function(value) for name, value in values.items()})
+
+    def map_counts(self, function) -> D2OState:
+        """`function` applied to both counts at once, [2, B], if they are set."""
+        if self.num_merged is None:
+            return self
+        return D2OState(self.threshold, *function(torch.stack([self.num_merged, self.num_dropped])).unbind(0))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from d2o_dist.cache.plans import on_full_layers
-from d2o_dist.compression.budgets import eviction_budget, row_log_weights, row_slots
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.core.compress import GatherHeads, Nearest, evict_ordered
+from d2o_dist.evict.budgets import eviction_budget, row_log_weights, row_slots
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy import D2OConfig
 from d2o_dist.policy.budget import check_total

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks import memory, prefill
 from benchmarks.layer import DecodeLayer, finalize_layer, random_slots
-from d2o_dist.compression.evict_arena import ArenaEvictions, DueBlocks
 from d2o_dist.core import compress
+from d2o_dist.evict.arena import ArenaEvictions, DueBlocks
 from tests.spec import spec
 
 
@@ -60,15 +60,15 @@ def test_steps_of_a_layer_store_and_evict_as_the_cache_does():
     q, k, v = torch.randn(1, 4, 1, 16), *torch.randn(2, 1, 2, 1, 16)
     for _ in range(3):
         layer.attend(q, k, v)
-    old = layer.layer.store.slots.positions[0, 0].tolist()
+    old = layer.block.store.slots.positions[0, 0].tolist()
     for count in range(1, 36):
         torch.testing.assert_close(layer.step(q, k, v), reference.step(q, k, v))
         assert layer.seen == 300 + count and layer.layer.kv_len == [60 + count % 16]
-    slots = layer.layer.store.slots
+    slots = layer.block.store.slots
     assert old[:2] == [0, 5] and slots.positions[0].tolist() == [[0, *old[-27:], *range(300, 335)]] * 2
     assert torch.equal(slots.keys[:, :, -1:], k) and torch.equal(slots.values[:, :, -1:], v)
     layer.fill()
     assert (
         layer.layer.kv_len == [76]
-        and layer.layer.store.slots.positions[0, :, -16:].tolist() == [list(range(332, 348))] * 2
+        and layer.block.store.slots.positions[0, :, -16:].tolist() == [list(range(332, 348))] * 2
     )

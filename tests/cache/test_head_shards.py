@@ -45,7 +45,7 @@ def run(preset: str, shape, rank: int, world: int, ranks: RequestRanks | None, r
             length = 61 if step == 0 else 1
             q, k, v = heads(num_heads, length), heads(num_kv_heads, length), heads(num_kv_heads, length)
             outs.append(cache.attend(layer, q * (1 + layer), k + 0.5, v, 0.35, mask if step == 0 else None)[:, :, -1])
-    slots = [layer.store.slots for layer in cache.layers]
+    slots = [layer.slots for layer in cache.layers]
     return {
         "positions": [one.positions for one in slots],
         "values": [one.values for one in slots],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d2o_dist.cache.rows import Rows
+from d2o_dist.slots.rows import Rows
 
 LEFT, GAPS, EMPTY = [0, 0, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0]
 

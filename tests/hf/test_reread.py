@@ -73,11 +73,11 @@ def assert_equal_decoding(model, cache: D2OCache, expected: OracleResult) -> Non
             logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
             torch.testing.assert_close(logits, expected.logits[step + 1], rtol=1e-8, atol=1e-8)
     assert_equal_slots(cache, expected.final)
-    budgets = [unit.slot_budgets for layer in cache.compressed.layers for unit in layer.units]
+    budgets = [unit.slot_budgets for layer in cache.compressed.layers for unit in layer.blocks]
     for unit, (found, wanted) in enumerate(zip(budgets, expected.budgets, strict=True)):
         if unit not in expected.session.cache.protected:
             assert cache.d2o.split(found[0]) == tuple(wanted)
-    states = [unit.state.threshold for layer in cache.compressed.layers for unit in layer.units]
+    states = [unit.state.threshold for layer in cache.compressed.layers for unit in layer.blocks]
     for found, wanted in zip(states, expected.thresholds, strict=True):
         assert wanted is None or float(found[0]) == pytest.approx(wanted, rel=1e-9)
 
@@ -97,7 +97,7 @@ def test_equals_the_oracle(number, case):
         assert_equal_slots(cache, expected.after_finalize)
         assert cache.report().achieved_keep_ratio == pytest.approx(expected.achieved_ratio)
         if config.budget.per_head and config.keep_tokens is None:
-            held = {unit.kv_len[0] for layer in cache.compressed.layers for unit in layer.units}
+            held = {unit.kv_len[0] for layer in cache.compressed.layers for unit in layer.blocks}
             assert len(held) > 2  # or budgets of heads would not be tested
         assert_equal_decoding(model, cache, expected)
 
@@ -248,7 +248,7 @@ def test_bytes_of_heads_with_budgets_of_their_own():
     assert report.held_bytes == live * 2 * 16 * 8 == sum(session.row_usage(row).held_bytes for row in (0, 1))
     assert report.achieved_keep_ratio == pytest.approx(live / (4 * 2 * 2 * 91))
     # 24 bytes of positions and statistics a slot, and room for what gathers between evictions.
-    slots = sum(sum(unit.store.capacity for unit in layer.units) for layer in session.cache.compressed.layers) * 2
+    slots = sum(sum(unit.store.capacity for unit in layer.blocks) for layer in session.cache.compressed.layers) * 2
     assert report.allocated_bytes == session.rank_bytes == slots * (2 * 16 * 8 + 32)
     assert slots <= live + 2 * 4 * 2 * 8
     assert "compressed" in str(report) and report.to_dict()["layers"][0]["num_heavy"]

@@ -74,7 +74,7 @@ def decided(rank: int, world: int, parallel: ParallelConfig, preset: str, d2o: d
 
     def note() -> None:
         layers = session.cache.compressed.layers
-        found.append([unit.store.slots.positions.clone() for layer in layers for unit in layer.units])
+        found.append([unit.store.slots.positions.clone() for layer in layers for unit in layer.blocks])
 
     for length in (60, 20):
         session.prefill(*repeated(length, 2))
@@ -82,7 +82,7 @@ def decided(rank: int, world: int, parallel: ParallelConfig, preset: str, d2o: d
         for _ in range(24):
             session.decode([2, 3])
             note()
-    units = [unit for layer in session.cache.compressed.layers for unit in layer.units]
+    units = [unit for layer in session.cache.compressed.layers for unit in layer.blocks]
     return {
         "held": [(unit.store.slots.keys, unit.store.slots.values) for unit in units],
         "positions": found, "budgets": budgeted(session, "slot_budgets"),

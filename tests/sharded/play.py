@@ -73,9 +73,15 @@ def thresholds_of(session: Session) -> list[torch.Tensor | None]:
             found.append(view.threshold)
             continue
         nan = torch.full((len(view.kv_len),), torch.nan, dtype=view.scores.dtype)
-        mine = torch.stack([nan if unit.state.threshold is None else unit.state.threshold for unit in layer.units], 1)
+        mine = torch.stack([nan if unit.state.threshold is None else unit.state.threshold for unit in layer.blocks], 1)
         found.append(ranks.gather_kv_heads(ranks.join_heads(mine)))
     return found
+
+
+def shares_of(layer: Any) -> torch.Tensor | None:
+    """[B, H, world] slots of each sequence rank; None where all slots of a head are on one."""
+    layout = getattr(layer.blocks[0], "layout", None)
+    return layout.shares.held if layout is not None and layout.is_spread else None
 
 
 @torch.no_grad()
@@ -124,7 +130,7 @@ def play(one: Play, mesh=None, parallel=None, counter=None) -> dict[str, Any]:
         "kv_len": budgeted(session, "kv_len"),
         "thresholds": thresholds_of(session),
         "usage": [session.row_usage(row) for row in range(len(logits))],
-        "held": [getattr(layer, "held", None) for layer in cache.compressed.layers],
+        "held": [shares_of(layer) for layer in cache.compressed.layers],
     }
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from d2o_dist.comm import build_mesh
-from d2o_dist.compression.agree import DisagreementError
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
+from d2o_dist.evict.agree import DisagreementError
 from d2o_dist.integrations.tensor_parallel import shard_model
 from tests.models import tiny_model, tokens
 from tests.ranks import RankError, run_ranks
@@ -170,7 +170,7 @@ def spoil(rank: int, world: int, parallel: ParallelConfig, what: str) -> None:
     if rank == 1 and what == "lengths":
         layer.elsewhere[0].kv_len[0] += 1
     if rank == 1 and what == "slots":
-        layer.units[0].store.buffers.positions[0, 0, 5] += 1
+        layer.blocks[0].store.buffers.positions[0, 0, 5] += 1
     for _ in range(16):
         session.decode([7])
 

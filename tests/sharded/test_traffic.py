@@ -10,9 +10,9 @@ import torch
 
 from d2o_dist.comm import Collectives, TrafficCounter, build_mesh
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.compression.agree import DisagreementError
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
+from d2o_dist.evict.agree import DisagreementError
 from tests.models import tiny_model, tokens
 from tests.ranks import RankError, run_ranks
 from tests.sharded.play import Play, assert_same, on_rank, play
@@ -154,7 +154,7 @@ def spoil(rank: int, world: int, layout: dict, what: str):
         if rank == 1 and what == "threshold":
             layer.state.threshold.add_(1e-9)
         if rank == 1 and what == "positions":
-            layer.held[..., 0] += 1
+            layer.blocks[0].layout.shares.held[..., 0] += 1
         for _ in range(16):
             session.decode([7])
 
@@ -255,7 +255,7 @@ def long_prompt(rank: int, world: int, sp_prefill: str) -> set[str]:
     counter = TrafficCounter()
     parallel = ParallelConfig(sp=world, sp_prefill=sp_prefill)
     model = tiny_model(num_key_value_heads=1)
-    with patch("d2o_dist.cache.sharded.RING_FROM_BYTES", 1000), torch.no_grad():
+    with patch("d2o_dist.layout.sequence.RING_FROM_BYTES", 1000), torch.no_grad():
         session = Session(model, Play().config, build_mesh(sp=world), parallel, counter)
         ids = tokens(1, 60)
         session.prefill(ids, torch.ones_like(ids))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist.cache.store import SlotStore
 from d2o_dist.slots.arena import Arena, Block
 from d2o_dist.slots.slots import Slots
+from d2o_dist.slots.store import SlotStore
 from tests.core.test_compress import random_slots
 
 # Two layers of two heads and two rows; the second row of the second one may hold fewer slots.
@@ -20,8 +20,8 @@ def made(dtype=torch.float64) -> tuple[Arena, list[Slots]]:
     arena, inside = Arena(BLOCKS, torch.zeros(3, dtype=dtype)), []
     for number, held in enumerate(HELD):
         inside.append(random_slots(held, 2, 3, seed=number, dtype=dtype))
-        SlotStore(2).enter(arena.view(number), inside[-1], held)
-    arena.settle(HELD)
+        SlotStore.of(inside[-1], held).enter(arena.view(number))
+    arena.settle(3)
     return arena, inside
 
 
@@ -55,12 +55,12 @@ def test_tokens_take_free_slots_until_segments_are_full():
     arena, inside = made()
     taken = []
     for step in range(2):
-        slot, used = arena.open(torch.tensor([100 + step, 200 + step]))
-        again, _ = arena.open(torch.tensor([100 + step, 200 + step]))
-        assert torch.equal(slot, again), "a step without its end changes nothing but its slots"
-        assert torch.equal(used, arena.storage.positions[:48] >= 0)
-        arena.close(None)
-        taken.append(slot.tolist())
+        opened = arena.open(torch.tensor([100 + step, 200 + step]))
+        again = arena.open(torch.tensor([100 + step, 200 + step]))
+        assert torch.equal(opened.slot, again.slot), "a step without its end changes nothing but its slots"
+        assert torch.equal(opened.live, arena.storage.positions[:48] >= 0)
+        arena.close(opened, None)
+        taken.append(opened.slot.tolist())
     assert taken == [[3, 3, 2, 2, 5, 5, 1, 1], [4, 4, 3, 3, 6, 6, 2, 2]]
     for number, slots in enumerate(inside):
         for row, new in enumerate(([100, 101], [200, 201])):
@@ -73,9 +73,9 @@ def test_a_row_that_takes_no_token_keeps_its_slot_free():
     arena, _ = made()
     before = arena.storage.positions.clone()
     for position in (100, 101):
-        slot, _ = arena.open(torch.tensor([position, -1]))
-        arena.close(torch.tensor([True, False]))
-    assert slot.tolist() == [4, 4, 2, 2, 6, 6, 1, 1] and arena.taken.tolist() == [2, 2, 0, 0] * 2
+        opened = arena.open(torch.tensor([position, -1]))
+        arena.close(opened, torch.tensor([True, False]))
+    assert opened.slot.tolist() == [4, 4, 2, 2, 6, 6, 1, 1] and arena.taken.tolist() == [2, 2, 0, 0] * 2
     assert torch.equal(arena.view(0).positions[1], before[10:20].view(2, 5))
     assert [head[-2:] for head in live(arena, 1)[0]] == [[100, 101]] * 2
 
@@ -83,24 +83,24 @@ def test_a_row_that_takes_no_token_keeps_its_slot_free():
 def test_the_slots_of_victims_are_taken_next():
     arena, _ = made()
     for position in range(2):
-        arena.open(torch.tensor([100 + position] * 2))
-        arena.close(None)
+        arena.close(arena.open(torch.tensor([100 + position] * 2)), None)
     units, nobody = torch.arange(4), arena.num_slots
     slot = torch.tensor([[0, 3], [4, 1], [2, 0], [0, 0]])
     due = torch.tensor([True, True, True, False])
     where = torch.where(due[:, None], arena.start[:4, None] + slot, nobody)
-    kept, before = arena.storage.positions[15:48].clone(), arena.taken.clone()
+    kept, later = arena.storage.positions[15:48].clone(), arena.free[3, 2:].tolist()
     arena.storage.log_mass.fill_(0.5)
-    arena.release(units, where, slot, due)
+    arena.release(units, where, slot, due[:, None].expand_as(slot))
     assert (arena.storage.positions[where[:3].flatten()] == -1).all() and arena.storage.positions[nobody] == -1
     assert torch.equal(arena.storage.positions[15:48], kept), "what is not due, and other blocks, keep their slots"
     for statistic in (arena.storage.scores, arena.storage.rates, arena.storage.log_mass):
         assert not statistic[where[:3].flatten()].any()
     assert arena.storage.log_mass[15:48].all()
-    assert arena.taken.tolist() == [0, 0, 0, *before[3:].tolist()]
+    assert arena.taken.tolist() == [0, 0, 0, 0, 2, 2, 2, 2] and arena.free[3, : len(later)].tolist() == later
     for step in range(2):
-        assert arena.open(torch.tensor([300 + step, 400 + step]))[0][:3].tolist() == slot[:3, step].tolist()
-        arena.close(None)
+        opened = arena.open(torch.tensor([300 + step, 400 + step]))
+        assert opened.slot[:3].tolist() == slot[:3, step].tolist()
+        arena.close(opened, None)
 
 
 def test_columns_stop_where_a_segment_ends():
@@ -114,8 +114,7 @@ def test_columns_stop_where_a_segment_ends():
 
 def test_rows_are_selected_with_their_free_slots():
     arena, _ = made()
-    arena.open(torch.tensor([100, -1]))
-    arena.close(torch.tensor([True, False]))
+    arena.close(arena.open(torch.tensor([100, -1])), torch.tensor([True, False]))
     index = torch.tensor([1, 0, 1])
     chosen = arena.select_rows(index)
     assert [block.room for block in chosen.blocks] == [(5, 5, 5), (4, 7, 4)]
@@ -123,8 +122,8 @@ def test_rows_are_selected_with_their_free_slots():
         for name, tensor in vars(chosen.view(number)).items():
             assert torch.equal(tensor, getattr(arena.view(number), name)[index])
     before = [arena.storage.positions.clone(), arena.taken.clone()]
-    slot, _ = chosen.open(torch.tensor([107, 108, 109]))
-    chosen.close(None)
-    assert slot.tolist() == [2, 2, 4, 4, 2, 2, 1, 1, 6, 6, 1, 1]
+    opened = chosen.open(torch.tensor([107, 108, 109]))
+    chosen.close(opened, None)
+    assert opened.slot.tolist() == [2, 2, 4, 4, 2, 2, 1, 1, 6, 6, 1, 1]
     assert [head[-1] for head in (rows[0] for rows in live(chosen, 0))] == [107, 108, 109]
     assert torch.equal(arena.storage.positions, before[0]) and torch.equal(arena.taken, before[1])

@@ -16,7 +16,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from d2o_dist.cache.report import CacheReport, make_report
 from d2o_dist.cache.sequence import CompressedCache
-from d2o_dist.cache.step import DecodeStep
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
@@ -28,6 +27,7 @@ from d2o_dist.integrations.hf.heads import request_ranks
 from d2o_dist.integrations.hf.rope import BORDER, check_side, is_let_go_of, rope_border
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.score import Reread
+from d2o_dist.slots.step import DecodeStep
 
 
 class D2OLayer(CacheLayerMixin):
@@ -54,7 +54,7 @@ class D2OLayer(CacheLayerMixin):
         return f"D2OLayer({self.index}, {'sliding' if self.is_sliding else 'compressed'}, held={self.kv_len})"
 
     def _tensor(self, name: str) -> Tensor | None:
-        slots = self._cache.layers[self.index].store.slots if self._cache.layers else None
+        slots = self._cache.layers[self.index].slots if self._cache.layers else None
         return None if slots is None else getattr(slots, name)
 
     keys = property(lambda self: self._tensor("keys"))
@@ -64,13 +64,13 @@ class D2OLayer(CacheLayerMixin):
     rates = property(lambda self: self._tensor("rates"))
     log_mass = property(lambda self: self._tensor("log_mass"))
     is_initialized = property(lambda self: self.shape is not None)
-    dtype = property(lambda self: self._cache.layers[self.index].store.dtype if self._cache.layers else None)
+    dtype = property(lambda self: self._cache.layers[self.index].dtype if self._cache.layers else None)
     device = property(lambda self: None if self.keys is None else self.keys.device)
 
     @property
     def shape(self) -> tuple[int, int] | None:
         """(Hkv, D) of what is held here; None before the first token."""
-        return self._cache.layers[self.index].store.shape if self._cache.layers else None
+        return self._cache.layers[self.index].shape if self._cache.layers else None
 
     @property
     def kv_len(self) -> list[int]:

@@ -5,16 +5,18 @@ Shape legend: B rows, Hq query heads, Hkv KV heads, n columns of this rank's par
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
-from d2o_dist.cache.rows import Rows, is_uniform
-from d2o_dist.cache.step import LayerStep
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.slots.rows import Rows, is_uniform
+from d2o_dist.slots.step import BlockStep
 
 
 class Forward(Protocol):
@@ -43,7 +45,7 @@ class Chunk:
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """As `Forward.attend`."""
-        return layer.prefill(q, k, v, scale, self.rows, self.num_seen)
+        return layer.prefill(q, k, v, scale, self)
 
 
 @dataclass(frozen=True)
@@ -83,19 +85,23 @@ class DealtChunk:
         return list(self.deal.counts)
 
     @property
-    def groups(self) -> list[tuple[slice, int]]:
-        """Rows that are dealt alike, with the first of them: all together, or one by one."""
+    def groups(self) -> list[slice]:
+        """Rows that are dealt alike: all together, or one by one."""
         batch = len(self.deal.maps)
         alike = is_uniform(self.deal.counts) and is_uniform(self.placement.counts)
-        return [(slice(0, batch), 0)] if alike else [(slice(row, row + 1), row) for row in range(batch)]
+        return [slice(0, batch)] if alike else [slice(row, row + 1) for row in range(batch)]
 
     def columns(self, row: int) -> slice:
         """This rank's columns that are tokens of a row: the last ones."""
         return slice(self.deal.width - self.deal.local_counts()[row], self.deal.width)
 
+    def tokens(self, row: int) -> Tensor:
+        """[columns] int64 on the host: which tokens of the row, by position, this rank got."""
+        return self.num_seen[row] + self.deal.maps[row].indices(self.deal.rank)
+
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """As `Forward.attend`."""
-        return layer.prefill(q, k, v, scale, self, self.num_seen)
+        return layer.prefill(q, k, v, scale, self)
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,11 @@ class Step:
     """A decode step.
 
     Attributes:
-        layers: by layer, the step of each unit of it.
+        layers: by layer, the step of each block of it.
         to_heads: the ranks, if each takes its heads only of a token that all of them have; None otherwise.
     """
 
-    layers: list[list[LayerStep]]
+    layers: list[list[BlockStep]]
     to_heads: RequestRanks | None
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -135,3 +141,22 @@ class Step:
             return layer.decode(q, k, v, scale, *self.layers[index])
         mine = (self.to_heads.my_heads(tensor) for tensor in (q, k, v))
         return self.to_heads.join_heads(layer.decode(*mine, scale, *self.layers[index]))
+
+
+def over_rows(rows: Rows, q: Tensor, attend: Callable[[slice, Tensor], Tensor], *, alike: bool) -> Tensor:
+    """Attend from the tokens of q [B, Hq, n, D]: all rows at once, or one by one where they differ.
+
+    Args:
+        attend: from (rows, their queries [b, Hq, m, D]) to [b, Hq, m, D]; alike: whether rows without padding may go at
+            once.
+
+    Returns:
+        [B, Hq, n, D], zeros at padding.
+    """
+    if rows.index is None and alike:
+        return attend(slice(0, rows.batch), q)
+    out = torch.zeros_like(q)
+    for row in range(rows.batch):
+        if rows.counts[row]:
+            rows.put(out, row, attend(slice(row, row + 1), rows.pick(q, row)))
+    return out

@@ -58,7 +58,7 @@ def highest_of_heads(
     config: D2OConfig,
     ranks: RequestRanks,
     *,
-    by_sequence: bool,
+    spread: bool,
 ) -> Tensor:
     """[B, L, H] int64, the same on all ranks: how many of the model's highest ranked tokens each KV head has.
 
@@ -66,7 +66,7 @@ def highest_of_heads(
         rankings: L tensors [B, h, S], what all slots of the heads at hand are ranked by; live: [B, h, S] bool, which of
             them count.
         num_tokens: of each row; num_kv_heads: H, of a layer of the whole model.
-        by_sequence: whether every sequence rank has all heads of its tensor rank at hand, rather than some of them.
+        spread: whether every sequence rank has all heads of its tensor rank at hand, rather than some of them.
     """
     num_highest = [num_ranked(count, len(rankings) * num_kv_heads, config.size) for count in num_tokens]
     wanted = torch.tensor(num_highest, device=rankings[0].device)
@@ -74,10 +74,10 @@ def highest_of_heads(
     def over_ranks(counts: Tensor) -> Tensor:
         # Of the copies of a KV head, which may differ by a last bit, the first counts.
         mine = counts if ranks.is_first_copy else torch.zeros_like(counts)
-        return ranks.tp.all_reduce(mine if by_sequence else ranks.sp.all_reduce(mine))
+        return ranks.tp.all_reduce(mine if spread else ranks.sp.all_reduce(mine))
 
     both = torch.cat(count_highest(rankings, live, wanted, over_ranks), -1)
-    both = both if by_sequence else ranks.join_heads(both)
+    both = both if spread else ranks.join_heads(both)
     above, level = ranks.gather_kv_heads(both).chunk(2, -1)
     return deal_level(above, level, wanted)
 

@@ -32,14 +32,14 @@ def check_agreement(
     positions: Mapping[int, Sequence[Tensor]],
     ranks: RequestRanks,
     *,
-    by_sequence: bool,
+    spread: bool,
     what: str = "threshold",
 ) -> None:
     """Compare the layers of an eviction: thresholds between all ranks, positions between those that hold them alike.
 
     Args:
         thresholds: by layer, [B], or something else that all ranks know alike and the message calls `what`.
-        positions: by layer, what the sequence ranks (`by_sequence`) and the holders of copies of a KV head know alike;
+        positions: by layer, what the sequence ranks (`spread`) and the holders of copies of a KV head know alike;
             the same layers on every rank.
 
     Raises:
@@ -56,7 +56,7 @@ def check_agreement(
                 wrong = []
                 if sums[number][0] != table[0][0][number][0]:
                     wrong.append(what)
-                if by_sequence and sums[number][1] != row[0][number][1]:
+                if spread and sums[number][1] != row[0][number][1]:
                     wrong.append("positions")
                 if ranks.kv_replicas > 1 and sums[number][1] != table[copy_of][s][number][1]:
                     wrong.append("positions of a copied KV head")

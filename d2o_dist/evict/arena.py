@@ -11,19 +11,20 @@ units, C slots of the widest segment, E victims of a unit, K targets, D head dim
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from d2o_dist.core.compress import MAX_FOUND, GatherHeads, Nearest, count_dropped, found_of, judge, with_found
-from d2o_dist.core.ranked import ordered
+from d2o_dist.core.compress import MAX_FOUND, Nearest, count_dropped, judge
+from d2o_dist.evict.exchange import Exchange, Ranked
 from d2o_dist.policy import D2OConfig
 from d2o_dist.policy.gate import head_reports
 from d2o_dist.policy.merge import MergeSums, apply_merge, unit
 from d2o_dist.policy.statistics import COLUMN_SUMS, PEAKS, RATES
 from d2o_dist.slots.arena import Arena
+from d2o_dist.slots.shares import count_held
 from d2o_dist.slots.slots import D2OState, Slots, stats_dtype
 
 
@@ -43,7 +44,10 @@ class DueBlocks:
 
 @dataclass(frozen=True)
 class _Tables:
-    """The numbers of `DueBlocks`, by unit and on the device."""
+    """The numbers of `DueBlocks`, by unit and on the device.
+
+    most: slots that are needed of a unit at most; offered: which of u x k of them, k at most C, if not all.
+    """
 
     units: Tensor
     columns: Tensor  # [u, C] in the storage
@@ -51,7 +55,8 @@ class _Tables:
     sinks: Tensor  # [u]
     recent: Tensor  # [u]
     tail: Tensor | None  # [u]
-    most_tail: int
+    most: int
+    offered: Tensor | None
     row: Tensor  # [u]
 
 
@@ -62,10 +67,7 @@ class ArenaEvictions:
     Args:
         newest: [U, M] int64 positions of the newest slots of each unit when it was compressed, the last at the end;
             they tell what is recent until M tokens more were seen. seen_then: [B] int64, tokens seen at that time.
-        gather_heads: brings together what the heads of all ranks report.
-        from_first_copy: of ranks that hold copies of these heads, what the first of them has.
-        own_heads: which of the heads that `gather_heads` gives are these, as the first of those ranks has them; None
-            where there are no copies.
+        exchange: with the other ranks of the request.
     """
 
     arena: Arena
@@ -73,9 +75,7 @@ class ArenaEvictions:
     newest: Tensor
     seen_then: Tensor
     nearest: Nearest
-    gather_heads: GatherHeads
-    from_first_copy: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    own_heads: slice | None = None
+    exchange: Exchange
     _tables: dict[DueBlocks, _Tables] = field(default_factory=dict)
 
     def run(self, due: DueBlocks, state: D2OState, seen: Tensor) -> tuple[D2OState, Tensor]:
@@ -92,27 +92,26 @@ class ArenaEvictions:
         heads = len(tables.units) // groups
         victim, tail = self._propose(tables, seen, number)
         where = self._where(tables, victim)
-        positions = slots.positions[where].view(groups, heads, number)
         valid = (torch.arange(number, device=where.device) < tables.surplus[:, None]).view(groups, heads, -1)[:, :1]
         if not self.config.merge.merges:
             state = count_dropped(valid, heads, state)
         else:
-            evicted = _take(slots, where, groups)
+            evicted = self.exchange.everywhere(_take(slots, where, groups), victim)
             similarity, target = self._nearest(tables, evicted, victim, tail, due)
+            found = slots.positions[target]
+            similarity, takes = self.exchange.nearest(similarity, found, victim.mine.view(groups, heads, -1))
             reports = head_reports(similarity, valid.expand_as(similarity), self.config.merge.gate)
-            if self.own_heads is None:
-                everyone = self.gather_heads(reports)
-            else:
-                # Whole numbers: which of the unit's own slots the target is.
-                starts = self.arena.start[tables.units].view(groups, heads, 1)
-                assert tables.columns.shape[1] < MAX_FOUND
-                sent = self.gather_heads(with_found(reports, similarity, target - starts))
-                everyone, similarity, target = found_of(sent, self.own_heads, reports.shape[-1], number)
-                target = target.long() + starts
+            # Whole numbers: which of the unit's own slots the target is.
+            starts = self.arena.start[tables.units].view(groups, heads, 1)
+            assert tables.columns.shape[1] < MAX_FOUND
+            everyone, similarity, target, takes = self.exchange.reports(reports, similarity, target - starts, takes)
             merged, state = judge(similarity, valid, everyone, state, self.config)
-            self._merge(evicted, similarity, target, merged)
-        self.arena.release(tables.units, where, victim.slot, tables.surplus > 0)
-        return state, positions
+            self._merge(evicted, similarity, target + starts, merged if takes is None else merged & takes)
+        self.arena.release(tables.units, where, victim.slot, victim.mine)
+        if victim.owner is not None:
+            held = self.arena.shares.held
+            held[tables.units] -= count_held(victim.owner, victim.is_candidate, held.shape[-1])
+        return state, victim.positions.view(groups, heads, number)
 
     def select_rows(self, index: Tensor) -> ArenaEvictions:
         """Of rows `index`, in that order, repeated where repeated."""
@@ -123,7 +122,7 @@ class ArenaEvictions:
 
     # ---- propose -------------------------------------------------------------------------------------------------
 
-    def _propose(self, tables: _Tables, seen: Tensor, number: int) -> tuple[_Found, _Found | None]:
+    def _propose(self, tables: _Tables, seen: Tensor, number: int) -> tuple[Ranked, Ranked | None]:
         """The victims and, where only a tail takes them in, the tail: both by position."""
         columns = tables.columns
         positions = self.arena.storage.positions[columns]
@@ -136,19 +135,16 @@ class ArenaEvictions:
         recent_from = torch.where(new >= tables.recent, now - tables.recent, old)
         candidate = (positions >= tables.sinks[:, None]) & (positions < recent_from[:, None])
         ranking = self._ranking(columns, positions, now).masked_fill(~candidate, torch.inf)
-        lowest = lowest_first(ranking, positions, min(number + tables.most_tail, positions.shape[1]))
-        # Copies of a slot lie in the same place; what they rank by may differ by a last bit.
-        lowest = self.from_first_copy(lowest)
-        count = torch.arange(number, device=lowest.device)
-        victim = _by_position(lowest[:, :number], positions, count < tables.surplus[:, None])
+        rates = self.arena.storage.rates[columns] if self.config.merge.keeps_mass else None
+        lowest = self.exchange.lowest(ranking, positions, tables.most, tables.offered, rates)
+        count = torch.arange(number, device=columns.device).expand(len(columns), -1)
+        victim = lowest.pick(count, count < tables.surplus[:, None])
         if tables.tail is None:
             return victim, None
-        count = torch.arange(tables.most_tail, device=lowest.device)
-        place = (tables.surplus[:, None] + count).clamp_max(lowest.shape[1] - 1)
-        inside = (count < tables.tail[:, None]) & (tables.surplus[:, None] + count < lowest.shape[1])
-        chosen = lowest.gather(1, place)
-        inside &= candidate.gather(1, chosen)
-        return victim, _by_position(chosen, positions, inside)
+        count = torch.arange(tables.most - number, device=columns.device)
+        place = tables.surplus[:, None] + count
+        inside = (count < tables.tail[:, None]) & (place < lowest.slot.shape[1])
+        return victim, lowest.pick(place.clamp_max(lowest.slot.shape[1] - 1), inside)
 
     def _ranking(self, columns: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
         """[u, C] what slots rank by."""
@@ -159,21 +155,21 @@ class ArenaEvictions:
         held = Slots(nothing, nothing, positions[:, None], scores, rates, nothing)
         return score.rank(held, held.rates, seen)[:, 0]
 
-    def _where(self, tables: _Tables, found: _Found) -> Tensor:
-        """[u, n] in the storage; N where nothing was found."""
-        return tables.columns.gather(1, found.slot).masked_fill(~found.valid, self.arena.num_slots)
+    def _where(self, tables: _Tables, picked: Ranked) -> Tensor:
+        """[u, n] in the storage; N where nothing was picked that is here."""
+        return tables.columns.gather(1, picked.slot).masked_fill(~picked.mine, self.arena.num_slots)
 
     # ---- the nearest target --------------------------------------------------------------------------------------
 
     def _nearest(
-        self, tables: _Tables, evicted: Slots, victim: _Found, tail: _Found | None, due: DueBlocks
+        self, tables: _Tables, evicted: Slots, victim: Ranked, tail: Ranked | None, due: DueBlocks
     ) -> tuple[Tensor, Tensor]:
         """[G, h, E] cosine of each victim to its nearest target, and where in the storage that is."""
         groups, heads = evicted.positions.shape[:2]
         if tail is not None:
             where = self._where(tables, tail).view(groups, heads, -1)
             keys = self.arena.storage.keys[where]
-            similarity, index = self.nearest(evicted.keys, keys, tail.valid.view(groups, heads, -1))
+            similarity, index = self.nearest(evicted.keys, keys, tail.mine.view(groups, heads, -1))
             return similarity, where.gather(-1, index)
         # Every kept slot may take one in: keys are read where they lie, one block after the other.
         is_victim = torch.zeros_like(self.arena.storage.positions, dtype=torch.bool)
@@ -231,38 +227,30 @@ class ArenaEvictions:
         splits = [config.split(slots) for slots in due.slots]
         targets = config.merge.targets
         tails = targets.tail_sizes(torch.tensor(due.slots), finalize=False) if config.merge.merges else None
+        columns = arena.columns(due.blocks)
+        needed = torch.tensor(due.surplus) + (0 if tails is None else tails)
+        most = max(due.surplus) + (0 if tails is None else int(tails.max()))
+        # Each rank names so many of its own.
+        named = torch.arange(min(most, columns.shape[1])) < needed.repeat_interleave(heads)[:, None]
 
         def by_unit(values: Sequence[int]) -> Tensor:
             return torch.tensor(list(values), device=device).repeat_interleave(heads)
 
         made = _Tables(
             units=units.to(device),
-            columns=arena.columns(due.blocks),
+            columns=columns,
             surplus=by_unit(due.surplus),
             sinks=by_unit([min(heavy, config.num_sink_tokens) for heavy, _ in splits]),
             recent=by_unit([recent for _, recent in splits]),
             tail=None if tails is None else by_unit(tails.tolist()),
-            most_tail=0 if tails is None else int(tails.max()),
+            most=most,
+            offered=None if bool(named.all()) else named.flatten().nonzero().flatten().to(device),
             row=arena.row[units.to(device)],
         )
         if len(self._tables) > 64:
             self._tables.clear()
         self._tables[due] = made
         return made
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Slots of each unit, [u, n], counted from its start, by position; valid: bool, which of them there are."""
-
-    slot: Tensor
-    valid: Tensor
-
-
-def _by_position(slot: Tensor, positions: Tensor, valid: Tensor) -> _Found:
-    """Slots [u, n] of units whose slots have `positions` [u, C]; those that are not valid come last."""
-    order = positions.gather(1, slot).masked_fill(~valid, torch.iinfo(torch.int64).max).argsort(dim=-1)
-    return _Found(slot.gather(1, order), valid.gather(1, order))
 
 
 def _take(storage: Slots, where: Tensor, groups: int) -> Slots:
@@ -287,20 +275,3 @@ def nearest_of_set(evicted: Tensor, kept: Tensor, can: Tensor, positions: Tensor
     last = torch.iinfo(torch.int64).max
     index = positions.unsqueeze(-2).masked_fill((cosine < best) | ~can.unsqueeze(-2), last).argmin(-1)
     return best.squeeze(-1), index
-
-
-def lowest_first(ranking: Tensor, positions: Tensor, count: int) -> Tensor:
-    """[u, count] int64: the lowest ranked of [u, C], lowest first; of equal ones the later position first."""
-    if ranking.dtype == torch.float32:
-        # One number that orders by both: the float's bits above, the position below, which ends at 2^31.
-        key = (ordered(ranking) << 32) | (torch.iinfo(torch.int32).max - positions)
-        return key.topk(count, largest=False).indices
-    value, index = ranking.topk(count, largest=False)
-    cut, number = value[:, -1:], torch.arange(count, device=ranking.device)
-    below = (value < cut).sum(-1, keepdim=True)
-    # Of those level with the last one, topk took any: the latest are wanted.
-    level = positions.masked_fill(ranking != cut, -2).topk(count).indices
-    index = torch.where(number < below, index, level.gather(1, (number - below).clamp_min(0)))
-    later = positions.gather(1, index).argsort(dim=-1, descending=True, stable=True)
-    index = index.gather(1, later)
-    return index.gather(1, ranking.gather(1, index).argsort(dim=-1, stable=True))

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.compression.level import count_held, level_owners, move_slots
 from d2o_dist.core.compress import MAX_FOUND, Nearest, count_dropped, found_of, judge, with_found
-from d2o_dist.core.select import Selection, add_rates, choose, compact, ranking_rates, rate_gain, selection_of
+from d2o_dist.core.select import Selection, add_rates, choose, ranking_rates, rate_gain, selection_of
+from d2o_dist.evict.level import level_owners, move_slots
+from d2o_dist.layout.sequence import statistics_of_all
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.gate import head_reports
 from d2o_dist.policy.merge import apply_merge, merge_sums
-from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
+from d2o_dist.slots.shares import count_held
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots, compact
 
 
 @dataclass(frozen=True)
@@ -92,18 +94,6 @@ def finalize_shard(
     capacity = -(-max(room, positions.shape[-1]) // sp.size)
     moved = move_slots(kept, positions, valid, owner, taker, sp, capacity)
     return Shard(moved, count_held(taker, valid, sp.size), positions), state
-
-
-def statistics_of_all(slots: Slots, sp: Collectives) -> tuple[Slots, Tensor]:
-    """All ranks' slots by position, without keys and values; where each is: rank x W + slot. Both [B, H, world x W]."""
-    positions = sp.all_gather(slots.positions, -1)
-    scores, rates = sp.all_gather(torch.stack([slots.scores, slots.rates]), -1)
-    nothing = positions.new_zeros(*positions.shape, 0)
-    # By position; the place of each travels in the slot of the log masses, which no selection reads.
-    source = torch.arange(positions.shape[-1], device=positions.device).expand_as(positions)
-    order = positions.masked_fill(positions < 0, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
-    everyone = Slots(nothing, nothing, positions, scores, rates, torch.zeros_like(scores))
-    return everyone.take(order, (positions >= 0).gather(-1, order)), source.gather(-1, order)
 
 
 def _take_own(slots: Slots, owner: Tensor, local: Tensor, valid: Tensor, rank: int) -> Slots:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_dist.compression.merge import merge_evicted
+from d2o_dist.evict.merge import merge_evicted
 from d2o_dist.policy import merge as core_merge
 from d2o_dist.policy.merge import merge_into
 from d2o_dist.slots.slots import Slots, stats_dtype

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2o_dist.comm.collectives import Collectives
 
 
-class QueryWindow:
+class LastQueries:
     """Per row the last `size` queries, their lse, and which tokens they are.
 
     Attributes:
@@ -46,8 +46,8 @@ class QueryWindow:
             like: whose dtype and device the result has.
 
         Returns:
-            Per row queries [Hq, m, D], lse [Hq, m] and positions [m] int64 that ascend; m <= size, as many as there
-            are.
+            Per row queries [Hq, m, D], lse [Hq, m] and tokens [m] int64 on the host, which ascend; m <= size, as many
+            as there are.
         """
         batch, (heads, _, dim), last = len(self.queries), self.queries[0].shape, self.size
         # Queries, their lse and their positions, -1 where a rank has fewer than `last`.
@@ -63,7 +63,7 @@ class QueryWindow:
             positions = row[0, :, -1].long()
             order = positions.argsort(descending=True)[:last]
             order = order[positions[order] >= 0].flip(0)
-            gathered.append((row[:, order, :dim], row[:, order, dim], positions[order]))
+            gathered.append((row[:, order, :dim], row[:, order, dim], positions[order].cpu()))
         return gathered
 
     def shrink(self, size: int) -> None:

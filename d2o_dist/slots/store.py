@@ -5,10 +5,12 @@ Shape legend: B rows, Hkv key/value heads, C capacity, S = max(kv_len) slots, D 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from d2o_dist.cache.rows import Rows
+from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.slots import Slots, stats_dtype, unused_slots
 
 # Slots added at once when a layer that is never evicted outgrows its buffer while decoding.
@@ -34,8 +36,12 @@ class SlotStore:
     def of(cls, slots: Slots, kv_len: list[int]) -> SlotStore:
         """A store of these slots, in order of position; their tensors become its buffers, without a copy."""
         store = cls(len(kv_len))
-        store.kv_len, store._buffers = list(kv_len), slots
+        store.hold(slots, kv_len)
         return store
+
+    def hold(self, slots: Slots, kv_len: Sequence[int]) -> None:
+        """Hold these slots instead; their tensors become the buffers, without a copy."""
+        self._buffers, self.kv_len, self.in_arena = slots, list(kv_len), False
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -113,23 +119,27 @@ class SlotStore:
             for statistic in (buffers.scores, buffers.rates, buffers.log_mass):
                 statistic[group, :, here] = 0
 
-    def put(self, keys: Tensor, values: Tensor, slot: Tensor, position: Tensor) -> None:
+    def put(self, keys: Tensor, values: Tensor, slot: Tensor, position: Tensor, *, masked: bool = False) -> None:
         """Write one token a row [B, Hkv, 1, D] into a free slot. Nothing moves; `advance` counts them.
 
         Args:
-            slot: [B, Hkv] int64 < capacity; position: [B] int64, -1 for a row whose slot stays free; in an arena it is
+            slot: [B, Hkv] or [B, 1] int64; position: the same shapes, -1 where the slot stays free; in an arena it is
                 written already.
+            masked: whether a slot may be in use, or out of range, where the position is -1: nothing is written there.
         """
         buffers = self._buffers
         # Not scatter_: on a CPU that copies the whole buffer where its dtype is bfloat16.
         batch, heads = keys.shape[:2]
-        where = (
-            torch.arange(batch, device=slot.device)[:, None], torch.arange(heads, device=slot.device), slot
-        )  # fmt: skip
-        if not self.in_arena:
-            buffers.positions[where] = position[:, None].expand(batch, heads)
-        buffers.keys[where] = keys[:, :, 0]
-        buffers.values[where] = values[:, :, 0]
+        rows, of_head = torch.arange(batch, device=slot.device)[:, None], torch.arange(heads, device=slot.device)
+        position = position.expand(batch, heads)
+        where = (rows, of_head, slot.clamp_max(self.capacity - 1) if masked else slot)
+        new = {"keys": keys[:, :, 0], "values": values[:, :, 0]} | ({} if self.in_arena else {"positions": position})
+        for name, value in new.items():
+            buffer = getattr(buffers, name)
+            if masked:
+                stored = position >= 0 if value.dim() == 2 else (position >= 0).unsqueeze(-1)
+                value = torch.where(stored, value, buffer[where])
+            buffer[where] = value
 
     def advance(self, counts: list[int]) -> None:
         """Count tokens that were `put`."""
@@ -175,10 +185,11 @@ class SlotStore:
             statistic.zero_()
         self.kv_len = list(kv_len)
 
-    def enter(self, block: Slots, slots: Slots, kv_len: list[int]) -> None:
-        """Hold these slots in a block of an arena [B, Hkv, C, ...], whose first ones they become."""
+    def enter(self, block: Slots) -> None:
+        """Move into a block of an arena [B, Hkv, C, ...], of which the slots become the first ones."""
+        slots = self.slots
         _copy(block, slots, slots.positions.shape[-1])
-        self._buffers, self.kv_len, self.in_arena = block, list(kv_len), True
+        self._buffers, self.in_arena = block, True
 
     def rebase(self, block: Slots) -> None:
         """The same slots in the block of another arena."""

@@ -11,12 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2o_dist import D2OCache
-from d2o_dist.cache.store import SlotStore
-from d2o_dist.compression.budgets import rows_due
-from d2o_dist.compression.evict_arena import ArenaEvictions, DueBlocks, lowest_first
+from d2o_dist.cache.evictions import Evictions
+from d2o_dist.comm.request import RequestRanks
+from d2o_dist.evict.arena import ArenaEvictions, DueBlocks
+from d2o_dist.evict.budgets import rows_due
+from d2o_dist.evict.exchange import ByHeads, lowest_first
 from d2o_dist.policy.merge import nearest_kept
 from d2o_dist.slots.arena import Arena, Block
 from d2o_dist.slots.slots import D2OState, Slots
+from d2o_dist.slots.store import SlotStore
 from tests.core.naive import naive_compress, to_lists
 from tests.core.test_compress import BASE, RULES, random_slots
 from tests.models import tiny_model, tokens
@@ -66,8 +69,10 @@ class Twin:
         arena = Arena(blocks, torch.zeros(4, dtype=self.dtype))
         slots = [random_slots(rows, case.heads, 4, self.seed + n, self.dtype) for n, rows in enumerate(case.held)]
         for number, (one, rows) in enumerate(zip(slots, case.held, strict=True)):
-            SlotStore(len(rows)).enter(arena.view(number), with_ties(one).in_order(), rows)
-        arena.settle(case.held)
+            SlotStore.of(with_ties(one).in_order(), rows).enter(arena.view(number))
+        free = [block.room[row] - held for block, rows in zip(blocks, case.held, strict=True)
+                for row, held in enumerate(rows)]  # fmt: skip
+        arena.settle(max(free))
         self.seen = torch.stack([one.positions.amax((1, 2)) + 1 for one in slots]).amax(0)
         most = max(1, *(self.config.split(budget)[1] for rows in case.budgets for budget in rows))
         newest = [
@@ -75,7 +80,7 @@ class Twin:
             for one in slots for row in one.positions.tolist() for head in row
         ]  # fmt: skip
         self.evictions = ArenaEvictions(
-            arena, self.config, torch.tensor(newest), self.seen.clone(), nearest_kept, lambda reports: reports
+            arena, self.config, torch.tensor(newest), self.seen.clone(), nearest_kept, ByHeads(RequestRanks.alone())
         )
         self.states = [D2OState() for _ in blocks]
         self.taus = {(number, row): None for number in range(len(blocks)) for row in range(len(self.seen))}
@@ -83,12 +88,12 @@ class Twin:
     def put(self, present: list[bool], new: Slots) -> None:
         """One token a row [B, h, 1, ...] of those that are present, into every block."""
         arena, here = self.evictions.arena, torch.tensor(present)
-        slot, _ = arena.open(self.seen.masked_fill(~here, -1))
+        opened = arena.open(self.seen.masked_fill(~here, -1))
         for number, block in enumerate(arena.blocks):
-            where = (arena.start + slot)[arena.units(number)].view(-1, block.heads)
+            where = (arena.start + opened.slot)[arena.units(number)].view(-1, block.heads)
             for name in ("keys", "values", "scores", "rates"):
                 getattr(arena.storage, name)[where[here]] = getattr(new, name)[here][:, :, 0]
-        arena.close(here)
+        arena.close(opened, here)
         self.seen += here
         self.held = [[count + one for count, one in zip(rows, present, strict=True)] for rows in self.held]
 
@@ -258,21 +263,22 @@ class Counted(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def operators_of_evictions(num_layers: int, preset: str = "d2o", dtype: torch.dtype = torch.float32) -> list[int]:
+def operators_of_evictions(monkeypatch, num_layers: int, preset: str, dtype: torch.dtype) -> list[int]:
     """Of the first four evictions of a model, while it decodes."""
+    monkeypatch.undo()
     model = tiny_model(num_hidden_layers=num_layers).to(dtype)
     cache = D2OCache(model.config, spec(preset, keep_ratio=0.3, min_layer_tokens=12, eviction_interval=4))
     model(tokens(2, 60), past_key_values=cache)
-    evict, found = cache.compressed._evict, []
+    evict, found = Evictions.while_decoding, []
 
-    def counted(slack: int) -> bool:
+    def counted(evictions: Evictions, *args) -> bool:
         with Counted() as mode:
-            took_place = evict(slack)
+            took_place = evict(evictions, *args)
         if took_place:
             found.append(mode.num_calls)
         return took_place
 
-    cache.compressed._evict = counted
+    monkeypatch.setattr(Evictions, "while_decoding", counted)
     for step in range(16):
         model(tokens(2, 1, seed=step), past_key_values=cache)
     assert all(layer.num_dropped for layer in cache.report().layers)
@@ -281,8 +287,8 @@ def operators_of_evictions(num_layers: int, preset: str = "d2o", dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("preset", ["d2o", "lean", "h2o"])
-def test_an_eviction_calls_as_many_operators_for_many_layers_as_for_few(preset, dtype, record_property):
+def test_an_eviction_calls_as_many_operators_for_many_layers_as_for_few(preset, dtype, record_property, monkeypatch):
     """Beside the first one, which tells the device what the host knows of each block."""
-    few, more, many = (operators_of_evictions(layers, preset, dtype) for layers in (2, 4, 8))
+    few, more, many = (operators_of_evictions(monkeypatch, layers, preset, dtype) for layers in (2, 4, 8))
     assert len(few) == 4 and few[1:] == more[1:] == many[1:] == [few[1]] * 3
     record_property("operators", few[1])

@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 from d2o_dist.comm.collectives import Collectives
+from d2o_dist.slots.shares import count_held
 from d2o_dist.slots.slots import Slots, stats_dtype
-
-
-def count_held(owner: Tensor, valid: Tensor, world: int) -> Tensor:
-    """[B, H, world] int64: how many of the valid slots [B, H, K] each rank owns."""
-    valid = valid.expand_as(owner)
-    held = torch.zeros(*owner.shape[:2], world, dtype=torch.int64, device=owner.device)
-    return held.scatter_add_(-1, owner, valid.long())
 
 
 def level_owners(owner: Tensor, valid: Tensor, world: int) -> Tensor:

@@ -1,0 +1,133 @@
+"""The KV heads of a layer that have one budget: their slots, the budget, the threshold, and what a reading gathers.
+
+Shape legend: B rows, Hq query heads, Hkv key/value heads, n tokens of a chunk, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from d2o_dist.layout.forward import Chunk, DealtChunk
+from d2o_dist.layout.heads import Heads
+from d2o_dist.layout.sequence import Sequence as SequenceLayout
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.rows import Rows
+from d2o_dist.slots.slots import D2OState
+from d2o_dist.slots.step import BlockStep, Held
+from d2o_dist.slots.store import SlotStore
+from d2o_dist.statistics.reading import Reading
+
+
+class HeadBlock:
+    """Heads that attend to everything before them, and are compressed together.
+
+    Attributes:
+        layout: where the slots lie among the ranks of the request.
+        slot_budgets: per row the slots `S_l` it is evicted to; None before finalize and for a protected layer.
+        state: threshold and counts.
+    """
+
+    def __init__(self, config: D2OConfig, layout: Heads | SequenceLayout) -> None:
+        self.config, self.layout = config, layout
+        self.slot_budgets: list[int] | None = None
+        self.state = D2OState()
+        self._reading: Reading | None = None
+        self._first = True
+
+    @property
+    def store(self) -> SlotStore:
+        """The slots on this rank."""
+        return self.layout.store
+
+    @property
+    def kv_len(self) -> list[int]:
+        """Slots of each row, of each of its heads, on all ranks."""
+        return self.layout.kv_len
+
+    @property
+    def held(self) -> Held:
+        """As a decode step takes it."""
+        return self.layout.held
+
+    # ---- prompts ---------------------------------------------------------------------------------------------------
+
+    def begin_prefill(self) -> None:
+        """A prompt, or a later turn, is read from here on."""
+        self.layout.leave()
+        self._reading = Reading(self.config, self.layout.ranks, self.layout.begin(), first=self._first)
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk | DealtChunk) -> Tensor:
+        """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
+        return self.layout.prefill(q, k, v, scale, chunk, self._reading, self.config)
+
+    def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows) -> Tensor:
+        """Attend from a chunk that is not kept, and note what each slot got; the same shape, zeros at padding."""
+        return self.layout.reread(q, k, v, scale, rows, self._reading)
+
+    def squared_deviations(self, row: int) -> Tensor:
+        """[Hq] sum of the squared deviations of the row's column sums here, of the first prefill."""
+        return self._reading.sums.squared_deviations(row, self.store.kv_len[row])
+
+    def complete_statistics(self) -> None:
+        """The last chunk was read: measure what needs the last queries."""
+        reading = self._reading
+        if reading.last is not None:
+            reading.close(self.store.slots, self.store.kv_len, self.layout.last_queries(reading.last))
+
+    def finish_prefill(self) -> None:
+        """Free what only a prefill needs."""
+        if self.config.needs_reread:
+            self._reading.peaks.close(self.store.slots)
+        self._reading, self._first = None, False
+
+    def adopt(self, config: D2OConfig) -> None:
+        """Leave what a prefill under `config` would have left, of a prefill that gathered at least that."""
+        self.config = config
+        self._reading.adopt(config, self.store.slots)
+
+    # ---- decode steps ----------------------------------------------------------------------------------------------
+
+    def make_room(self) -> None:
+        """Before a decode step of a block that is in no arena."""
+        self.layout.make_room()
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: BlockStep) -> Tensor:
+        """Store one token a row, attend over all slots, and score them: [B, Hq, 1, D].
+
+        On the device only; `advance` counts the tokens on the host.
+        """
+        return self.layout.decode(q, k, v, scale, step, self.config)
+
+    def advance(self, counts: Sequence[int]) -> bool:
+        """Count what each row took in a decode step; whether slots moved (never: evictions are the cache's)."""
+        self.layout.advance(counts)
+        return False
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def of_head(self, head: int) -> HeadBlock:
+        """A block of one KV head of this one, whose first prefill is over; it holds views of this one's slots."""
+        assert not self._first and self.state.num_dropped is None
+        slots = self.store.slots.map(lambda tensor: tensor[:, head : head + 1])
+        made = HeadBlock(self.config, Heads(self.layout.ranks, SlotStore.of(slots, self.kv_len)))
+        made._first = False
+        return made
+
+    def spread(self, num_seen: Sequence[int]) -> None:
+        """Hold some slots of all heads of the tensor rank, after a prompt whose slots were held by heads."""
+        layout = SequenceLayout(self.layout.ranks, SlotStore(len(self.kv_len)))
+        budgets = self.slot_budgets or [0]
+        layout.spread(self.store, num_seen, max(self.config.split(slots)[1] for slots in budgets))
+        self.layout, self.state = layout, self.state.map_counts(layout.ranks.sp.all_reduce)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index`, in that order, repeated where repeated."""
+        host = index.tolist()
+        self.layout.select_rows(index)
+        self.state = self.state.map(lambda t: t.index_select(0, index.to(t.device)))
+        if self.slot_budgets is not None:
+            self.slot_budgets = [self.slot_budgets[row] for row in host]
+        if self._reading is not None:
+            self._reading.select_rows(host)

@@ -1,0 +1,174 @@
+"""All slots of some heads on one rank: of all heads, where no other rank shares the request.
+
+Shape legend: B rows, b rows of a group, Hq query heads, Hkv KV heads at hand, n tokens of a chunk, S slots, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2o_dist.attention.prefill import chunk_attention, reread_attention
+from d2o_dist.comm.request import RequestRanks
+from d2o_dist.kernels.scored_decode import scored_decode
+from d2o_dist.layout.forward import Chunk, over_rows
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.rows import Rows, is_uniform
+from d2o_dist.slots.slots import Slots
+from d2o_dist.slots.step import BlockStep, Held
+from d2o_dist.slots.store import GROWTH, SlotStore
+from d2o_dist.statistics.last_queries import LastQueries
+from d2o_dist.statistics.reading import Reading
+
+
+class Heads:
+    """The layout of one block of heads.
+
+    Args:
+        store: its slots.
+    """
+
+    is_spread = False
+
+    def __init__(self, ranks: RequestRanks, store: SlotStore) -> None:
+        self.ranks, self.store = ranks, store
+
+    @property
+    def kv_len(self) -> list[int]:
+        """Slots of each row, of each of its heads."""
+        return self.store.kv_len
+
+    @property
+    def slots(self) -> Slots:
+        """[B, Hkv, S, ...] by ascending position; views of the store but in an arena."""
+        return self.store.slots
+
+    @property
+    def held(self) -> Held:
+        """As a decode step takes it."""
+        return Held(self.store.buffers, self.store.in_arena, self.store.kv_len)
+
+    # ---- prompts ---------------------------------------------------------------------------------------------------
+
+    def begin(self) -> list[int]:
+        """A prefill begins; slots of each row from before it."""
+        return list(self.store.kv_len)
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk, reading: Reading, config: D2OConfig
+    ) -> Tensor:
+        """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
+        start, old = list(self.store.kv_len), reading.num_old
+        self.store.append(k, v, chunk.rows, chunk.num_seen)
+        # Tokens are counted by their slots.
+        ends = self.store.kv_len
+        tokens = [torch.arange(first, stop) for first, stop in zip(start, ends, strict=True)]
+        reading.grow(q, max(ends), chunk.rows.counts, tokens)
+        slots = self.store.slots
+
+        def attend(rows: slice, queries: Tensor) -> Tensor:
+            row = rows.start
+            here = slice(0, ends[row])
+            keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
+            mass = slots.log_mass[rows, :, here] if reading.has_mass else None
+            out, lse, sums = chunk_attention(
+                queries, keys, values, scale,
+                with_sums=reading.sums is not None, sample=config.query_sample, num_old=old[row], log_mass=mass,
+            )  # fmt: skip
+            if reading.peaks.wanted:
+                # A later turn, or what follows the second reading before anything is compressed.
+                reading.peaks.observe(slots, rows, queries, keys, lse, scale, q_start=start[row], bias=mass)
+            reading.observe(slots, rows, queries, lse, scale, sums, tokens[rows])
+            return out
+
+        return over_rows(chunk.rows, q, attend, alike=is_uniform(start) and is_uniform(old))
+
+    def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, reading: Reading) -> Tensor:
+        """Attend from a chunk that is not kept, over all slots and causally over itself; note what each slot got.
+
+        [B, Hq, n, D] -> the same shape, zeros at padding.
+        """
+        slots, kv_len = self.store.slots, self.store.kv_len
+        reading.peaks.begin(slots)
+
+        def attend(group: slice, queries: Tensor) -> Tensor:
+            row, here = group.start, slice(0, kv_len[group.start])
+            own = [tensor[group] if rows.index is None else rows.pick(tensor, row) for tensor in (k, v)]
+            keys, values = slots.keys[group, :, here], slots.values[group, :, here]
+            out, lse = reread_attention(queries, *own, keys, values, scale)
+            reading.peaks.observe(slots, group, queries, keys, lse, scale, causal=False)
+            return out
+
+        return over_rows(rows, q, attend, alike=is_uniform(kv_len))
+
+    def last_queries(self, last: LastQueries) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The last queries of each row, as `Reading.close` takes them."""
+        return list(zip(last.queries, last.lse, last.tokens, strict=True))
+
+    def add_up(self, sums: Tensor) -> Tensor:
+        """Sums over tokens here [B, h, ...] of these heads -> of all tokens and all heads of the tensor rank."""
+        return self.ranks.join_heads(sums)
+
+    # ---- the end of a prompt ---------------------------------------------------------------------------------------
+
+    def newest(self, count: int) -> Tensor:
+        """[B, Hkv, count] int64 positions of each row's newest slots, the last at the end; -1 where it has fewer."""
+        return last_of(self.store.slots.positions, self.kv_len, count)
+
+    def everyone(self) -> Slots:
+        """The statistics of all ranks' slots, [B, Hkv, S, ...] in order."""
+        return self.store.slots
+
+    # ---- decode steps ----------------------------------------------------------------------------------------------
+
+    def make_room(self) -> None:
+        """Before a step of slots that grow."""
+        self.store.reserve(max(self.kv_len) + 1, slack=GROWTH)
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: BlockStep, config: D2OConfig) -> Tensor:
+        """Store one token a row, attend over all slots, and score them by what they got: [B, Hq, 1, D]."""
+        buffers = self.store.buffers
+        self.store.put(k, v, step.slot, step.position)
+        out = scored_decode(
+            q[:, :, 0], buffers.keys, buffers.values, scale,
+            valid=step.live,
+            newest=step.slot,
+            log_mass=buffers.log_mass if config.merge.keeps_mass else None,
+            scores=buffers.scores if config.needs_column_sums or config.needs_reread else None,
+            peaks=config.needs_reread,
+            rates=buffers.rates if config.needs_rates else None,
+            rate_window=config.statistics.rate_window,
+            present=step.present,
+            total=None if self.ranks.kv_replicas == 1 else self.ranks.sum_replicas,
+        )  # fmt: skip
+        return out.unsqueeze(2)
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Count what each row took in a decode step."""
+        self.store.advance(counts)
+
+    def evicted(self, kv_len: Sequence[int]) -> None:
+        """Count what an eviction in the arena left."""
+        self.store.kv_len = list(kv_len)
+
+    def enter(self, block: Slots) -> None:
+        """Move the slots into a block of an arena."""
+        self.store.enter(block)
+
+    def leave(self) -> None:
+        """Hold the slots in buffers of their own, in order."""
+        self.store.leave()
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index`, in that order, repeated where repeated."""
+        self.store.select_rows(index)
+
+
+def last_of(positions: Tensor, kv_len: Sequence[int], count: int) -> Tensor:
+    """[B, h, count]: the last of `kv_len` positions of each row [B, h, >= kv_len]; -1 where there are fewer."""
+    back = torch.arange(count, device=positions.device) - count
+    place = torch.tensor(list(kv_len), device=positions.device)[:, None, None] + back
+    place = place.expand(-1, positions.shape[1], -1)
+    return positions.gather(-1, place.clamp_min(0)).masked_fill(place < 0, -1)

@@ -1,0 +1,54 @@
+"""The attention that each slot received, summed over queries (paper section 3.2).
+
+Shape legend: B rows, b rows of a group, Hq query heads, Hkv KV heads, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.statistics import group_sum, squared_deviations
+from d2o_dist.slots.slots import Slots, stats_dtype
+
+
+class ColumnSums:
+    """Sums of a running prefill. Those of a KV head go to the scores of its slots.
+
+    Args:
+        by_query_head: whether those of each query head are kept too, for the variances of a first prefill.
+    """
+
+    def __init__(self, ranks: RequestRanks, *, by_query_head: bool) -> None:
+        self._ranks = ranks
+        self._by_query_head = by_query_head
+        self._sums: Tensor | None = None  # [B, Hq, S]
+
+    def grow(self, q: Tensor, width: int) -> None:
+        """Before a chunk with queries q [B, Hq, n, D], after which there are S = `width` slots."""
+        if not self._by_query_head:
+            return
+        grown = torch.zeros(*q.shape[:2], width, dtype=stats_dtype(q.dtype), device=q.device)
+        if self._sums is not None:
+            old = self._sums[:, :, :width]  # of rows that were let go of it may have more
+            grown[:, :, : old.shape[-1]] = old
+        self._sums = grown
+
+    def observe(self, slots: Slots, rows: slice, sums: Tensor) -> None:
+        """Add what a group of rows gave: [b, Hq, <= S]."""
+        width = sums.shape[-1]
+        slots.scores[rows, :, :width] += self._ranks.sum_replicas(group_sum(sums, slots.scores.shape[1]))
+        if self._sums is not None:
+            self._sums[rows, :, :width] += sums
+
+    def squared_deviations(self, row: int, count: int) -> Tensor:
+        """[Hq] sum of the squared deviations of a row's first `count` sums from their mean."""
+        return squared_deviations(self._sums[row, :, :count])
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Rows in this order, repeated where repeated."""
+        if self._sums is not None:
+            self._sums = self._sums[list(rows)]
