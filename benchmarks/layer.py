@@ -10,9 +10,10 @@ from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.evictions import Evictions
 from d2o_dist.cache.layer import Layer
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.core.compress import evict_ordered
 from d2o_dist.evict.budgets import eviction_budget
+from d2o_dist.evict.exchange import ByHeads
 from d2o_dist.evict.merge import merge_evicted
+from d2o_dist.evict.prompt import Whole, evict_ordered
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.layout.heads import Heads
 from d2o_dist.policy.config import D2OConfig
@@ -97,4 +98,5 @@ def finalize_layer(slots: Slots, config: D2OConfig) -> Slots:
     """Select, find the nearest, merge: what the end of a prompt costs a layer after its attention."""
     held = slots.positions.shape[-1]
     budget, _ = eviction_budget([int(config.keep_ratio * held)], [held], config, slots.positions.device)
-    return evict_ordered(slots, budget, D2OState(), config, nearest=nearest_kept, merge=merge_evicted)[0]
+    whole, seen = Whole(slots, ByHeads.alone(), merge_evicted), torch.tensor([held], device=slots.positions.device)
+    return evict_ordered(whole, budget, D2OState(), config, seen=seen, nearest=nearest_kept)[0]

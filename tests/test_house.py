@@ -246,7 +246,7 @@ def house(root: Path, files: dict[str, str], folder: str = NAME) -> Path:
     [
         ("core/a.py", "from d2o_dist.engine import run", 1),
         ("core/a.py", "import os\nimport d2o_dist.engine.loop as loop", 2),
-        ("core/a.py", "def f():\n    from d2o_dist.slots.store import Store\n    return Store", 2),
+        ("core/a.py", "def f():\n    from d2o_dist.cache.report import Report\n    return Report", 2),
         ("core/a.py", "from ..engine.loop import run", 1),
         ("core/a.py", "from .. import engine", 1),
         ("core/deep/a.py", "from ...engine import run", 1),
@@ -272,7 +272,7 @@ def test_import_checker_finds(tmp_path, file, source, line):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("engine/a.py", "from d2o_dist.core import merge\nfrom ..cache.store import Store\nfrom .b import c"),
+        ("engine/a.py", "from d2o_dist.core import merge\nfrom ..cache.report import Report\nfrom .b import c"),
         ("core/deep/a.py", "from ..select import top\nfrom ...policy import D2O"),
         ("cli/a.py", "from d2o_dist import D2OCache\nimport d2o_dist.eval.fetch\nfrom d2o_dist.cli.b import c"),
         ("eval/a.py", "import d2o_dist\nfrom d2o_dist import engine"),

@@ -19,18 +19,18 @@ from torch.nn.functional import pad
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.layer import Layer
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.core.compress import evict_ordered
-from d2o_dist.core.select import add_rates, choose, ranking_rates, rate_gain
 from d2o_dist.evict.agree import check_agreement
 from d2o_dist.evict.arena import ArenaEvictions, DueBlocks
 from d2o_dist.evict.budgets import eviction_budget, rows_due
 from d2o_dist.evict.exchange import ByHeads, BySequence
 from d2o_dist.evict.merge import merge_evicted
-from d2o_dist.evict.shard_finalize import finalize_shard
+from d2o_dist.evict.prompt import Whole, evict_ordered
+from d2o_dist.evict.prompt_shards import Shards
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.layout.heads import last_of
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.arena import Arena, Block
+from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 
 
@@ -80,52 +80,41 @@ class Evictions:
     def _evict_heads(self, index: int, block: HeadBlock) -> None:
         """Of a block of which all slots are here. Collectives: one, if anything is merged; one more between copies of
         KV heads."""
-        slots, config = block.store.slots, self.config
-        seen = torch.tensor(self.num_seen, device=slots.positions.device)
-        due = eviction_budget(block.slot_budgets, block.kv_len, config, slots.positions.device)
-        if due is None:
-            gain = rate_gain(slots, ranking_rates(slots, config, finalize=True), config)
-            if self._others_may_ask([self.layers[index]], 1):
-                self._join(torch.uint8)
-            block.store.hold(slots if gain is None else add_rates(slots, gain), block.kv_len)
-            return
-        budget, kv_len = due
-        exchange = self._by_heads
+        slots = block.store.slots
+        budget, kv_len = self._budget_of(block)
+        if budget is None and self._others_may_ask([self.layers[index]], 1):
+            self._join(torch.uint8)
         left, block.state = evict_ordered(
-            slots, budget, block.state, config, num_seen_tokens=seen, nearest=nearest_kept, merge=merge_evicted,
-            gather_heads=exchange.gather, choice=self._choice(slots, budget, seen), here=exchange.own_heads,
+            Whole(slots, self._by_heads, merge_evicted), budget or _all_of(block), block.state, self.config,
+            seen=self._seen_on(slots), nearest=nearest_kept,
         )  # fmt: skip
-        if self._per_head and self.ranks.kv_replicas > 1 and config.merge.merges and not max(kv_len):
-            # Nothing stays, so it asked nothing, and other heads may.
-            exchange.gather(self._nothing("scores"))
         block.store.hold(left, kv_len)
-        if not self._per_head:
+        if budget is not None and not self._per_head:
             self._check({index: [left.positions]})
-
-    def _choice(self, slots: Slots, budget: LayerBudget, seen: Tensor) -> Tensor | None:
-        """What becomes of the slots of a block, as the first of the ranks chose that hold copies of its heads; None
-        where there are no copies. What they rank by may differ by a last bit."""
-        if self.ranks.kv_replicas == 1:
-            return None
-        ranking = self.config.score.rank(slots, ranking_rates(slots, self.config, finalize=True), seen)
-        return self.ranks.from_first_copy(choose(slots, budget, ranking, self.config, finalize=True))
 
     def _evict_spread(self, index: int, block: HeadBlock) -> None:
         """Of a block of which every rank has some slots; makes the shards of its heads level, whether any row is due or
         not."""
-        slots = block.layout.slots
-        # A budget of all that is held evicts nothing.
-        budget, kv_len = eviction_budget(block.slot_budgets, block.kv_len, self.config, slots.positions.device) or (
-            LayerBudget(max(block.kv_len), 0), block.kv_len
+        held = Shards(block.layout.slots, self.ranks)
+        budget, kv_len = self._budget_of(block)
+        left, block.state = evict_ordered(
+            held, budget or _all_of(block), block.state, self.config, seen=self._seen_on(held.slots),
+            nearest=nearest_kept,
         )  # fmt: skip
-        shard, block.state = finalize_shard(
-            slots, budget, block.state, self.config, self.ranks,
-            num_seen_tokens=torch.tensor(self.num_seen, device=slots.positions.device), nearest=nearest_kept,
-            room=max(*block.slot_budgets, *kv_len) + (self.config.eviction_interval or 0),
-        )  # fmt: skip
+        room = max(*block.slot_budgets, *kv_len) + (self.config.eviction_interval or 0)
+        slots, counts, positions = held.level(left, room)
         most = max(self.config.split(slots)[1] for slots in block.slot_budgets)
-        block.layout.settle(shard.slots, shard.held, kv_len, last_of(shard.positions, kv_len, most))
-        self._check({index: [shard.positions, shard.held]})
+        block.layout.settle(slots, counts, kv_len, last_of(positions, kv_len, most))
+        self._check({index: [positions, counts]})
+
+    def _budget_of(self, block: HeadBlock) -> tuple[LayerBudget | None, list[int]]:
+        """Of the rows that are due when a prompt ends, None if none is; and what each holds afterwards."""
+        device = block.store.buffers.positions.device
+        due = eviction_budget(block.slot_budgets, block.kv_len, self.config, device)
+        return (None, block.kv_len) if due is None else due
+
+    def _seen_on(self, slots: Slots) -> Tensor:
+        return torch.tensor(self.num_seen, device=slots.positions.device)
 
     # ---- while decoding --------------------------------------------------------------------------------------------
 
@@ -142,12 +131,13 @@ class Evictions:
                 room = [max(-(-max(room) // world), block.store.capacity)] * len(room)
             free += room if spread else [most - held for most, held in zip(room, block.kv_len, strict=True)]
             segments.append(Block(block.store.shape[0], max(room), tuple(room)))
-        arena = Arena(segments, blocks[0].store.buffers.keys)
+        keys = blocks[0].store.buffers.keys
+        arena = Arena(segments, Codec(self.config.storage, keys.shape[-1], keys.dtype), keys.device)
         recent = [max(self.config.split(slots)[1] for slots in block.slot_budgets) for block in blocks]
         newest = [block.layout.newest(most).flatten(0, 1) for block, most in zip(blocks, recent, strict=True)]
         newest = torch.cat([pad(one, (max(1, *recent) - one.shape[1], 0), value=-1) for one in newest])
         for number, block in enumerate(blocks):
-            block.layout.enter(arena.view(number))
+            block.layout.enter(arena.view(number), arena.codec)
         shares = torch.cat([block.layout.shares.held.flatten(0, 1) for block in blocks]) if spread else None
         arena.settle(max(free), shares, self.ranks.sp.rank)
         self.hold_shares(arena)
@@ -267,3 +257,8 @@ class Evictions:
             for index, layer in self.layers.items()
         }
         check_agreement(lengths, copies, self.ranks, spread=False, what="lengths or budgets of heads")
+
+
+def _all_of(block: HeadBlock) -> LayerBudget:
+    """A budget of all that is held, which evicts nothing."""
+    return LayerBudget(max(block.kv_len), 0, most_kept=max(block.kv_len), most_evicted=0)

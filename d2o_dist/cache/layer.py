@@ -125,6 +125,11 @@ class Layer:
         return self.blocks[0].store.dtype
 
     @property
+    def slot_bytes(self) -> int | None:
+        """Bytes of the key and the value of one slot of a head, as they are stored; None before the first token."""
+        return self.blocks[0].store.slot_bytes
+
+    @property
     def num_allocated_bytes(self) -> int:
         """Bytes of all buffers here."""
         return sum(block.store.num_allocated_bytes for block in self.blocks)

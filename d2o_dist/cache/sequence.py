@@ -131,9 +131,13 @@ class CompressedCache:
         return heads * self.ranks.tp.size // self.ranks.kv_replicas
 
     def token_bytes(self, layer: int) -> int:
-        """Bytes of the key and value of one token in all KV heads of a layer of the whole model."""
+        """Bytes of the key and value of one token in all KV heads of a layer of the whole model, uncompressed."""
         one = self.layers[layer]
         return 2 * self.num_kv_heads * one.shape[1] * one.dtype.itemsize
+
+    def slot_bytes(self, layer: int) -> int:
+        """The same, as a slot of the layer is stored."""
+        return self.num_kv_heads * self.layers[layer].slot_bytes
 
     @property
     def num_seen_columns(self) -> int:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from d2o_dist.core.compress import MAX_FOUND, Nearest, count_dropped, judge
 from d2o_dist.evict.exchange import Exchange, Ranked
+from d2o_dist.evict.judge import MAX_FOUND, Nearest, count_dropped, judge
 from d2o_dist.policy import D2OConfig
 from d2o_dist.policy.gate import head_reports
 from d2o_dist.policy.merge import MergeSums, apply_merge, unit
@@ -96,7 +96,7 @@ class ArenaEvictions:
         if not self.config.merge.merges:
             state = count_dropped(valid, heads, state)
         else:
-            evicted = self.exchange.everywhere(_take(slots, where, groups), victim)
+            evicted = self.exchange.everywhere(self._take(where, groups), victim)
             similarity, target = self._nearest(tables, evicted, victim, tail, due)
             found = slots.positions[target]
             similarity, takes = self.exchange.nearest(similarity, found, victim.mine.view(groups, heads, -1))
@@ -168,7 +168,7 @@ class ArenaEvictions:
         groups, heads = evicted.positions.shape[:2]
         if tail is not None:
             where = self._where(tables, tail).view(groups, heads, -1)
-            keys = self.arena.storage.keys[where]
+            keys = self.arena.codec.decode(self.arena.storage.keys[where])
             similarity, index = self.nearest(evicted.keys, keys, tail.mine.view(groups, heads, -1))
             return similarity, where.gather(-1, index)
         # Every kept slot may take one in: keys are read where they lie, one block after the other.
@@ -183,7 +183,9 @@ class ArenaEvictions:
             can = (view.positions >= 0) & ~victims[number]
             if self.config.merge.keeps_mass:
                 can &= view.positions >= tables.sinks.view(groups, heads)[part].unsqueeze(-1)
-            similarity, index = nearest_of_set(evicted.keys[part], view.keys, can, view.positions)
+            similarity, index = nearest_of_set(
+                evicted.keys[part], self.arena.codec.decode(view.keys), can, view.positions
+            )
             starts = self.arena.start[self.arena.units(number)].view(-1, block.heads, 1)
             found.append((similarity, starts + index))
         similarities, targets = zip(*found, strict=True)
@@ -211,11 +213,17 @@ class ArenaEvictions:
             values=sums(evicted.values),
         )
         where = target.masked_fill(~leads, self.arena.num_slots)
-        kept = apply_merge(_take(storage, where.flatten(0, 1), groups), added, rule)
+        kept = apply_merge(self._take(where.flatten(0, 1), groups), added, rule)
         flat = where.flatten()
-        keys, mass = ("keys",) * rule.averages_keys, ("rates", "log_mass") * rule.keeps_mass
-        for name in ("values", *keys, *mass):
+        for name in ("values", "keys") if rule.averages_keys else ("values",):
+            getattr(storage, name)[flat] = self.arena.codec.encode(getattr(kept, name)).flatten(0, 2)
+        for name in ("rates", "log_mass") if rule.keeps_mass else ():
             getattr(storage, name)[flat] = getattr(kept, name).flatten(0, 2)
+
+    def _take(self, where: Tensor, groups: int) -> Slots:
+        """The slots at `where` [u, n] of the storage: [G, h, n, ...]."""
+        taken = self.arena.storage.map(lambda tensor: tensor[where].unflatten(0, (groups, -1)))
+        return self.arena.codec.decode_slots(taken)
 
     def _tables_of(self, due: DueBlocks) -> _Tables:
         """Made once for the same numbers, which come again and again."""
@@ -251,11 +259,6 @@ class ArenaEvictions:
             self._tables.clear()
         self._tables[due] = made
         return made
-
-
-def _take(storage: Slots, where: Tensor, groups: int) -> Slots:
-    """The slots at `where` [u, n] of the storage: [G, h, n, ...]."""
-    return storage.map(lambda tensor: tensor[where].unflatten(0, (groups, -1)))
 
 
 def nearest_of_set(evicted: Tensor, kept: Tensor, can: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.core.compress import found_of, with_found
 from d2o_dist.core.ranked import ordered
+from d2o_dist.evict.judge import found_of, with_found
 from d2o_dist.slots.slots import Slots
 
 
@@ -85,6 +85,15 @@ class ByHeads:
 
     ranks: RequestRanks
     per_head: bool = False
+
+    @classmethod
+    def alone(cls) -> ByHeads:
+        """Of one process."""
+        return cls(RequestRanks.alone())
+
+    def from_first_copy(self, tensor: Tensor) -> Tensor:
+        """`tensor` of the first of the ranks that hold copies of these heads. One collective, if there are copies."""
+        return self.ranks.from_first_copy(tensor)
 
     def lowest(
         self, ranking: Tensor, positions: Tensor, count: int, offered: Tensor | None, rates: Tensor | None

@@ -15,6 +15,7 @@ from d2o_dist.comm.request import RequestRanks
 from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.layout.forward import Chunk, over_rows
 from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.rows import Rows, is_uniform
 from d2o_dist.slots.slots import Slots
 from d2o_dist.slots.step import BlockStep, Held
@@ -132,7 +133,7 @@ class Heads:
         buffers = self.store.buffers
         self.store.put(k, v, step.slot, step.position)
         out = scored_decode(
-            q[:, :, 0], buffers.keys, buffers.values, scale,
+            q[:, :, 0], *self.store.keys_values, scale,
             valid=step.live,
             newest=step.slot,
             log_mass=buffers.log_mass if config.merge.keeps_mass else None,
@@ -153,9 +154,9 @@ class Heads:
         """Count what an eviction in the arena left."""
         self.store.kv_len = list(kv_len)
 
-    def enter(self, block: Slots) -> None:
+    def enter(self, block: Slots, codec: Codec) -> None:
         """Move the slots into a block of an arena."""
-        self.store.enter(block)
+        self.store.enter(block, codec)
 
     def leave(self) -> None:
         """Hold the slots in buffers of their own, in order."""

@@ -20,6 +20,7 @@ from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.layout.forward import DealtChunk
 from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.shares import Shares
 from d2o_dist.slots.slots import Slots
 from d2o_dist.slots.step import BlockStep, Held
@@ -206,7 +207,7 @@ class Sequence:
         self.store.put(k, v, step.slot, step.position, masked=True)
         log_mass = slots.log_mass if config.merge.keeps_mass else None
         out, probs = sharded_decode_attention(
-            ranks.sp, q[:, :, 0], slots.keys, slots.values, scale, valid=step.live, log_mass=log_mass
+            ranks.sp, q[:, :, 0], *self.store.keys_values, scale, valid=step.live, log_mass=log_mass
         )
         present = None if step.present is None else step.present[:, None, None]
         if present is not None:
@@ -231,9 +232,9 @@ class Sequence:
         """Count what an eviction in the arena left, on all ranks together."""
         self.kv_len = list(kv_len)
 
-    def enter(self, block: Slots) -> None:
+    def enter(self, block: Slots, codec: Codec) -> None:
         """Move the slots into a block of an arena, all of which then count as used."""
-        self.store.enter(block)
+        self.store.enter(block, codec)
         self.store.kv_len = [self.store.capacity] * len(self.kv_len)
 
     def leave(self) -> None:

@@ -16,11 +16,12 @@ from d2o_dist.policy.presets import PRESETS
 from d2o_dist.policy.rule import check_fields, part, plain, rule_from
 from d2o_dist.policy.score import SCORES, Reach, ScoreRule
 from d2o_dist.policy.statistics import COLUMN_SUMS, PEAKS, RATES, QuerySample, StatisticsConfig
+from d2o_dist.policy.storage import FORMATS, Exact, StorageFormat
 
 # The two ways to say how much is kept.
 SIZES = ("keep_ratio", "keep_tokens")
 # The parts of a policy, and the rules that each may be.
-PARTS: dict[str, dict[str, type]] = {"score": SCORES, "budget": BUDGETS, "merge": MERGES}
+PARTS: dict[str, dict[str, type]] = {"score": SCORES, "budget": BUDGETS, "merge": MERGES, "storage": FORMATS}
 
 DEFAULT_KEEP_RATIO = 0.2
 
@@ -41,6 +42,7 @@ class D2OConfig:
         score: what tokens rank by (`policy/score.py`).
         budget: how layers, or KV heads, share the total (`policy/budget.py`).
         merge: what becomes of evicted tokens (`policy/merge.py`).
+        storage: how kept keys and values lie in memory while decoding (`policy/storage.py`).
         statistics: how the statistics of attention that those rules read are taken (`policy/statistics.py`).
 
     A part may be given as a rule, as a rule's name, or as a mapping of its fields: `score={"reach": 10.0}` changes a
@@ -58,6 +60,7 @@ class D2OConfig:
     score: ScoreRule = part(Reach(), SCORES)
     budget: BudgetRule = part(Dispersion(), BUDGETS)
     merge: MergeRule = part(Mass(), MERGES)
+    storage: StorageFormat = part(Exact(), FORMATS)
     statistics: StatisticsConfig = StatisticsConfig()
 
     def __post_init__(self) -> None:
@@ -215,7 +218,8 @@ def _merged(given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(given)
     for name, rules in PARTS.items():
         if name in given:
-            merged[name] = rule_from(given[name], rules, name, base=base[name])
+            base_rule = base.get(name, D2OConfig.__dataclass_fields__[name].default)
+            merged[name] = rule_from(given[name], rules, name, base=base_rule)
     if "statistics" in given:
         merged["statistics"] = _statistics(given["statistics"], base.get("statistics", StatisticsConfig()))
     return merged

@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.shares import Shares
 from d2o_dist.slots.slots import Slots, compact, unused_slots
 
@@ -62,7 +63,7 @@ class Arena:
     """Segments for blocks of `batch` rows, and which slots of theirs are free.
 
     Args:
-        like: [..., D], whose dtype, device and head dim the keys and values have.
+        codec: how keys and values are stored; device: where.
 
     Attributes:
         storage: [N + 1, ...] of all segments; the last slot is nobody's, and is written where nothing is to be. Its
@@ -73,13 +74,14 @@ class Arena:
         taken: [U] int64, how many of those were taken.
     """
 
-    def __init__(self, blocks: Sequence[Block], like: Tensor) -> None:
+    def __init__(self, blocks: Sequence[Block], codec: Codec, device: torch.device) -> None:
         self.blocks = list(blocks)
         sizes = [block.num_slots for block in self.blocks]
         self._first = [0, *accumulate(sizes)]
         self.num_slots = self._first[-1]
-        device, batch = like.device, len(self.blocks[0].room)
-        wide = unused_slots(1, 1, self.num_slots + 1, like)
+        self.codec, batch = codec, len(self.blocks[0].room)
+        width, dtype = codec.format.stored(codec.head_dim, codec.dtype)
+        wide = unused_slots(1, 1, self.num_slots + 1, torch.zeros(width, dtype=dtype, device=device), codec.dtype)
         self.storage = wide.map(lambda tensor: tensor[0, 0])
         starts, rows = [], []
         for first, block in zip(self._first, self.blocks, strict=False):
@@ -93,7 +95,7 @@ class Arena:
         self._columns: dict[tuple[int, ...], Tensor] = {}
 
     def view(self, number: int) -> Slots:
-        """Views of one block: [B, h, C, ...]."""
+        """Views of one block: [B, h, C, ...], keys and values as they are stored."""
         block, first = self.blocks[number], self._first[number]
         shape = (len(block.room), block.heads, block.width)
         return self.storage.map(lambda tensor: tensor[first : first + block.num_slots].unflatten(0, shape))
@@ -185,7 +187,7 @@ class Arena:
         left = (torch.arange(old.shape[1], device=old.device) >= self.taken[units, None]) & (old >= 0)
         slot, free = torch.cat([slot, old], 1), _listed(torch.cat([valid, left], 1), old.shape[1])
         self.free[units] = slot.gather(1, free.clamp_min(0)).masked_fill(free < 0, -1)
-        self.taken[units] = 0
+        self.taken.index_fill_(0, units, 0)
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
@@ -198,7 +200,7 @@ class Arena:
         """An arena of rows `index`, in that order, repeated where repeated."""
         host = index.tolist()
         blocks = [Block(b.heads, b.width, tuple(b.room[row] for row in host)) for b in self.blocks]
-        made = Arena(blocks, self.storage.keys)
+        made = Arena(blocks, self.codec, self.start.device)
         for number in range(len(blocks)):
             old, new = self.view(number), made.view(number)
             for name in vars(old):

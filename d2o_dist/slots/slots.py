@@ -78,11 +78,14 @@ class Slots:
         return self.take(order, self.live.gather(2, order))
 
 
-def unused_slots(batch: int, heads: int, capacity: int, like: Tensor) -> Slots:
-    """Slots that hold nothing: [B, Hkv, capacity, ...] in the dtype, device and last dim of `like`."""
+def unused_slots(batch: int, heads: int, capacity: int, like: Tensor, dtype: torch.dtype | None = None) -> Slots:
+    """Slots that hold nothing: [B, Hkv, capacity, ...] in the dtype, device and last dim of `like`.
+
+    dtype: of the cache, where keys and values are stored in another one.
+    """
     keys = torch.zeros(batch, heads, capacity, like.shape[-1], dtype=like.dtype, device=like.device)
     positions = torch.full((batch, heads, capacity), -1, dtype=torch.int64, device=like.device)
-    statistics = torch.zeros(3, batch, heads, capacity, dtype=stats_dtype(like.dtype), device=like.device)
+    statistics = torch.zeros(3, batch, heads, capacity, dtype=stats_dtype(dtype or like.dtype), device=like.device)
     return Slots(keys, torch.zeros_like(keys), positions, *statistics.unbind(0))
 
 

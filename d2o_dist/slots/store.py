@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.slots import Slots, stats_dtype, unused_slots
 
@@ -24,13 +25,14 @@ class SlotStore:
 
     Attributes:
         kv_len: slots in use by each row (by each of its heads). On the host: it follows from lengths alone.
-        in_arena: whether the buffers are a block of an arena, in which slots are a set.
+        codec: how keys and values are stored in the arena that the buffers are a block of, in which slots are a set;
+            None: they lie in no arena, and as they are.
     """
 
     def __init__(self, batch: int) -> None:
         self.kv_len: list[int] = [0] * batch
         self._buffers: Slots | None = None
-        self.in_arena = False
+        self.codec: Codec | None = None
 
     @classmethod
     def of(cls, slots: Slots, kv_len: list[int]) -> SlotStore:
@@ -41,17 +43,34 @@ class SlotStore:
 
     def hold(self, slots: Slots, kv_len: Sequence[int]) -> None:
         """Hold these slots instead; their tensors become the buffers, without a copy."""
-        self._buffers, self.kv_len, self.in_arena = slots, list(kv_len), False
+        self._buffers, self.kv_len, self.codec = slots, list(kv_len), None
+
+    @property
+    def in_arena(self) -> bool:
+        """Whether the buffers are a block of an arena."""
+        return self.codec is not None
 
     @property
     def shape(self) -> tuple[int, int] | None:
         """(Hkv, D); None before the first token."""
-        return None if self._buffers is None else (self._buffers.keys.shape[1], self._buffers.keys.shape[3])
+        if self._buffers is None:
+            return None
+        heads, _, dim = self._buffers.keys.shape[1:]
+        return heads, dim if self.codec is None else self.codec.head_dim
 
     @property
     def dtype(self) -> torch.dtype | None:
         """Of keys and values; None before the first token."""
-        return None if self._buffers is None else self._buffers.keys.dtype
+        if self._buffers is None:
+            return None
+        return self._buffers.keys.dtype if self.codec is None else self.codec.dtype
+
+    @property
+    def slot_bytes(self) -> int | None:
+        """Bytes of the key and the value of one slot, as they are stored; None before the first token."""
+        if self._buffers is None:
+            return None
+        return 2 * self.shape[1] * self.dtype.itemsize if self.codec is None else self.codec.num_bytes
 
     @property
     def capacity(self) -> int:
@@ -66,22 +85,20 @@ class SlotStore:
         """
         if self._buffers is None:
             return None
-        held = self._buffers.in_order() if self.in_arena else self._buffers
+        held = self._buffers if self.codec is None else self.codec.decode_slots(self._buffers.in_order())
         width = max(self.kv_len)
         return held.map(lambda tensor: tensor[:, :, :width])
 
     @property
     def buffers(self) -> Slots | None:
-        """All slots, in use or not, [B, Hkv, C, ...]; None before the first token."""
+        """All slots, in use or not, [B, Hkv, C, ...], keys and values as stored; None before the first token."""
         return self._buffers
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of keys and values in use: what a full cache holds too."""
-        if self._buffers is None:
-            return 0
-        keys = self._buffers.keys
-        return 2 * sum(self.kv_len) * keys.shape[1] * keys.shape[3] * keys.element_size()
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, in use or not, [B, Hkv, C, D], as attention takes them."""
+        both = self._buffers.keys, self._buffers.values
+        return both if self.codec is None else (self.codec.decode(both[0]), self.codec.decode(both[1]))
 
     @property
     def num_allocated_bytes(self) -> int:
@@ -133,7 +150,11 @@ class SlotStore:
         rows, of_head = torch.arange(batch, device=slot.device)[:, None], torch.arange(heads, device=slot.device)
         position = position.expand(batch, heads)
         where = (rows, of_head, slot.clamp_max(self.capacity - 1) if masked else slot)
-        new = {"keys": keys[:, :, 0], "values": values[:, :, 0]} | ({} if self.in_arena else {"positions": position})
+        new = {"keys": keys[:, :, 0], "values": values[:, :, 0]}
+        if self.codec is None:
+            new["positions"] = position
+        else:
+            new = {name: self.codec.encode(vectors) for name, vectors in new.items()}
         for name, value in new.items():
             buffer = getattr(buffers, name)
             if masked:
@@ -185,11 +206,11 @@ class SlotStore:
             statistic.zero_()
         self.kv_len = list(kv_len)
 
-    def enter(self, block: Slots) -> None:
+    def enter(self, block: Slots, codec: Codec) -> None:
         """Move into a block of an arena [B, Hkv, C, ...], of which the slots become the first ones."""
-        slots = self.slots
+        slots = codec.encode_slots(self.slots)
         _copy(block, slots, slots.positions.shape[-1])
-        self._buffers, self.in_arena = block, True
+        self._buffers, self.codec = block, codec
 
     def rebase(self, block: Slots) -> None:
         """The same slots in the block of another arena."""
@@ -197,8 +218,8 @@ class SlotStore:
 
     def leave(self) -> None:
         """Hold the slots in buffers of their own, in order."""
-        if self.in_arena:
-            self._buffers, self.in_arena = self.slots, False
+        if self.codec is not None:
+            self._buffers, self.codec = self.slots, None
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated; those of an arena are its own to select."""

@@ -8,7 +8,7 @@ Shape legend: B rows, Hq query heads, Hkv key/value heads, T prompt tokens, S sl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from d2o_dist.cache.plans import on_full_layers
 from d2o_dist.core.autocast import without_autocast
-from d2o_dist.core.compress import GatherHeads, Nearest, evict_ordered
 from d2o_dist.evict.budgets import eviction_budget, row_log_weights, row_slots
+from d2o_dist.evict.judge import Nearest
+from d2o_dist.evict.prompt import Whole, evict_ordered
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy import D2OConfig
 from d2o_dist.policy.budget import check_total
@@ -25,6 +26,26 @@ from d2o_dist.policy.statistics import COLUMN_SUMS
 from d2o_dist.slots.slots import D2OState, Slots
 from d2o_dist.train.passes import PromptLayer
 from d2o_dist.train.past import Past, window_past
+
+# [B, h, X] of the heads at hand -> [B, H, X] of all heads, in the order of the heads; the same on every rank.
+GatherHeads = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DealtHeads:
+    """The exchange of ranks that have some heads each, and no copies. Attributes: gather: of reports."""
+
+    gather: GatherHeads
+    own_heads: None = None
+    per_head: bool = False
+
+    def from_first_copy(self, tensor: Tensor) -> Tensor:
+        """There is but one."""
+        return tensor
+
+    def reports(self, reports: Tensor, *found: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As `evict.exchange.Exchange.reports`."""
+        return self.gather(reports), *found
 
 
 @dataclass(frozen=True)
@@ -125,8 +146,8 @@ def _evict_layer(
     positions = torch.arange(num_tokens, device=device).expand(batch, heads, num_tokens)
     held = Slots(layer.keys, layer.values, positions, layer.scores, layer.rates, torch.zeros_like(layer.scores))
     kept, _ = evict_ordered(
-        held, budget, D2OState(), config, num_seen_tokens=torch.full((batch,), num_tokens, device=device),
-        nearest=nearest, gather_heads=gather_heads,
+        Whole(held, DealtHeads(gather_heads)), budget, D2OState(), config,
+        seen=torch.full((batch,), num_tokens, device=device), nearest=nearest,
     )  # fmt: skip
     ragged = min(kv_len) != max(kv_len)
     return Past(

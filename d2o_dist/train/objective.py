@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o_dist.config.distill import DistillConfig
-from d2o_dist.core.compress import Nearest
+from d2o_dist.evict.judge import Nearest
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy import D2OConfig
 from d2o_dist.train.attention import PASS_KEYWORD

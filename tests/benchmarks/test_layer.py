@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import memory, prefill
 from benchmarks.layer import DecodeLayer, finalize_layer, random_slots
-from d2o_dist.core import compress
+from d2o_dist.evict import prompt
 from d2o_dist.evict.arena import ArenaEvictions, DueBlocks
 from tests.spec import spec
 
@@ -30,7 +30,7 @@ def test_memory_prints_json(capsys):
 
 def test_evictions_are_timed_as_the_cache_runs_them(monkeypatch):
     """Which knows how many slots stay and go: to ask the device would be a wait that users do not have."""
-    budgets, choose, due, run = [], compress.choose, [], ArenaEvictions.run
+    budgets, choose, due, run = [], prompt.choose, [], ArenaEvictions.run
 
     def noted(slots, budget, *args, **kwargs):
         budgets.append(budget)
@@ -40,14 +40,14 @@ def test_evictions_are_timed_as_the_cache_runs_them(monkeypatch):
         due.append(blocks)
         return run(self, blocks, *args)
 
-    monkeypatch.setattr(compress, "choose", noted)
+    monkeypatch.setattr(prompt, "choose", noted)
     monkeypatch.setattr(ArenaEvictions, "run", noted_run)
     config = spec("d2o", keep_ratio=0.2)
     layer = DecodeLayer.full(config, (4, 2), 300, 16, torch.float32, "cpu")
     for _ in range(2):
         layer.fill()
         layer.evict()
-        assert layer.layer.kv_len == [60]
+        assert layer.block.kv_len == [60]
     assert finalize_layer(random_slots(2, 300, 16, torch.float32, "cpu"), config).positions.shape[-1] == 60
     assert [(one.most_kept, one.most_evicted) for one in budgets] == [(60, 240)]
     assert due == [DueBlocks(blocks=(0,), surplus=(16,), slots=(60,))] * 2
@@ -63,12 +63,12 @@ def test_steps_of_a_layer_store_and_evict_as_the_cache_does():
     old = layer.block.store.slots.positions[0, 0].tolist()
     for count in range(1, 36):
         torch.testing.assert_close(layer.step(q, k, v), reference.step(q, k, v))
-        assert layer.seen == 300 + count and layer.layer.kv_len == [60 + count % 16]
+        assert layer.seen == 300 + count and layer.block.kv_len == [60 + count % 16]
     slots = layer.block.store.slots
     assert old[:2] == [0, 5] and slots.positions[0].tolist() == [[0, *old[-27:], *range(300, 335)]] * 2
     assert torch.equal(slots.keys[:, :, -1:], k) and torch.equal(slots.values[:, :, -1:], v)
     layer.fill()
     assert (
-        layer.layer.kv_len == [76]
+        layer.block.kv_len == [76]
         and layer.block.store.slots.positions[0, :, -16:].tolist() == [list(range(332, 348))] * 2
     )

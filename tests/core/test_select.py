@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from d2o_dist.core import Slots
 from d2o_dist.core.select import ranking_rates
 from d2o_dist.policy.score import decaying_mean
+from d2o_dist.slots.slots import Slots
 from tests.spec import spec
 
 

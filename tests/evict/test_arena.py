@@ -17,11 +17,13 @@ from d2o_dist.evict.arena import ArenaEvictions, DueBlocks
 from d2o_dist.evict.budgets import rows_due
 from d2o_dist.evict.exchange import ByHeads, lowest_first
 from d2o_dist.policy.merge import nearest_kept
+from d2o_dist.policy.storage import Exact
 from d2o_dist.slots.arena import Arena, Block
+from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.slots import D2OState, Slots
 from d2o_dist.slots.store import SlotStore
 from tests.core.naive import naive_compress, to_lists
-from tests.core.test_compress import BASE, RULES, random_slots
+from tests.evict.test_prompt import BASE, RULES, random_slots
 from tests.models import tiny_model, tokens
 from tests.spec import flat, spec
 
@@ -66,10 +68,10 @@ class Twin:
             Block(case.heads, max(rooms), tuple(rooms))
             for rooms in ([budget + case.interval for budget in rows] for rows in case.budgets)
         ]
-        arena = Arena(blocks, torch.zeros(4, dtype=self.dtype))
+        arena = Arena(blocks, Codec(Exact(), 4, self.dtype), torch.device("cpu"))
         slots = [random_slots(rows, case.heads, 4, self.seed + n, self.dtype) for n, rows in enumerate(case.held)]
         for number, (one, rows) in enumerate(zip(slots, case.held, strict=True)):
-            SlotStore.of(with_ties(one).in_order(), rows).enter(arena.view(number))
+            SlotStore.of(with_ties(one).in_order(), rows).enter(arena.view(number), arena.codec)
         free = [block.room[row] - held for block, rows in zip(blocks, case.held, strict=True)
                 for row, held in enumerate(rows)]  # fmt: skip
         arena.settle(max(free))

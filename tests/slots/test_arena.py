@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from d2o_dist.policy.storage import Exact
 from d2o_dist.slots.arena import Arena, Block
+from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.slots import Slots
 from d2o_dist.slots.store import SlotStore
-from tests.core.test_compress import random_slots
+from tests.evict.test_prompt import random_slots
 
 # Two layers of two heads and two rows; the second row of the second one may hold fewer slots.
 BLOCKS = [Block(2, 5, (5, 5)), Block(2, 7, (7, 4))]
@@ -17,10 +19,11 @@ HELD = [[3, 2], [5, 1]]
 
 def made(dtype=torch.float64) -> tuple[Arena, list[Slots]]:
     """An arena, and what was put into each of its blocks."""
-    arena, inside = Arena(BLOCKS, torch.zeros(3, dtype=dtype)), []
+    codec = Codec(Exact(), 3, dtype)
+    arena, inside = Arena(BLOCKS, codec, torch.device("cpu")), []
     for number, held in enumerate(HELD):
         inside.append(random_slots(held, 2, 3, seed=number, dtype=dtype))
-        SlotStore.of(inside[-1], held).enter(arena.view(number))
+        SlotStore.of(inside[-1], held).enter(arena.view(number), codec)
     arena.settle(3)
     return arena, inside
 

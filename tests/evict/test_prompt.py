@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2o_dist.core import D2OState, LayerBudget, Slots, compress_layer
+from d2o_dist.evict.prompt import compress_layer
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 from tests.core.naive import assert_row_equals, naive_compress, to_lists
 from tests.oracle.published_step import PublishedStep
 from tests.spec import flat, spec

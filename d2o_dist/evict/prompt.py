@@ -1,0 +1,180 @@
+"""The eviction at the end of a prompt, of slots that lie in order: select, find the nearest, ask all heads, merge.
+
+Written once. Where the slots lie, and what ranks must tell each other, is known by what holds them: `Whole` here, and
+`prompt_shards.Shards`.
+
+Shape legend: B rows, h KV heads at hand, H KV heads of the layer, S slots, K kept and E evicted slots (of all ranks), X
+report width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from d2o_dist.core.select import Selection, add_rates, choose, ranking_rates, rate_gain, selection_of
+from d2o_dist.evict.exchange import ByHeads
+from d2o_dist.evict.judge import MAX_FOUND, Nearest, count_dropped, judge
+from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.gate import head_reports
+from d2o_dist.policy.merge import MergeRule, merge_into, nearest_kept
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
+
+# Folds evicted tokens into kept ones; the contract of `policy.merge.merge_into`.
+Merge = Callable[[Slots, Slots, Tensor, Tensor, Tensor, MergeRule], Slots]
+
+
+class Held(Protocol):
+    """The slots of a layer, or of some heads of it, as one rank holds them. Every rank makes the same calls."""
+
+    @property
+    def statistics(self) -> Slots:
+        """[B, h, S, ...] of all ranks' slots, in order, unused ones last; keys and values may be left out."""
+
+    def decide(self, choice: Tensor | None) -> Tensor | None:
+        """What becomes of each slot, [B, h, S] (`core.select.choose`), as one of the ranks chose for all."""
+
+    def part(self, selection: Selection | None) -> tuple[Slots, Slots | None]:
+        """Of the slots here those that are kept and those that are evicted, in order; None: none is."""
+
+    def targets(self, kept: Slots, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Keys [B, h, T, D] of slots that may take evicted ones in, and [B, h, T] bool, which of them do."""
+
+    def found(self, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarities and targets of the slots evicted here -> of all E."""
+
+    def reports(self, reports: Tensor, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, h, X] of the heads at hand -> [B, H, X] of all; the rest as the first holder of these heads has it."""
+
+    def fold(
+        self, kept: Slots, evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
+    ) -> Slots:
+        """The kept slots here with all ranks' evicted ones folded in; of the last three [B, h, E] of all."""
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """[B, h, K] of all kept slots -> of those here."""
+
+    def nothing_stays(self) -> None:
+        """Nothing is kept, so nothing is asked; other heads may ask."""
+
+
+def evict_ordered(
+    held: Held,
+    budget: LayerBudget,
+    state: D2OState,
+    config: D2OConfig,
+    *,
+    seen: Tensor,
+    finalize: bool = True,
+    nearest: Nearest = nearest_kept,
+) -> tuple[Slots, D2OState]:
+    """Evict each row down to its budget and merge what was evicted.
+
+    Args:
+        budget: of all ranks; state: `D2OState()` before the first eviction of the sequence.
+        seen: [B] int64 tokens seen by each row.
+        finalize: at the end of a prefill (rates are pooled for the selection) rather than while decoding.
+
+    Returns:
+        What is kept here, by ascending position, as many as the fullest row holds; and the new state.
+    """
+    everyone = held.statistics
+    rates = ranking_rates(everyone, config, finalize=finalize)
+    ranking = config.score.rank(everyone, rates, seen)
+    choice = held.decide(choose(everyone, budget, ranking, config, finalize=finalize))
+    selection = None if choice is None else selection_of(choice, everyone, budget)
+    kept, evicted = held.part(selection)
+    if selection is not None:
+        valid, heads = selection.evict_valid, selection.evict_idx.shape[1]
+        stays = selection.keep_idx.shape[-1] > 0
+        if not config.merge.merges or not stays:
+            state = count_dropped(valid, heads, state)
+            if config.merge.merges:
+                held.nothing_stays()
+        else:
+            similarity, target = held.found(*nearest(evicted.keys, *held.targets(kept, selection)))
+            reports = head_reports(similarity, valid.expand_as(similarity), config.merge.gate)
+            reports, similarity, target = held.reports(reports, similarity, target)
+            merged, state = judge(similarity, valid, reports, state, config)
+            kept = held.fold(kept, evicted, similarity, target, merged, config.merge)
+    gain = rate_gain(everyone, rates, config)
+    if gain is not None:
+        gain = gain if selection is None else gain.gather(-1, selection.keep_idx)
+        kept = add_rates(kept, held.own(gain))
+    return kept, state
+
+
+@dataclass
+class Whole:
+    """All slots of some heads, on this rank.
+
+    Args:
+        slots: [B, h, S, ...] in order, unused ones last.
+        exchange: with the ranks that have other heads, or copies of these.
+        merge: what folds evicted slots in.
+    """
+
+    slots: Slots
+    exchange: ByHeads
+    merge: Merge = merge_into
+
+    @property
+    def statistics(self) -> Slots:
+        """As `Held.statistics`."""
+        return self.slots
+
+    def decide(self, choice: Tensor | None) -> Tensor | None:
+        """As `Held.decide`. What copies of a slot rank by may differ by a last bit."""
+        return None if choice is None else self.exchange.from_first_copy(choice)
+
+    def part(self, selection: Selection | None) -> tuple[Slots, Slots | None]:
+        """As `Held.part`."""
+        if selection is None:
+            return self.slots.map(lambda tensor: tensor[:, :, : int(self.slots.kv_len.max())]), None
+        kept = self.slots.take(selection.keep_idx, selection.keep_valid)
+        return kept, self.slots.take(selection.evict_idx, selection.evict_valid)
+
+    def targets(self, kept: Slots, selection: Selection) -> tuple[Tensor, Tensor]:
+        """As `Held.targets`."""
+        return kept.keys, selection.is_target
+
+    def found(self, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Held.found`."""
+        return similarity, target
+
+    def reports(self, reports: Tensor, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Held.reports`."""
+        assert self.slots.positions.shape[-1] < MAX_FOUND or self.exchange.own_heads is None
+        return self.exchange.reports(reports, similarity, target, None)[:3]
+
+    def fold(
+        self, kept: Slots, evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
+    ) -> Slots:
+        """As `Held.fold`."""
+        return self.merge(kept, evicted, similarity, target, merged, rule)
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """As `Held.own`."""
+        return tensor
+
+    def nothing_stays(self) -> None:
+        """As `Held.nothing_stays`."""
+        if self.exchange.own_heads is not None and self.exchange.per_head:
+            self.exchange.gather(self.slots.scores[:1, :1, :0])
+
+
+def compress_layer(
+    slots: Slots, budget: LayerBudget, state: D2OState, config: D2OConfig, *, finalize: bool = True
+) -> tuple[Slots, D2OState]:
+    """`evict_ordered` of all KV heads of a layer on one device.
+
+    Args:
+        slots: [B, Hkv, S, ...]; unused slots have position -1; rows may hold different numbers.
+        budget: `num_heavy` and `num_recent`, ints or [B].
+    """
+    slots = slots.in_order()
+    seen = slots.positions.amax((1, 2)) + 1
+    return evict_ordered(Whole(slots, ByHeads.alone()), budget, state, config, seen=seen, finalize=finalize)
