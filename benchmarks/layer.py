@@ -76,7 +76,7 @@ class DecodeLayer:
 
     def evict(self) -> None:
         """Down to the budget, if the layer is full. As in the cache, the device is asked nothing."""
-        if self._of_cache().while_decoding(self.config.eviction_interval, self._step.positions, self.evictions):
+        if self._of_cache().while_decoding(self._step.positions, self.evictions):
             self._step.hold([self.block.kv_len])
 
     def fill(self) -> None:

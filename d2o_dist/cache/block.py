@@ -100,10 +100,9 @@ class HeadBlock:
         """
         return self.layout.decode(q, k, v, scale, step, self.config)
 
-    def advance(self, counts: Sequence[int]) -> bool:
-        """Count what each row took in a decode step; whether slots moved (never: evictions are the cache's)."""
+    def advance(self, counts: Sequence[int]) -> None:
+        """Count what each row took in a decode step."""
         self.layout.advance(counts)
-        return False
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 

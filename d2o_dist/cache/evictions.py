@@ -151,14 +151,14 @@ class Evictions:
             for (_, block), part in zip(self._budgeted, arena.split_shares(), strict=True):
                 block.layout.shares = part
 
-    def while_decoding(self, slack: int, seen: Tensor, evictions: ArenaEvictions | None) -> bool:
-        """Evict the rows that hold `slack` slots or more over their budget, all layers at once; whether any was due.
+    def while_decoding(self, seen: Tensor, evictions: ArenaEvictions | None) -> bool:
+        """Evict the rows that are an eviction interval over their budget, all layers at once; whether any was due.
 
         Args:
             seen: [B] int64 tokens seen, on the device.
             evictions: of the arena that the layers lie in.
         """
-        jobs = []
+        jobs, slack = [], self.config.eviction_interval
         for number, (index, block) in enumerate(self._budgeted):
             due, left = rows_due(block.slot_budgets, block.kv_len, slack)
             if any(due):

@@ -130,6 +130,11 @@ class Layer:
         return self.blocks[0].store.slot_bytes
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of the key and the value of one token in a head, as a full cache stores them."""
+        return 2 * self.shape[1] * self.dtype.itemsize
+
+    @property
     def num_allocated_bytes(self) -> int:
         """Bytes of all buffers here."""
         return sum(block.store.num_allocated_bytes for block in self.blocks)
@@ -174,6 +179,12 @@ class Layer:
             return attend(self.blocks[0], q, k, v)
         heads = zip(self.blocks, q.chunk(len(self.blocks), 1), k.split(1, 1), v.split(1, 1), strict=True)
         return torch.cat([attend(*of_head) for of_head in heads], 1)
+
+    def advance(self, counts: Sequence[int]) -> bool:
+        """Count what each row took in a decode step; whether slots moved (never: evictions are the cache's)."""
+        for one in self.budgeted:
+            one.advance(counts)
+        return False
 
     # ---- the rest is that of the blocks ----------------------------------------------------------------------------
 

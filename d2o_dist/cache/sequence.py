@@ -13,16 +13,16 @@ from torch import Tensor
 from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.columns import Columns
-from d2o_dist.cache.evictions import Evictions
+from d2o_dist.cache.compress import compress
+from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layer import Layer
-from d2o_dist.cache.plans import RowPlan, check_gathered, head_counts, head_variances, on_full_layers, set_budgets
+from d2o_dist.cache.plans import RowPlan, check_gathered, on_full_layers
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
-from d2o_dist.evict.arena import ArenaEvictions
-from d2o_dist.layout.forward import Chunk, ChunkOfHeads, DealtChunk, Forward, SecondReading, Step
+from d2o_dist.layout.forward import Chunk, DealtChunk, Forward, SecondReading, Step
 from d2o_dist.layout.heads import Heads
 from d2o_dist.layout.sequence import Sequence as SequenceLayout
 from d2o_dist.policy.budget import check_total
@@ -46,8 +46,8 @@ class CompressedCache:
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
         num_reread: tokens of each row that were read a second time; reread_chunk: in forwards of so many; None: none.
         dealt: the chunk that was dealt last, if any.
+        step_announced: whether the next forward is a decode step that was announced.
         in_inference: whether it was ever used in `torch.inference_mode`.
-        step: what decode steps read and advance on the device; None while there are none.
 
     Raises:
         ValueError: protected layers or minima that exceed the total; a rule that ranks cannot share.
@@ -60,7 +60,7 @@ class CompressedCache:
         self.full_layers = [index for index, window in enumerate(windows) if window is None]
         self._compressed_config = on_full_layers(config, windows)
         check_total(self._compressed_config.budget, config.size, len(self.full_layers))
-        self._check_shared(config)
+        self.ranks.parallel.check_rules(config)
         self.reset()
 
     def reset(self) -> None:
@@ -82,10 +82,8 @@ class CompressedCache:
         self._rows: Rows | None = None
         self._last_positions: list[int] | None = None
         self._left_out: frozenset[int] = frozenset()
-        self.step: DecodeStep | None = None
-        # Evictions while decoding, and the arena that the slots of layers with budgets lie in meanwhile.
-        self._arena_evictions: ArenaEvictions | None = None
-        self._step_announced = False
+        self._decoding: Decoding | None = None
+        self.step_announced = False
         self.in_inference = False
         spread = self.ranks.deals_tokens and self.ranks.parallel.sp_prefill != "ulysses"
         self._layout: type[Heads] | type[SequenceLayout] = SequenceLayout if spread else Heads
@@ -104,7 +102,7 @@ class CompressedCache:
         check_gathered(config, self.config, reread_chunk=self.reread_chunk)
         compressed = on_full_layers(config, self.windows)
         check_total(compressed.budget, config.size, len(self.full_layers))
-        self._check_shared(config)
+        self.ranks.parallel.check_rules(config)
         self.config, self._compressed_config = config, compressed
         for layer in self._full().values():
             layer.blocks[0].adopt(config)
@@ -114,9 +112,6 @@ class CompressedCache:
             raise ValueError(
                 f"{rule}; this cache is in phase {self.phase} and has seen {self.num_seen_columns} tokens"
             )
-
-    def _check_shared(self, config: D2OConfig) -> None:
-        self.ranks.parallel.check_rules(config)
 
     # ---- one forward ---------------------------------------------------------------------------------------------
 
@@ -130,24 +125,10 @@ class CompressedCache:
         heads = sum(self.ranks.kv_sizes) if whole else shape[0]
         return heads * self.ranks.tp.size // self.ranks.kv_replicas
 
-    def token_bytes(self, layer: int) -> int:
-        """Bytes of the key and value of one token in all KV heads of a layer of the whole model, uncompressed."""
-        one = self.layers[layer]
-        return 2 * self.num_kv_heads * one.shape[1] * one.dtype.itemsize
-
-    def slot_bytes(self, layer: int) -> int:
-        """The same, as a slot of the layer is stored."""
-        return self.num_kv_heads * self.layers[layer].slot_bytes
-
     @property
     def num_seen_columns(self) -> int:
         """Columns seen, padding included."""
         return self.columns.count
-
-    @property
-    def step_announced(self) -> bool:
-        """Whether the next forward is a decode step that was announced."""
-        return self._step_announced
 
     @property
     def in_forward(self) -> bool:
@@ -234,7 +215,7 @@ class CompressedCache:
         self._last_positions = None
         if deal is not None:
             self._rows, rows = dealt_rows, Rows.of(batch, length, deal.mask())
-        elif self._step_announced:
+        elif self.step_announced:
             rows = None
         else:
             left_out = frozenset() if is_chunk else left_out
@@ -243,32 +224,24 @@ class CompressedCache:
             self._last_positions = self.columns.check_positions(positions, rows, left_out)
         # A prompt of one token is a prefill; so is anything before the first token was seen.
         if not is_chunk:
-            if not self._step_announced:
+            if not self.step_announced:
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
-            steps = iter(self.step.begin())
-            by_layer = [[next(steps) for _ in layer.blocks] for layer in self.layers]
             to_heads = self.ranks.deals_tokens and not self._layout.is_spread
-            self._forward = Step(by_layer, self.ranks if to_heads else None)
+            self._forward = Step(self._decoding.begin(), self.ranks if to_heads else None)
             return
-        if self._step_announced:
+        if self.step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
-        if self._rereading:
-            self._forward = self._second_reading(deal, rows)
-            return
-        self._begin_prefill(batch)
-        if deal is None or not self.ranks.deals_tokens:
-            self._forward = Chunk(rows, self.num_seen)
-        elif self._layout.is_spread:
+        if not self._rereading:
+            self._begin_prefill(batch)
+        if deal is not None and self.ranks.deals_tokens and self._layout.is_spread:
             self._placement.add(deal)
             self._forward = DealtChunk(deal, self._placement, rows, self.num_seen)
-        else:
-            self._forward = ChunkOfHeads(Rows.first(deal.counts), self.num_seen, HeadExchange(self.ranks, deal))
-
-    def _second_reading(self, deal: Deal | None, rows: Rows) -> SecondReading:
-        """Of a chunk whose tokens here are `rows`."""
-        if deal is None or not self.ranks.deals_tokens:
-            return SecondReading(rows, None)
-        return SecondReading(Rows.first(deal.counts), HeadExchange(self.ranks, deal))
+            return
+        exchange = None
+        if deal is not None and self.ranks.deals_tokens:
+            rows, exchange = Rows.first(deal.counts), HeadExchange(self.ranks, deal)
+        rereads = self._rereading
+        self._forward = SecondReading(rows, exchange) if rereads else Chunk(rows, self.num_seen, exchange)
 
     def _make_layer(self, window: int | None, batch: int) -> Layer | WindowLayer:
         if window is not None:
@@ -281,15 +254,15 @@ class CompressedCache:
             self._placement = Placement(batch, self.ranks.sp.size)
             for layer in self.layers:
                 layer.begin_prefill()
-        self._arena_evictions = None
+        self._decoding = None
         self.phase = "prefill"
 
     def _end(self) -> None:
         """After the last layer: count the tokens, and evict what is due."""
         forward, self._forward, self._next_layer = self._forward, None, 0
         if isinstance(forward, Step):
-            self.step.end()
-            if not self._step_announced:
+            self._decoding.step.end()
+            if not self.step_announced:
                 self._close_step()
         elif isinstance(forward, SecondReading):
             self.num_reread = _added(self.num_reread, forward.rows.counts)
@@ -312,59 +285,36 @@ class CompressedCache:
         Raises:
             ValueError: nothing was read yet, other rows than the cache has, or another step is open.
         """
-        if self.in_forward or self._step_announced:
+        if self.in_forward or self.step_announced:
             raise ValueError("a decode step was announced in the middle of another forward or step")
         if not self.num_seen_columns:
             raise ValueError("a decode step was announced before any token was seen")
         if present is not None and len(present) != len(self.num_seen):
             raise ValueError(f"a step of {len(present)} rows was announced, but the cache has {len(self.num_seen)}")
-        self._open_step(present)
-        self._step_announced, self._last_positions = True, None
-        return self.step
+        step = self._open_step(present)
+        self.step_announced, self._last_positions = True, None
+        return step
 
     @in_own_mode
     def end_step(self) -> None:
         """After the forward or the replay of an announced step: count the tokens, and evict what is due."""
-        assert self._step_announced and not self.in_forward
-        self._step_announced = False
+        assert self.step_announced and not self.in_forward
+        self.step_announced = False
         self._close_step()
 
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded and not run, as far as it came."""
-        self._step_announced, self._next_layer, self._forward = False, 0, None
+        self.step_announced, self._next_layer, self._forward = False, 0, None
 
-    def _open_step(self, present: Sequence[bool] | None) -> None:
+    def _open_step(self, present: Sequence[bool] | None) -> DecodeStep:
         self.finalize()
-        blocks = self._blocks()
-        for block in blocks:
-            if not block.store.in_arena:
-                block.make_room()
-        if present is not None and all(present):
-            present = None
-        held = [block.held for block in blocks]
-        if self.step is None or not self.step.fits(held, present):
-            arena = None if self._arena_evictions is None else self._arena_evictions.arena
-            self.step = DecodeStep(self.num_seen, held, present, arena)
-        self.step.choose(present)
-
-    def _blocks(self) -> list[HeadBlock | WindowLayer]:
-        """All that holds slots of its own."""
-        return [block for layer in self.layers for block in layer.blocks]
+        return self._decoding.open(self.num_seen, present)
 
     def _close_step(self) -> None:
-        counts = self.step.counts
-        moved = [block.advance(counts) for block in self._blocks()]
-        for layer in self._full().values():
-            for head in layer.elsewhere:
-                head.advance(counts)
+        counts = self._decoding.step.counts
         self.num_seen = _added(self.num_seen, counts)
         self.columns.add(Rows.of_step(counts), self._last_positions)
-        if self.config.eviction_interval is not None:
-            with self.ranks.counter.phase("evict"):
-                slack = self.config.eviction_interval
-                moved.append(self._evictions().while_decoding(slack, self.step.positions, self._arena_evictions))
-        if any(moved):
-            self.step.hold([block.store.kv_len for block in self._blocks()])
+        self._decoding.close(self.num_seen)
 
     @contextmanager
     def rereading(self, chunk: int) -> Iterator[None]:
@@ -410,38 +360,17 @@ class CompressedCache:
                 "cache.reread(model, input_ids) before finalize() or generate()"
             )
         with self.ranks.counter.phase("finalize"):
-            for index in self.full_layers:
-                self.layers[index].complete_statistics()
-            config, layers, variances, highest = self._compressed_config, self._full().values(), None, None
-            if self.plans is None:
-                variances = head_variances(layers, config, self.num_seen, self.ranks)
-            for layer in layers:
-                layer.finish_prefill()
-            if self.plans is None:
-                highest = head_counts(layers, config, self.num_seen, self.num_kv_heads, self.ranks)
-                if config.budget.per_head:
-                    self._part_heads()
-            self.plans = set_budgets(layers, self.plans, variances, highest, config, self.num_seen, self.ranks)
-            # Of this prefill's tokens a step from before it knows nothing.
-            self.phase, self.step = "decode", None
-            evictions = self._evictions()
-            evictions.at_prompt_end()
+            self.plans = compress(
+                self._full(), self.plans, self.config, self._compressed_config, self.num_seen, self.num_kv_heads,
+                self.ranks,
+            )  # fmt: skip
+            self.phase = "decode"
             if self.ranks.deals_tokens and not self._layout.is_spread and not self.ranks.by_heads:
                 for layer in self.layers:
                     layer.spread(self.num_seen)
                 self._layout = SequenceLayout
-            if self.config.eviction_interval is not None:
-                self._arena_evictions = evictions.in_arena()
+            self._decoding = Decoding(self.layers, self.config, self.ranks, self.num_seen)
         self._placement = None
-
-    def _part_heads(self) -> None:
-        """Let each KV head of a layer have a budget of its own."""
-        for layer in self._full().values():
-            here = self.ranks.kv_heads(layer.shape[0], spread=self._layout.is_spread)
-            layer.part_heads(here, self.num_kv_heads)
-
-    def _evictions(self) -> Evictions:
-        return Evictions(self._full(), self.config, self.ranks, self.num_seen)
 
     def _full(self) -> dict[int, Layer]:
         """The layers that are compressed, by their index in the model."""
@@ -462,12 +391,8 @@ class CompressedCache:
                 raise ValueError(f"row {row} was selected, but the cache has {len(self.num_seen)} rows")
         for layer in self.layers:
             layer.select_rows(index)
-        if self._arena_evictions is not None:
-            self._arena_evictions = self._arena_evictions.select_rows(index)
-            arena = self._arena_evictions.arena
-            for number, block in enumerate(block for block in self._blocks() if block.store.in_arena):
-                block.store.rebase(arena.view(number))
-            self._evictions().hold_shares(arena)
+        if self._decoding is not None:
+            self._decoding.select_rows(index)
         if self._placement is not None:
             self._placement.select_rows(host)
         self.num_seen = [self.num_seen[row] for row in host]

@@ -42,6 +42,7 @@ class WindowLayer:
     mean_kv_len = property(lambda self: self.store.kv_len, doc="The same: all heads hold as many.")
     shape = property(lambda self: self.store.shape, doc="(Hkv, D) of this rank; None before the first token.")
     dtype = property(lambda self: self.store.dtype, doc="Of keys and values; None before the first token.")
+    token_bytes = property(lambda self: self.store.slot_bytes, doc="Of the key and the value of one token in a head.")
     slot_bytes = property(lambda self: self.store.slot_bytes, doc="Of the key and the value of one slot of a head.")
     slots = property(lambda self: self.store.slots, doc="What is held, [B, Hkv, S, ...]; None before the first token.")
     num_allocated_bytes = property(lambda self: self.store.num_allocated_bytes, doc="Bytes of all buffers here.")

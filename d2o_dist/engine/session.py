@@ -159,9 +159,9 @@ class Session:
         held_tokens = seen_tokens = held_bytes = full_bytes = 0
         compressed = self.cache.compressed
         for index, window in enumerate(compressed.windows):
-            token_bytes = compressed.token_bytes(index)
-            held = compressed.layers[index].mean_kv_len[row]
-            held_bytes += round(held * token_bytes)
+            layer, heads = compressed.layers[index], compressed.num_kv_heads
+            held, token_bytes = layer.mean_kv_len[row], heads * layer.token_bytes
+            held_bytes += round(held * heads * layer.slot_bytes)
             if window is None:
                 held_tokens, seen_tokens = held_tokens + held, seen_tokens + seen
                 full_bytes += seen * token_bytes

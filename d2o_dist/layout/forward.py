@@ -28,15 +28,17 @@ class Forward(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk of a prompt that lies here as a whole.
+    """A chunk of a prompt of which all tokens of some heads are attended here.
 
     Attributes:
-        rows: its tokens.
+        rows: the tokens of the whole chunk.
         num_seen: tokens of each row before it.
+        exchange: takes tokens that are spread over ranks to where their heads are, and back; None: they lie here.
     """
 
     rows: Rows
     num_seen: list[int]
+    exchange: HeadExchange | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -45,23 +47,9 @@ class Chunk:
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """As `Forward.attend`."""
-        return layer.prefill(q, k, v, scale, self)
-
-
-@dataclass(frozen=True)
-class ChunkOfHeads(Chunk):
-    """A chunk whose tokens are spread over ranks, and travel to where all tokens of some heads are.
-
-    Attributes:
-        rows: the tokens of the whole chunk.
-        exchange: takes them there and back.
-    """
-
-    exchange: HeadExchange
-
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """As `Forward.attend`."""
-        return self.exchange.to_tokens(super().attend(index, layer, *self.exchange.to_heads(q, k, v), scale))
+        if self.exchange is None:
+            return layer.prefill(q, k, v, scale, self)
+        return self.exchange.to_tokens(layer.prefill(*self.exchange.to_heads(q, k, v), scale, self))
 
 
 @dataclass(frozen=True)
