@@ -121,6 +121,15 @@ class HeadBlock:
         layout.spread(self.store, num_seen, max(self.config.split(slots)[1] for slots in budgets))
         self.layout, self.state = layout, self.state.map_counts(layout.ranks.sp.all_reduce)
 
+    def join(self, other: HeadBlock) -> None:
+        """Hold the rows of another block of the same heads too, after those that are here."""
+        for block in (self, other):
+            block.layout.leave()
+        self.layout.join(other.layout)
+        self.state = D2OState.cat([self.state, other.state], [len(one.kv_len) for one in (self, other)])
+        if self.slot_budgets is not None:
+            self.slot_budgets = [*self.slot_budgets, *other.slot_budgets]
+
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
         host = index.tolist()

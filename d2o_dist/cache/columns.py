@@ -122,6 +122,12 @@ class Columns:
                 self._next[row] = self._next[row] + count if last is None else last[row] + 1
         self.count += rows.length
 
+    def join(self, other: Columns) -> None:
+        """The rows of another batch too; the shorter of both is padded on the left."""
+        self.count = max(self.count, other.count)
+        self._tokens = [bytearray(self.count - len(row)) + row for row in (*self._tokens, *other._tokens)]
+        self._next += other._next
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Rows in this order, repeated where repeated."""
         self._tokens = [bytearray(self._tokens[row]) for row in rows]

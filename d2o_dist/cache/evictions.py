@@ -27,11 +27,10 @@ from d2o_dist.evict.merge import merge_evicted
 from d2o_dist.evict.prompt import Whole, evict_ordered
 from d2o_dist.evict.prompt_shards import Shards
 from d2o_dist.kernels.nearest_kept import nearest_kept
-from d2o_dist.layout.heads import last_of
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.arena import Arena, Block
 from d2o_dist.slots.codec import Codec
-from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots, last_of
 
 
 class Due(NamedTuple):
@@ -178,8 +177,9 @@ class Evictions:
             surplus=tuple(held - left for held, left in both),
             slots=tuple(slots for job in jobs for slots in job.block.slot_budgets),
         )
-        state, victims = evictions.run(due, D2OState.cat([job.block.state for job in jobs]), seen)
         rows, decided = len(self.num_seen), {}
+        before = D2OState.cat([job.block.state for job in jobs], [rows] * len(jobs))
+        state, victims = evictions.run(due, before, seen)
         for job, own, part in zip(jobs, state.split(rows), victims.split(rows), strict=True):
             job.block.state = own
             job.block.layout.evicted(job.kv_len)

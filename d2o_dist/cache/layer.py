@@ -44,6 +44,12 @@ class HeadElsewhere:
             both = zip(self.kv_len, self.slot_budgets, strict=True)
             self.kv_len = [slots if held >= slots + slack else held for held, slots in both]
 
+    def join(self, other: HeadElsewhere) -> None:
+        """Count the rows of another cache too."""
+        self.kv_len += other.kv_len
+        if self.slot_budgets is not None:
+            self.slot_budgets = [*self.slot_budgets, *other.slot_budgets]
+
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
         host = index.tolist()
@@ -207,6 +213,11 @@ class Layer:
         """Hold some slots of all heads of the tensor rank, after a prompt whose slots were held by heads."""
         for block in self.blocks:
             block.spread(num_seen)
+
+    def join(self, other: Layer) -> None:
+        """Hold the rows of the same layer of another cache too."""
+        for one, theirs in zip(self.budgeted, other.budgeted, strict=True):
+            one.join(theirs)
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""

@@ -10,20 +10,18 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.columns import Columns
 from d2o_dist.cache.compress import compress
+from d2o_dist.cache.dealing import Dealing
 from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layer import Layer
 from d2o_dist.cache.plans import RowPlan, check_gathered, on_full_layers
 from d2o_dist.cache.window import WindowLayer
-from d2o_dist.comm.deal import Deal, Placement
+from d2o_dist.comm.deal import Deal
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.comm.shard import Contiguous, Zigzag
-from d2o_dist.layout.forward import Chunk, DealtChunk, Forward, SecondReading, Step
-from d2o_dist.layout.heads import Heads
+from d2o_dist.layout.forward import Forward, SecondReading, Step
 from d2o_dist.layout.sequence import Sequence as SequenceLayout
 from d2o_dist.policy.budget import check_total
 from d2o_dist.policy.config import D2OConfig
@@ -45,7 +43,7 @@ class CompressedCache:
         columns: what was seen of the batch, padding included: what a padded batch's masks and ids are indexed by.
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
         num_reread: tokens of each row that were read a second time; reread_chunk: in forwards of so many; None: none.
-        dealt: the chunk that was dealt last, if any.
+        dealing: how the chunks of a prompt are spread over ranks.
         step_announced: whether the next forward is a decode step that was announced.
         in_inference: whether it was ever used in `torch.inference_mode`.
 
@@ -74,9 +72,7 @@ class CompressedCache:
         self.phase = "prefill"
         self.plans: list[RowPlan] | None = None
         self._next_layer = 0
-        self.dealt: Deal | None = None
-        self._dealt_rows: Rows | None = None
-        self._placement: Placement | None = None
+        self.dealing = Dealing(self.ranks)
         self._forward: Forward | None = None
         # Of the running forward: its tokens among the columns of the batch, and where they end if that is known.
         self._rows: Rows | None = None
@@ -85,8 +81,6 @@ class CompressedCache:
         self._decoding: Decoding | None = None
         self.step_announced = False
         self.in_inference = False
-        spread = self.ranks.deals_tokens and self.ranks.parallel.sp_prefill != "ulysses"
-        self._layout: type[Heads] | type[SequenceLayout] = SequenceLayout if spread else Heads
 
     @in_own_mode
     def adopt(self, config: D2OConfig) -> None:
@@ -121,7 +115,7 @@ class CompressedCache:
         shape = self.layers[0].shape if self.layers else None
         if shape is None:
             return 0
-        whole = self.ranks.deals_tokens and not self._layout.is_spread
+        whole = self.ranks.deals_tokens and not self.dealing.layout.is_spread
         heads = sum(self.ranks.kv_sizes) if whole else shape[0]
         return heads * self.ranks.tp.size // self.ranks.kv_replicas
 
@@ -144,15 +138,7 @@ class CompressedCache:
         Raises:
             ValueError: rows other than those of this batch, or no token at all.
         """
-        rows = Rows.of(*mask.shape, mask)
-        counts = rows.counts
-        if self.layers and len(counts) != len(self.num_seen):
-            raise ValueError(f"a chunk of {len(counts)} rows was dealt, but the cache has {len(self.num_seen)}")
-        if not counts or max(counts) < 1:
-            raise ValueError(f"a chunk must have a token, but its rows have {list(counts)}")
-        rule = Zigzag if self._layout.is_spread else Contiguous
-        self.dealt, self._dealt_rows = Deal.of(counts, rule, self.ranks.sp.size, self.ranks.sp.rank), rows
-        return self.dealt
+        return self.dealing.deal(mask, len(self.num_seen) if self.layers else 0)
 
     def leave_out(self, rows: Collection[int]) -> None:
         """Let the next forward take no token of these rows, if it is a decode step: whatever its mask and position ids
@@ -196,19 +182,10 @@ class CompressedCache:
     def _begin(self, k: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
         """Settle the phase and the kind of this forward."""
         batch, _, length, _ = k.shape
-        deal = None if self._dealt_rows is None else self.dealt
-        dealt_rows, self._dealt_rows, left_out, self._left_out = self._dealt_rows, None, self._left_out, frozenset()
-        is_chunk = length > 1 or not self.num_seen_columns or self._rereading or deal is not None
-        if deal is None and self.ranks.deals_tokens and is_chunk:
-            raise ValueError(
-                f"a chunk of {length} columns was not dealt: with sp ({self.ranks.sp.size}) every rank takes a part of "
-                "the prompt; announce it with deal()"
-            )
-        if deal is not None and (len(deal.maps), deal.width) != (batch, length):
-            raise ValueError(
-                f"{len(deal.maps)} rows of {deal.width} columns were dealt to this rank, but the forward has {batch} "
-                f"of {length}"
-            )
+        left_out, self._left_out = self._left_out, frozenset()
+        announced = self.dealing.rows is not None
+        is_chunk = length > 1 or not self.num_seen_columns or self._rereading or announced
+        deal, dealt_rows = self.dealing.take(batch, length, is_chunk=is_chunk)
         if not self.layers:
             self.num_seen, self.columns = [0] * batch, Columns(batch)
             self.layers = [self._make_layer(window, batch) for window in self.windows]
@@ -226,32 +203,23 @@ class CompressedCache:
         if not is_chunk:
             if not self.step_announced:
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
-            to_heads = self.ranks.deals_tokens and not self._layout.is_spread
+            to_heads = self.ranks.deals_tokens and not self.dealing.layout.is_spread
             self._forward = Step(self._decoding.begin(), self.ranks if to_heads else None)
             return
         if self.step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
         if not self._rereading:
             self._begin_prefill(batch)
-        if deal is not None and self.ranks.deals_tokens and self._layout.is_spread:
-            self._placement.add(deal)
-            self._forward = DealtChunk(deal, self._placement, rows, self.num_seen)
-            return
-        exchange = None
-        if deal is not None and self.ranks.deals_tokens:
-            rows, exchange = Rows.first(deal.counts), HeadExchange(self.ranks, deal)
-        rereads = self._rereading
-        self._forward = SecondReading(rows, exchange) if rereads else Chunk(rows, self.num_seen, exchange)
+        self._forward = self.dealing.forward(deal, rows, self.num_seen, rereads=self._rereading)
 
     def _make_layer(self, window: int | None, batch: int) -> Layer | WindowLayer:
         if window is not None:
             return WindowLayer(batch, window, self.ranks)
-        return Layer(HeadBlock(self.config, self._layout(self.ranks, SlotStore(batch))))
+        return Layer(HeadBlock(self.config, self.dealing.layout(self.ranks, SlotStore(batch))))
 
     def _begin_prefill(self, batch: int) -> None:
         """The first chunk of a prompt or of a later turn comes."""
-        if self._placement is None or self.phase != "prefill":
-            self._placement = Placement(batch, self.ranks.sp.size)
+        if self.dealing.begin_prefill(batch):
             for layer in self.layers:
                 layer.begin_prefill()
         self._decoding = None
@@ -328,7 +296,7 @@ class CompressedCache:
             ValueError: the first prefill is over or has not begun; the prompt was not read by heads (`sp_prefill`).
         """
         self._check_first_prefill("a prompt is read a second time after the first and before it is compressed")
-        if self._layout.is_spread:
+        if self.dealing.layout.is_spread:
             raise ValueError(
                 f"sp_prefill ({self.ranks.parallel.sp_prefill}) must be ulysses to read a prompt a second time with sp "
                 f"({self.ranks.sp.size})"
@@ -365,18 +333,41 @@ class CompressedCache:
                 self.ranks,
             )  # fmt: skip
             self.phase = "decode"
-            if self.ranks.deals_tokens and not self._layout.is_spread and not self.ranks.by_heads:
+            if self.ranks.deals_tokens and not self.dealing.layout.is_spread and not self.ranks.by_heads:
                 for layer in self.layers:
                     layer.spread(self.num_seen)
-                self._layout = SequenceLayout
+                self.dealing.layout = SequenceLayout
             self._decoding = Decoding(self.layers, self.config, self.ranks, self.num_seen)
-        self._placement = None
+        self.dealing.end_prefill()
 
     def _full(self) -> dict[int, Layer]:
         """The layers that are compressed, by their index in the model."""
         return {index: self.layers[index] for index in self.full_layers}
 
     # ---- rows ----------------------------------------------------------------------------------------------------
+
+    @in_own_mode
+    def join(self, other: CompressedCache) -> None:
+        """Go on with the rows of another cache too, after those that are here; it must not be used afterwards.
+
+        Each reads its own prompt; while decoding they share a step. All slots are moved to a new arena.
+
+        Raises:
+            ValueError: one of them is not decoding, or they are of another model, configuration or mesh.
+        """
+        same = other.config == self.config and other.windows == self.windows and other.ranks is self.ranks
+        if not same or self._decoding is None or other._decoding is None or self.step_announced or self.in_forward:
+            raise ValueError(
+                "only caches of one model, configuration and mesh can be joined, which have read their prompts and are "
+                f"between two steps: they are in phase {self.phase} and {other.phase}"
+            )
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.join(theirs)
+        self.columns.join(other.columns)
+        self.num_seen += other.num_seen
+        self.num_reread += other.num_reread
+        self.plans += other.plans
+        self._decoding = Decoding(self.layers, self.config, self.ranks, self.num_seen)
 
     @in_own_mode
     def select_rows(self, index: Tensor) -> None:
@@ -393,8 +384,7 @@ class CompressedCache:
             layer.select_rows(index)
         if self._decoding is not None:
             self._decoding.select_rows(index)
-        if self._placement is not None:
-            self._placement.select_rows(host)
+        self.dealing.select_rows(host)
         self.num_seen = [self.num_seen[row] for row in host]
         self.columns.select_rows(host)
         self.num_reread = [self.num_reread[row] for row in host] if self.num_reread else []

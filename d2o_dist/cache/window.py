@@ -160,6 +160,10 @@ class WindowLayer:
         capacity = self.window + self.SLACK
         self.store.replace(slots.take(index, valid), kept, None if self.store.capacity == capacity else capacity)
 
+    def join(self, other: WindowLayer) -> None:
+        """Hold the rows of the same layer of another cache too."""
+        self.store.join(other.store)
+
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
         self.store.select_rows(index)

@@ -189,7 +189,7 @@ class Session:
         """A chunk that the sequence ranks share: [B, n] -> the logits of each row's last token [B, V], on all ranks."""
         part = self.cache.deal(ids, mask)
         logits = self.model(**part, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        ranks, maps = self.cache.ranks, self.cache.compressed.dealt.maps
+        ranks, maps = self.cache.ranks, self.cache.compressed.dealing.latest.maps
         owners = [one.owner(one.length - 1) if one.length else 0 for one in maps]
         mine = torch.tensor(owners, device=logits.device) == ranks.sp.rank
         with ranks.counter.phase("prefill"):

@@ -17,7 +17,7 @@ from d2o_dist.layout.forward import Chunk, over_rows
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.rows import Rows, is_uniform
-from d2o_dist.slots.slots import Slots
+from d2o_dist.slots.slots import Slots, last_of
 from d2o_dist.slots.step import BlockStep, Held
 from d2o_dist.slots.store import GROWTH, SlotStore
 from d2o_dist.statistics.last_queries import LastQueries
@@ -162,14 +162,10 @@ class Heads:
         """Hold the slots in buffers of their own, in order."""
         self.store.leave()
 
+    def join(self, other: Heads) -> None:
+        """Hold the rows of another block too."""
+        self.store.join(other.store)
+
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
         self.store.select_rows(index)
-
-
-def last_of(positions: Tensor, kv_len: Sequence[int], count: int) -> Tensor:
-    """[B, h, count]: the last of `kv_len` positions of each row [B, h, >= kv_len]; -1 where there are fewer."""
-    back = torch.arange(count, device=positions.device) - count
-    place = torch.tensor(list(kv_len), device=positions.device)[:, None, None] + back
-    place = place.expand(-1, positions.shape[1], -1)
-    return positions.gather(-1, place.clamp_min(0)).masked_fill(place < 0, -1)

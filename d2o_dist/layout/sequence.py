@@ -22,7 +22,7 @@ from d2o_dist.layout.forward import DealtChunk
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.shares import Shares
-from d2o_dist.slots.slots import Slots
+from d2o_dist.slots.slots import Slots, last_of
 from d2o_dist.slots.step import BlockStep, Held
 from d2o_dist.slots.store import GROWTH, SlotStore
 from d2o_dist.statistics.last_queries import LastQueries
@@ -153,8 +153,11 @@ class Sequence:
 
     def newest(self, count: int) -> Tensor:
         """[B, Hkv, count] int64 positions of each row's newest slots on all ranks, the last at the end; -1 where it has
-        fewer. Told once, after the prompt."""
+        fewer."""
         newest, self._newest = self._newest, None
+        if newest is None:  # tokens have come since, or rows
+            positions = statistics_of_all(self.store.slots, self.ranks.sp)[0].positions
+            return last_of(positions, self.kv_len, count)
         return newest[..., newest.shape[-1] - count :]
 
     def everyone(self) -> Slots:
@@ -240,6 +243,15 @@ class Sequence:
     def leave(self) -> None:
         """Hold the slots in buffers of their own, in order."""
         self.store.leave()
+
+    def join(self, other: Sequence) -> None:
+        """Hold the rows of another block too. Collectives: two."""
+        self.store.join(other.store)
+        self.store.kv_len = [self.store.capacity] * len(self.store.kv_len)
+        self.kv_len += other.kv_len
+        self._peak = max(self._peak, other._peak)
+        self.shares = Shares(torch.cat([self.shares.held, other.shares.held]), self.ranks.sp.rank)
+        self._newest = None
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""

@@ -98,6 +98,14 @@ def compact(mask: Tensor, width: int) -> Tensor:
     return out.scatter_(-1, target, index)[..., :width]
 
 
+def last_of(positions: Tensor, kv_len: Sequence[int], count: int) -> Tensor:
+    """[B, h, count]: the last of `kv_len` positions of each row [B, h, >= kv_len]; -1 where there are fewer."""
+    back = torch.arange(count, device=positions.device) - count
+    place = torch.tensor(list(kv_len), device=positions.device)[:, None, None] + back
+    place = place.expand(-1, positions.shape[1], -1)
+    return positions.gather(-1, place.clamp_min(0)).masked_fill(place < 0, -1)
+
+
 @dataclass(frozen=True)
 class LayerBudget:
     """How many slots a layer may hold: `num_heavy` (sinks included) by score and the `num_recent` newest.
@@ -144,15 +152,19 @@ class D2OState:
     num_dropped: Tensor | None = None
 
     @classmethod
-    def cat(cls, states: Sequence[D2OState]) -> D2OState:
-        """The states of several layers, one after the other; what some have and others have not is NaN or 0 there."""
+    def cat(cls, states: Sequence[D2OState], rows: Sequence[int]) -> D2OState:
+        """The states of several layers, or of several batches of `rows` rows, one after the other; what some have and
+        others have not is NaN or 0 there."""
 
         def join(name: str, nothing: float) -> Tensor | None:
             values = [getattr(state, name) for state in states]
             known = next((value for value in values if value is not None), None)
             if known is None:
                 return None
-            return torch.cat([torch.full_like(known, nothing) if value is None else value for value in values])
+            return torch.cat([
+                known.new_full((count,), nothing) if value is None else value
+                for value, count in zip(values, rows, strict=True)
+            ])  # fmt: skip
 
         return cls(join("threshold", torch.nan), join("num_merged", 0), join("num_dropped", 0))
 

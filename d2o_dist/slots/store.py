@@ -221,6 +221,15 @@ class SlotStore:
         if self.codec is not None:
             self._buffers, self.codec = self.slots, None
 
+    def join(self, other: SlotStore) -> None:
+        """Hold the rows of another store too, after those that are here; none of both lies in an arena."""
+        assert not self.in_arena and not other.in_arena
+        capacity = max(self.capacity, other.capacity)
+        for store in (self, other):
+            store.reserve(capacity)
+        both = zip(vars(self._buffers).values(), vars(other._buffers).values(), strict=True)
+        self.hold(Slots(*(torch.cat(pair) for pair in both)), [*self.kv_len, *other.kv_len])
+
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated; those of an arena are its own to select."""
         host = index.tolist()

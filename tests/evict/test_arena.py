@@ -116,7 +116,7 @@ class Twin:
         slots = [budget for number in blocks for budget in self.case.budgets[number]]
         state, victims = self.evictions.run(
             DueBlocks(tuple(blocks), tuple(surplus), tuple(slots)),
-            D2OState.cat([self.states[number] for number in blocks]),
+            D2OState.cat([self.states[number] for number in blocks], [len(self.seen)] * len(blocks)),
             self.seen,
         )
         rows = len(self.seen)

@@ -1,0 +1,95 @@
+"""How the chunks of a prompt are spread over the sequence ranks of a request, and what a forward of one does.
+
+Shape legend: B rows, n columns of a chunk, or of this rank's part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from d2o_dist.attention.exchange import HeadExchange
+from d2o_dist.comm.deal import Deal, Placement
+from d2o_dist.comm.request import RequestRanks
+from d2o_dist.comm.shard import Contiguous, Zigzag
+from d2o_dist.layout.forward import Chunk, DealtChunk, SecondReading
+from d2o_dist.layout.heads import Heads
+from d2o_dist.layout.sequence import Sequence as SequenceLayout
+from d2o_dist.slots.rows import Rows
+
+
+class Dealing:
+    """Of one cache.
+
+    Attributes:
+        layout: of blocks of heads, now: by heads, or every rank has some slots of every head.
+        latest: the chunk that was dealt last, if any; rows: its tokens, until the forward of it begins.
+    """
+
+    def __init__(self, ranks: RequestRanks) -> None:
+        self.ranks = ranks
+        spread = ranks.deals_tokens and ranks.parallel.sp_prefill != "ulysses"
+        self.layout: type[Heads] | type[SequenceLayout] = SequenceLayout if spread else Heads
+        self.latest: Deal | None = None
+        self.rows: Rows | None = None
+        self._placement: Placement | None = None
+
+    def deal(self, mask: Tensor, batch: int) -> Deal:
+        """Announce a chunk; see `CompressedCache.deal`. batch: rows of the cache; 0: none yet."""
+        rows = Rows.of(*mask.shape, mask)
+        counts = rows.counts
+        if batch and len(counts) != batch:
+            raise ValueError(f"a chunk of {len(counts)} rows was dealt, but the cache has {batch}")
+        if not counts or max(counts) < 1:
+            raise ValueError(f"a chunk must have a token, but its rows have {list(counts)}")
+        rule = Zigzag if self.layout.is_spread else Contiguous
+        self.latest, self.rows = Deal.of(counts, rule, self.ranks.sp.size, self.ranks.sp.rank), rows
+        return self.latest
+
+    def take(self, batch: int, length: int, *, is_chunk: bool) -> tuple[Deal | None, Rows | None]:
+        """What was announced of a forward of `batch` rows of `length` columns, and the tokens of the whole chunk.
+
+        Raises:
+            ValueError: a chunk that must be dealt was not, or the forward has another shape.
+        """
+        deal, rows, self.rows = None if self.rows is None else self.latest, self.rows, None
+        if deal is None and self.ranks.deals_tokens and is_chunk:
+            raise ValueError(
+                f"a chunk of {length} columns was not dealt: with sp ({self.ranks.sp.size}) every rank takes a part of "
+                "the prompt; announce it with deal()"
+            )
+        if deal is not None and (len(deal.maps), deal.width) != (batch, length):
+            raise ValueError(
+                f"{len(deal.maps)} rows of {deal.width} columns were dealt to this rank, but the forward has {batch} "
+                f"of {length}"
+            )
+        return deal, rows
+
+    def begin_prefill(self, batch: int) -> bool:
+        """A chunk comes; whether it is the first one of its prompt."""
+        is_first = self._placement is None
+        if is_first:
+            self._placement = Placement(batch, self.ranks.sp.size)
+        return is_first
+
+    def end_prefill(self) -> None:
+        """The prompt is over."""
+        self._placement = None
+
+    def forward(
+        self, deal: Deal | None, rows: Rows, num_seen: list[int], *, rereads: bool
+    ) -> Chunk | DealtChunk | SecondReading:
+        """Of a chunk whose tokens here are `rows`; num_seen: tokens of each row before it."""
+        exchange = None
+        if deal is not None and self.ranks.deals_tokens:
+            if self.layout.is_spread:
+                self._placement.add(deal)
+                return DealtChunk(deal, self._placement, rows, num_seen)
+            rows, exchange = Rows.first(deal.counts), HeadExchange(self.ranks, deal)
+        return SecondReading(rows, exchange) if rereads else Chunk(rows, num_seen, exchange)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Rows in this order, repeated where repeated."""
+        if self._placement is not None:
+            self._placement.select_rows(rows)
