@@ -1,6 +1,6 @@
 """A whole model's compressed cache for one batch: prefill, finalize, decode, and later turns.
 
-It knows nothing of any model library: integrations hand it queries, keys and values layer by layer.
+It knows nothing of any model library: `models` hands it queries, keys and values layer by layer.
 """
 
 from __future__ import annotations
