@@ -28,6 +28,7 @@ from d2o_dist import D2OCache, D2OConfig
 from d2o_dist.config.infer import DECODE_GRAPHS
 from d2o_dist.engine.cuda_graph import graph_recorder
 from d2o_dist.engine.stepper import Stepper
+from d2o_dist.models.hf import HFModel, run_model
 
 GATE_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 GATE_LENGTH = 65
@@ -101,8 +102,8 @@ def check_gate(model: PreTrainedModel, device: str) -> float:
     logits = []
     for preset in ("sdpa", "full"):
         cache = new_cache(model, preset, 1.0)
-        model(ids[:, :-1], past_key_values=cache)
-        logits.append(model(ids[:, -1:], past_key_values=cache).logits.float())
+        run_model(model, ids[:, :-1], None, cache)
+        logits.append(run_model(model, ids[:, -1:], None, cache).float())
     error = (logits[0] - logits[1]).abs().max().item()
     if not error <= GATE_LIMIT[model.dtype]:
         raise SystemExit(f"correctness gate is red, nothing is timed: logits differ by {error:.1e}")
@@ -124,7 +125,7 @@ def measure(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     start = _now(on_gpu)
-    token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    token = run_model(model, ids, None, cache).argmax(-1, keepdim=True)
     if preset != "sdpa":
         cache.finalize()
     first = _now(on_gpu)
@@ -147,8 +148,8 @@ def measure(
 def decode_step(model: PreTrainedModel, cache: Cache, decode_graph: str) -> Callable[[Tensor], Tensor]:
     """The newest tokens [B, 1] -> the next ones; with a D2OCache as a session does it."""
     if not isinstance(cache, D2OCache):
-        return lambda token: model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-    stepper = Stepper(model, graph_recorder(decode_graph, model.config, model.device, cache.ranks))
+        return lambda token: run_model(model, token, None, cache).argmax(-1, keepdim=True)
+    stepper = Stepper(HFModel(model), graph_recorder(decode_graph, cache.shape, model.device, cache.ranks))
     return lambda token: stepper.step(cache, token[:, 0]).argmax(-1, keepdim=True)
 
 

@@ -6,7 +6,7 @@
     model.generate(**inputs, past_key_values=cache)
 """
 
-from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.models.hf import D2OCache
 from d2o_dist.policy import D2OConfig
 
 __version__ = "0.1.0"

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # lowest first; neighbours on one floor
     ("layout",),
     ("evict",),
     ("cache",),
-    ("integrations",),
+    ("models",),
     ("engine",),
     (PACKAGE_ROOT,),
     ("eval",),
@@ -43,6 +43,8 @@ COLLECTIVE = re.compile(
     r"\w*|(monitored_)?barrier|batch_isend_irecv|i?send|i?recv|gather|scatter|reduce|\*"
 )
 COLLECTIVE_HOMES = ("torch.distributed", "torch.ops._c10d_functional", "torch.ops.c10d", "deepspeed.comm")
+# Libraries of models, and who may know them: what is above `models` calls it, what is below knows no model.
+MODEL_LIBRARIES = {"transformers": ("models", "train"), "megatron": ("models",)}
 MAX_MAIN_LINES = 79
 FOREIGN_PATHS = ("/" + "work/", ".." + "/shared", "(shared" + "/")  # in two parts, or this file would name itself
 
@@ -99,6 +101,21 @@ def import_violations(root: Path) -> list[str]:
             elif target != importer and FLOOR_OF[target] >= FLOOR_OF[importer]:
                 why = "above" if FLOOR_OF[target] > FLOOR_OF[importer] else "beside"
                 wrong.append(f"{path}:{line}: {importer} imports {name}, and {target} is {why} it")
+    return wrong
+
+
+def model_library_violations(root: Path) -> list[str]:
+    """`file:line: why`, for each import of a library of models, or of what knows one, by others than those who may."""
+    wrong = []
+    for path, tree in sources(root):
+        unit = unit_of(path)
+        if path.parts[0] != NAME or unit == PACKAGE_ROOT:
+            continue
+        for line, name in imported(path, tree):
+            library = next((each for each in MODEL_LIBRARIES if f"{name}.".startswith(f"{each}.")), None)
+            knows = name.split(".")[:2] == [NAME, "models"] and name.split(".")[2:3] in (["hf"], ["megatron"])
+            if unit not in (MODEL_LIBRARIES[library] if library else ("models", "train") if knows else (unit,)):
+                wrong.append(f"{path}:{line}: {unit} imports {name}: only `models` knows libraries of models")
     return wrong
 
 
@@ -201,6 +218,10 @@ def test_every_file_imports_only_from_floors_below():
     assert import_violations(REPO) == []
 
 
+def test_only_models_and_training_know_libraries_of_models():
+    assert model_library_violations(REPO) == []
+
+
 def test_every_package_folder_has_a_floor():
     assert units(REPO) - set(FLOOR_OF) == set()
 
@@ -276,12 +297,45 @@ def test_import_checker_finds(tmp_path, file, source, line):
         ("core/deep/a.py", "from ..select import top\nfrom ...policy import D2O"),
         ("cli/a.py", "from d2o_dist import D2OCache\nimport d2o_dist.eval.fetch\nfrom d2o_dist.cli.b import c"),
         ("eval/a.py", "import d2o_dist\nfrom d2o_dist import engine"),
-        ("__init__.py", "from d2o_dist.integrations.hf import D2OCache\nfrom .engine import run"),
+        ("__init__.py", "from d2o_dist.models.hf import D2OCache\nfrom .engine import run"),
         ("core/a.py", "import torch\nfrom engine import run\nfrom d2o_dist_extra.engine import run"),
     ],
 )
 def test_import_checker_allows(tmp_path, file, source):
     assert import_violations(house(tmp_path, {file: source})) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "line"),
+    [
+        ("engine/a.py", "import transformers", 1),
+        ("cache/a.py", "import os\nfrom transformers.cache_utils import Cache", 2),
+        ("cli/a.py", "def f():\n    from megatron.core import parallel_state", 2),
+        ("train/a.py", "from megatron.core import parallel_state", 1),
+        ("eval/a.py", "from d2o_dist.models.hf import D2OCache", 1),
+        ("engine/a.py", "from d2o_dist.models import hf", 1),
+        ("engine/a.py", "from ..models.hf.guards import text_config", 1),
+        ("cli/a.py", "import d2o_dist.models.megatron.model", 1),
+    ],
+)
+def test_library_checker_finds(tmp_path, file, source, line):
+    (found,) = model_library_violations(house(tmp_path, {file: source}))
+    assert found.startswith(f"{NAME}/{file}:{line}: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("models/hf/a.py", "import transformers\nfrom d2o_dist.models.hf.b import c"),
+        ("models/loading.py", "from d2o_dist.models.hf import loading"),
+        ("train/a.py", "from transformers import Cache\nfrom d2o_dist.models.hf.packed import by_document"),
+        ("engine/a.py", "from d2o_dist.models import loading\nfrom d2o_dist.models.base import ModelAdapter"),
+        ("engine/a.py", "import transformers_of_ours"),
+        ("__init__.py", "from d2o_dist.models.hf import D2OCache"),
+    ],
+)
+def test_library_checker_allows(tmp_path, file, source):
+    assert model_library_violations(house(tmp_path, {file: source})) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A whole model's compressed cache for one batch: prefill, finalize, decode, and later turns.
 
-It knows nothing of any model library: integrations hand it queries, keys and values layer by layer.
+It knows nothing of any model library: `models` hands it queries, keys and values layer by layer.
 """
 
 from __future__ import annotations
@@ -355,8 +355,9 @@ class CompressedCache:
         Raises:
             ValueError: one of them is not decoding, or they are of another model, configuration or mesh.
         """
-        same = other.config == self.config and other.windows == self.windows and other.ranks is self.ranks
-        if not same or self._decoding is None or other._decoding is None or self.step_announced or self.in_forward:
+        mine, theirs = ((one.config, one.windows, one.ranks.parallel) for one in (self, other))
+        decodes = self._decoding is not None and other._decoding is not None
+        if mine != theirs or not decodes or self.step_announced or self.in_forward:
             raise ValueError(
                 "only caches of one model, configuration and mesh can be joined, which have read their prompts and are "
                 f"between two steps: they are in phase {self.phase} and {other.phase}"

@@ -15,18 +15,18 @@ import torch
 from d2o_dist.cli.evaluate import load_essays
 from d2o_dist.cli.voice import parse_once, speaks_of
 from d2o_dist.comm import Launch, build_mesh, init_distributed, read_environment, run_guarded
+from d2o_dist.comm.agreement import AgreedError
 from d2o_dist.comm.launch import SECONDARY_DELAY_S
 from d2o_dist.config.eval_tasks import ESSAYS
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.train import TrainConfig
-from d2o_dist.engine.agreement import AgreedError
 from d2o_dist.engine.lock import only_writer
-from d2o_dist.engine.model import pick_device
 from d2o_dist.engine.paths import check_apart, check_outside, inputs_of
 from d2o_dist.engine.startup import check_same_run
 from d2o_dist.eval.evaluate import data_of
 from d2o_dist.fields.io import dump_yaml
 from d2o_dist.fields.overrides import parse_override
+from d2o_dist.models.device import pick_device
 from d2o_dist.train.log import LOG_FILE
 from d2o_dist.train.loop import Diverged, Run, prepare, train
 

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING
 
-from transformers.utils import logging
-
+from d2o_dist.comm.agreement import AgreedError
 from d2o_dist.comm.launch import Launch, RankError
-from d2o_dist.engine.agreement import AgreedError
+from d2o_dist.models import loading
 
 if TYPE_CHECKING:
     import argparse
@@ -31,21 +30,13 @@ def speaks_of(error: Exception, launch: Launch, *, met: bool) -> bool:
 
 @contextmanager
 def quiet_unless(speaks: bool) -> Iterator[None]:
-    """On ranks that do not speak: no progress bars and no warnings of transformers, no Python warnings."""
+    """On ranks that do not speak: no progress bars and no warnings of model libraries, no Python warnings."""
     if speaks:
         yield
         return
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with loading.quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def parse_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None, speaks: bool) -> argparse.Namespace | int:

@@ -6,33 +6,32 @@ import logging
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.integrations.hf.guards import rope_types
+from d2o_dist.models.shape import ModelShape
 
 _logger = logging.getLogger(__name__)
 
 
-def obstacle(model_config: Any, device: torch.device, ranks: RequestRanks) -> str | None:
+def obstacle(shape: ModelShape, device: torch.device, ranks: RequestRanks) -> str | None:
     """Why decode steps of this model cannot be CUDA graphs, as far as it is known before any step; None if they can.
 
     Args:
-        model_config: of the decoder; device: where the model is; ranks: those that share a request.
+        shape: of the model; device: where the model is; ranks: those that share a request.
     """
     if device.type != "cuda":
         return f"the model is on {device.type}, and CUDA graphs are of CUDA devices"
     if ranks.tp.size * ranks.sp.size > 1:
         return f"tp ({ranks.tp.size}) x sp ({ranks.sp.size}) ranks share a request, and collectives are not captured"
-    if any("dynamic" in kind for kind in rope_types(model_config)):
+    if shape.has_dynamic_rope:
         return "its rotary embedding is of type dynamic, which is computed anew as the text grows"
     return None
 
 
-def check_graph(mode: str, model_config: Any, device: torch.device, ranks: RequestRanks) -> str | None:
+def check_graph(mode: str, shape: ModelShape, device: torch.device, ranks: RequestRanks) -> str | None:
     """The obstacle, or None.
 
     Args:
@@ -41,18 +40,18 @@ def check_graph(mode: str, model_config: Any, device: torch.device, ranks: Reque
     Raises:
         ValueError: `always` where there is one.
     """
-    reason = obstacle(model_config, device, ranks)
+    reason = obstacle(shape, device, ranks)
     if mode == "always" and reason is not None:
         raise ValueError(f"decode_graph (always) is impossible: {reason}")
     return reason
 
 
-def graph_recorder(mode: str, model_config: Any, device: torch.device, ranks: RequestRanks) -> CudaGraphRecorder | None:
+def graph_recorder(mode: str, shape: ModelShape, device: torch.device, ranks: RequestRanks) -> CudaGraphRecorder | None:
     """What records decode steps, or None where Python runs them. Which it is, and why, is logged once.
 
     Args, Raises: as `check_graph`.
     """
-    reason = check_graph(mode, model_config, device, ranks)
+    reason = check_graph(mode, shape, device, ranks)
     if mode == "never":
         return None
     if reason is not None:

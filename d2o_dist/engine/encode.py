@@ -9,7 +9,7 @@ from typing import Any
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.messages import render, uses_template
 from d2o_dist.engine.prompts import PromptRow
-from d2o_dist.integrations.hf.rope import BORDER, check_side
+from d2o_dist.models.shape import BORDER, ModelShape, check_side
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class ModelLimits:
-    """What a model can read: tokens it has positions for, ids it has embeddings for; tokens beyond which it turns a
-    whole text otherwise (`integrations/hf/rope.py`). None: not known, or none."""
-
-    max_positions: int | None = None
-    vocab_size: int | None = None
-    border: int | None = None
-
-
-@dataclass(frozen=True)
 class BadRow:
     """A row that cannot be run; `num_prompt_tokens` is None when it did not come as far as tokens."""
 
@@ -50,13 +40,13 @@ class BadRow:
 
 
 def encode_rows(
-    rows: Sequence[PromptRow], tokenizer: Any, config: InferConfig, limits: ModelLimits
+    rows: Sequence[PromptRow], tokenizer: Any, config: InferConfig, shape: ModelShape
 ) -> list[Request | BadRow]:
     """A request, or the reason why there is none, for every row, in the order of the rows."""
-    return [encode_row(row, tokenizer, config, limits) for row in rows]
+    return [encode_row(row, tokenizer, config, shape) for row in rows]
 
 
-def encode_row(row: PromptRow, tokenizer: Any, config: InferConfig, limits: ModelLimits) -> Request | BadRow:
+def encode_row(row: PromptRow, tokenizer: Any, config: InferConfig, shape: ModelShape) -> Request | BadRow:
     """One row; see `encode_rows`."""
     if row.error is not None:
         return BadRow(row.index, row.id, row.error)
@@ -66,13 +56,13 @@ def encode_row(row: PromptRow, tokenizer: Any, config: InferConfig, limits: Mode
     try:
         ids = _tokenize(row, tokenizer, config)
         count = len(ids)
-        ids = _fit(ids, max_prompt, max_new, limits.max_positions, config.truncation)
-        if limits.border is not None:
-            _check_border(len(ids), max_new, limits.border, config)
-        if limits.vocab_size is not None and max(ids) >= limits.vocab_size:
+        ids = _fit(ids, max_prompt, max_new, shape.max_positions, config.truncation)
+        if shape.border is not None:
+            _check_border(len(ids), max_new, shape.border, config)
+        if shape.vocab_size is not None and max(ids) >= shape.vocab_size:
             # On a GPU such an id would end the process, and all rows with it.
             raise ValueError(
-                f"token id {max(ids)} is outside the model's vocabulary ({limits.vocab_size}): the tokenizer is not "
+                f"token id {max(ids)} is outside the model's vocabulary ({shape.vocab_size}): the tokenizer is not "
                 "this model's"
             )
     except ValueError as error:

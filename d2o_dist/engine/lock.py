@@ -25,8 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.engine.agreement import agreed
 
 # How long a file may be empty: another process has made it and not yet written its name.
 _GRACE_S = 1.0

@@ -14,9 +14,9 @@ import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.kept import replace_text
 from d2o_dist.engine.parts import check_own_parts, part_path, spare_parts
 from d2o_dist.engine.paths import Named, check_apart

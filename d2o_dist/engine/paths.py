@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine.digest import model_paths, tokenizer_paths
+from d2o_dist.models.digest import model_paths, tokenizer_paths
 
 Named = tuple[str, str | Path]
 

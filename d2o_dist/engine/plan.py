@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine import model as loading
-from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.cuda_graph import check_graph
-from d2o_dist.engine.encode import BadRow, ModelLimits, Request, encode_rows
+from d2o_dist.engine.encode import BadRow, Request, encode_rows
 from d2o_dist.engine.output import check_output, check_shared
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
 from d2o_dist.engine.trace import check_trace
-from d2o_dist.integrations.hf import D2OCache
-from d2o_dist.integrations.hf.rope import rope_border
-from d2o_dist.integrations.tensor_parallel import mark_replicas
+from d2o_dist.models import loading
+from d2o_dist.models.cache import ModelCache
+from d2o_dist.models.device import pick_device
 
 
 @dataclass(frozen=True)
@@ -78,17 +77,13 @@ def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -
     if config.trace is not None:
         _make_folder(Path(config.trace))
         check_trace(Path(config.trace), mesh.rank)
-    device = loading.pick_device(config.device)
-    model_config = loading.load_config(config)
-    mark_replicas(model_config, config.parallel)
+    device, shape = pick_device(config.device), loading.describe(config)
     # An empty cache costs nothing, and refuses what it cannot serve.
-    cache = D2OCache(config=model_config, d2o=config.d2o, mesh=mesh, parallel=config.parallel)
-    no_graph = check_graph(config.decode_graph, model_config, device, cache.ranks)
-    positions, vocab_size = loading.max_positions(model_config), loading.vocab_size(model_config)
-    limits = ModelLimits(positions, vocab_size, rope_border(model_config))
-    _check_lengths(config, limits.max_positions)
+    cache = ModelCache(shape, config.d2o, mesh, config.parallel)
+    no_graph = check_graph(config.decode_graph, shape, device, cache.ranks)
+    _check_lengths(config, shape.max_positions)
     tokenizer = loading.load_tokenizer(config)
-    encoded = encode_rows(rows, tokenizer, config, limits)
+    encoded = encode_rows(rows, tokenizer, config, shape)
     warnings = [f"{len(repeated)} ids are used more than once, such as {next(iter(repeated))!r}: tell rows apart by "
                 "their index" for repeated in [repeated_ids(rows)] if repeated]  # fmt: skip
     if no_graph and config.decode_graph == "auto" and device.type == "cuda":
@@ -98,7 +93,7 @@ def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -
         bad_rows=[row for row in encoded if isinstance(row, BadRow)],
         tokenizer=tokenizer,
         warnings=warnings,
-        border=limits.border,
+        border=shape.border,
     )
 
 

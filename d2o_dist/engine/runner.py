@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from d2o_dist.cache.report import CacheReport
+from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine import model as loading
-from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.lock import only_writer
@@ -36,6 +35,7 @@ from d2o_dist.engine.session import Session
 from d2o_dist.engine.summary import Summary, summarise
 from d2o_dist.engine.trace import Trace
 from d2o_dist.evict.budgets import NotFiniteError
+from d2o_dist.models import loading
 
 
 class BatchError(RuntimeError):
@@ -66,11 +66,11 @@ class Runner:
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config = config
-        self.model = model
+        self.model = loading.adapt(model)
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.parallel = config.parallel if mesh.world_size > 1 else None
-        self.eos_ids = loading.eos_ids(model, tokenizer)
+        self.eos_ids = loading.eos_ids(self.model, tokenizer)
         self.pad_id = loading.pad_id(tokenizer)
         self.rank_bytes = 0
         self._trace = trace

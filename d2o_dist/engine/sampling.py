@@ -10,13 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.sampling import SamplingConfig
@@ -35,19 +28,27 @@ def row_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4], "little")
 
 
-def make_processors(config: SamplingConfig) -> LogitsProcessorList:
-    """What is done to the logits before the choice, in the order `generate` does it."""
-    processors = LogitsProcessorList()
+def warp(config: SamplingConfig, scores: Tensor, seen: Tensor | None = None) -> Tensor:
+    """What is done to logits [B, V] before the choice, in the order and the way `generate` of transformers does it.
+
+    Args:
+        seen: [B, T] tokens of each row so far; for a repetition penalty.
+    """
     if config.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
-    if not config.is_greedy:
-        if config.temperature != 1:
-            processors.append(TemperatureLogitsWarper(float(config.temperature)))
-        if config.top_k:
-            processors.append(TopKLogitsWarper(config.top_k))
-        if config.top_p < 1:
-            processors.append(TopPLogitsWarper(float(config.top_p)))
-    return processors
+        found, penalty = scores.gather(1, seen), config.repetition_penalty
+        scores = scores.scatter(1, seen, torch.where(found < 0, found * penalty, found / penalty))
+    if config.is_greedy:
+        return scores
+    scores = scores / config.temperature
+    if config.top_k:
+        lowest = scores.topk(min(config.top_k, scores.shape[-1])).values[:, -1:]
+        scores = scores.masked_fill(scores < lowest, -torch.inf)
+    if config.top_p < 1:
+        ascending, order = scores.sort()
+        out = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p
+        out[:, -1] = False
+        scores = scores.masked_fill(out.scatter(1, order, out), -torch.inf)
+    return scores
 
 
 class Sampler:
@@ -72,7 +73,6 @@ class Sampler:
     ) -> None:
         self.config = config
         self._ranks = RequestRanks.alone() if ranks is None else ranks
-        self._processors = make_processors(config)
         self._generators: list[torch.Generator] | None = None
         if not config.is_greedy:
             self._generators = [torch.Generator(device).manual_seed(row_seed(config.seed, i)) for i in indices]
@@ -88,7 +88,7 @@ class Sampler:
         """The next token of each row from its logits [B, V]; `LOST` for a row whose logits are NaN or infinite. All
         ranks that share the batch call it together."""
         scores = logits if logits.dtype == torch.float64 else logits.float()
-        scores = self._processors(self._seen, scores)
+        scores = warp(self.config, scores, self._seen)
         if self._generators is None:
             chosen = scores.argmax(-1)
         else:

@@ -17,8 +17,9 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.cuda_graph import graph_recorder
+from d2o_dist.engine.reading import read
 from d2o_dist.engine.stepper import Stepper
-from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.models.loading import adapt
 from d2o_dist.policy.config import D2OConfig
 
 
@@ -42,35 +43,22 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return ids, (torch.arange(width) >= width - lengths[:, None]).long()
 
 
-def chunk_ends(length: int, chunk: int | None) -> list[int]:
-    """Where the chunks of a prompt of `length` columns end.
-
-    The last chunk takes one column more rather than leave a chunk of one: the cache takes that for a decode step.
-    """
-    if chunk is None or length <= chunk + 1:
-        return [length]
-    ends = list(range(chunk, length, chunk)) + [length]
-    if ends[-1] - ends[-2] == 1:
-        del ends[-2]
-    return ends
-
-
 class Session:
     """One batch: its rows, their cache, and how long the parts of the prefill took.
 
     Args:
-        model: loaded with `attn_implementation="d2o"`, in evaluation mode.
+        model: in evaluation mode; of Hugging Face, loaded with `attn_implementation="d2o"`. Or its adapter.
         d2o: how the cache is compressed.
-        mesh, parallel, counter: see `D2OCache`. Every rank that shares the batch makes the same calls with the same
+        mesh, parallel, counter: see `ModelCache`. Every rank that shares the batch makes the same calls with the same
             arguments, and gets the same logits but for rounding. So tokens are picked on one rank and sent to the
             others: `Sampler` does, and so does `session.cache.ranks.from_first(tokens)`.
         decode_graph: whether decode steps are CUDA graphs: `auto` (where that is possible), `always`, `never`.
 
     Raises:
-        ValueError: what `D2OCache` refuses; `always` where it is impossible.
+        ValueError: what `ModelCache` refuses; `always` where it is impossible.
 
     Attributes:
-        cache: the batch's `D2OCache`.
+        cache: the batch's `ModelCache`, of the kind that the model takes.
         prefill_s: seconds that the last prompt took, a second reading included and the compression not; None before.
     """
 
@@ -83,10 +71,10 @@ class Session:
         counter: TrafficCounter | None = None,
         decode_graph: str = "auto",
     ) -> None:
-        self.model = model
-        self.cache = D2OCache(config=model.config, d2o=d2o, mesh=mesh, parallel=parallel, counter=counter)
-        recorder = graph_recorder(decode_graph, model.config, self.device, self.cache.ranks)
-        self._stepper = Stepper(model, recorder, required=decode_graph == "always")
+        self.model = adapt(model)
+        self.cache = self.model.make_cache(d2o, mesh, parallel, counter)
+        recorder = graph_recorder(decode_graph, self.model.shape, self.device, self.cache.ranks)
+        self._stepper = Stepper(self.model, recorder, required=decode_graph == "always")
         self.prefill_s: float | None = None
 
     @property
@@ -120,22 +108,9 @@ class Session:
         if not bool(attention_mask[:, -1].all()) or bool((attention_mask.diff(dim=1) < 0).any()):
             raise ValueError("prompts must be padded on the left, and every row needs a token")
         began = self._now()
-        padded = not bool(attention_mask.all())
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0).to(self.device)
-        if seen:
-            positions = positions + torch.tensor(seen, device=self.device)[:, None]
-        ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
-        whole, before = self.cache.compressed.columns.mask_with(mask), self.cache.compressed.num_seen_columns
-        start = 0
-        for end in chunk_ends(ids.shape[1], chunk):
-            if self.cache.ranks.deals_tokens:
-                logits = self._shared_forward(ids[:, start:end], mask[:, start:end])
-            else:
-                told = whole[:, : before + end] if padded else None
-                logits = self._forward(ids[:, start:end], positions[:, start:end], told)
-            start = end
+        logits = read(self.model, self.cache, input_ids, attention_mask, chunk)
         if self.cache.d2o.needs_reread and not seen:
-            self.cache.reread(self.model, ids, mask)
+            self.cache.read_again(self.model.forward, input_ids.to(self.device), attention_mask.to(self.device))
         self.prefill_s = self._now() - began
         self.cache.finalize()
         return logits
@@ -151,7 +126,11 @@ class Session:
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch, in this order; the memory of the others is freed."""
-        self.cache.batch_select_indices(torch.tensor(rows))
+        self.cache.select_rows(torch.tensor(rows))
+
+    def join(self, other: Session) -> None:
+        """Go on with the rows of another session of the same model too, after those that are here."""
+        self.cache.join(other.cache)
 
     def row_usage(self, row: int) -> RowUsage:
         """What the cache holds for one row now, and what an uncompressed one would."""
@@ -184,24 +163,6 @@ class Session:
     def rank_bytes(self) -> int:
         """Bytes of all buffers of the cache on this rank: room to grow, positions and statistics included."""
         return sum(layer.num_allocated_bytes for layer in self.cache.compressed.layers)
-
-    def _shared_forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """A chunk that the sequence ranks share: [B, n] -> the logits of each row's last token [B, V], on all ranks."""
-        part = self.cache.deal(ids, mask)
-        logits = self.model(**part, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        ranks, maps = self.cache.ranks, self.cache.compressed.dealing.latest.maps
-        owners = [one.owner(one.length - 1) if one.length else 0 for one in maps]
-        mine = torch.tensor(owners, device=logits.device) == ranks.sp.rank
-        with ranks.counter.phase("prefill"):
-            # One owner each, the others add zeros: the same bits on all ranks.
-            return ranks.sp.all_reduce(torch.where(mine[:, None], logits, 0))
-
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        return out.logits[:, -1]
 
     def _now(self) -> float:
         """Seconds, after all work on the device is done."""

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine.agreement import agreed
-from d2o_dist.engine.digest import model_digests, tokenizer_digests
-from d2o_dist.engine.model import load_config
+from d2o_dist.models import loading
+from d2o_dist.models.digest import model_digests, tokenizer_digests
 
 
 def check_same_run(mesh: ParallelMesh, settings: Mapping[str, Any], model: InferConfig) -> None:
@@ -34,12 +33,12 @@ def check_same_run(mesh: ParallelMesh, settings: Mapping[str, Any], model: Infer
     if mesh.world_size == 1:
         return
     with agreed(mesh) as same:
-        for name, version in (("torch", torch.__version__), ("transformers", transformers.__version__)):
+        for name, version in (("torch", torch.__version__), *loading.versions()):
             same.add(name, version, shown=version)
         same.add("the code of d2o_dist", _code_digest())
         for name, value in _flat(settings):
             same.add(f"the setting {name}", value, shown=value)
-        load_config(model)  # says what is wrong where there is none
+        loading.describe(model)  # says what is wrong where there is none
         own = model.tokenizer or model.model
         for source, files in ((model.model, model_digests(model.model, model.revision)), (own, tokenizer_digests(own))):
             for name, digest in files.items():

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache as once
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.models.base import ModelAdapter
+from d2o_dist.models.cache import ModelCache
 from d2o_dist.slots.step import DecodeStep
 
 _logger = logging.getLogger(__name__)
@@ -46,14 +47,14 @@ class Stepper:
         num_replayed: steps that were replays.
     """
 
-    def __init__(self, model: Any, recorder: Recorder | None, *, required: bool = False) -> None:
+    def __init__(self, model: ModelAdapter, recorder: Recorder | None, *, required: bool = False) -> None:
         self._model, self._recorder, self._required = model, recorder, required
         self._ids: Tensor | None = None
         self._warm: DecodeStep | None = None
         self._replay: Callable[[], Tensor] | None = None
         self.num_replayed = 0
 
-    def step(self, cache: D2OCache, tokens: Sequence[int] | Tensor, present: Sequence[bool] | None = None) -> Tensor:
+    def step(self, cache: ModelCache, tokens: Sequence[int] | Tensor, present: Sequence[bool] | None = None) -> Tensor:
         """The rows' newest tokens [B] -> next-token logits [B, V].
 
         Args:
@@ -71,7 +72,7 @@ class Stepper:
         cache.end_step()
         return logits
 
-    def _recorded(self, cache: D2OCache, ids: Tensor, step: DecodeStep) -> Tensor:
+    def _recorded(self, cache: ModelCache, ids: Tensor, step: DecodeStep) -> Tensor:
         if self._warm is not step:
             # Let go of the old recording and its memory before a new one is made.
             self._warm, self._replay = step, None
@@ -91,12 +92,8 @@ class Stepper:
         # Whoever takes the logits may keep them; the next replay writes its own into the same memory.
         return self._replay().clone()
 
-    def _run(self, cache: D2OCache, ids: Tensor, step: DecodeStep) -> Tensor:
-        out = self._model(
-            input_ids=ids, position_ids=step.positions[:, None], past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        return out.logits[:, -1]
+    def _run(self, cache: ModelCache, ids: Tensor, step: DecodeStep) -> Tensor:
+        return self._model.forward(ids, step.positions[:, None], cache)
 
     def _give_up(self, obstacle: str) -> None:
         if self._required:

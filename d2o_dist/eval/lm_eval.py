@@ -23,7 +23,6 @@ from d2o_dist.comm import Collectives, ParallelMesh, build_mesh, init_distribute
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.sampling import SamplingConfig
-from d2o_dist.engine import model as loading
 from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
@@ -33,7 +32,7 @@ from d2o_dist.eval.continuation import continuation_logits, lost_rows
 from d2o_dist.eval.reading import Reading
 from d2o_dist.fields.checks import check_int
 from d2o_dist.fields.overrides import apply_overrides
-from d2o_dist.integrations.hf.rope import rope_border
+from d2o_dist.models import loading
 from d2o_dist.policy.config import SIZES, D2OConfig
 from d2o_dist.slots.slots import stats_dtype
 
@@ -111,7 +110,7 @@ class D2OLM(TemplateLM):
         self._eos_ids = loading.eos_ids(self.model, self.tokenizer)
         self._batch_size, self._max_batch_tokens = int(batch_size), int(max_batch_tokens)
         self._max_gen_toks, self._chunk, self._segment = int(max_gen_toks), prefill_chunk, int(rolling_segment)
-        positions = loading.max_positions(self.model.config) or MAX_POSITIONS_IF_UNKNOWN
+        positions = self.model.shape.max_positions or MAX_POSITIONS_IF_UNKNOWN
         self.max_length = min(int(max_length or positions), positions)
 
     # ---- what the harness asks of a model ------------------------------------------------------------------------
@@ -177,7 +176,7 @@ class D2OLM(TemplateLM):
             for sampling in dict.fromkeys(each for each, _ in jobs):
                 own = [request for each, request in jobs if each == sampling]
                 lengths = [len(request.input_ids) for request in own]
-                border = rope_border(self.model.config)
+                border = self.model.shape.border
                 for places in make_batches(lengths, self._batch_size, self._max_batch_tokens, border):
                     batch = [own[place] for place in places]
                     results = generate(

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2o_dist.comm import ParallelMesh
+from d2o_dist.comm.agreement import agreed
 from d2o_dist.config.evaluate import EvalConfig, Method
-from d2o_dist.engine import model as loading
-from d2o_dist.engine.agreement import agreed
-from d2o_dist.engine.digest import model_digests, one_digest
 from d2o_dist.eval.encode import Encoded, Encoder
 from d2o_dist.eval.examples import Example, Passage, Task, Tools
 from d2o_dist.eval.tasks.registry import make_tasks
 from d2o_dist.eval.text import text_loader
-from d2o_dist.integrations.hf import D2OCache
-from d2o_dist.integrations.hf.guards import text_config
-from d2o_dist.integrations.hf.heads import heads_of_tensor_rank
-from d2o_dist.integrations.hf.rope import rope_border
-from d2o_dist.integrations.tensor_parallel import mark_replicas
+from d2o_dist.models import loading
+from d2o_dist.models.cache import ModelCache
+from d2o_dist.models.device import pick_device
+from d2o_dist.models.digest import model_digests, one_digest
 
 
 @dataclass(frozen=True)
@@ -93,24 +90,22 @@ def prepare(
 
 def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -> Plan:
     infer, methods = config.infer(), config.expand_methods()
-    loading.pick_device(config.device)
-    model_config = loading.load_config(infer)
-    mark_replicas(model_config, config.parallel)
-    parallel = config.parallel.resolve(heads_of_tensor_rank(text_config(model_config), config.parallel.tp)[0])
+    pick_device(config.device)
+    shape = loading.describe(infer)
+    parallel = config.parallel.resolve(shape.kv_heads_of_rank(config.parallel.tp))
     for method in methods:
         # An empty cache costs nothing, and refuses what it cannot serve.
         try:
             parallel.check_rules(method.d2o)
-            D2OCache(config=model_config, d2o=method.d2o)
+            ModelCache(shape, method.d2o)
         except ValueError as error:
             raise ValueError(f"method {method.label}: {error}") from error
     tokenizer = loading.load_tokenizer(infer)
-    positions = loading.max_positions(model_config)
     encoder = Encoder(
-        tokenizer, chat_template=config.chat_template, system_prompt=config.system_prompt, max_positions=positions,
-        max_prompt_tokens=config.max_prompt_tokens, truncation=config.truncation,
+        tokenizer, chat_template=config.chat_template, system_prompt=config.system_prompt,
+        max_positions=shape.max_positions, max_prompt_tokens=config.max_prompt_tokens, truncation=config.truncation,
     )  # fmt: skip
-    tools = Tools(tokenizer, text_loader(named_texts), encoder.count, config.seed, positions)
+    tools = Tools(tokenizer, text_loader(named_texts), encoder.count, config.seed, shape.max_positions)
     tasks = make_tasks(config.tasks)
     weights = one_digest(model_digests(config.model, config.revision))
     settings = {name: getattr(config, name) for name in ("model", "tokenizer", "dtype", "revision", "question")}
@@ -123,7 +118,7 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
                 raise ValueError(f"task {task.name}: two rows have the id {row.id}; results are told apart by it")
             ids.add(row.id)
             jobs.append(_make_job(len(jobs), task, row, encoder, settings))
-    return Plan(config, tokenizer, tasks, jobs, methods, weights, rope_border(model_config))
+    return Plan(config, tokenizer, tasks, jobs, methods, weights, shape.border)
 
 
 def _make_job(index: int, task: Task, row: Example | Passage, encoder: Encoder, settings: dict[str, Any]) -> Job:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.engine.session import RowUsage, Session, chunk_ends, left_pad
+from d2o_dist.engine.reading import read
+from d2o_dist.engine.session import RowUsage, Session, left_pad
 from d2o_dist.eval.gathering import gathering_config, group_by_queries, second_reading
-from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.models.cache import ModelCache
+from d2o_dist.models.loading import adapt
 from d2o_dist.policy.config import D2OConfig
 
 TokenRows = Sequence[Sequence[int]]
@@ -49,24 +51,22 @@ class Reading:
     ) -> None:
         if all_logits and chunk is not None:
             raise ValueError(f"all_logits needs prompts read at once, not in chunks of {chunk}")
-        self.model, self._pad_id = model, pad_id
+        self.model, self._pad_id = adapt(model), pad_id
         ids, mask = left_pad(prompts, pad_id)
         # One prefill for all methods, or, where they take column sums from different queries, one for each such group.
         self._caches = {}
         for group in group_by_queries(configs):
-            cache = D2OCache(config=model.config, d2o=gathering_config(group))
+            cache = self.model.make_cache(gathering_config(group))
             self._caches[cache.d2o.query_sample] = cache
-            start = 0
-            for end in chunk_ends(ids.shape[1], chunk):
-                logits = _forward(model, cache, ids[:, start:end], mask[:, start:end], all_logits=all_logits)
-                start = end
+            logits = read(self.model, cache, ids, mask, chunk, all_logits=all_logits)
             reread_chunk = second_reading(group)
             if reread_chunk is not None:
-                cache.reread(model, ids.to(model.device), mask.to(model.device), chunk=reread_chunk)
-        self.logits = logits if all_logits else logits[:, -1]
+                device = self.model.device
+                cache.read_again(self.model.forward, ids.to(device), mask.to(device), chunk=reread_chunk)
+        self.logits = logits
 
     @property
-    def cache(self) -> D2OCache:
+    def cache(self) -> ModelCache:
         """The uncompressed prompts; of several, those that methods without column sums start from."""
         return next(iter(self._caches.values()))
 
@@ -83,7 +83,7 @@ class ReadSession(Session):
         compressed: what the cache held for each row right after the compression; None before.
     """
 
-    def __init__(self, model: Any, cache: D2OCache, logits: Tensor, questions: TokenRows | None, pad_id: int) -> None:
+    def __init__(self, model: Any, cache: ModelCache, logits: Tensor, questions: TokenRows | None, pad_id: int) -> None:
         super().__init__(model, cache.d2o)
         self.cache = cache
         self.compressed: list[RowUsage] | None = None
@@ -96,13 +96,13 @@ class ReadSession(Session):
         self.compressed = [self.row_usage(row) for row in range(len(self.cache.compressed.num_seen))]
         if self._questions is None:
             return self._logits
-        return self.read(self._questions)[:, -1]
+        return self.read(self._questions)
 
     @torch.inference_mode()
     def read(self, rows: TokenRows, *, all_logits: bool = False) -> Tensor:
-        """A later turn: logits [B, n, V] of its columns (padded on the left), or [B, 1, V] of the last one."""
+        """A later turn: logits [B, V] of its last column (padded on the left), or [B, n, V] of all."""
         ids, mask = left_pad(rows, self._pad_id)
-        return _forward(self.model, self.cache, ids, mask, all_logits=all_logits)
+        return read(self.model, self.cache, ids, mask, all_logits=all_logits)
 
 
 class SharedReading:
@@ -152,15 +152,3 @@ class SharedSession(Session):
             return logits
         ids, mask = left_pad(self._questions, pad_id)
         return self.decode(ids[:, 0].tolist()) if ids.shape[1] == 1 else super().prefill(ids, mask)
-
-
-def _forward(model: Any, cache: D2OCache, ids: Tensor, mask: Tensor, *, all_logits: bool = False) -> Tensor:
-    """One forward of the columns ids, mask [B, n] on top of what the cache has seen."""
-    device = model.device
-    seen = torch.tensor(cache.compressed.num_seen or [0] * ids.shape[0])[:, None]
-    positions = (seen + mask.cumsum(-1) - 1).clamp(min=0)
-    padding = None if bool(mask.all()) else cache.compressed.columns.mask_with(mask).to(device)
-    return model(
-        input_ids=ids.to(device), attention_mask=padding, position_ids=positions.to(device), past_key_values=cache,
-        use_cache=True, logits_to_keep=0 if all_logits else 1,
-    ).logits  # fmt: skip

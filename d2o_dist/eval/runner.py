@@ -12,7 +12,6 @@ import torch
 from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.evaluate import FULL, Method
 from d2o_dist.config.sampling import SamplingConfig
-from d2o_dist.engine import model as loading
 from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
@@ -23,6 +22,7 @@ from d2o_dist.eval.plan import Job, Plan
 from d2o_dist.eval.reading import Reading, SharedReading
 from d2o_dist.eval.store import Record
 from d2o_dist.evict.budgets import NotFiniteError
+from d2o_dist.models import loading
 
 Todo = tuple[Job, tuple[Method, ...]]
 
@@ -59,8 +59,8 @@ class Runner:
     def __init__(
         self, plan: Plan, model: Any, mesh: ParallelMesh, *, log: Callable[[str], None] = lambda line: None
     ) -> None:
-        self.plan, self.model, self.mesh = plan, model, mesh
-        self._eos_ids = loading.eos_ids(model, plan.tokenizer)
+        self.plan, self.model, self.mesh = plan, loading.adapt(model), mesh
+        self._eos_ids = loading.eos_ids(self.model, plan.tokenizer)
         self._pad_id = loading.pad_id(plan.tokenizer)
         self._log = log
 

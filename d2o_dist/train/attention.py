@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from d2o_dist.integrations.hf.attention import check_causal
-from d2o_dist.integrations.hf.guards import check_arguments
-from d2o_dist.integrations.hf.masks import names_of, read_pattern
+from d2o_dist.models.hf.attention import check_causal
+from d2o_dist.models.hf.guards import check_arguments
+from d2o_dist.models.hf.masks import names_of, read_pattern
 from d2o_dist.train.passes import Pass
 
 TRAINING_ATTENTION = "d2o_train"

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from d2o_dist.comm import Collectives, ParallelMesh
+from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.queue import first_rank_first
 from d2o_dist.config.train import TrainConfig
-from d2o_dist.engine.agreement import agreed
-from d2o_dist.engine.model import load_config, load_tokenizer
 from d2o_dist.eval.plan import Plan
+from d2o_dist.models.hf.loading import load_config, load_tokenizer
 from d2o_dist.train.batches import Batch, StepOrder, make_batch
 from d2o_dist.train.checkpoints import Checkpoints, RunState
 from d2o_dist.train.documents import load_documents

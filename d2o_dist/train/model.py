@@ -10,9 +10,10 @@ from d2o_dist.comm import Collectives, ParallelMesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.config.train_parts import LoraOptions
-from d2o_dist.engine.model import load_model, max_positions
-from d2o_dist.integrations.hf.guards import layer_windows, text_config
-from d2o_dist.integrations.hf.rope import BORDER, check_side, rope_border
+from d2o_dist.models.hf.guards import text_config
+from d2o_dist.models.hf.shape import shape_of
+from d2o_dist.models.loading import load_model
+from d2o_dist.models.shape import BORDER, check_side
 from d2o_dist.train.attention import TRAINING_ATTENTION, register
 from d2o_dist.train.objective import Objective
 from d2o_dist.train.ulysses import GradientExchange, check_heads
@@ -28,19 +29,18 @@ def check_trainable(model_config: Any, config: TrainConfig) -> None:
         ValueError: names what is not supported, or which sizes do not fit.
     """
     text = text_config(model_config)
-    windows = layer_windows(text)
+    shape = shape_of(model_config)
     for name in _AFTER_HEAD:
         if getattr(text, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{text.model_type}: {name} ({getattr(text, name)}) is not supported in training")
     if getattr(text, "attention_dropout", 0.0):
         raise ValueError(f"attention_dropout ({text.attention_dropout}) is not supported in training: set it to 0")
-    positions = max_positions(model_config)
-    if positions is not None and config.sequence_length > positions:
+    if shape.max_positions is not None and config.sequence_length > shape.max_positions:
         raise ValueError(
             f"sequence_length ({config.sequence_length}) must be at most the model's max_position_embeddings "
-            f"({positions})"
+            f"({shape.max_positions})"
         )
-    border = rope_border(model_config)
+    border = shape.border
     if config.objective != "lm":
         # The context and what follows it are read one after the other.
         check_side(border, config.context_length, config.sequence_length)
@@ -49,10 +49,9 @@ def check_trainable(model_config: Any, config: TrainConfig) -> None:
             f"sp ({config.sp}) cannot train on rows of {config.sequence_length} tokens, beyond {BORDER} ({border}): a "
             "rank with early tokens alone would turn them as in a shorter text"
         )
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    check_heads(text.num_attention_heads, kv_heads, config.sp, compressed=config.objective != "lm")
+    check_heads(shape.num_heads, shape.num_kv_heads, config.sp, compressed=config.objective != "lm")
     if config.objective != "lm":
-        config.d2o.budget.protected(len(windows))
+        config.d2o.budget.protected(len(shape.windows))
 
 
 def load_trainable(config: TrainConfig, device: torch.device) -> Any:
@@ -68,7 +67,7 @@ def load_trainable(config: TrainConfig, device: torch.device) -> Any:
             model=config.model, tokenizer=config.tokenizer, dtype="float32", device=device.type,
             trust_remote_code=config.trust_remote_code, revision=config.revision,
         )
-    )  # fmt: skip
+    ).model  # fmt: skip
     model.set_attn_implementation(TRAINING_ATTENTION)
     model.config.use_cache = False
     model.requires_grad_(True)

@@ -19,8 +19,8 @@ from d2o_dist.attention.prefill import prompt_rates
 from d2o_dist.attention.sampled import prompt_column_sums
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.core.statistics import RATE_FLOOR, column_sum_variance, group_sum
-from d2o_dist.integrations.hf.packed import by_document
 from d2o_dist.kernels.prefill_attention import prefill_attention
+from d2o_dist.models.hf.packed import by_document
 from d2o_dist.policy import D2OConfig
 from d2o_dist.slots.slots import stats_dtype
 from d2o_dist.train.past import Past, attend_past, window_past

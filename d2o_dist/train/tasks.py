@@ -15,7 +15,7 @@ from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.eval.plan import Plan, prepare
 from d2o_dist.eval.runner import Runner, batches
-from d2o_dist.integrations.hf.guards import ATTENTION_NAME
+from d2o_dist.models.hf.guards import ATTENTION_NAME
 from d2o_dist.train.attention import TRAINING_ATTENTION
 from d2o_dist.train.engine import Engine
 

@@ -17,10 +17,10 @@ from d2o_dist.comm.launch import init_distributed, read_environment, run_guarded
 from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.engine.model import load_model, load_tokenizer
 from d2o_dist.engine.startup import check_same_run
 from d2o_dist.eval.essays import essays
 from d2o_dist.eval.fetch import FetchError
+from d2o_dist.models.loading import load_model, load_tokenizer
 from d2o_dist.policy.config import D2OConfig
 from launch.demo.compare import answer_all, table
 from launch.demo.model import prepare_model
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line, flush=True)
 
     say(
-        f"{config.model}: {model.config.num_hidden_layers} layers, prompts of {args.tokens} tokens of real essays, "
+        f"{config.model}: {len(model.shape.windows)} layers, prompts of {args.tokens} tokens of real essays, "
         f"on {parallel.sp} rank{'s' if parallel.sp > 1 else ''}\n"
     )
     answers = []

@@ -122,9 +122,9 @@ def test_flags_of_the_mesh(tmp_path, capsys):
     assert values["trace"] == "t"
 
 
-@pytest.mark.parametrize("where", ["load_model", "load_config"])
+@pytest.mark.parametrize("where", ["load_model", "describe"])
 def test_an_interruption_is_exit_status_130(folder, monkeypatch, where, capsys):
-    from d2o_dist.engine import model as loading
+    from d2o_dist.models import loading
 
     def interrupt(*args):
         raise KeyboardInterrupt

@@ -10,8 +10,8 @@ import pytest
 
 from d2o_dist.cli import evaluate, infer, train
 from d2o_dist.engine import lock as locking
-from d2o_dist.engine import model as loading
 from d2o_dist.fields.io import dump_yaml
+from d2o_dist.models import loading
 from d2o_dist.train import model as train_model
 from tests.engine.tiny import make_folder
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2o_dist.cli import evaluate, infer, train
-from d2o_dist.engine import model as loading
+from d2o_dist.models import loading
 from d2o_dist.train import model as train_model
 from launch.demo import __main__ as demo
 from tests.cli.test_many_ranks import speak

@@ -64,7 +64,7 @@ def test_a_rank_trains_on_a_gpu_of_its_own(tmp_path, as_rank, monkeypatch, devic
     # Where the weights are loaded, the device is chosen once more.
     loaded = []
     monkeypatch.setattr(train_model, "load_model", lambda infer: loaded.append(infer) or torch.nn.Linear(1, 1))
-    with pytest.raises(AttributeError):  # a linear layer is no model of transformers
+    with pytest.raises(AttributeError):  # a linear layer is no adapter
         train_model.load_trainable(config, found[0])
     assert train.pick_device(loaded[0].device) == found[0]
 

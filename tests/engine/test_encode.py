@@ -5,13 +5,21 @@ from __future__ import annotations
 import pytest
 
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine.encode import ModelLimits, Request, encode_row
+from d2o_dist.engine.encode import Request, encode_row
 from d2o_dist.engine.prompts import PromptRow
+from d2o_dist.models.shape import ModelShape
 from tests.engine.tiny import make_tokenizer
 
 TOKENIZER, BARE = make_tokenizer(), make_tokenizer(template=False)
 CHAT = ({"role": "user", "content": "one two"},)
-ROOMY = ModelLimits(10_000, 320)
+
+
+def limits(max_positions, vocab_size) -> ModelShape:
+    """A model of these limits."""
+    return ModelShape((None,), 4, 2, 16, vocab_size=vocab_size, max_positions=max_positions)
+
+
+ROOMY = limits(10_000, 320)
 
 
 def encode(row: PromptRow, *, tokenizer=TOKENIZER, limits=ROOMY, new: int = 8, **fields):
@@ -54,11 +62,11 @@ def test_system_prompt_and_continued_answer():
         (PROMPT, {"tokenizer": BARE, "system_prompt": "x"}, "system_prompt is given, but the tokenizer has no chat"),
         (PromptRow(0, 0, messages=({"role": "tool", "content": ""},)), {}, "the chat template failed: no tools here"),
         (PromptRow(0, 0, error="line 3: bad"), {}, "line 3: bad"),
-        (PROMPT, {"limits": ModelLimits(20, None)}, "has 27 tokens and max_new_tokens is 8: together above the model's "
+        (PROMPT, {"limits": limits(20, None)}, "has 27 tokens and max_new_tokens is 8: together above the model's "
          "max_position_embeddings (20)"),
-        (PROMPT, {"limits": ModelLimits(8, None)}, "max_new_tokens (8) leaves no room for a prompt"),
+        (PROMPT, {"limits": limits(8, None)}, "max_new_tokens (8) leaves no room for a prompt"),
         (PROMPT, {"max_prompt_tokens": 5}, "has 27 tokens, above max_prompt_tokens (5)"),
-        (PROMPT, {"limits": ModelLimits(None, 50)}, "is outside the model's vocabulary (50)"),
+        (PROMPT, {"limits": limits(None, 50)}, "is outside the model's vocabulary (50)"),
     ],
 )  # fmt: skip
 def test_refusals(row, options, message):
@@ -82,7 +90,7 @@ def test_truncation():
         cut = encode(row, chat_template="never", truncation=how, max_prompt_tokens=limit)
         assert cut.input_ids == expected, (how, limit)
     # Without a limit of one's own, the model's positions are it.
-    assert len(encode(row, chat_template="never", truncation="left", limits=ModelLimits(15, 320)).input_ids) == 7
+    assert len(encode(row, chat_template="never", truncation="left", limits=limits(15, 320)).input_ids) == 7
 
 
 def test_a_row_has_limits_of_its_own():

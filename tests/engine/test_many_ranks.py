@@ -13,6 +13,7 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import runner as running
 from d2o_dist.engine.plan import prepare
 from d2o_dist.engine.runner import run
+from d2o_dist.models.hf import loading as hf
 from tests.engine.tiny import make_folder
 from tests.ranks import RankError, run_ranks
 
@@ -176,5 +177,5 @@ def without_weights(rank, world, values):
                 raise ValueError(f"the weights of {name} cannot be loaded: gone")
             return auto.from_pretrained(name, **kwargs)
 
-        running.loading._load = load
+        hf._load = load
     return whole_run(rank, world, values)

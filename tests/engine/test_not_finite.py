@@ -174,8 +174,9 @@ class Spoiler:
             return
 
         def load(*args):
-            self.model = real_load(*args)
-            return self.model
+            adapter = real_load(*args)
+            self.model = adapter.model
+            return adapter
 
         def generate(session, requests, sampling, tokenizer, **kwargs):
             rows = [place for place, each in enumerate(requests) if each.id == "bad"]

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine import model as loading
 from d2o_dist.engine import plan
 from d2o_dist.engine import runner as running
 from d2o_dist.engine.lock import OutputLock
 from d2o_dist.engine.output import lock_path
 from d2o_dist.engine.plan import prepare
 from d2o_dist.engine.runner import run
+from d2o_dist.models import loading
 from tests.engine.tiny import MAX_POSITIONS, make_folder, make_tokenizer
+from tests.models import tiny_model
 
 WORDS = "the quick brown fox jumps over the lazy dog and folds the rest into a cache".split()
 
@@ -162,7 +163,7 @@ def test_no_graph_on_a_gpu_is_told(folder, tmp_path, monkeypatch):
     """On a CPU nobody expects one."""
     told = {}
     for device in ("cpu", "cuda"):
-        monkeypatch.setattr(loading, "pick_device", lambda name, device=device: torch.device(device))
+        monkeypatch.setattr(plan, "pick_device", lambda name, device=device: torch.device(device))
         monkeypatch.setattr(plan, "check_graph", lambda *args: "reasons")
         told[device] = prepare(make_config(folder, tmp_path, ROWS)).warnings
     assert told == {"cpu": [], "cuda": ["decode steps are run by Python, not as a CUDA graph: reasons"]}
@@ -191,29 +192,27 @@ def test_repeated_ids_are_reported(folder, tmp_path):
 
 
 def test_special_ids(folder):
-    class Model:
-        generation_config = type("G", (), {"eos_token_id": [4, 5]})()
-
-    tokenizer = make_tokenizer()
-    assert loading.eos_ids(Model, tokenizer) == {1, 4, 5} and loading.pad_id(tokenizer) == 2
+    model, tokenizer = tiny_model(), make_tokenizer()
+    model.generation_config.eos_token_id = [4, 5]
+    assert loading.eos_ids(loading.adapt(model), tokenizer) == {1, 4, 5} and loading.pad_id(tokenizer) == 2
     assert loading.pad_id(make_tokenizer(pad=False)) == 1
-    Model.generation_config.eos_token_id = 7
-    assert loading.eos_ids(Model, tokenizer) == {1, 7}
-    Model.generation_config.eos_token_id = None
-    assert loading.eos_ids(Model, tokenizer) == {1}
+    model.generation_config.eos_token_id = 7
+    assert loading.eos_ids(loading.adapt(model), tokenizer) == {1, 7}
+    model.generation_config.eos_token_id = None
+    assert loading.eos_ids(loading.adapt(model), tokenizer) == {1}
 
 
 def test_auto_is_float32_for_a_half_precision_checkpoint_on_a_cpu(folder, tmp_path):
-    model = loading.load_model(InferConfig(model=str(folder), device="cpu")).bfloat16()
+    model = loading.load_model(InferConfig(model=str(folder), device="cpu")).model.bfloat16()
     model.save_pretrained(tmp_path / "half")
     for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
         config = InferConfig(model=str(tmp_path / "half"), dtype=dtype, device="cpu")
-        assert loading.load_model(config).dtype == expected
+        assert loading.load_model(config).model.dtype == expected
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_dtype(folder, dtype):
-    model = loading.load_model(InferConfig(model=str(folder), dtype=dtype, device="cpu"))
+    model = loading.load_model(InferConfig(model=str(folder), dtype=dtype, device="cpu")).model
     assert model.dtype == (torch.float64 if dtype == "auto" else torch.float32)
     assert not model.training and model.config._attn_implementation == "d2o"
 

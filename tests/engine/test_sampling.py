@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from d2o_dist.config.sampling import SamplingConfig
-from d2o_dist.engine.sampling import LOST, Sampler, make_processors, row_seed
+from d2o_dist.engine.sampling import LOST, Sampler, row_seed, warp
 
 CPU = torch.device("cpu")
 CONFIGS = {
@@ -52,7 +53,7 @@ def test_draws_are_those_of_multinomial(dtype):
     generators = [torch.Generator().manual_seed(row_seed(3, index)) for index in range(4)]
     for step in range(30):
         scores = logits(step).to(dtype)
-        probs = make_processors(config)(None, scores).softmax(-1)
+        probs = warp(config, scores).softmax(-1)
         want = [torch.multinomial(row, 1, generator=each).item() for row, each in zip(probs, generators, strict=True)]
         assert sampler.pick(scores) == want
 
@@ -102,6 +103,24 @@ def test_the_penalty_counts_prompt_and_answer():
 
 
 def test_only_what_is_asked_for_is_done():
-    assert len(make_processors(SamplingConfig())) == 0
-    assert len(make_processors(SamplingConfig(top_k=5, top_p=0.5))) == 0  # greedy
-    assert len(make_processors(CONFIGS["all"])) == 4
+    for config in (SamplingConfig(), SamplingConfig(top_k=5, top_p=0.5), SamplingConfig(temperature=1.0)):
+        assert torch.equal(warp(config, logits(0)), logits(0))
+
+
+@pytest.mark.parametrize("fields", [
+    {"temperature": 0.7}, {"temperature": 1.5, "top_k": 3}, {"temperature": 1.0, "top_k": 99},
+    {"repetition_penalty": 1.7}, {"temperature": 1.0, "top_p": 0.4},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3},
+], ids=str)  # fmt: skip
+def test_logits_are_changed_as_generate_of_transformers_does(fields):
+    config, seen = SamplingConfig(**fields), torch.tensor(PROMPTS[2] + PROMPTS[2])[None].repeat(4, 1)
+    theirs = transformers.LogitsProcessorList()
+    theirs.append(transformers.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if not config.is_greedy:
+        theirs.append(transformers.TemperatureLogitsWarper(config.temperature))
+        theirs += [transformers.TopKLogitsWarper(config.top_k)] if config.top_k else []
+        theirs += [transformers.TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+    for step in range(5):
+        for dtype in (torch.float32, torch.float64):
+            scores = logits(step).to(dtype)
+            assert torch.equal(warp(config, scores, seen), theirs(seen, scores))

@@ -8,7 +8,8 @@ import torch
 from d2o_dist import D2OCache
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.loop import generate
-from d2o_dist.engine.session import Session, chunk_ends, left_pad
+from d2o_dist.engine.reading import chunk_ends
+from d2o_dist.engine.session import Session, left_pad
 from tests.engine.tiny import Numbers, request
 from tests.models import left_padded, tiny_model, tokens
 from tests.spec import spec

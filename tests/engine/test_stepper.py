@@ -22,6 +22,7 @@ from d2o_dist.engine.cuda_graph import CudaGraphRecorder, graph_recorder, obstac
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session, left_pad
 from d2o_dist.engine.stepper import Stepper
+from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.policy.merge import nearest_kept
 from tests.engine.tape import HostSync, TapeRecorder, watched
 from tests.engine.tiny import Numbers, request
@@ -300,7 +301,7 @@ def test_steps_must_be_closed():
     with pytest.raises(ValueError, match="in the middle of another forward or step"):
         cache.begin_step()
     with pytest.raises(ValueError, match="a decode step was announced, but a chunk of 2 columns came"):
-        session._forward(tokens(2, 2), torch.zeros(2, 2, dtype=torch.long), None)
+        session.model.forward(tokens(2, 2), torch.zeros(2, 2, dtype=torch.long), cache)
 
 
 def test_nothing_outlives_the_session():
@@ -358,12 +359,12 @@ def test_what_a_gpu_will_check(monkeypatch, recorder, preset):
 def test_obstacles_are_named():
     model, ranks = tiny_model(), D2OCache(tiny_model().config, PRESETS["mass"]).ranks
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert obstacle(model.config, gpu, ranks) is None
-    assert "on cpu" in obstacle(model.config, cpu, ranks)
+    assert obstacle(shape_of(model.config), gpu, ranks) is None
+    assert "on cpu" in obstacle(shape_of(model.config), cpu, ranks)
     dynamic = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}).config
-    assert "dynamic" in obstacle(dynamic, gpu, ranks)
-    assert graph_recorder("auto", model.config, cpu, ranks) is None
-    assert graph_recorder("never", model.config, gpu, ranks) is None
+    assert "dynamic" in obstacle(shape_of(dynamic), gpu, ranks)
+    assert graph_recorder("auto", shape_of(model.config), cpu, ranks) is None
+    assert graph_recorder("never", shape_of(model.config), gpu, ranks) is None
     with pytest.raises(ValueError, match=r"decode_graph \(always\) is impossible: the model is on cpu"):
         Session(model, PRESETS["mass"], decode_graph="always")
 
@@ -371,7 +372,7 @@ def test_obstacles_are_named():
 def test_a_stepper_without_recorder_takes_tensors():
     model = tiny_model()
     plain, other, logits = pair(model, PRESETS["mass"], BATCHES["ragged"])
-    assert torch.equal(plain.decode([2, 3, 4]), Stepper(model, None).step(other.cache, torch.tensor([2, 3, 4])))
+    assert torch.equal(plain.decode([2, 3, 4]), Stepper(plain.model, None).step(other.cache, torch.tensor([2, 3, 4])))
 
 
 class FakeCuda:

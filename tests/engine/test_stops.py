@@ -286,7 +286,7 @@ def test_until_of_the_harness(folder):
         said.append(fox if len(said) < 2 else end)
         return torch.zeros_like(logits).index_fill(-1, torch.tensor(said[-1]), 1)
 
-    lm.model.lm_head.register_forward_hook(say)
+    lm.model.model.lm_head.register_forward_hook(say)
     arguments = {"until": ["\n\n", END], "max_gen_toks": 9}
     (text,) = lm.generate_until([SimpleNamespace(args=(f"a {END} b", arguments))], True)
     assert text == 2 * decode_tokens(lm.tokenizer, [fox]) and said == [fox, fox, end]

@@ -8,7 +8,7 @@ import torch
 from d2o_dist.engine.session import Session
 from d2o_dist.eval.gathering import gathering_config, group_by_queries
 from d2o_dist.eval.reading import Reading
-from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.models.hf import D2OCache
 from d2o_dist.policy.config import D2OConfig
 from tests.models import left_padded, tiny_model, tokens
 from tests.spec import PRESETS, spec

@@ -47,7 +47,7 @@ def test_full_loglikelihood_is_that_of_a_forward(folder):
     for (context, continuation), (total, greedy) in zip(pairs, lm.loglikelihood(requests(*pairs), True), strict=True):
         ids = lm.tok_encode(context) if context else [lm.prefix_token_id]
         follows = lm.tok_encode(continuation)
-        rows = log_probs(lm.model, ids + follows)[len(ids) - 1 : -1]
+        rows = log_probs(lm.model.model, ids + follows)[len(ids) - 1 : -1]
         assert total == pytest.approx(sum(float(row[token]) for row, token in zip(rows, follows, strict=True)))
         assert greedy == (rows.argmax(-1).tolist() == follows)
 
@@ -69,7 +69,7 @@ def test_rolling_loglikelihood(folder):
     text = " ".join(WORDS * 6)
     lm = make(folder, preset="full", rolling_segment=30)
     ids = lm.tok_encode(text, add_special_tokens=False)
-    rows = log_probs(lm.model, [lm.prefix_token_id, *ids[:-1]])
+    rows = log_probs(lm.model.model, [lm.prefix_token_id, *ids[:-1]])
     expected = sum(float(row[token]) for row, token in zip(rows, ids, strict=True))
     assert lm.loglikelihood_rolling(requests((text,)), True)[0] == pytest.approx(expected)
     less = make(folder, preset="h2o", keep_ratio=0.2, rolling_segment=30, **SMALL)
@@ -89,7 +89,7 @@ def test_generation_is_that_of_generate(folder):
     texts = lm.generate_until(requests((CONTEXT, arguments), ("the fox", arguments), ("a", {"until": []})), True)
     for context, text in zip((CONTEXT, "the fox"), texts, strict=False):
         ids = torch.tensor([lm.tok_encode(context)])
-        new = lm.model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
+        new = lm.model.model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
         assert text == lm.tokenizer.decode(new, skip_special_tokens=True).split("\n")[0]
     assert len(lm.tok_encode(texts[2])) <= 256 and lm.apply_chat_template([{"role": "user", "content": "hi"}])
 

@@ -9,7 +9,7 @@ from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.loop import generate
 from d2o_dist.eval.continuation import compare, continuation_logits
 from d2o_dist.eval.reading import Reading
-from d2o_dist.integrations.hf import D2OCache
+from d2o_dist.models.hf import D2OCache
 from tests.engine.tiny import Numbers, request
 from tests.models import tiny_model, tokens
 from tests.spec import spec

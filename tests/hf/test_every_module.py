@@ -170,7 +170,7 @@ def test_a_cache_never_needs_a_mask_of_all_pairs(family, monkeypatch):
 @pytest.mark.parametrize("window", [None, 7])
 def test_without_a_mask_position_ids_and_windows_hold(window):
     """As engines that share the tokens of a row over ranks call it: they know no mask of the whole row."""
-    from d2o_dist.integrations.hf.attention import d2o_attention
+    from d2o_dist.models.hf.attention import d2o_attention
 
     q, k, v = torch.randn(3, 2, 4, 30, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     place, document = torch.arange(30), torch.tensor([0] * 11 + [1] * 19)
@@ -187,7 +187,7 @@ def test_without_a_mask_position_ids_and_windows_hold(window):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_mask_that_the_model_writes_to_is_the_one_that_holds(mode):
-    from d2o_dist.integrations.hf.masks import make_mask
+    from d2o_dist.models.hf.masks import make_mask
 
     with mode():
         mask = make_mask(batch_size=1, q_length=4, kv_length=4, dtype=torch.float64)

@@ -9,10 +9,11 @@ from transformers import PhimoeConfig, PhimoeForCausalLM
 from d2o_dist import D2OCache
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.batching import make_batches
-from d2o_dist.engine.encode import ModelLimits, Request, encode_row
+from d2o_dist.engine.encode import Request, encode_row
 from d2o_dist.engine.prompts import PromptRow
 from d2o_dist.engine.session import Session, left_pad
-from d2o_dist.integrations.hf.rope import rope_border
+from d2o_dist.models.hf.rope import rope_border
+from d2o_dist.models.shape import ModelShape
 from tests.hf.test_generate import make_cache
 from tests.models import FAMILIES, left_padded, tiny_model, tokens
 from tests.spec import spec
@@ -131,6 +132,9 @@ def test_a_cache_that_no_forward_was_given_says_so():
     assert cache.report().compression_ratio > 0.5
 
 
+SHAPE = ModelShape((None,), 4, 2, 16, vocab_size=89, max_positions=400, border=BORDER)
+
+
 class Letters:
     """A tokenizer of one token a character."""
 
@@ -153,7 +157,7 @@ class Letters:
 ], ids=str)  # fmt: skip
 def test_rows_that_would_cross_the_border_are_refused_before_the_run(count, new, fields, message):
     config = InferConfig.from_dict({"model": "m", "sampling": {"max_new_tokens": new}, **fields})
-    made = encode_row(PromptRow(0, 0, prompt="x" * count), Letters(), config, ModelLimits(400, 89, BORDER))
+    made = encode_row(PromptRow(0, 0, prompt="x" * count), Letters(), config, SHAPE)
     assert isinstance(made, Request) if message is None else message in made.error
 
 

@@ -122,7 +122,7 @@ def test_budgets_the_model_cannot_have_are_refused_before_any_forward():
 
 
 def test_softcap_sinks_and_unknown_arguments_are_refused_with_a_cache_and_without():
-    from d2o_dist.integrations.hf.attention import d2o_attention
+    from d2o_dist.models.hf.attention import d2o_attention
 
     q = torch.randn(1, 4, 5, 8)
     module = torch.nn.Identity()

@@ -8,10 +8,10 @@ from transformers import LlamaConfig, Phi3Config, PreTrainedModel
 
 from d2o_dist.comm import build_mesh
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.integrations import tensor_parallel
-from d2o_dist.integrations.hf.heads import heads_of_tensor_rank
-from d2o_dist.integrations.hf.tensor_parallel import kv_replicas, repeat_kv_heads
-from d2o_dist.integrations.tensor_parallel import mark_replicas, shard_model
+from d2o_dist.models.hf import shard
+from d2o_dist.models.hf.shape import shape_of
+from d2o_dist.models.hf.shard import mark_replicas, shard_model
+from d2o_dist.models.hf.tensor_parallel import kv_replicas, repeat_kv_heads
 from tests.models import left_padded, tiny_model
 from tests.oracle.naive_d2o import use_float64_norms
 from tests.ranks import run_ranks
@@ -33,7 +33,7 @@ def test_how_often_a_kv_head_is_copied(heads, kv_heads, tp, replicas):
     assert kv_replicas(model_config, tp) == replicas
     assert mark_replicas(model_config, ParallelConfig(tp=tp, tp_engine="transformers")) == replicas
     assert getattr(model_config, "d2o_kv_replicas", 1) == replicas
-    assert heads_of_tensor_rank(model_config, tp) == (max(1, kv_heads // tp), replicas)
+    assert shape_of(model_config).kv_heads_of_rank(tp) == max(1, kv_heads // tp)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_packed_projections_are_refused():
 
 
 def test_an_engine_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr("d2o_dist.integrations.deepspeed.find_spec", lambda name: None)
+    monkeypatch.setattr("d2o_dist.models.hf.deepspeed.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"tp_engine \(deepspeed\) needs the package deepspeed: pip install deepspeed"):
         mark_replicas(config(), ParallelConfig(tp=2))
     assert mark_replicas(config(), ParallelConfig(tp=2, tp_engine="transformers")) == 1
@@ -160,7 +160,7 @@ def test_a_sharded_model_is_the_model(engine, world):
 
 def failing(rank, world):
     model = tiny_model(num_attention_heads=8)
-    tensor_parallel.shard_with_transformers = lambda *args: 1 / 0
+    shard.shard_with_transformers = lambda *args: 1 / 0
     with pytest.raises(ZeroDivisionError):
         shard_model(model, build_mesh(tp=world), ParallelConfig(tp=world, tp_engine="transformers"), CPU)
     return model.config.num_key_value_heads

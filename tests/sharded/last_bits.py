@@ -10,7 +10,7 @@ from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import generate
 from d2o_dist.engine.session import Session
-from d2o_dist.integrations.tensor_parallel import shard_model
+from d2o_dist.models.hf.shard import shard_model
 from d2o_dist.policy.score import SCORES
 from tests.engine.tiny import Numbers
 from tests.models import VOCABULARY, tiny_model

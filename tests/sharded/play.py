@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from d2o_dist.comm import TrafficCounter, build_mesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
-from d2o_dist.integrations.tensor_parallel import shard_model
+from d2o_dist.models.hf.shard import shard_model
 from d2o_dist.policy import D2OConfig
 from tests.models import left_padded, tiny_model
 from tests.oracle.naive_d2o import use_float64_norms
@@ -92,7 +92,12 @@ def play(one: Play, mesh=None, parallel=None, counter=None) -> dict[str, Any]:
         model = shard_model(model, mesh, parallel, torch.device("cpu"))
     if one.dtype == torch.float64 and one.family != "gemma3":
         use_float64_norms(model)  # or they would round differences away, and make some as large as float32's
-    session = Session(model, one.config, mesh, parallel, counter)
+    return play_on(Session(model, one.config, mesh, parallel, counter), one)
+
+
+@torch.no_grad()
+def play_on(session: Session, one: Play) -> dict[str, Any]:
+    """`play` with a session of a model of any library."""
     ids, mask = left_padded(list(one.lengths), one.seed)
     logits = session.prefill(ids, mask, one.chunk)
     first = positions_of(session)

@@ -8,8 +8,8 @@ import torch
 from d2o_dist import D2OCache
 from d2o_dist.comm import build_mesh
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.integrations.hf import FirstRankScores
-from d2o_dist.integrations.tensor_parallel import shard_model
+from d2o_dist.models.hf import FirstRankScores
+from d2o_dist.models.hf.shard import shard_model
 from tests.models import VOCABULARY, left_padded, tiny_model, tokens
 from tests.ranks import run_ranks
 from tests.sharded.last_bits import second_is_likelier, tied

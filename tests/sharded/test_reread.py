@@ -9,7 +9,7 @@ from d2o_dist.comm import build_mesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
 from d2o_dist.evict.agree import DisagreementError
-from d2o_dist.integrations.tensor_parallel import shard_model
+from d2o_dist.models.hf.shard import shard_model
 from tests.models import tiny_model, tokens
 from tests.ranks import RankError, run_ranks
 from tests.sharded.play import Play, on_rank

@@ -199,11 +199,11 @@ def refusals(rank: int, world: int) -> list[str]:
         except ValueError as error:
             said.append(str(error))
 
-    attempt(lambda: session.model(ids, past_key_values=cache))
+    attempt(lambda: session.model.forward(ids, None, cache))
     attempt(lambda: cache.deal(ids, torch.zeros_like(ids)))
     attempt(lambda: cache.deal(ids, torch.ones(2, 3)))
     cache.deal(ids)
-    attempt(lambda: session.model(ids, past_key_values=cache))
+    attempt(lambda: session.model.forward(ids, None, cache))
     attempt(lambda: Session(session.model, Play().config, build_mesh(sp=world), ParallelConfig(sp=3)))
     attempt(lambda: RequestRanks(build_mesh(sp=world), ParallelConfig(sp=world, sp_prefill="ulysses"), 1))
     Collectives(build_mesh(sp=world).axis("sp")).barrier()

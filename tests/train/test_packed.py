@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d2o_dist.integrations.hf.packed import document_lengths
+from d2o_dist.models.hf.packed import document_lengths
 from tests.models import tiny_model, tokens
 from tests.train.helpers import cut, tiny_objective
 

@@ -10,9 +10,9 @@ import torch
 
 from d2o_dist.comm import ParallelMesh, build_mesh
 from d2o_dist.config.evaluate import EvalConfig
-from d2o_dist.engine.model import load_model
 from d2o_dist.eval.plan import prepare as prepare_evaluation
 from d2o_dist.eval.runner import Runner
+from d2o_dist.models.loading import load_model
 from d2o_dist.train.loop import train
 from d2o_dist.train.tasks import run_tasks
 from tests.eval.parts import TEXT

@@ -13,10 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from d2o_dist.core.autocast import without_autocast
-from d2o_dist.integrations.hf.guards import ATTENTION_NAME, check_arguments
-from d2o_dist.integrations.hf.masks import LazyMask, make_mask
-from d2o_dist.integrations.hf.packed import by_document, document_lengths, lengths_of
+from d2o_dist.models.hf.guards import ATTENTION_NAME, check_arguments
+from d2o_dist.models.hf.masks import LazyMask, make_mask
+from d2o_dist.models.hf.packed import by_document, document_lengths, lengths_of
 
 # `D2OCache.update` hands the keys on with this attribute, through which the attention function finds its cache.
 CACHE_TAG = "d2o_cache"
@@ -58,8 +57,7 @@ def d2o_attention(
         # Positions are added in float32 there, so that queries and keys are no longer what values are.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    with torch.no_grad(), without_autocast():
-        out = cache.attend(module, query, key, value, scale, padding, kwargs.get("position_ids"))
+    out = cache.attend(module, query, key, value, scale, padding, kwargs.get("position_ids"))
     return out.transpose(1, 2), None
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-from d2o_dist.comm.launch import read_environment
+from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine.agreement import agreed
-from d2o_dist.engine.checkpoint import check_keys, without_report
-from d2o_dist.integrations.hf.guards import ATTENTION_NAME, text_config
-from d2o_dist.integrations.tensor_parallel import shard_model
+from d2o_dist.models.device import pick_device
+from d2o_dist.models.hf.checkpoint import check_keys, without_report
+from d2o_dist.models.hf.guards import ATTENTION_NAME, check_interface, text_config
+from d2o_dist.models.hf.model import HFModel
+from d2o_dist.models.hf.shape import shape_of
+from d2o_dist.models.hf.shard import mark_replicas, shard_model
+from d2o_dist.models.shape import ModelShape
 
 
 def load_config(config: InferConfig) -> Any:
-    """The model's configuration.
+    """The model's configuration, as transformers has it.
 
     Raises:
         ValueError: the folder is missing or has no usable `config.json`, or the hub does not have the model.
@@ -37,22 +43,25 @@ def load_tokenizer(config: InferConfig) -> Any:
     return _load("tokenizer", AutoTokenizer, config.tokenizer or config.model, **hub)
 
 
-def load_model(config: InferConfig, mesh: ParallelMesh | None = None) -> Any:
-    """The model with its weights, on its device, in evaluation mode, attending through `d2o`.
-
-    Args:
-        mesh: with tp > 1 every rank reads the whole checkpoint and keeps its shard; every rank of the mesh calls.
+def describe(config: InferConfig) -> ModelShape:
+    """The shape of the model on the mesh of `config.parallel`, from its configuration.
 
     Raises:
-        ValueError: the weights, or some of their keys, are missing or do not fit the configuration, on this rank or
-            another.
+        ValueError: there is none; a model that cannot be compressed, or be divided among the tensor ranks.
     """
-    mesh = ParallelMesh.local() if mesh is None else mesh
+    model_config = load_config(config)
+    check_interface(text_config(model_config))
+    mark_replicas(model_config, config.parallel)
+    return shape_of(model_config)
+
+
+def load_model(config: InferConfig, mesh: ParallelMesh) -> HFModel:
+    """The model with its weights, attending through `d2o`; see `models.loading.load_model`."""
     # Sharding is collective: either all ranks have the weights, or none goes on.
     with agreed(mesh):
         device = pick_device(config.device)
         model = _load_whole(config, device)
-    return shard_model(model, mesh, config.parallel, device).eval().requires_grad_(False)
+    return HFModel(shard_model(model, mesh, config.parallel, device).eval().requires_grad_(False))
 
 
 def _load_whole(config: InferConfig, device: torch.device) -> Any:
@@ -70,45 +79,18 @@ def _load_whole(config: InferConfig, device: torch.device) -> Any:
     return model
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means; of several ranks, each has the GPU of its local rank.
-
-    Raises:
-        ValueError: a CUDA device that this machine does not have, or one by number for several ranks.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if count else "cpu"
-    device, launch = torch.device(name), read_environment()
-    if device.type == "cuda" and launch.world_size > 1:
-        if device.index is not None:
-            raise ValueError(f"device ({name}) is one GPU for {launch.world_size} ranks: use auto or cuda")
-        device = torch.device("cuda", launch.local_rank)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device ({device}) is not there: this machine has {count} CUDA devices")
-    return device
-
-
-def max_positions(model_config: Any) -> int | None:
-    """Tokens the model has positions for; None where its configuration does not say."""
-    return getattr(text_config(model_config), "max_position_embeddings", None)
-
-
-def vocab_size(model_config: Any) -> int | None:
-    """Token ids the model has embeddings for; None where its configuration does not say."""
-    return getattr(text_config(model_config), "vocab_size", None)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The id that fills shorter rows. Masked everywhere, so a tokenizer without one may use any."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text: the generation configuration's (one or a list), and the tokenizer's."""
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = list(found) if isinstance(found, (list, tuple)) else [found]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A block without progress bars and warnings of transformers."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _hub(config: InferConfig) -> dict[str, Any]:

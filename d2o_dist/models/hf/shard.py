@@ -8,14 +8,13 @@ import torch
 
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.integrations.deepspeed import check_installed, shard_with_deepspeed
-from d2o_dist.integrations.hf.guards import text_config
-from d2o_dist.integrations.hf.heads import KV_REPLICAS
-from d2o_dist.integrations.hf.tensor_parallel import (
+from d2o_dist.models.hf.deepspeed import check_installed, shard_with_deepspeed
+from d2o_dist.models.hf.guards import text_config
+from d2o_dist.models.hf.shape import KV_REPLICAS, num_kv_heads
+from d2o_dist.models.hf.tensor_parallel import (
     check_separate_projections,
     check_version,
     kv_replicas,
-    num_kv_heads,
     repeat_kv_heads,
     shard_with_transformers,
 )

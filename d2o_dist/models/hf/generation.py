@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from d2o_dist.integrations.hf.cache import D2OCache
+from d2o_dist.models.hf.cache import D2OCache
 
 
 class FirstRankScores(LogitsProcessor):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2o_dist.integrations.hf.guards import rope_types, text_config
-
-BORDER = "original_max_position_embeddings"
+from d2o_dist.models.hf.guards import rope_types, text_config
+from d2o_dist.models.shape import BORDER
 
 
 def rope_border(model_config: Any) -> int | None:
@@ -25,20 +24,3 @@ def is_let_go_of(model_config: Any) -> bool:
     """Whether the model's `generate` may let go of a cache that is true, at the border: it asks `if past_key_values`,
     and of the configuration only whether it has a border, whatever the kind of its embedding."""
     return any(hasattr(config, BORDER) for config in (model_config, text_config(model_config)))
-
-
-def check_side(border: int | None, seen: int, length: int) -> None:
-    """Refuse a forward on the other side of the border than what was seen.
-
-    Args:
-        seen: tokens of the longest text seen; length: that text with the forward's tokens.
-
-    Raises:
-        ValueError: names both, and the border.
-    """
-    if border is not None and 0 < seen <= border < length:
-        raise ValueError(
-            f"the text would grow from {seen} to {length} tokens, beyond {BORDER} ({border}), where this model's "
-            "longrope turns all tokens otherwise, also those that were read. Stay below it, or read a text that is "
-            "longer from the start, in one piece and into a new cache"
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d2o_dist.comm import ParallelMesh, build_mesh
-from d2o_dist.engine.agreement import AgreedError, agreed
+from d2o_dist.comm.agreement import AgreedError, agreed
 from tests.ranks import run_ranks
 
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from d2o_dist.comm.adapters import to_device_mesh
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.integrations.hf.guards import text_config
+from d2o_dist.models.hf.guards import text_config
+from d2o_dist.models.hf.shape import num_kv_heads
 
 _HEAD_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -39,12 +40,6 @@ def kv_replicas(config: Any, tp: int) -> int:
             f"num_key_value_heads ({kv_heads}) must be divisible by tp ({tp}), or tp by num_key_value_heads"
         )
     return max(1, tp // kv_heads)
-
-
-def num_kv_heads(config: Any) -> int:
-    """KV heads of the whole model; models without the field have one for each query head."""
-    config = text_config(config)
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def check_separate_projections(config: Any) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2o_dist.engine import digest as digesting
-from d2o_dist.engine.digest import file_digest, model_digests, one_digest
+from d2o_dist.models import digest as digesting
+from d2o_dist.models.digest import file_digest, model_digests, one_digest
 from tests.engine.tiny import make_folder
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine.checkpoint import check_keys, without_report
-from d2o_dist.engine.model import load_model
+from d2o_dist.models.hf.checkpoint import check_keys, without_report
+from d2o_dist.models.loading import load_model
 from tests.engine.tiny import make_folder
 
 
@@ -69,7 +69,7 @@ def test_what_may_be_absent_or_over(tmp_path):
         assert "lm_head.weight" not in weights
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
 
-    model = load_model(rewrite(folder, change))
+    model = load_model(rewrite(folder, change)).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -1,0 +1,261 @@
+"""`D2OCache`: a compressed cache in the shape that Hugging Face models and `generate` know.
+
+Shape legend: B rows, Hkv key/value heads, n tokens of a chunk, D head dim.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.comm.traffic import TrafficCounter
+from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.models.cache import ModelCache
+from d2o_dist.models.hf.attention import CACHE_TAG
+from d2o_dist.models.hf.ended import EndedRows
+from d2o_dist.models.hf.forward import run_model
+from d2o_dist.models.hf.guards import check_attention, check_interface, text_config
+from d2o_dist.models.hf.rope import is_let_go_of
+from d2o_dist.models.hf.shape import shape_of
+from d2o_dist.models.layer import LayerView
+from d2o_dist.policy.config import D2OConfig
+
+
+class D2OLayer(LayerView, CacheLayerMixin):
+    """A `LayerView` under the names that transformers asks a layer of a cache for."""
+
+    is_compileable = False
+    is_croppable = False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a token was seen."""
+        return self.shape is not None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: buffers are made by the first chunk."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+        raise ValueError("a D2OLayer is updated through its D2OCache: call cache.update(keys, values, layer_idx)")
+
+    def get_seq_length(self) -> int:
+        """Tokens seen (columns of the batch), not slots held: position ids and masks derive from it."""
+        return self._cache.num_seen_columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask over everything seen."""
+        return self._cache.num_seen_columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: a compressed cache sets no limit on the tokens it sees."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def offload(self) -> None:
+        raise ValueError("a D2OCache cannot be offloaded layer by layer; it is small enough to stay")
+
+    prefetch = offload
+
+
+class D2OCache(ModelCache, Cache):
+    """A KV cache that keeps a fraction of the tokens and folds many of the others into them.
+
+    Pass it as `past_key_values` to a model loaded with `attn_implementation="d2o"`. One cache serves one batch, over
+    as many turns as wanted; `copy.deepcopy(cache)` reuses a prompt.
+
+    Args:
+        config: the model's configuration (`model.config`).
+        d2o: how to compress; `D2OConfig()` by default.
+        mesh: the ranks that share the request; this process alone by default. With tensor ranks the model must be
+            sharded over `mesh.axis("tp")`, and every rank must make the same calls. With sequence ranks a prompt is
+            read by `model(**cache.deal(input_ids, attention_mask), past_key_values=cache)`.
+        parallel: how they share it; by default as `ParallelConfig` has it, with the sizes of the mesh.
+        counter: where the traffic between ranks is counted.
+
+    Raises:
+        ValueError: a model whose attention is not or cannot be `d2o`, that has layers of an unsupported kind, a budget
+            that this model's layers cannot have, or heads that the ranks cannot share.
+    """
+
+    view_class = D2OLayer
+
+    def __init__(
+        self,
+        config: Any,
+        d2o: D2OConfig | None = None,
+        mesh: ParallelMesh | None = None,
+        parallel: ParallelConfig | None = None,
+        counter: TrafficCounter | None = None,
+    ) -> None:
+        self.model_config = text_config(config)
+        check_attention(self.model_config)
+        check_interface(self.model_config)
+        ModelCache.__init__(self, shape_of(config), d2o, mesh, parallel, counter)
+        Cache.__init__(self, layers=self.layers)
+        self._is_true = not is_let_go_of(config)
+        self._modules: dict[int, weakref.ref[nn.Module]] = {}
+        self._pending: int | None = None
+        self._filled_with: dict[str, Any] | None = None
+
+    def __bool__(self) -> bool:
+        """False for models whose `generate` asks `if past_key_values` only to let go of the cache; True for others."""
+        return self._is_true
+
+    # ---- called by the model -------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Announce a layer's new keys and values; the attention function stores them, once it knows the padding.
+
+        Raises:
+            ValueError: attention is not `d2o`, or the model is not the one this cache was filled by.
+        """
+        check_attention(self.model_config)
+        if self._pending is not None:
+            raise ValueError(
+                f"the keys of layer {self._pending} never reached d2o attention: the model was not loaded with "
+                'attn_implementation="d2o", or its attention does not use the attention interface. Make a new cache'
+            )
+        self._check_shape(key_states, layer_idx)
+        self._pending = layer_idx
+        # An alias, so that the tag is not left on the model's own tensor.
+        tagged = key_states.view_as(key_states)
+        setattr(tagged, CACHE_TAG, self)
+        return tagged, value_states
+
+    @property
+    def pending_window(self) -> int | None:
+        """The window of the layer whose keys were announced; None: full attention, or no such layer."""
+        return None if self._pending is None else self.compressed.windows[self._pending]
+
+    def _check_shape(self, keys: Tensor, layer_idx: int) -> None:
+        if layer_idx >= len(self.layers):
+            raise ValueError(f"layer {layer_idx} uses the cache, but it was made for {len(self.layers)} layers")
+        batch, heads, _, dim = keys.shape
+        now, before = {"batch size": batch, "dtype": keys.dtype, "device": keys.device}, self._filled_with
+        if before is not None and now != before:
+            name = next(name for name in now if now[name] != before[name])
+            raise ValueError(
+                f"the cache was filled with {name} {before[name]} and is now used with {now[name]}: the model or "
+                "the batch changed, or layers lie on several devices (device_map), which a D2OCache cannot serve. "
+                "Make a new cache (or select rows with batch_select_indices)"
+            )
+        self._filled_with = now
+        held = self.layers[layer_idx].shape
+        if held is not None and not self.ranks.deals_tokens and held != (heads, dim):
+            raise ValueError(
+                f"layer {layer_idx} has {heads} KV heads of dim {dim}, but the cache holds {held[0]} of dim {held[1]}: "
+                "the model changed. Make a new cache"
+            )
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Called by d2o attention: store the announced keys and values, and attend: [B, Hq, n, D].
+
+        Args:
+            mask: 2D, of all columns; positions: the position ids of the new ones. None says nothing.
+        """
+        layer, self._pending = self._pending, None
+        if layer is None:
+            raise ValueError("d2o attention met keys of this cache that were not announced by update()")
+        known = self._modules.setdefault(layer, weakref.ref(module))
+        if known() is not module:
+            raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
+        return self.attend_layer(layer, query, key, value, scale, mask, positions)
+
+    def abandon_step(self) -> None:
+        """Take back an announced step whose forward was recorded, not run, and broken off."""
+        self._pending = None
+        super().abandon_step()
+
+    # ---- called by whoever runs the model ------------------------------------------------------------------------
+
+    def deal(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """This rank's part of a chunk of prompt, as arguments of the model's forward; see `deal_tokens`."""
+        return dict(zip(("input_ids", "position_ids"), self.deal_tokens(input_ids, attention_mask), strict=True))
+
+    def reread(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int | None = None
+    ) -> None:
+        """Read the prompts a second time, by the model that has read them; see `read_again`."""
+        self.read_again(partial(run_model, model), input_ids, attention_mask, chunk=chunk)
+
+    # ---- what generate asks --------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen (columns of the batch), not slots held."""
+        return self.compressed.num_seen_columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the mask over everything seen."""
+        return self.compressed.num_seen_columns + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows `beam_idx`, in that order (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        self.select_rows(indices)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these rows, in that order, repeated where repeated."""
+        super().select_rows(rows)
+        if self._filled_with is not None:
+            self._filled_with["batch size"] = len(rows)
+
+    def join(self, other: D2OCache) -> None:
+        """Take in the rows of another cache of the same model, which must not be used afterwards."""
+        super().join(other)
+        if self._filled_with is not None:
+            self._filled_with["batch size"] = len(self.compressed.num_seen)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        rows = torch.arange(len(self.compressed.num_seen)).repeat_interleave(repeats)
+        self.batch_select_indices(rows)
+
+    def reset(self) -> None:
+        """Forget everything but the configuration."""
+        super().reset()
+        self._modules.clear()
+        self._pending = self._filled_with = None
+
+    def ended_rows(self, eos_token_id: int | Sequence[int], pad_token_id: int) -> EndedRows:
+        """For `generate(..., stopping_criteria=[cache.ended_rows(eos, pad)])` of a batch that goes on to a next turn.
+
+        `generate` feeds padding to rows that have ended, and says that it is tokens. So told, the cache leaves it out,
+        and the mask of the next turn, with zeros there, agrees with what the cache has seen. It stops nothing. Make one
+        for each call.
+
+        Args:
+            eos_token_id, pad_token_id: those that `generate` uses: of `model.generation_config`, or of the call.
+        """
+        return EndedRows(self.compressed, eos_token_id, pad_token_id)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: evicted tokens cannot be brought back."""
+        raise ValueError("a D2OCache cannot be cropped: evicted tokens are gone. Assisted decoding needs another cache")
+
+    def activate_past_recording(self) -> None:
+        """Refused: assisted and speculative decoding take tokens back, which a compressed cache cannot."""
+        raise ValueError(
+            "assisted (speculative, prompt-lookup) decoding takes tokens back, and a D2OCache cannot: evicted tokens "
+            "are gone. Use greedy decoding, sampling or beam search"
+        )
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: nothing can be taken back."""
+        return False

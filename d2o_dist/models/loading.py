@@ -1,0 +1,58 @@
+"""From the name of a model to the model: what the rest of the library asks, whatever library the model is from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.config.infer import InferConfig
+from d2o_dist.models.base import ModelAdapter
+from d2o_dist.models.hf import loading as hf
+from d2o_dist.models.hf.model import HFModel
+from d2o_dist.models.shape import ModelShape
+
+load_tokenizer, quiet = hf.load_tokenizer, hf.quiet
+
+
+def describe(config: InferConfig) -> ModelShape:
+    """What can be known of the model without its weights.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be compressed or be divided among the tensor ranks.
+    """
+    return hf.describe(config)
+
+
+def versions() -> list[tuple[str, str]]:
+    """Name and version of each library that models come from."""
+    return [("transformers", transformers.__version__)]
+
+
+def load_model(config: InferConfig, mesh: ParallelMesh | None = None) -> ModelAdapter:
+    """The model with its weights, on its device, in evaluation mode.
+
+    Args:
+        mesh: with tp > 1 every rank reads the whole checkpoint and keeps its shard; every rank of the mesh calls.
+
+    Raises:
+        ValueError: the weights, or some of their keys, are missing or do not fit the configuration, on this rank or
+            another.
+    """
+    return hf.load_model(config, ParallelMesh.local() if mesh is None else mesh)
+
+
+def adapt(model: Any) -> ModelAdapter:
+    """The adapter of a model that was loaded already; of an adapter, itself."""
+    return model if isinstance(model, ModelAdapter) else HFModel(model)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills shorter rows. Masked everywhere, so a tokenizer without one may use any."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def eos_ids(model: ModelAdapter, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a text: the model's and the tokenizer's."""
+    return model.eos_ids | {i for i in [tokenizer.eos_token_id] if i is not None}

@@ -1,0 +1,84 @@
+"""What is known of a model without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.comm.request import RequestRanks
+from d2o_dist.comm.traffic import TrafficCounter
+from d2o_dist.config.parallel import ParallelConfig
+
+# How Hugging Face configurations call the border; messages say it, whatever library the model is from.
+BORDER = "original_max_position_embeddings"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model the cache, the engine and the ranks need to know.
+
+    Attributes:
+        windows: per layer None (full attention) or its sliding window.
+        num_heads, num_kv_heads: query heads and KV heads of a layer of the whole model; head_dim: of each.
+        kv_replicas: tensor ranks that hold a copy of each KV head, where there are fewer heads than ranks.
+        vocab_size: ids it has embeddings for; max_positions: tokens it has positions for. None: not known.
+        border: tokens beyond which it turns a whole text otherwise (`longrope`); None: none.
+        has_dynamic_rope: whether its rotary embedding is computed anew as the text grows.
+    """
+
+    windows: tuple[int | None, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_replicas: int = 1
+    vocab_size: int | None = None
+    max_positions: int | None = None
+    border: int | None = None
+    has_dynamic_rope: bool = False
+
+    def kv_heads_of_rank(self, tp: int) -> int:
+        """KV heads of each of `tp` tensor ranks, copies included.
+
+        Raises:
+            ValueError: the heads cannot be dealt evenly, or there are fewer than ranks and they were not copied.
+        """
+        if self.num_heads % tp:
+            raise ValueError(f"num_attention_heads ({self.num_heads}) must be divisible by tp ({tp})")
+        if self.num_kv_heads * self.kv_replicas % tp:
+            raise ValueError(
+                f"num_key_value_heads ({self.num_kv_heads}, {self.kv_replicas} copies of each) must be divisible by tp "
+                f"({tp})"
+            )
+        return self.num_kv_heads * self.kv_replicas // tp
+
+    def request_ranks(
+        self, mesh: ParallelMesh | None, parallel: ParallelConfig | None, counter: TrafficCounter | None
+    ) -> RequestRanks:
+        """The ranks that share a request to this model.
+
+        Args:
+            mesh: None: this process alone; parallel: None: as `ParallelConfig` has it, with the sizes of the mesh.
+
+        Raises:
+            ValueError: `parallel` of another mesh, or heads that the ranks cannot share.
+        """
+        mesh = ParallelMesh.local() if mesh is None else mesh
+        parallel = ParallelConfig(tp=mesh.tp, sp=mesh.sp) if parallel is None else parallel
+        return RequestRanks(mesh, parallel, self.kv_heads_of_rank(mesh.tp), self.kv_replicas, counter)
+
+
+def check_side(border: int | None, seen: int, length: int) -> None:
+    """Refuse a forward on the other side of the border than what was seen.
+
+    Args:
+        seen: tokens of the longest text seen; length: that text with the forward's tokens.
+
+    Raises:
+        ValueError: names both, and the border.
+    """
+    if border is not None and 0 < seen <= border < length:
+        raise ValueError(
+            f"the text would grow from {seen} to {length} tokens, beyond {BORDER} ({border}), where this model's "
+            "longrope turns all tokens otherwise, also those that were read. Stay below it, or read a text that is "
+            "longer from the start, in one piece and into a new cache"
+        )
