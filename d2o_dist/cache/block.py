@@ -53,10 +53,10 @@ class HeadBlock:
 
     # ---- prompts ---------------------------------------------------------------------------------------------------
 
-    def begin_prefill(self) -> None:
-        """A prompt, or a later turn, is read from here on."""
+    def begin_prefill(self, expected: int) -> None:
+        """A prompt, or a later turn, is read from here on; expected: its tokens, 0: not known."""
         self.layout.leave()
-        self._reading = Reading(self.config, self.layout.ranks, self.layout.begin(), first=self._first)
+        self._reading = Reading(self.config, self.layout.ranks, self.layout.begin(expected), first=self._first)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk | DealtChunk) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""

@@ -194,10 +194,10 @@ class Layer:
 
     # ---- the rest is that of the blocks ----------------------------------------------------------------------------
 
-    def begin_prefill(self) -> None:
-        """A prompt, or a later turn, is read from here on."""
+    def begin_prefill(self, expected: int) -> None:
+        """A prompt, or a later turn, is read from here on; expected: its tokens, 0: not known."""
         for block in self.blocks:
-            block.begin_prefill()
+            block.begin_prefill(expected)
 
     def complete_statistics(self) -> None:
         """The last chunk was read."""

@@ -43,6 +43,7 @@ class CompressedCache:
         columns: what was seen of the batch, padding included: what a padded batch's masks and ids are indexed by.
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
         num_reread: tokens of each row that were read a second time; reread_chunk: in forwards of so many; None: none.
+        expected: tokens of the fullest row of the prompt or turn that comes next, for room; 0: not known.
         dealing: how the chunks of a prompt are spread over ranks.
         step_announced: whether the next forward is a decode step that was announced.
         in_inference: whether it was ever used in `torch.inference_mode`.
@@ -67,6 +68,7 @@ class CompressedCache:
         self.num_seen: list[int] = []
         self.num_reread: list[int] = []
         self.reread_chunk: int | None = None
+        self.expected = 0
         self._rereading = False
         self.columns = Columns(0)
         self.phase = "prefill"
@@ -130,8 +132,7 @@ class CompressedCache:
         return self._next_layer != 0
 
     def deal(self, mask: Tensor) -> Deal:
-        """Announce the next forward: the chunk of which the mask [B, n] has zeros in padding, spread over the
-        sequence ranks.
+        """Announce the next forward: a chunk, of which mask [B, n] has zeros in padding, spread over sequence ranks.
 
         The forward then takes this rank's part: [B, H, deal.width, D], each row's tokens in its last columns.
 
@@ -213,15 +214,16 @@ class CompressedCache:
         self._forward = self.dealing.forward(deal, rows, self.num_seen, rereads=self._rereading)
 
     def _make_layer(self, window: int | None, batch: int) -> Layer | WindowLayer:
-        if window is not None:
-            return WindowLayer(batch, window, self.ranks)
-        return Layer(HeadBlock(self.config, self.dealing.layout(self.ranks, SlotStore(batch))))
+        if window is None:
+            return Layer(HeadBlock(self.config, self.dealing.layout(self.ranks, SlotStore(batch))))
+        return WindowLayer(batch, window, self.ranks)
 
     def _begin_prefill(self, batch: int) -> None:
         """The first chunk of a prompt or of a later turn comes."""
         if self.dealing.begin_prefill(batch):
             for layer in self.layers:
-                layer.begin_prefill()
+                layer.begin_prefill(self.expected)
+            self.expected = 0
         self._decoding = None
         self.phase = "prefill"
 

@@ -57,7 +57,7 @@ class WindowLayer:
         """As a decode step takes it."""
         return Held(self.store.buffers, False, self.store.kv_len)
 
-    def begin_prefill(self) -> None:
+    def begin_prefill(self, expected: int) -> None:
         """Nothing to settle: a window has no past but its slots."""
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk | DealtChunk) -> Tensor:

@@ -43,6 +43,7 @@ def read(
     if seen:
         positions = positions + torch.tensor(seen, device=device)[:, None]
     whole, before = cache.compressed.columns.mask_with(mask), cache.compressed.num_seen_columns
+    cache.compressed.expected = int(mask.sum(1).max())
     start = 0
     for end in chunk_ends(ids.shape[1], chunk):
         if cache.ranks.deals_tokens:

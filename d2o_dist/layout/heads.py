@@ -53,8 +53,9 @@ class Heads:
 
     # ---- prompts ---------------------------------------------------------------------------------------------------
 
-    def begin(self) -> list[int]:
-        """A prefill begins; slots of each row from before it."""
+    def begin(self, expected: int) -> list[int]:
+        """A prefill of `expected` tokens begins (0: of how many is not known); slots of each row from before it."""
+        self.store.expected = max(self.kv_len) + expected if expected else 0
         return list(self.store.kv_len)
 
     def prefill(

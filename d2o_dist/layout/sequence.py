@@ -69,8 +69,8 @@ class Sequence:
 
     # ---- prompts ---------------------------------------------------------------------------------------------------
 
-    def begin(self) -> list[int]:
-        """A prefill begins; slots of each row from before it, unused ones included."""
+    def begin(self, expected: int) -> list[int]:
+        """A prefill of `expected` tokens on all ranks begins; slots of each row from before it, with unused ones."""
         self._past = 0 if self.shares is None else self.store.capacity
         return [self._past] * len(self.kv_len)
 

@@ -27,12 +27,14 @@ class SlotStore:
         kv_len: slots in use by each row (by each of its heads). On the host: it follows from lengths alone.
         codec: how keys and values are stored in the arena that the buffers are a block of, in which slots are a set;
             None: they lie in no arena, and as they are.
+        expected: slots of the fullest row when the running prompt is read, if that is known; else 0.
     """
 
     def __init__(self, batch: int) -> None:
         self.kv_len: list[int] = [0] * batch
         self._buffers: Slots | None = None
         self.codec: Codec | None = None
+        self.expected = 0
 
     @classmethod
     def of(cls, slots: Slots, kv_len: list[int]) -> SlotStore:
@@ -44,6 +46,7 @@ class SlotStore:
     def hold(self, slots: Slots, kv_len: Sequence[int]) -> None:
         """Hold these slots instead; their tensors become the buffers, without a copy."""
         self._buffers, self.kv_len, self.codec = slots, list(kv_len), None
+        self.expected = 0
 
     @property
     def in_arena(self) -> bool:
@@ -118,10 +121,12 @@ class SlotStore:
         """Add each row's tokens [B, Hkv, rows.length, D]; the first gets position `num_seen[row]`, score 0."""
         start = list(self.kv_len)
         self.kv_len = [old + new for old, new in zip(start, rows.counts, strict=True)]
-        if self._buffers is None and rows.index is None:
+        room = max(max(self.kv_len), self.expected)
+        if self._buffers is None and rows.index is None and room == rows.length:
             self._adopt(keys, values, num_seen)
             return
-        self.reserve(max(self.kv_len), like=keys)
+        # Chunks of unknown number: moved now and then, not at each.
+        self.reserve(room, like=keys, slack=0 if self._buffers is None or self.expected else room // 4)
         buffers = self._buffers
         uniform = rows.index is None and min(start) == max(start) and min(num_seen) == max(num_seen)
         groups = [(slice(None), 0)] if uniform else [(slice(row, row + 1), row) for row in range(rows.batch)]

@@ -29,12 +29,13 @@ class ColumnSums:
 
     def grow(self, q: Tensor, width: int) -> None:
         """Before a chunk with queries q [B, Hq, n, D], after which there are S = `width` slots."""
-        if not self._by_query_head:
+        if not self._by_query_head or (self._sums is not None and width <= self._sums.shape[-1]):
             return
-        grown = torch.zeros(*q.shape[:2], width, dtype=stats_dtype(q.dtype), device=q.device)
+        # Of chunks of an unknown number: moved now and then, not at each.
+        room = width if self._sums is None else width + width // 4
+        grown = torch.zeros(*q.shape[:2], room, dtype=stats_dtype(q.dtype), device=q.device)
         if self._sums is not None:
-            old = self._sums[:, :, :width]  # of rows that were let go of it may have more
-            grown[:, :, : old.shape[-1]] = old
+            grown[:, :, : self._sums.shape[-1]] = self._sums
         self._sums = grown
 
     def observe(self, slots: Slots, rows: slice, sums: Tensor) -> None:

@@ -71,7 +71,7 @@ def spoilt(session, module, at: int, bad: float = torch.nan, row: int = BAD):
 def run_batch(model, sampling=None, recorder=None, spoil=lambda session: nullcontext()):
     session = Session(model, CONFIG)
     if recorder is not None:
-        session._stepper = Stepper(model, recorder)
+        session._stepper = Stepper(session.model, recorder)
     with spoil(session):
         return generate(session, requests(), sampling or SamplingConfig(), Numbers()), session
 
@@ -108,7 +108,7 @@ def test_a_step_that_is_a_replay():
     """All rows at once, in a replay of what Python never sees again."""
     model = tiny_model()
     session = Session(model, CONFIG)
-    session._stepper = Stepper(model, TapeRecorder())
+    session._stepper = Stepper(session.model, TapeRecorder())
     decode, count = session.decode, []
 
     def spoil(tokens, live):
@@ -137,7 +137,7 @@ def test_the_host_waits_once_a_token(monkeypatch):
     for new in (5, 15):
         model = tiny_model()
         session, waits[:] = Session(model, spec("full")), []
-        session._stepper = Stepper(model, TapeRecorder())
+        session._stepper = Stepper(session.model, TapeRecorder())
         (row,) = generate(session, [request(0, requests()[0].input_ids, new)], SamplingConfig(), Numbers())
         assert len(row.tokens) == new
         counts.append(len(waits))
