@@ -17,6 +17,7 @@ from tests.spec import spec
 
 pytest.importorskip("megatron.core")
 pytestmark = pytest.mark.multirank
+TIMEOUT_S = 300  # importing megatron-core takes its time
 YARN = {
     "yarn_rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 64, "yarn_beta_fast": 32.0,
     "yarn_beta_slow": 1.0, "yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0, "yarn_correction_range_round_to_int": True,
@@ -95,7 +96,7 @@ def over_a_full_cache(rank, world, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_that_evicts_nothing_changes_nothing(kind):
-    run_ranks(1, over_a_full_cache, kind)
+    run_ranks(1, over_a_full_cache, kind, timeout_s=TIMEOUT_S)
 
 
 def trained(rank, world):
@@ -119,7 +120,7 @@ def trained(rank, world):
 
 
 def test_a_training_loop_runs_unchanged():
-    (losses,) = run_ranks(1, trained)
+    (losses,) = run_ranks(1, trained, timeout_s=TIMEOUT_S)
     assert losses[:3] == losses[3:] and losses[2] < losses[0]
 
 
@@ -136,7 +137,7 @@ def converted(rank, world, family):
 
 @pytest.mark.parametrize(("family", "world"), [("llama_mha", 1), ("qwen2", 2), ("qwen3", 2)])
 def test_weights_come_back_as_they_were(family, world):
-    for found, left in run_ranks(world, converted, family):
+    for found, left in run_ranks(world, converted, family, timeout_s=TIMEOUT_S):
         assert all(found.values()) and left == []
 
 
@@ -182,7 +183,7 @@ def refused(rank, world):
 
 
 def test_what_cannot_be_served_is_refused():
-    (said,) = run_ranks(1, refused)
+    (said,) = run_ranks(1, refused, timeout_s=TIMEOUT_S)
     wanted = [
         "layer 0 has DotProductAttention: make the model from with_cache(spec)",
         "pipeline_model_parallel_size (4) must be 1",
