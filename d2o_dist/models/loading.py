@@ -45,7 +45,13 @@ def load_model(config: InferConfig, mesh: ParallelMesh | None = None) -> ModelAd
 
 def adapt(model: Any) -> ModelAdapter:
     """The adapter of a model that was loaded already; of an adapter, itself."""
-    return model if isinstance(model, ModelAdapter) else HFModel(model)
+    if isinstance(model, ModelAdapter):
+        return model
+    if any(kind.__module__.startswith("megatron.") for kind in type(model).__mro__):
+        from d2o_dist.models.megatron import MegatronModel
+
+        return MegatronModel(model)
+    return HFModel(model)
 
 
 def pad_id(tokenizer: Any) -> int:
