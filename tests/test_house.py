@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # lowest first; neighbours on one floor
     ("compression",),
     ("cache",),
     ("integrations",),
+    ("plan",),
     ("engine",),
     (PACKAGE_ROOT,),
     ("eval",),
