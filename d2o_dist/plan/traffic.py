@@ -2,7 +2,8 @@
 
 For a batch of rows of one length. Bytes are a rank's mean. Which slots must move to make shards level depends on the
 prompt: the newest are taken to lie on one rank, the others to be level. Not modelled: what ranks that hold copies of a
-KV head send for a second reading. What a tensor-parallel engine sends is not in the counter; its phase here is `model`.
+KV head send for a second reading, and for heads with budgets of their own. What a tensor-parallel engine sends is not
+in the counter; its phase here is `model`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class PlannedTraffic:
         if share.copies > 1 and (self.d2o.needs_column_sums or self.d2o.needs_rates or self.d2o.needs_reread):
             rooms = [self.tokens if one is None else one + (self.d2o.eviction_interval or 0) for one in self._slots]
             rooms = rooms if share.holds_by_heads else [self._width(room) for room in rooms]
-            yield self._among_copies("decode", self._full, share.kv_heads * sum(rooms) * self._stat)
+            size = share.kv_heads * self._full * sum(rooms) / len(rooms) * self._stat if rooms else 0
+            yield self._among_copies("decode", self._full, size)
         ranks = share.sp * share.tp
         if ranks > 1:
             yield Sent("token", "request", "all_reduce", 1, 2 * (ranks - 1) / ranks * 8 * self.batch)
