@@ -22,6 +22,8 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["d2o_dist", "d2o_dist.*"]),
+    package_data={"d2o_dist.plan": ["*.yaml"]},
+    entry_points={"console_scripts": ["d2o-dist = d2o_dist.cli.main:main"]},
     install_requires=["torch>=2.6", "transformers>=5.17,<6", "pyyaml>=6", "tqdm>=4.60", "numpy>=1.26"],
     extras_require={
         "demo": demo,

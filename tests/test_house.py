@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (  # lowest first; neighbours on one floor
     ("evict",),
     ("cache",),
     ("models",),
+    ("plan",),
     ("engine",),
     (PACKAGE_ROOT,),
     ("eval",),
@@ -44,7 +45,7 @@ COLLECTIVE = re.compile(
 )
 COLLECTIVE_HOMES = ("torch.distributed", "torch.ops._c10d_functional", "torch.ops.c10d", "deepspeed.comm")
 # Libraries of models, and who may know them: what is above `models` calls it, what is below knows no model.
-MODEL_LIBRARIES = {"transformers": ("models", "train"), "megatron": ("models",)}
+MODEL_LIBRARIES = {"transformers": ("models", "plan", "train"), "megatron": ("models",)}
 MAX_MAIN_LINES = 79
 FOREIGN_PATHS = ("/" + "work/", ".." + "/shared", "(shared" + "/")  # in two parts, or this file would name itself
 
@@ -114,7 +115,7 @@ def model_library_violations(root: Path) -> list[str]:
         for line, name in imported(path, tree):
             library = next((each for each in MODEL_LIBRARIES if f"{name}.".startswith(f"{each}.")), None)
             knows = name.split(".")[:2] == [NAME, "models"] and name.split(".")[2:3] in (["hf"], ["megatron"])
-            if unit not in (MODEL_LIBRARIES[library] if library else ("models", "train") if knows else (unit,)):
+            if unit not in (MODEL_LIBRARIES[library] if library else ("models", "plan", "train") if knows else (unit,)):
                 wrong.append(f"{path}:{line}: {unit} imports {name}: only `models` knows libraries of models")
     return wrong
 

@@ -72,6 +72,7 @@ class Sequence:
     def begin(self, expected: int) -> list[int]:
         """A prefill of `expected` tokens on all ranks begins; slots of each row from before it, with unused ones."""
         self._past = 0 if self.shares is None else self.store.capacity
+        self.store.expected = self._past + -(-expected // self.ranks.sp.size) if expected else 0
         return [self._past] * len(self.kv_len)
 
     def prefill(

@@ -40,12 +40,13 @@ class SlotStore:
     def of(cls, slots: Slots, kv_len: list[int]) -> SlotStore:
         """A store of these slots, in order of position; their tensors become its buffers, without a copy."""
         store = cls(len(kv_len))
-        store.hold(slots, kv_len)
+        store._buffers, store.kv_len = slots, list(kv_len)
         return store
 
     def hold(self, slots: Slots, kv_len: Sequence[int]) -> None:
-        """Hold these slots instead; their tensors become the buffers, without a copy."""
-        self._buffers, self.kv_len, self.codec = slots, list(kv_len), None
+        """Hold these slots instead; their tensors become the buffers, without a copy where nothing else is held with
+        them."""
+        self._buffers, self.kv_len, self.codec = slots.map(_alone), list(kv_len), None
         self.expected = 0
 
     @property

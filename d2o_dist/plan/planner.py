@@ -1,0 +1,149 @@
+"""All meshes of some GPUs for one model and one kind of request, with what each needs and how long it takes, ranked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.fields.checks import check_int
+from d2o_dist.fields.io import check_choice
+from d2o_dist.plan.gpus import Gpu
+from d2o_dist.plan.memory import PromptMemory, prompt_memory
+from d2o_dist.plan.meshes import Share, all_meshes, rings, share_of
+from d2o_dist.plan.model_size import ModelSize
+from d2o_dist.plan.seconds import Assumptions, Times, times_of
+from d2o_dist.plan.traffic import PlannedTraffic, Sent
+from d2o_dist.policy.config import D2OConfig
+
+# What meshes are ranked by: seconds that a batch takes, or requests that all replicas answer in a second.
+AIMS = ("latency", "throughput")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of the GPUs.
+
+    Attributes:
+        tokens: of each prompt; new_tokens: of each answer; batch: rows of a batch, on each replica.
+        chunk: prompt tokens of one forward; None: all.
+        num_gpus, gpus_per_node: how many there are, and how many of them have the fast links.
+    """
+
+    model: ModelSize
+    d2o: D2OConfig
+    gpu: Gpu
+    tokens: int
+    new_tokens: int = 256
+    batch: int = 1
+    chunk: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    num_gpus: int = 1
+    gpus_per_node: int = 8
+    assume: Assumptions = Assumptions()
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "new_tokens", "batch", "num_gpus", "gpus_per_node"):
+            check_int(name, getattr(self, name), low=1)
+        if self.num_gpus > self.gpus_per_node and self.num_gpus % self.gpus_per_node:
+            raise ValueError(
+                f"num_gpus ({self.num_gpus}) must be a multiple of gpus_per_node ({self.gpus_per_node}): a launcher "
+                "starts as many ranks on each node"
+            )
+
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU that tensors can have."""
+        return self.gpu.memory_gib * 2**30 * self.assume.usable
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """One mesh.
+
+    Attributes:
+        dp: replicas; share: of a request, on each rank.
+        memory: of the rank with most; batch: the rows that it is of.
+        most_rows: the largest batch that fits; 0: not even one row does.
+        prompt, step: what a rank sends for a prompt, and for a token of each row with its part of an eviction.
+        batch_s: seconds from the prompts to the last of their tokens.
+    """
+
+    dp: int
+    share: Share
+    memory: PromptMemory
+    most_rows: int
+    times: Times
+    prompt: list[Sent]
+    step: list[Sent]
+    batch: int
+    batch_s: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the batch that was asked for does."""
+        return self.most_rows >= self.batch
+
+    @property
+    def requests_per_s(self) -> float:
+        """Of all replicas."""
+        return self.dp * self.batch / self.batch_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """That all replicas generate, once prompts are read."""
+        return self.dp * self.batch / self.times.token
+
+
+def plan_all(job: Job, parallel: ParallelConfig, aim: str) -> tuple[list[MeshPlan], list[tuple[ParallelConfig, str]]]:
+    """Legal meshes, the best first and those that do not fit last; and the others with the reason why.
+
+    Args:
+        parallel: the fields that all meshes share; sizes above 1 in it are kept.
+        aim: one of AIMS.
+
+    Raises:
+        ValueError: `aim`, or a budget that the model's layers cannot have.
+    """
+    check_choice("aim", aim, AIMS)
+    legal, refused = [], []
+    for mesh in all_meshes(parallel, job.num_gpus):
+        try:
+            share = share_of(job.model, job.d2o, mesh)
+        except ValueError as error:
+            refused.append((mesh, str(error)))
+        else:
+            legal.append(plan_mesh(job, mesh, share))
+    fastest = {"latency": lambda plan: plan.batch_s, "throughput": lambda plan: -plan.requests_per_s}[aim]
+    return sorted(legal, key=lambda plan: (not plan.fits, fastest(plan))), refused
+
+
+def plan_mesh(job: Job, mesh: ParallelConfig, share: Share) -> MeshPlan:
+    """One mesh that is legal."""
+    is_auto = mesh.sp_prefill == "auto"
+    traffic = PlannedTraffic(job.model, job.d2o, share, job.tokens, job.batch, job.dtype, job.chunk, is_auto)
+    held = rings(share, job.model, -(-job.tokens // share.sp), job.dtype, is_auto=is_auto)
+    times = times_of(traffic, job.gpu, job.gpus_per_node, job.assume)
+    return MeshPlan(
+        dp=mesh.dp,
+        share=held,
+        memory=memory_of(job, held, job.batch),
+        most_rows=most_rows(job, held),
+        times=times,
+        prompt=list(traffic.prompt()),
+        step=list(traffic.steady()),
+        batch=job.batch,
+        batch_s=times.first_token + (job.new_tokens - 1) * times.token,
+    )
+
+
+def memory_of(job: Job, share: Share, batch: int) -> PromptMemory:
+    """Of a batch of so many rows."""
+    return prompt_memory(job.model, job.d2o, share, job.tokens, batch, dtype=job.dtype, chunk=job.chunk)
+
+
+def most_rows(job: Job, share: Share) -> int:
+    """The largest batch that fits: memory is linear in the rows, but for the weights."""
+    one = memory_of(job, share, 1)
+    return max(int((job.room - one.weights) // (one.peak - one.weights)), 0)

@@ -1,0 +1,157 @@
+"""Shapes, GPUs, legal meshes, what is ranked first, and what one rank can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from transformers import AutoConfig
+
+from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.plan.gpus import find_gpu
+from d2o_dist.plan.memory import prompt_memory
+from d2o_dist.plan.meshes import all_meshes, share_of
+from d2o_dist.plan.model_size import known_config, known_models, size_of
+from d2o_dist.plan.planner import Job, memory_of, plan_all
+from d2o_dist.plan.seconds import Assumptions
+from d2o_dist.policy import D2OConfig
+from tests.models import tiny_model
+
+LLAMA = size_of(known_config("llama-3-8b"))
+H100 = find_gpu("h100-80gb")
+LEAN = D2OConfig.preset("lean", keep_ratio=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-3-8b", 8030261248), ("llama-3-70b", 70553706496), ("qwen2.5-7b", 7615616512), ("qwen3-8b", 8190735360)],
+)
+def test_known_models_have_their_parameters(name, parameters):
+    assert size_of(known_config(name)).num_parameters == parameters
+
+
+def test_every_known_model_says_what_to_load():
+    assert all("/" in fields["hub"] for fields in known_models().values())
+
+
+def test_the_shape_of_a_configuration_is_that_of_its_model():
+    model = tiny_model("gemma3")
+    shape = size_of(model.config)
+    assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.windows == (24, None, 24, None) and shape.num_full_layers == 2
+
+
+def test_models_with_experts_are_refused():
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=96, num_local_experts=4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="mixtral: models with experts cannot be planned"):
+        size_of(config)
+
+
+def test_a_file_adds_gpus_and_goes_before_the_table(tmp_path):
+    file = tmp_path / "gpus.yaml"
+    figures = "{memory_gib: 96, bandwidth_gb_s: 1, tflops: 1, intra_gb_s: 1, inter_gb_s: 1}"
+    file.write_text(f"mine: {figures}\nh100-80gb: {figures}\n")
+    assert find_gpu("mine", file).memory_gib == find_gpu("h100-80gb", file).memory_gib == 96
+    assert find_gpu("l40s", file) == find_gpu("l40s")
+    file.write_text("mine: {memory_gib: 96, bandwidth_gb_s: 1, tflops: 0, intra_gb_s: 1, inter_gb_s: 1}\n")
+    with pytest.raises(ValueError, match=r"gpu\.tflops \(0\) must be above 0"):
+        find_gpu("mine", file)
+    with pytest.raises(ValueError, match='Did you mean "h100-80gb"'):
+        find_gpu("h100-80")
+
+
+def test_all_meshes_of_twelve_gpus():
+    sizes = {(mesh.dp, mesh.sp, mesh.tp) for mesh in all_meshes(ParallelConfig(), 12)}
+    assert len(sizes) == 18 and all(dp * sp * tp == 12 for dp, sp, tp in sizes)
+    assert {(mesh.sp, mesh.tp) for mesh in all_meshes(ParallelConfig(tp=2), 12)} == {(1, 2), (2, 2), (3, 2), (6, 2)}
+
+
+@pytest.mark.parametrize(
+    ("family", "d2o", "parallel", "reason"),
+    [
+        ("llama", {}, ParallelConfig(tp=3), r"num_attention_heads \(4\) must be divisible by tp \(3\)"),
+        ("phi3", {}, ParallelConfig(tp=2), "tp needs a model whose q_proj, k_proj, v_proj are separate"),
+        ("llama", {}, ParallelConfig(sp=4, sp_prefill="ulysses"), "a tensor rank has 2 and sp is 4"),
+        ("llama", {"preset": "reread"}, ParallelConfig(sp=4), "need all slots of a KV head on one rank"),
+    ],
+)
+def test_what_a_run_would_refuse_is_illegal(family, d2o, parallel, reason):
+    shape = size_of(tiny_model(family).config)
+    with pytest.raises(ValueError, match=reason):
+        share_of(shape, D2OConfig.from_dict(d2o), parallel)
+
+
+def test_more_tensor_ranks_than_kv_heads_copy_them():
+    share = share_of(LLAMA, LEAN, ParallelConfig(tp=16))
+    assert (share.kv_heads, share.copies, share.query_heads) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("reading", ["whole", "layerwise"])
+def test_memory_of_a_known_model(reading):
+    """Llama-3-8B, 131072 tokens in bfloat16: 128 KiB of keys and values a token, and 20 bytes a slot beside them."""
+    share = share_of(LLAMA, LEAN, ParallelConfig())
+    memory = prompt_memory(LLAMA, LEAN, share, 131072, chunk=16384, reading=reading)
+    assert memory.prompt == 131072 * 32 * 8 * (2 * 128 * 2 + 20) == 32 * memory.one_layer
+    assert memory.weights == 2 * 8030261248
+    # A fifth, and 16 slots to grow in each layer.
+    assert memory.kept == 8 * 532 * (32 * 131072 // 5 + 32 * 16)
+    held = memory.reading_peak - memory.forward
+    if reading == "whole":
+        assert held == memory.prompt + memory.statistics
+    else:
+        assert held == memory.kept + memory.one_layer + memory.statistics // 32 + memory.hidden
+
+
+@pytest.fixture(scope="module")
+def job():
+    return Job(LLAMA, LEAN, H100, tokens=131072, num_gpus=8, chunk=16384)
+
+
+def test_the_fastest_that_fits_is_first(job):
+    plans, refused = plan_all(job, ParallelConfig(), "latency")
+    assert len(plans) == 10 and not refused
+    assert [plan.batch_s for plan in plans] == sorted(plan.batch_s for plan in plans)
+    assert plans[0].dp == 1  # all GPUs for one request
+    most, _ = plan_all(job, ParallelConfig(), "throughput")
+    assert most[0].requests_per_s == max(plan.requests_per_s for plan in plans)
+
+
+def test_what_does_not_fit_is_last_and_the_largest_batch_fits(job):
+    tight = dataclasses.replace(job, gpu=dataclasses.replace(H100, memory_gib=30), batch=6)
+    plans, _ = plan_all(tight, ParallelConfig(), "throughput")
+    assert [plan.fits for plan in plans] == sorted((plan.fits for plan in plans), reverse=True)
+    assert {plan.fits for plan in plans} == {True, False}
+    for plan in plans:
+        assert plan.fits == (plan.memory.peak <= tight.room)
+        assert memory_of(tight, plan.share, plan.most_rows + 1).peak > tight.room
+        assert not plan.most_rows or memory_of(tight, plan.share, plan.most_rows).peak <= tight.room
+
+
+def test_compression_makes_room_while_generating_and_tokens_faster(job):
+    full = dataclasses.replace(job, d2o=D2OConfig.preset("full"), num_gpus=1)
+    kept, whole = (plan_all(one, ParallelConfig(), "latency")[0][0] for one in (
+        dataclasses.replace(full, d2o=LEAN), full
+    ))  # fmt: skip
+    assert kept.memory.decoding < whole.memory.decoding and kept.times.token < whole.times.token
+    assert kept.memory.prompt == whole.memory.prompt
+
+
+def test_links_between_nodes_are_slower(job):
+    apart = dataclasses.replace(job, gpus_per_node=4)
+    near, far = (plan_all(one, ParallelConfig(tp=8), "latency")[0][0].times for one in (job, apart))
+    assert near.prompt_links < far.prompt_links and near.token_links < far.token_links
+
+
+def test_refusals(job):
+    with pytest.raises(ValueError, match="aim"):
+        plan_all(job, ParallelConfig(), "speed")
+    with pytest.raises(ValueError, match=r"num_gpus \(12\) must be a multiple of gpus_per_node \(8\)"):
+        dataclasses.replace(job, num_gpus=12)
+    with pytest.raises(ValueError, match=r"tokens \(0\)"):
+        dataclasses.replace(job, tokens=0)
+    with pytest.raises(ValueError, match=r"assume\.matmul \(2\)"):
+        Assumptions(matmul=2)
+
