@@ -1,8 +1,9 @@
 """The multi-rank harness: `run_ranks(world, fn, *args)` runs `fn(rank, world, *args)` in real processes over gloo.
 
-Worlds of all sizes share one pool of workers, forked from a server that has already imported torch and transformers, so
-that a worker costs milliseconds. Workers live on across runs; each run has a fresh process group (a file store in a
-temporary folder) that is destroyed after it. `fn` travels as module and name: a module-level function, not a lambda.
+Worlds of all sizes share one pool of workers, forked from a server that has already imported torch, transformers and
+DeepSpeed, so that a worker costs milliseconds. Workers live on across runs; each run has a fresh process group (a file
+store in a temporary folder) that is destroyed after it. `fn` travels as module and name: a module-level function, not
+a lambda.
 
 A rank that raises, dies or hangs ends the run: all its workers are killed and the next run forks new ones. A rank that
 aborts from C++ is tried once more, with a warning that shows what it wrote: see `ABORTED`.
@@ -32,7 +33,10 @@ from typing import Any
 from unittest.mock import patch
 
 REPO = Path(__file__).resolve().parents[1]
-PRELOAD = ["torch", "torch.distributed.device_mesh", "numpy", "pytest", "hypothesis", "d2o_dist.comm", "tests.models"]
+# What workers import, once for all of them; what is not installed is left out. The last one is the slowest import that
+# DeepSpeed makes as it trains: torch.compile's.
+PRELOAD = ["torch", "torch.distributed.device_mesh", "numpy", "pytest", "hypothesis", "d2o_dist.comm", "tests.models",
+           "tests.train.runs", "datasets", "peft", "deepspeed.runtime.zero.muon.original_muon"]  # fmt: skip
 DEFAULT_TIMEOUT_S = 60.0
 # Tries to connect the ranks of one run.
 RENDEZVOUS_ATTEMPTS = 4
@@ -89,6 +93,18 @@ def run_ranks(
     raise AssertionError("unreachable")
 
 
+def start_process(fn: Callable[..., Any], *args: Any) -> multiprocessing.process.BaseProcess:
+    """`fn(*args)` in a process of its own, forked from the server; it ends with this process at the latest."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=fn, args=args, daemon=True)
+    # The server takes its path from the environment: Python 3.11 forgets sys.path when it preloads.
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+    with patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
+        process.start()
+    return process
+
+
 @dataclass
 class _Worker:
     process: multiprocessing.process.BaseProcess
@@ -135,15 +151,9 @@ class _Pool:
         if self.folder is None:
             self.folder = Path(tempfile.mkdtemp(prefix="ranks"))
             atexit.register(self.close)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        here, there = context.Pipe()
+        here, there = multiprocessing.Pipe()
         stacks = Path(tempfile.mkstemp(dir=self.folder)[1])
-        process = context.Process(target=_serve, args=(there, str(stacks)), daemon=True)
-        # The server takes its path from the environment: Python 3.11 forgets sys.path when it preloads.
-        path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-        with patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
-            process.start()
+        process = start_process(_serve, there, str(stacks))
         there.close()
         return _Worker(process, here, stacks)
 

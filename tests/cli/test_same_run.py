@@ -91,7 +91,10 @@ def run_apart(machine, tmp_path, change, program, argv, other=()):
         folders.append(tmp_path / str(rank))
         shutil.copytree(machine, folders[rank])
     change(folders[1])
-    return run_ranks(2, on_machine, folders, program, [argv, [*argv, *other]], fresh=True)
+    before = [sorted(folder.rglob("*")) for folder in folders]
+    said = run_ranks(2, on_machine, folders, program, [argv, [*argv, *other]], fresh=True)
+    assert [sorted(folder.rglob("*")) for folder in folders] == before  # nothing is written
+    return said
 
 
 @pytest.mark.parametrize(

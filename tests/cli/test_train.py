@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -91,7 +92,8 @@ def test_what_ranks_cannot_do_is_said_in_one_line(tmp_path):
     assert "[rank" not in done.stderr and "SystemExit" not in done.stderr
 
 
-def test_a_status_is_returned_by_the_launcher(tmp_path):
-    command = [sys.executable, str(REPO / "launch" / "train.py"), "--config", str(tmp_path / "nowhere.yaml")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("nowhere.yaml does not exist")
+def test_a_status_is_returned_by_the_launcher(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "nowhere.yaml")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(REPO / "launch" / "train.py"), run_name="__main__")
+    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith("nowhere.yaml does not exist")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -19,26 +18,23 @@ from d2o_dist.comm import ParallelMesh, build_mesh
 from d2o_dist.engine import lock as locking
 from d2o_dist.engine.lock import OutputLock, only_writer
 from d2o_dist.engine.output import lock_path
-from tests.ranks import REPO, run_ranks
-
-HOLD = """
-import sys, time
-from d2o_dist.engine.lock import OutputLock
-from pathlib import Path
-held = OutputLock("out", Path(sys.argv[1]))
-print("held", flush=True)
-if sys.argv[2:] == ["end"]:
-    held.release()
-else:
-    time.sleep(300)
-"""
+from tests.ranks import run_ranks, start_process
 
 
-def hold(path, *words) -> subprocess.Popen:
+def holding(path, ends: bool, link) -> None:
+    held = OutputLock("out", path)
+    link.send("held")
+    if ends:
+        held.release()
+    else:
+        time.sleep(300)
+
+
+def hold(path, ends: bool = False) -> multiprocessing.Process:
     """A process that has the lock when this returns."""
-    command = [sys.executable, "-c", HOLD, str(path), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO)
-    assert process.stdout.readline() == "held\n"
+    here, there = multiprocessing.Pipe()
+    process = start_process(holding, path, ends, there)
+    assert here.recv() == "held"
     return process
 
 
@@ -104,8 +100,9 @@ def test_a_killed_process_is_followed(tmp_path, number):
     process = hold(path)
     with pytest.raises(ValueError, match=f"written by process {process.pid} on"):
         OutputLock("out", path)
-    process.send_signal(number)
-    assert process.wait(30) == -number
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == -number
     assert path.exists() == (number == signal.SIGKILL)
     held = OutputLock("out", path)
     assert json.loads(path.read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
@@ -214,8 +211,9 @@ def test_without_flock_the_process_is_looked_for(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"written by process {os.getpid()}"):
         OutputLock("out", path)
     held.release()
-    process = hold(path, "end")
-    assert process.wait(30) == 0
+    process = hold(path, ends=True)
+    process.join(30)
+    assert process.exitcode == 0
     path.write_text(json.dumps({"pid": process.pid, "host": socket.gethostname()}))
     OutputLock("out", path).release()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from transformers import LlamaConfig, Phi3Config, PreTrainedModel
@@ -89,30 +91,45 @@ def test_copied_heads_compute_what_one_did(family):
     torch.testing.assert_close(keys, keys[:, :, :1].expand_as(keys), rtol=limit, atol=limit)
 
 
+def make_model(family, dtype, fields) -> PreTrainedModel:
+    model = perturbed(tiny_model(family, **fields)).to(dtype)
+    if dtype == torch.float64 and family != "gemma3":
+        use_float64_norms(model)  # norms in float32 would round differences of 1e-16 away, or make them 1e-8
+    return model
+
+
+@torch.no_grad()
+def computed(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a ragged batch, where its rows have tokens, and the tokens that it goes on with."""
+    ids, mask = left_padded([9, 17, 30])
+    logits = model(ids, attention_mask=mask).logits[mask.bool()]
+    return logits, model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+
+
+@cache
+def wanted(family, dtype, fields) -> tuple[torch.Tensor, torch.Tensor]:
+    return computed(make_model(family, dtype, dict(fields)))
+
+
 def sharded(rank, world, engine, cases):
     """For every case the largest difference of logits, equality of tokens, and what of the model this rank has."""
     found = []
-    for family, (dp, sp, tp), dtype, fields in cases:
+    for family, (dp, sp, tp), dtype, fields, (logits, tokens) in cases:
         mesh = build_mesh(dp, sp, tp)
-        model = perturbed(tiny_model(family, **fields)).to(dtype)
-        if dtype == torch.float64 and family != "gemma3":
-            use_float64_norms(model)  # norms in float32 would round differences of 1e-16 away, or make them 1e-8
+        model = make_model(family, dtype, fields)
         heads = model.config.num_key_value_heads
         whole = sum(parameter.numel() for parameter in model.parameters())
-        ids, mask = left_padded([9, 17, 30])
+        model = shard_model(model, mesh, ParallelConfig(tp=tp, sp=sp, tp_engine=engine), CPU)
+        my_logits, my_tokens = computed(model)
         with torch.no_grad():
-            want = model(ids, attention_mask=mask).logits
-            tokens = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-            model = shard_model(model, mesh, ParallelConfig(tp=tp, sp=sp, tp_engine=engine), CPU)
-            have = model(ids, attention_mask=mask, use_cache=True)
-            same = torch.equal(tokens, model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False))
+            cached = model(tokens[:1, :5], use_cache=True).past_key_values
         mine = {id(p): getattr(p, "_local_tensor", p) for p in model.parameters()}.values()
         found.append(
             {
-                "error": float((have.logits - want)[mask.bool()].abs().max()),
-                "tokens": same,
-                "dtype": have.logits.dtype == dtype,
-                "local_heads": have.past_key_values.layers[0].keys.shape[1],
+                "error": float((my_logits - logits).abs().max()),
+                "tokens": torch.equal(my_tokens, tokens),
+                "dtype": my_logits.dtype == dtype,
+                "local_heads": cached.layers[0].keys.shape[1],
                 "global_heads": model.config.num_key_value_heads == heads,
                 "replicas": model.config.d2o_kv_replicas,
                 "attention": model.config._attn_implementation,
@@ -145,7 +162,7 @@ WORLDS = {
 def test_a_sharded_model_is_the_model(engine, world):
     if engine == "deepspeed":
         pytest.importorskip("deepspeed")
-    cases = [case[:4] for case in WORLDS[world]]
+    cases = [(*case[:4], wanted(case[0], case[2], tuple(case[3].items()))) for case in WORLDS[world]]
     for rank, found in enumerate(run_ranks(world, sharded, engine, cases, fresh=True)):
         for (family, shape, dtype, fields, local_heads, replicas), have in zip(WORLDS[world], found, strict=True):
             where = (rank, family, shape, fields)

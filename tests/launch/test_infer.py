@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "launch" / "infer.py"
 WORDS = "the quick brown fox jumps over the lazy dog and folds the rest into a cache".split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+FIELDS = ["--model", "model", "--prompts", "p.jsonl", "device=cpu", "max_batch_size=2",
+          "d2o.budget.min_layer_tokens=8", "d2o.keep_ratio=0.4"]  # fmt: skip
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
 
 
@@ -38,8 +39,7 @@ def start(folder, launcher, *args, script=SCRIPT) -> subprocess.Popen:
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     env |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    fields = ["device=cpu", "max_batch_size=2", "d2o.budget.min_layer_tokens=8", "d2o.keep_ratio=0.4"]
-    command = [*launcher, str(script), *args, "--model", "model", "--prompts", "p.jsonl", *fields]
+    command = [*launcher, str(script), *args, *FIELDS]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
 
@@ -93,21 +93,6 @@ def test_two_agents_as_two_nodes(job, alone):
     assert "rows: 6 ok" in ends[0][2] and "rows:" not in ends[1][2]
 
 
-def test_two_nodes_with_other_weights_under_one_path(job, tmp_path):
-    """Each agent runs where its machine's files are; nothing is computed, and one line says what differs."""
-    shutil.copytree(job, tmp_path / "node")
-    make_folder(tmp_path / "node" / "model", seed=1)
-    where = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
-    args = ["--output", str(tmp_path / "out.jsonl"), "--sp", "2", "sampling.max_new_tokens=20"]
-    folders = [job, tmp_path / "node"]
-    nodes = [start(folders[rank], [*TORCHRUN, *where, "--node-rank", str(rank)], *args) for rank in (0, 1)]
-    ends = [finish(node) for node in nodes]
-    message = "infer.py: error: rank 1 differs from rank 0 in model.safetensors of model: make them the same"
-    assert [status for status, _, _ in ends] == [1, 1] and ends[0][2].count(message) == 1, ends
-    assert "infer.py: error" not in ends[1][2] and "exitcode  : 2" in ends[0][2]
-    assert not (tmp_path / "out.jsonl").exists()
-
-
 FAIL = """
 import os, pathlib, signal, sys, time
 from d2o_dist.cli.infer import main
@@ -143,6 +128,6 @@ def test_a_rank_that_fails_ends_the_job_and_finished_rows_stay(job, tmp_path, ho
     assert status != 0
     if how == "raise":
         assert "[rank 1 of 2] failed\nTraceback" in err and "ValueError: the original error" in err
-        assert "the batch of rows" in err and "[rank 0 of 2] failed" not in err
+        assert "the batch of rows" in err and "[rank 0 of 2]" not in err
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(records) == 2 and all(record["text"] for record in records)

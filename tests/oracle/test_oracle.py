@@ -8,19 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from .naive_d2o import (
-    PRESETS,
-    OracleCache,
-    OracleConfig,
-    OracleSession,
-    Slot,
-    layer_dispersions,
-    layer_slots,
-    one_thread,
-    run_oracle,
-    use_float64_norms,
-    water_fill,
-)
+from .naive_cache import OracleCache
+from .naive_d2o import PRESETS, OracleConfig, OracleSession, one_thread, run_oracle, use_float64_norms
+from .naive_slots import Slot
 from .published_step import PublishedStep
 
 SIZES = {
@@ -119,16 +109,6 @@ def test_column_sums_sum_to_the_prompt(model):
         assert float(sums.var(dim=1).max()) > 1  # uneven, or these tests would test little
 
 
-def test_dispersions_by_hand():
-    # Of mean 1, as column sums are; variances 1 and 4 in layer 0; 9 and 9 in layer 1.
-    sums = [torch.tensor([[0.0, 1.0, 2.0], [-1.0, 1.0, 3.0]]), torch.tensor([[-2.0, 1.0, 4.0], [1.0, -2.0, 4.0]])]
-    sums = [s.double() for s in sums]
-    assert layer_dispersions(sums, "raw") == pytest.approx([2.5, 9.0])
-    assert layer_dispersions(sums, "heads_minmax") == pytest.approx([0.5, 0.0], abs=1e-6)
-    assert layer_dispersions(sums, "layers_minmax") == pytest.approx([0.0, 1.0], abs=1e-6)
-    assert layer_dispersions(sums, "log_zscore") == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)])
-
-
 @pytest.mark.parametrize("name", SQUEEZING)
 def test_scores_are_conserved_until_eviction(model, name):
     """Every query spreads a mass of one per query head: 4 query heads, 40 prompt queries and 5 decode steps."""
@@ -142,49 +122,6 @@ def test_scores_are_conserved_until_eviction(model, name):
 # -- section 2 --------------------------------------------------------------------------------------------------------
 
 
-def test_water_filling_by_hand():
-    def log(*weights):
-        return [math.log(w) for w in weights]
-
-    assert water_fill(log(1, 1, 2, 4), 0.5, 0.01, set()) == pytest.approx([0.25, 0.25, 0.5, 1.0])
-    # Shares 1.6, .2, .1, .1 of 2: the first is fixed at 1, and the second takes its part of what is left.
-    assert water_fill(log(16, 2, 1, 1), 0.5, 0.01, set()) == pytest.approx([1.0, 0.5, 0.25, 0.25])
-    # Both clamps at once, excess 0.08 against shortfall 0.5: the minima first, and then no one is over 1.
-    assert water_fill(log(54, 45, 0.5, 0.5), 0.5, 0.26, set()) == pytest.approx(
-        [1.48 * 54 / 99, 1.48 * 45 / 99, 0.26, 0.26]
-    )
-    assert water_fill(log(1, 1, 1, 3), 0.5, 0.01, {0}) == pytest.approx([1.0, 0.2, 0.2, 0.6])
-    with pytest.raises(ValueError, match="exceed"):
-        water_fill(log(1, 1, 1, 1), 0.2, 0.01, {0})
-    with pytest.raises(ValueError, match="exceed"):
-        water_fill(log(1, 1, 1, 1), 0.2, 0.3, set())
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_water_filling_always_meets_the_total(seed):
-    random = torch.Generator().manual_seed(seed)
-    weights = (torch.randn(12, generator=random) * 10).tolist()
-    ratio = 0.05 + 0.9 * float(torch.rand(1, generator=random))
-    ratios = water_fill(weights, ratio, 0.02, set())
-    assert sum(ratios) == pytest.approx(12 * ratio)
-    assert min(ratios) >= 0.02 and max(ratios) <= 1
-    config = OracleConfig(keep_ratio=ratio, min_layer_tokens=0)
-    slots, _ = layer_slots(config, weights, 997)
-    assert sum(slots) == math.floor(ratio * 12 * 997 + 1e-9) and max(slots) <= 997
-
-
-def test_remainders_go_to_lower_layers_first():
-    slots, _ = layer_slots(OracleConfig(keep_ratio=0.5, min_layer_tokens=0), [0.0] * 4, 7)  # 3.5 each, 14 in all
-    assert slots == [4, 4, 3, 3]
-
-
-def test_absolute_budgets():
-    config = OracleConfig(keep_tokens=100, min_layer_tokens=0)
-    assert layer_slots(config, [0.0] * 4, 1000)[0] == [100] * 4
-    assert sum(layer_slots(config, [0.0, 1.0, 2.0, 3.0], 1000)[0]) == 400
-    assert layer_slots(config, [0.0, 1.0, 2.0, 3.0], 40)[0] == [100] * 4  # may grow while decoding
-
-
 @pytest.mark.parametrize("name", [name for name in SQUEEZING if name != "released"])
 @pytest.mark.parametrize("keep_ratio", [0.15, 0.37, 0.8])
 def test_the_ratio_is_never_exceeded(model, name, keep_ratio):
@@ -193,18 +130,6 @@ def test_the_ratio_is_never_exceeded(model, name, keep_ratio):
     assert sum(slots) == math.floor(keep_ratio * 4 * 90 + 1e-9)
     assert result.achieved_ratio <= keep_ratio
     assert [entry["positions"].shape[1] for entry in result.after_finalize] == slots
-
-
-def test_config_errors():
-    for wrong in (
-        {},
-        {"keep_ratio": 0.5, "keep_tokens": 5},
-        {"keep_ratio": 1.5},
-        {"keep_ratio": 0.2, "heavy_fraction": 1.0},
-        {"keep_tokens": 5, "min_layer_tokens": 0},
-    ):
-        with pytest.raises(ValueError):
-            OracleConfig(**wrong)
 
 
 # -- sections 3 and 5 -------------------------------------------------------------------------------------------------

@@ -25,11 +25,12 @@ class Play:
     family: str = "llama"
     preset: str = "d2o"
     lengths: tuple[int, ...] = (97,)
-    steps: int = 40
+    steps: int = 28
     chunk: int | None = None
     seed: int = 0
     ends: tuple[int, ...] = ()  # a row that ends before the others
     turn: tuple[int, ...] = ()  # lengths of a second turn, after which decoding goes on
+    layers: int = 3  # the fewest of which one can get more than the average and another does not just get the rest
     model: dict[str, Any] = field(default_factory=dict)
     d2o: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
@@ -87,7 +88,7 @@ def shares_of(layer: Any) -> torch.Tensor | None:
 @torch.no_grad()
 def play(one: Play, mesh=None, parallel=None, counter=None) -> dict[str, Any]:
     """Greedy decoding: tokens, logits of every step, positions after the prompt and at the end, budgets, thresholds."""
-    model = tiny_model(one.family, seed=one.seed, **one.model).to(one.dtype)
+    model = tiny_model(one.family, seed=one.seed, num_hidden_layers=one.layers, **one.model).to(one.dtype)
     if mesh is not None:
         model = shard_model(model, mesh, parallel, torch.device("cpu"))
     if one.dtype == torch.float64 and one.family != "gemma3":
@@ -118,12 +119,12 @@ def play_on(session: Session, one: Play) -> dict[str, Any]:
     if one.ends:
         # One row ends and is fed padding, then it leaves.
         live = [row != one.ends[0] for row in range(len(one.lengths))]
-        for _ in range(20):
+        for _ in range(10):
             logits = decode(logits, live)
         rows = [row for row, goes_on in enumerate(live) if goes_on]
         session.keep_rows(rows)
         logits = logits[rows]
-        for _ in range(20):
+        for _ in range(10):
             logits = decode(logits)
     cache = session.cache
     return {

@@ -13,12 +13,11 @@ from d2o_dist.models.hf.shard import shard_model
 from tests.models import tiny_model, tokens
 from tests.ranks import RankError, run_ranks
 from tests.sharded.play import Play, on_rank
-from tests.sharded.test_parity import LAYOUTS, check
+from tests.sharded.test_parity import LAYERS, LAYOUTS, check
 
 pytestmark = pytest.mark.multirank
 
 DROP = {"merge": "none", "merge_targets": "kept", "gate": "threshold"}
-LAYERS = 4  # of the tiny model
 # Every way to rank, to share, and to merge that only these configurations have.
 RULES = {
     "reread": {},
@@ -34,7 +33,8 @@ RULES = {
     "tokens": {"keep_ratio": None, "keep_tokens": 50, "eviction_interval": 3},
     "full": {"keep_ratio": 1.0, "eviction_interval": None},
 }  # fmt: skip
-SHORT = {"tokens": (61, 12)}  # budgets beyond a prompt: heads are then due at different times
+# Of "tokens" budgets are beyond a prompt: heads are then due at different times.
+SIZES = {rule: {"lengths": (70, 33), "steps": 10} for rule in RULES} | {"tokens": {"lengths": (61, 12), "steps": 20}}
 
 
 def heads(num_heads: int, num_kv_heads: int) -> dict[str, int]:
@@ -49,7 +49,7 @@ def heads(num_heads: int, num_kv_heads: int) -> dict[str, int]:
 )  # fmt: skip
 def test_tensor_ranks(tp, kinds, engine):
     """One KV head a rank, two, or copies of one: ragged prompts in chunks, a second turn."""
-    one = Play(preset="reread", lengths=(61, 40), steps=34, chunk=23, turn=(9, 14), model=heads(*kinds),
+    one = Play(preset="reread", lengths=(61, 40), steps=17, chunk=23, turn=(9, 14), model=heads(*kinds),
                d2o={"reread_chunk": 27, "eviction_interval": 5})  # fmt: skip
     check(one, ParallelConfig(tp=tp, tp_engine=engine, check_replicas=True))
 
@@ -57,8 +57,7 @@ def test_tensor_ranks(tp, kinds, engine):
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_on_tensor_ranks(rule):
     """Copies of a KV head; a rank with heads of its own is what a sequence rank is."""
-    one = Play(preset="reread", lengths=SHORT.get(rule, (70, 33)), turn=(12, 5), steps=20, model=heads(4, 1),
-               d2o=RULES[rule], ends=(1,))  # fmt: skip
+    one = Play(preset="reread", turn=(12, 5), model=heads(4, 1), d2o=RULES[rule], ends=(1,), **SIZES[rule])
     check(one, ParallelConfig(tp=2, tp_engine="transformers", check_replicas=True))
 
 
@@ -67,15 +66,14 @@ def test_rules_on_tensor_ranks(rule):
 )
 def test_sequence_ranks(tp, sp, kinds):
     """Chunks of both readings that the ranks do not divide; 3 KV heads on 2 ranks are 2 and 1."""
-    one = Play(preset="reread", lengths=(61, 40), steps=34, chunk=23, turn=(9, 14), model=heads(*kinds),
+    one = Play(preset="reread", lengths=(61, 40), steps=17, chunk=23, turn=(9, 14), model=heads(*kinds),
                d2o={"reread_chunk": 27, "eviction_interval": 5})  # fmt: skip
     check(one, ParallelConfig(tp=tp, sp=sp, tp_engine="transformers", check_replicas=True))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_on_sequence_ranks(rule):
-    one = Play(preset="reread", lengths=SHORT.get(rule, (70, 33)), turn=(12, 5), steps=20, model=heads(4, 2),
-               d2o=RULES[rule], ends=(1,))  # fmt: skip
+    one = Play(preset="reread", turn=(12, 5), model=heads(4, 2), d2o=RULES[rule], ends=(1,), **SIZES[rule])
     check(one, ParallelConfig(sp=2, check_replicas=True))
 
 
@@ -83,7 +81,7 @@ def test_rules_on_sequence_ranks(rule):
 @pytest.mark.parametrize("layout", ["moved", "allgather", "ring"])
 def test_shares_by_rank_where_slots_of_a_head_are_spread(layout, selection):
     """Ranks that are maxima over neighbours on other ranks, and sums; layers that share by them."""
-    one = Play(lengths=(97, 61), turn=(9, 20), steps=18, d2o={"allocation": "ranked", "selection": selection})
+    one = Play(lengths=(97, 61), turn=(9, 20), steps=10, d2o={"allocation": "ranked", "selection": selection})
     check(one, ParallelConfig(sp=2, check_replicas=True, **LAYOUTS[layout]))
 
 
@@ -96,7 +94,9 @@ def test_prompts_of_a_few_tokens_on_sequence_ranks(lengths):
 
 @pytest.mark.parametrize("family", ["mistral_sliding", "qwen2", "phi3", "gemma3"])
 def test_families_on_sequence_ranks(family):
-    check(Play(family=family, preset="reread", lengths=(60, 41), turn=(20, 31), steps=20), ParallelConfig(sp=2))
+    layers = LAYERS.get(family, Play.layers)
+    one = Play(family=family, preset="reread", lengths=(60, 41), turn=(20, 31), steps=10, layers=layers)
+    check(one, ParallelConfig(sp=2))
 
 
 @pytest.mark.parametrize("lengths", [(1,), (2,), (5, 1)], ids=str)
@@ -108,7 +108,8 @@ def test_prompts_of_a_few_tokens_on_tensor_ranks(lengths):
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
 def test_families_on_tensor_ranks(family):
-    one = Play(family=family, preset="reread", lengths=(60, 41), turn=(20, 31), steps=20)
+    layers = LAYERS.get(family, Play.layers)
+    one = Play(family=family, preset="reread", lengths=(60, 41), turn=(20, 31), steps=10, layers=layers)
     check(one, ParallelConfig(tp=2, tp_engine="transformers"))
 
 
@@ -128,10 +129,10 @@ def test_what_is_sent_does_not_grow_with_the_prompt():
     assert short == long
     assert short.keys() == {"finalize"} and short["finalize"].keys() == {"tp", "request"}
     # Slots and a weight of each head, from the rank that divides the total.
-    assert short["finalize"]["request"] == {"broadcast": {"calls": 1, "bytes": 2 * LAYERS * 2 * 8 // 2}}
+    assert short["finalize"]["request"] == {"broadcast": {"calls": 1, "bytes": 2 * Play.layers * 2 * 8 // 2}}
     sent = short["finalize"]["tp"]
     assert {kind: one["calls"] for kind, one in sent.items()} == {"all_reduce": 4, "all_gather": 1}
-    assert sent["all_reduce"]["bytes"] == 4 * 256 * 8 and sent["all_gather"]["bytes"] == 2 * LAYERS * 8
+    assert sent["all_reduce"]["bytes"] == 4 * 256 * 8 and sent["all_gather"]["bytes"] == 2 * Play.layers * 8
 
 
 def test_what_copies_of_a_head_exchange():
@@ -140,11 +141,11 @@ def test_what_copies_of_a_head_exchange():
     sent = calls(ParallelConfig(tp=2, tp_engine="transformers"), (4, 1), 120)
     forwards = 3  # of the second reading
     assert sent["prefill"]["tp"].keys() == {"all_to_all"}
-    assert sent["prefill"]["tp"]["all_to_all"]["calls"] == 2 * LAYERS * forwards
+    assert sent["prefill"]["tp"]["all_to_all"]["calls"] == 2 * Play.layers * forwards
     assert {kind: one["calls"] for kind, one in sent["finalize"]["tp"].items()} == {
-        "all_reduce": 8, "all_gather": 1, "all_to_all": (2 + 2) * LAYERS
+        "all_reduce": 8, "all_gather": 1, "all_to_all": (2 + 2) * Play.layers
     }  # fmt: skip
-    assert sent["decode"]["tp"]["all_to_all"]["calls"] == 12 * LAYERS
+    assert sent["decode"]["tp"]["all_to_all"]["calls"] == 12 * Play.layers
     assert sent["evict"].keys() == {"tp"} and sent["evict"]["tp"].keys() == {"all_to_all"}
     assert sent["evict"]["tp"]["all_to_all"]["calls"] == 2 * 12 // 4
 
@@ -153,9 +154,9 @@ def test_what_sequence_ranks_exchange():
     """Heads for tokens and back in each forward of both readings; a decode step joins the heads; evictions nothing."""
     sent = calls(ParallelConfig(sp=2), (4, 2), 120)
     forwards = 1 + 3
-    assert sent["prefill"]["sp"]["all_to_all"]["calls"] == 2 * LAYERS * forwards
+    assert sent["prefill"]["sp"]["all_to_all"]["calls"] == 2 * Play.layers * forwards
     assert {kind: one["calls"] for kind, one in sent["finalize"]["sp"].items()} == {"all_reduce": 8, "all_gather": 1}
-    assert sent["decode"]["sp"]["all_gather"]["calls"] == 12 * LAYERS and "evict" not in sent
+    assert sent["decode"]["sp"]["all_gather"]["calls"] == 12 * Play.layers and "evict" not in sent
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from tests.sharded.play import Play, assert_same, on_rank, play
 
 pytestmark = pytest.mark.multirank
 SEQUENCE = {"sp_prefill": "allgather"}
-LAYERS, KV_HEADS = 4, 2
+LAYERS, KV_HEADS = Play.layers, 2
 
 
 def decode_traffic(
@@ -43,7 +43,7 @@ def test_collectives_of_a_token_do_not_depend_on_the_context(preset, d2o):
 
     The default from where tails reach their bound: here at 32 slots a layer.
     """
-    steps = 64
+    steps = 32
     short, long = (decode_traffic(length, steps, preset, d2o) for length in (200, 800))
     assert short == long
     assert short["decode"]["calls"] == steps * LAYERS
@@ -52,13 +52,13 @@ def test_collectives_of_a_token_do_not_depend_on_the_context(preset, d2o):
 
 
 def test_collectives_of_other_merges():
-    assert decode_traffic(100, 64, merge_scope="local")["evict"]["calls"] == 2 * 64 // 16
-    assert decode_traffic(100, 64, "h2o")["evict"]["calls"] == 64 // 16
+    assert decode_traffic(100, 32, merge_scope="local")["evict"]["calls"] == 2 * 32 // 16
+    assert decode_traffic(100, 32, "h2o")["evict"]["calls"] == 32 // 16
 
 
 def test_only_a_tail_without_bound_makes_evictions_send_more_at_a_longer_context():
     """Each rank offers as many slots as the tail has, 24 bytes each: a tenth of the budget more."""
-    steps = 64
+    steps = 32
     short, long = (decode_traffic(length, steps, d2o={"max_decode_tail": None}) for length in (100, 800))
     assert short["decode"] == long["decode"] and short["evict"]["calls"] == long["evict"]["calls"] == 3 * steps // 16
     longer_tail = Play().config.merge.targets.fraction * Play().config.keep_ratio * 700
@@ -67,26 +67,26 @@ def test_only_a_tail_without_bound_makes_evictions_send_more_at_a_longer_context
 
 
 def test_tensor_ranks_add_one_collective_an_eviction():
-    one = Play(lengths=(100,), steps=64, model={"num_attention_heads": 4, "num_key_value_heads": 4})
+    one = Play(lengths=(100,), steps=32, model={"num_attention_heads": 4, "num_key_value_heads": 4})
     parallel = ParallelConfig(tp=2, sp=2, tp_engine="transformers", **SEQUENCE)
     for _, traffic in run_ranks(4, on_rank, one, parallel, fresh=True):
-        assert traffic["decode"]["sp"]["all_gather"]["calls"] == 64 * LAYERS
+        assert traffic["decode"]["sp"]["all_gather"]["calls"] == 32 * LAYERS
         assert "tp" not in traffic["decode"]
         calls = sum(kind["calls"] for kinds in traffic["evict"].values() for kind in kinds.values())
-        assert calls == 4 * 64 // 16
+        assert calls == 4 * 32 // 16
 
 
 @pytest.mark.parametrize("sp", [1, 2])
 def test_copies_of_a_head_add_one_more(sp):
     """What one of them chose; what it found to be near goes with the reports."""
-    one = Play(lengths=(100,), steps=64, model={"num_key_value_heads": 1})
+    one = Play(lengths=(100,), steps=32, model={"num_key_value_heads": 1})
     parallel = ParallelConfig(tp=2, sp=sp, tp_engine="transformers", **(SEQUENCE if sp > 1 else {}))
     for _, traffic in run_ranks(2 * sp, on_rank, one, parallel, fresh=True):
         calls = {axis: {kind: n["calls"] for kind, n in kinds.items()} for axis, kinds in traffic["evict"].items()}
-        assert calls.pop("tp") == {"all_to_all": 64 // 16, "all_gather": 64 // 16}
-        assert sum(sum(kinds.values()) for kinds in calls.values()) == (3 * 64 // 16 if sp > 1 else 0)
+        assert calls.pop("tp") == {"all_to_all": 32 // 16, "all_gather": 32 // 16}
+        assert sum(sum(kinds.values()) for kinds in calls.values()) == (3 * 32 // 16 if sp > 1 else 0)
         assert traffic["decode"]["tp"] == {"all_to_all": traffic["decode"]["tp"]["all_to_all"]}
-        assert traffic["decode"]["tp"]["all_to_all"]["calls"] == 64 * LAYERS
+        assert traffic["decode"]["tp"]["all_to_all"]["calls"] == 32 * LAYERS
         assert traffic["finalize"]["request"]["broadcast"]["calls"] == 1
 
 

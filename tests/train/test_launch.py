@@ -47,18 +47,15 @@ def test_a_run_that_was_killed_goes_on_to_the_same_losses(inputs, tmp_path):
     changes = dict(steps=steps, save_every=1, global_batch_size=2, micro_batch_size=2)
     config = make_config(inputs, str(tmp_path / "killed"), **changes)
     log = Path(config.output) / "log.jsonl"
-    with subprocess.Popen(command([sys.executable], config), env=environment(), stderr=subprocess.DEVNULL) as process:
+    argv = command([sys.executable], config)
+    with subprocess.Popen(argv, env=environment(), stderr=subprocess.DEVNULL) as process:
         while not log.exists() or len(log.read_text().splitlines()) < 3:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     before = step_losses(config)
     assert 3 <= max(before) < steps
-    done = subprocess.run(
-        command([sys.executable], make_config(inputs, str(tmp_path / "killed"), **changes)),
-        env=environment(), capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert main(argv[2:]) == 0
     after = step_losses(config)
     assert list(range(1, steps + 1)) == sorted(after)
     expected = steps_of(make_config(inputs, **changes), steps)[::2]
