@@ -57,6 +57,7 @@ def load_model(config: InferConfig, mesh: ParallelMesh | None = None) -> Any:
 
 def _load_whole(config: InferConfig, device: torch.device) -> Any:
     """The whole model on the CPU, in the dtype for `device`."""
+    _check_format(config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if dtype == "auto" and device.type == "cpu" and load_config(config).dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
@@ -64,10 +65,20 @@ def _load_whole(config: InferConfig, device: torch.device) -> Any:
         # Shapes that differ are told like all other keys that do not fit.
         model, found = _load(
             "weights", AutoModelForCausalLM, config.model, dtype=dtype, attn_implementation=ATTENTION_NAME,
-            output_loading_info=True, ignore_mismatched_sizes=True, **_hub(config),
+            output_loading_info=True, ignore_mismatched_sizes=True,
+            use_safetensors=None if config.trust_pickled_weights else True, **_hub(config),
         )  # fmt: skip
     check_keys(config.model, found)
     return model
+
+
+def _check_format(config: InferConfig) -> None:
+    folder = Path(config.model).expanduser()
+    pickled = next(folder.glob("pytorch_model*.bin"), None)
+    if pickled and not config.trust_pickled_weights and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{pickled} is a pickle, and {folder} has no safetensors: convert it, or set trust_pickled_weights=true"
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -108,7 +108,8 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
     positions = loading.max_positions(model_config)
     encoder = Encoder(
         tokenizer, chat_template=config.chat_template, system_prompt=config.system_prompt, max_positions=positions,
-        max_prompt_tokens=config.max_prompt_tokens, truncation=config.truncation,
+        max_prompt_tokens=config.max_prompt_tokens, max_prompt_bytes=config.max_prompt_bytes,
+        truncation=config.truncation,
     )  # fmt: skip
     tools = Tools(tokenizer, text_loader(named_texts), encoder.count, config.seed, positions)
     tasks = make_tasks(config.tasks)
