@@ -139,4 +139,5 @@ def _load(what: str, auto: Any, name: str, **kwargs: Any) -> Any:
     # transformers and safetensors raise whatever they meet; their first line says what.
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"the {what} of {name} cannot be loaded: {reason}") from error
+        hint = "; it is run only with trust_remote_code=true" if "trust_remote_code" in str(error) else ""
+        raise ValueError(f"the {what} of {name} cannot be loaded: {reason}{hint}") from error
