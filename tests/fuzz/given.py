@@ -29,14 +29,14 @@ def nested(depth: int, inner: Any = 0, *, key: str | None = None) -> Any:
     return inner
 
 
-LONG = "long " * 2_000
+LONG = "long " * 500
 # What YAML and JSON can say.
 TEXTUAL = [
     None, True, False, 0, 1, -1, 2, 64, 0.5, 1.0, 1.5, -0.0, 10**400, -(10**400), 2**63, 10**9, 1e308, 5e-324,
     float("nan"), float("inf"), "", " ", "x", "auto", "full", "all", "1e-5", "0.5", "\ud800", "\x00", LONG, [], {},
     [[]], [{}], [None], [0.5], [1, "x"], ["\udfff"], {"rule": "x"}, {"rule": []}, {"name": "full", "preset": "full"},
     {"x": 1}, {LONG: 1}, {"kind": "needle", "lengths": [10**9], "depths": 10**9, "samples": 10**9, "name": "n"},
-    [LONG] * 20, list(range(5000)), nested(3000), nested(3000, key="rule"), nested(40),
+    [LONG] * 9, list(range(400)), nested(3000), nested(3000, key="rule"), nested(40),
 ]  # fmt: skip
 # What only a caller in Python can.
 PYTHON = [
@@ -108,7 +108,15 @@ def put(values: Any, path: Path, value: Any) -> None:
             return
         values = values[key]
     if isinstance(values, dict) or path[-1] in _keys(values):
-        values[path[-1]] = value
+        values[path[-1]] = _copy(value)
+
+
+def _copy(value: Any) -> Any:
+    """A copy, that what is put into it later stays out of the others; of what is too deep, its first level."""
+    try:
+        return copy.deepcopy(value)
+    except RecursionError:
+        return copy.copy(value)
 
 
 def _keys(values: Any) -> Any:
