@@ -104,7 +104,7 @@ def run(
         "held_mib": session.rank_bytes / 2**20,
         "prefill_s": session.prefill_s,
         "seconds": time.perf_counter() - began,
-        "traffic": {phase: counter.total(phase=phase) for phase in ("prefill", "finalize", "decode", "evict")},
+        "traffic": {phase: vars(counter.total(phase=phase)) for phase in ("prefill", "finalize", "decode", "evict")},
     }
 
 
@@ -134,10 +134,10 @@ def compare(
         "KL": f"{float(kl):.1e}",
         "peak MiB a rank": f"{max(one['peak_mib'] for one in everyone):.0f}",
         "cache MiB a rank": f"{max(one['held_mib'] for one in everyone):.2f}",
-        "prefill MiB sent": f"{traffic['prefill'].bytes / 2**20:.1f}",
-        "finalize MiB sent": f"{traffic['finalize'].bytes / 2**20:.1f}",
-        "calls a token": f"{traffic['decode'].calls / steps:.2f} + {traffic['evict'].calls / steps:.2f}",
-        "bytes a token": f"{traffic['decode'].bytes / steps:.0f} + {traffic['evict'].bytes / steps:.0f}",
+        "prefill MiB sent": f"{traffic['prefill']['bytes'] / 2**20:.1f}",
+        "finalize MiB sent": f"{traffic['finalize']['bytes'] / 2**20:.1f}",
+        "calls a token": f"{traffic['decode']['calls'] / steps:.2f} + {traffic['evict']['calls'] / steps:.2f}",
+        "bytes a token": f"{traffic['decode']['bytes'] / steps:.0f} + {traffic['evict']['bytes'] / steps:.0f}",
     }
 
 
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         {name: found[name] for name in ("peak_mib", "held_mib")}
     )
     if launch.rank == 0:
-        wanted = torch.load(args.reference, weights_only=False)
+        wanted = torch.load(args.reference, weights_only=True)
         alone = {"scheme": "one process", "peak MiB a rank": f"{wanted['peak_mib']:.0f}",
                  "cache MiB a rank": f"{wanted['held_mib']:.2f}"}  # fmt: skip
         row = {"scheme": args.scheme, "sp": launch.world_size, **compare(found, wanted, everyone, args.steps)}

@@ -141,6 +141,6 @@ def _agreed(everyone: Axis, given: dict[str, dist.ProcessGroup], table: Tensor) 
         "sp": table[dp_place, :, tp_place],
         "dp": table[:, sp_place, tp_place],
     }
-    fits = {name for name, group in given.items() if dist.get_process_group_ranks(group) == lines[name].tolist()}
-    common = set.intersection(*Collectives(everyone).all_gather_object(fits))
+    fits = [name for name, group in given.items() if dist.get_process_group_ranks(group) == lines[name].tolist()]
+    common = set.intersection(*map(set, Collectives(everyone).all_gather_object(fits)))
     return {name: group for name, group in given.items() if name in common}

@@ -13,7 +13,6 @@ Rules that hold for all methods:
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2o_dist.comm.mesh import Axis
+from d2o_dist.comm.objects import from_bytes, to_bytes
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.comm.wire import accumulator, check_reducible, from_wire, reducible, to_wire, wire_empty
 
@@ -284,24 +284,26 @@ class Collectives:
         return Pending(finish)
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
-        """Any picklable value of rank `src`; what other ranks pass is ignored. Two broadcasts: size, then bytes."""
+        """The plain value of rank `src` (see `comm.objects`); what other ranks pass is ignored.
+
+        Two broadcasts: size, then bytes.
+        """
+        payload = to_bytes(value if self.rank == src else None).to(self._device())
         if self.size == 1:
             return value
-        payload = self._pickled(value if self.rank == src else None)
         size = self.broadcast(torch.tensor([payload.numel()], device=payload.device), src)
         if self.rank != src:
             payload = payload.new_empty(int(size))
-        arrived = self.broadcast(payload, src)
-        return value if self.rank == src else pickle.loads(arrived.cpu().numpy().tobytes())
+        return from_bytes(self.broadcast(payload, src))
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order. Two all_gathers: sizes, then bytes."""
+        """Every rank's plain value (see `comm.objects`), in rank order. Two all_gathers: sizes, then bytes."""
+        payload = to_bytes(value).to(self._device())
         if self.size == 1:
             return [value]
-        payload = self._pickled(value)
         sizes = self.all_gather(torch.tensor([payload.numel()], device=payload.device), 0).tolist()
         arrived = self.all_gather_uneven(payload, 0, sizes).cpu().split(sizes)
-        return [pickle.loads(part.numpy().tobytes()) for part in arrived]
+        return [from_bytes(part) for part in arrived]
 
     def barrier(self) -> None:
         """Wait until every rank of the axis is here."""
@@ -310,11 +312,10 @@ class Collectives:
                 ids = [torch.cuda.current_device()] if self._device().type == "cuda" else None
                 dist.barrier(group=self.axis.group, device_ids=ids)
 
-    def _pickled(self, value: Any) -> Tensor:
-        return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self._device())
-
     def _device(self) -> torch.device:
         """Where this axis's backend keeps small tensors of its own."""
+        if self.size == 1:
+            return torch.device("cpu")
         return torch.device("cuda" if "nccl" in str(dist.get_backend(self.axis.group)) else "cpu")
 
     def _split_sizes(self, tensor: Tensor, dim: int, sizes: Sequence[int] | None) -> list[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from d2o_dist.fields.checks import check_bool, check_int, check_number, check_string, check_strings
+from d2o_dist.fields.checks import check_bool, check_int, check_number, check_string, check_strings, check_utf8
 from d2o_dist.fields.io import build, check_choice, did_you_mean
+from d2o_dist.fields.show import shown
 
 RULER_TASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
@@ -24,19 +26,27 @@ JSONL_METRICS = ("contains_all", "contains_any", "starts_with", "qa_f1", "rouge_
 ESSAYS = "essays"
 # The shortest prompt that leaves room for text around a fact and its question.
 MIN_LENGTH = 64
+# Prompts are all made before the first of them is run: more, or longer ones, would take hours and gigabytes for that.
+MAX_LENGTH, MAX_PROMPTS = 2**24, 100_000
+MAX_DIGITS = 1000
 
 
 def _lengths(name: str, values: Any) -> tuple[int, ...]:
     values = (values,) if isinstance(values, int) and not isinstance(values, bool) else values
     if not isinstance(values, (list, tuple)) or not values:
-        raise ValueError(f"{name} ({values!r}) must be a list of token counts")
+        raise ValueError(f"{name} ({shown(values)}) must be a list of token counts")
     for value in values:
-        check_int(name, value, low=MIN_LENGTH)
+        check_int(name, value, low=MIN_LENGTH, high=MAX_LENGTH)
     return tuple(dict.fromkeys(values))
 
 
+def _check_count(name: str, what: str, *counts: int) -> None:
+    if (count := math.prod(counts)) > MAX_PROMPTS:
+        raise ValueError(f"{what} of task {shown(name)} make {count} prompts: a task has at most {MAX_PROMPTS}")
+
+
 def _choices(name: str, values: Any, known: tuple[str, ...]) -> tuple[str, ...]:
-    values = known if values == "all" else check_strings(name, values)
+    values = known if isinstance(values, str) and values == "all" else check_strings(name, values)
     for value in values:
         check_choice(name, value, known)
     if not values:
@@ -80,18 +90,20 @@ class NeedleTask:
         object.__setattr__(self, "lengths", _lengths("lengths", self.lengths))
         depths = self.depths
         if isinstance(depths, int) and not isinstance(depths, bool):
-            check_int("depths", depths, low=1)
+            check_int("depths", depths, low=1, high=MAX_PROMPTS)
             depths = (0.5,) if depths == 1 else tuple(round(i / (depths - 1), 6) for i in range(depths))
         if not isinstance(depths, (list, tuple)) or not depths:
-            raise ValueError(f"depths ({depths!r}) must be a count or a list of fractions")
+            raise ValueError(f"depths ({shown(depths)}) must be a count or a list of fractions")
         for depth in depths:
             check_number("depths", depth)
             if not 0 <= depth <= 1:
                 raise ValueError(f"depths has {depth}; a depth must be in [0, 1]")
         # As precise as the names of rows; two of one name would be counted as one.
         object.__setattr__(self, "depths", tuple(dict.fromkeys(round(float(depth), 6) for depth in depths)))
-        for name in ("samples", "needles", "digits", "max_new_tokens"):
+        for name in ("samples", "needles", "max_new_tokens"):
             check_int(name, getattr(self, name), low=1)
+        check_int("digits", self.digits, low=1, high=MAX_DIGITS)
+        _check_count(self.name, "lengths, depths and samples", len(self.lengths), len(self.depths), self.samples)
         check_string("haystack", self.haystack)
         given = [name for name in ("fact", "question", "answer") if getattr(self, name) is not None]
         for name in given:
@@ -134,6 +146,7 @@ class RulerTask:
         object.__setattr__(self, "lengths", _lengths("lengths", self.lengths))
         object.__setattr__(self, "tasks", _choices("tasks", self.tasks, RULER_TASKS))
         check_int("samples", self.samples, low=1)
+        _check_count(self.name, "lengths and samples", len(self.lengths), self.samples)
         check_string("haystack", self.haystack)
         if self.max_new_tokens is not None:
             check_int("max_new_tokens", self.max_new_tokens, low=1)
@@ -209,7 +222,8 @@ class JsonlTask:
         check_string("question_from", self.question_from, optional=True)
         for name in ("question", "prefix"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} ({getattr(self, name)!r}) must be a string")
+                raise ValueError(f"{name} ({shown(getattr(self, name))}) must be a string")
+            check_utf8(name, getattr(self, name))
         if not (self.question or self.prefix) and self.question_from is None:
             raise ValueError("question, prefix and question_from are all empty: say which text is the question")
         check_choice("metric", self.metric, JSONL_METRICS)
@@ -237,7 +251,7 @@ class PassageTask:
     kind: ClassVar[str] = ""
 
     lengths: tuple[int, ...]
-    name: str = ""
+    name: str | None = None
     num_scored: int = 128
     samples: int = 10
     overlap: bool = False
@@ -245,11 +259,12 @@ class PassageTask:
     continuation: str = "chunk"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.name or self.kind)
+        object.__setattr__(self, "name", self.kind if self.name is None else self.name)
         check_string("name", self.name)
         object.__setattr__(self, "lengths", _lengths("lengths", self.lengths))
         check_int("num_scored", self.num_scored, low=2)
         check_int("samples", self.samples, low=1)
+        _check_count(self.name, "lengths and samples", len(self.lengths), self.samples)
         check_bool("overlap", self.overlap)
         check_string("text", self.text)
         check_choice("continuation", self.continuation, CONTINUATIONS)
@@ -280,12 +295,12 @@ def task_from_dict(values: Any) -> TaskConfig:
         ValueError: no mapping, no or an unknown kind, an unknown field, a required field missing, a bad value.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"a task must be a mapping with a kind, not {values!r:.60}")
+        raise ValueError(f"a task must be a mapping with a kind, not {shown(values)}")
     values = dict(values)
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in TASK_CONFIGS:
         raise ValueError(
-            f"task kind ({kind!r}) must be one of {', '.join(TASK_CONFIGS)}.{did_you_mean(str(kind), TASK_CONFIGS)}"
+            f"task kind ({shown(kind)}) must be one of {', '.join(TASK_CONFIGS)}.{did_you_mean(kind, TASK_CONFIGS)}"
         )
     cls = TASK_CONFIGS[kind]
     for field in dataclasses.fields(cls):

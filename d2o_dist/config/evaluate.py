@@ -14,6 +14,7 @@ from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.fields.checks import check_int, check_number, check_string
 from d2o_dist.fields.io import build, check_choice, load_yaml
 from d2o_dist.fields.overrides import apply_overrides
+from d2o_dist.fields.show import clip, shown
 from d2o_dist.policy.budget import BudgetRule
 from d2o_dist.policy.config import SIZES, D2OConfig
 from d2o_dist.policy.presets import PRESETS
@@ -48,7 +49,7 @@ class EvalConfig:
     """One evaluation.
 
     Attributes:
-        model, tokenizer, dtype, device, trust_remote_code, revision: as in `InferConfig`.
+        model, tokenizer, dtype, device, trust_remote_code, trust_pickled_weights, revision: as in `InferConfig`.
         output: folder of the results. Rows that it holds already are not run again.
         tasks: what is evaluated: mappings with a `kind` (needle, ruler, longbench, jsonl, perplexity, fidelity) and
             fields.
@@ -60,6 +61,7 @@ class EvalConfig:
         question: whether the question is `visible` when the cache is compressed, or `hidden`: read afterwards.
         chat_template, system_prompt: as in `InferConfig`; `auto`: where the tokenizer has a template and the task
             allows it.
+        max_prompt_bytes: as in `InferConfig`.
         max_prompt_tokens: longest prompt; null: what the model's positions leave beside the generated tokens.
         truncation: of longer prompts: `middle` (the middle of the context is cut out) or `error`.
         batch_size, max_batch_tokens: rows of one batch at most, and their prompt tokens, padding included.
@@ -81,10 +83,12 @@ class EvalConfig:
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    trust_pickled_weights: bool = False
     revision: str | None = None
     chat_template: str = "auto"
     system_prompt: str | None = None
     max_prompt_tokens: int | None = None
+    max_prompt_bytes: int = InferConfig.max_prompt_bytes
     truncation: str = "middle"
     batch_size: int = 1
     max_batch_tokens: int = 65536
@@ -95,7 +99,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_string("output", self.output)
         if not isinstance(self.tasks, (list, tuple)) or not self.tasks:
-            raise ValueError(f"tasks ({self.tasks!r}) must be a list of at least one task")
+            raise ValueError(f"tasks ({shown(self.tasks)}) must be a list of at least one task")
         for task in self.tasks:
             if not isinstance(task, tuple(TASK_CONFIGS.values())):
                 raise ValueError(
@@ -104,13 +108,13 @@ class EvalConfig:
         names = [task.name for task in self.tasks]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f'{names.count(name)} tasks have the name "{name}": give each its own')
+                raise ValueError(f'{names.count(name)} tasks have the name "{clip(name)}": give each its own')
         object.__setattr__(self, "tasks", tuple(self.tasks))
         for name in ("keep_ratios", "keep_tokens"):
             values = getattr(self, name)
             values = (values,) if isinstance(values, (int, float)) else values
             if not isinstance(values, (list, tuple)):
-                raise ValueError(f"{name} ({values!r}) must be a list of numbers")
+                raise ValueError(f"{name} ({shown(values)}) must be a list of numbers")
             for value in values:
                 check_number(name, value)
             object.__setattr__(self, name, tuple(dict.fromkeys(values)))
@@ -133,8 +137,9 @@ class EvalConfig:
 
     def infer(self) -> InferConfig:
         """What the engine needs to load model and tokenizer."""
-        names = ("model", "tokenizer", "dtype", "device", "trust_remote_code", "revision", "chat_template",
-                 "system_prompt", "max_prompt_tokens", "prefill_chunk", "parallel")  # fmt: skip
+        names = ("model", "tokenizer", "dtype", "device", "trust_remote_code", "trust_pickled_weights", "revision",
+                 "chat_template", "system_prompt", "max_prompt_tokens", "max_prompt_bytes", "prefill_chunk",
+                 "parallel")  # fmt: skip
         return InferConfig(**{name: getattr(self, name) for name in names})
 
     def expand_methods(self) -> list[Method]:
@@ -155,17 +160,17 @@ class EvalConfig:
             name = fields.pop("name")
             if self.min_layer_tokens is not None:
                 fields = _with_minimum(fields, self.min_layer_tokens)
-            for size, value, shown in sizes:
+            for size, value, budget in sizes:
                 try:
-                    expanded.append(Method(name, shown, D2OConfig.from_dict({**fields, size: value})))
+                    expanded.append(Method(name, budget, D2OConfig.from_dict({**fields, size: value})))
                 except ValueError as error:
-                    raise ValueError(f"method {name} at {shown}: {error}") from error
+                    raise ValueError(f"method {clip(name)} at {budget}: {error}") from error
         labels = [method.label for method in expanded]
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(
-                    f'{labels.count(label)} methods would be called "{label}" in results: give each a name of its own, '
-                    "and budgets that differ in their first 6 digits"
+                    f'{labels.count(label)} methods would be called "{clip(label)}" in results: give each a name of '
+                    "its own, and budgets that differ in their first 6 digits"
                 )
         return expanded
 
@@ -184,7 +189,7 @@ class EvalConfig:
                 for task in values["tasks"]
             )
         if not isinstance(values.get("parallel"), ParallelConfig):
-            values["parallel"] = build(ParallelConfig, values.get("parallel") or {})
+            values["parallel"] = build(ParallelConfig, {} if values.get("parallel") is None else values["parallel"])
         return build(cls, values)
 
     @classmethod
@@ -208,7 +213,8 @@ def _with_minimum(fields: Mapping[str, Any], minimum: int) -> dict[str, Any]:
     """A method's fields with `budget.min_layer_tokens`, unless they or their preset name it."""
     budget = fields.get("budget", {})
     budget = {"rule": budget} if isinstance(budget, str) else budget
-    preset = PRESETS.get(fields.get("preset"), PRESETS["d2o"])
+    preset = fields.get("preset")
+    preset = PRESETS.get(preset if isinstance(preset, str) else "", PRESETS["d2o"])
     named = preset["budget"].min_layer_tokens != BudgetRule.min_layer_tokens
     if named or not isinstance(budget, Mapping) or MINIMUM in budget:
         return dict(fields)
@@ -219,7 +225,7 @@ def _as_list(methods: Any) -> list[Any]:
     if isinstance(methods, (str, Mapping)):
         return [methods]
     if not isinstance(methods, (list, tuple)):
-        raise ValueError(f"methods ({methods!r}) must be a list of presets or mappings")
+        raise ValueError(f"methods ({shown(methods)}) must be a list of presets or mappings")
     return list(methods)
 
 
@@ -229,14 +235,14 @@ def _method_fields(value: Any) -> dict[str, Any]:
         check_choice("methods", value, PRESETS)
         return {"name": value, "preset": value}
     if not isinstance(value, Mapping):
-        raise ValueError(f"methods has {value!r}; a method is a preset's name or a mapping of fields")
+        raise ValueError(f"methods has {shown(value)}; a method is a preset's name or a mapping of fields")
     fields = dict(value)
     check_string("a method's name", fields.get("name"))
     for size in SIZES:
         if size in fields:
             raise ValueError(
-                f"method {fields['name']} sets {size}: budgets are given once, by keep_ratios or keep_tokens"
+                f"method {clip(fields['name'])} sets {size}: budgets are given once, by keep_ratios or keep_tokens"
             )
-    if fields["name"] == FULL and fields != {"name": FULL, "preset": FULL}:
+    if fields["name"] == FULL and (len(fields) != 2 or shown(fields.get("preset")) != shown(FULL)):
         raise ValueError('the method "full" is the uncompressed cache: give another name to a variant')
     return fields

@@ -14,6 +14,7 @@ from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.fields.checks import check_bool, check_int, check_string
 from d2o_dist.fields.io import build, check_choice, load_yaml
 from d2o_dist.fields.overrides import apply_overrides
+from d2o_dist.fields.show import clip, shown
 from d2o_dist.policy.config import D2OConfig
 
 DTYPES = ("auto", "bfloat16", "float32", "float16", "float64")
@@ -50,10 +51,13 @@ class InferConfig:
         decode_graph: whether decode steps are CUDA graphs, captured once and replayed: `auto` (where that is
             possible), `always` (an error where it is not), `never`.
         max_prompt_tokens: longest prompt, in tokens; null: what the model's positions leave beside `max_new_tokens`.
+        max_prompt_bytes: longest prompt, in bytes of UTF-8 with its chat template. A longer one is refused before it is
+            tokenized, which takes over a hundred bytes of memory for each of them.
         truncation: what happens to a longer prompt: `error`, `middle` (keep both ends), `left` (keep the end).
         stream: show the text of a single prompt as it comes: true, false, or `auto` (on a terminal).
         trace: folder for what each rank sent (JSON) and a profile of one decode step (Chrome trace); null: neither.
         trust_remote_code, revision: as in `from_pretrained`.
+        trust_pickled_weights: read `.bin` files too, where a model has no safetensors.
     """
 
     model: str
@@ -74,10 +78,12 @@ class InferConfig:
     prefill_chunk: int | None = None
     decode_graph: str = "auto"
     max_prompt_tokens: int | None = None
+    max_prompt_bytes: int = 2**23
     truncation: str = "error"
     stream: str | bool = "auto"
     trace: str | None = None
     trust_remote_code: bool = False
+    trust_pickled_weights: bool = False
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -95,17 +101,18 @@ class InferConfig:
             check_int("prefill_chunk", self.prefill_chunk, low=2)
         if self.max_prompt_tokens is not None:
             check_int("max_prompt_tokens", self.max_prompt_tokens, low=1)
-        for name in ("trust_remote_code", "overwrite"):
+        check_int("max_prompt_bytes", self.max_prompt_bytes, low=1)
+        for name in ("trust_remote_code", "trust_pickled_weights", "overwrite"):
             check_bool(name, getattr(self, name))
-        if not isinstance(self.stream, bool) and self.stream != "auto":
-            raise ValueError(f"stream ({self.stream!r}) must be one of auto, true, false")
+        if not isinstance(self.stream, bool) and not (isinstance(self.stream, str) and self.stream == "auto"):
+            raise ValueError(f"stream ({shown(self.stream)}) must be one of auto, true, false")
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            raise ValueError(f"device ({self.device!r}) must be one of auto, cpu, cuda, cuda:N")
+            raise ValueError(f"device ({shown(self.device)}) must be one of auto, cpu, cuda, cuda:N")
         for name, kind in (("d2o", D2OConfig), *_SECTIONS.items()):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, not {type(getattr(self, name)).__name__}")
         if self.prompts is not None and self.prompt is not None:
-            raise ValueError(f"prompts ({self.prompts}) and prompt are two sources of prompts: give exactly one")
+            raise ValueError(f"prompts ({clip(self.prompts)}) and prompt are two sources of prompts: give exactly one")
         if self.system_prompt is not None and self.chat_template == "never":
             raise ValueError('system_prompt needs a chat template, but chat_template is "never"')
 

@@ -15,6 +15,7 @@ from d2o_dist.config.train_parts import DataConfig, EngineConfig, LoraOptions, O
 from d2o_dist.fields.checks import check_bool, check_int, check_number, check_string
 from d2o_dist.fields.io import build, check_choice, load_yaml, refuse_unknown
 from d2o_dist.fields.overrides import apply_overrides
+from d2o_dist.fields.show import shown
 from d2o_dist.policy.config import D2OConfig
 
 OBJECTIVES = ("lm", "d2o_lm", "d2o_distill")
@@ -34,7 +35,7 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        model, tokenizer, revision, trust_remote_code: as in `InferConfig`.
+        model, tokenizer, revision, trust_remote_code, trust_pickled_weights: as in `InferConfig`.
         data: documents; see `DataConfig`.
         output: folder of checkpoints, log and exported model.
         objective: `lm` (full attention inside each packed document), `d2o_lm` (the context of each row is compressed,
@@ -67,6 +68,7 @@ class TrainConfig:
     tokenizer: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    trust_pickled_weights: bool = False
     objective: str = "lm"
     sequence_length: int = 4096
     context_length: int | None = None
@@ -97,7 +99,7 @@ class TrainConfig:
             check_string(name, getattr(self, name))
         for name in ("tokenizer", "revision"):
             check_string(name, getattr(self, name), optional=True)
-        for name in ("trust_remote_code", "activation_checkpointing", "resume"):
+        for name in ("trust_remote_code", "trust_pickled_weights", "activation_checkpointing", "resume"):
             check_bool(name, getattr(self, name))
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("dtype", self.dtype, TRAINING_DTYPES)
@@ -121,7 +123,7 @@ class TrainConfig:
 
     def _check_tasks(self) -> None:
         if not isinstance(self.eval_tasks, (list, tuple)):
-            raise ValueError(f"eval_tasks ({self.eval_tasks!r}) must be a list of tasks")
+            raise ValueError(f"eval_tasks ({shown(self.eval_tasks)}) must be a list of tasks")
         kinds = tuple(TASK_CONFIGS.values())
         tasks = tuple(task if isinstance(task, kinds) else task_from_dict(task) for task in self.eval_tasks)
         object.__setattr__(self, "eval_tasks", tasks)
@@ -200,7 +202,7 @@ class TrainConfig:
             if values.get(name) is None:
                 raise ValueError(f"{name} is missing: {why}")
         if not isinstance(values.get("d2o"), D2OConfig):
-            values["d2o"] = D2OConfig.from_dict(values.get("d2o") or {})
+            values["d2o"] = D2OConfig.from_dict({} if values.get("d2o") is None else values["d2o"])
         for name, part in _PARTS.items():
             given = values.get(name)
             if given is None and name != "data":
@@ -230,7 +232,7 @@ class TrainConfig:
 
 def _ratios(name: str, value: Any) -> tuple[float, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name} ({value!r}) must be a list of ratios")
+        raise ValueError(f"{name} ({shown(value)}) must be a list of ratios")
     for ratio in value:
         check_number(name, ratio)
         if not 0 < ratio <= 1:

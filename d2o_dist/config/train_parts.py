@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2o_dist.fields.checks import check_int, check_number, check_string, check_strings
-from d2o_dist.fields.io import check_choice
+from d2o_dist.fields.io import check_choice, to_json
+from d2o_dist.fields.show import shown
 
 KINDS = ("auto", "text", "chat")
 ENGINES = ("torch", "deepspeed")
@@ -81,7 +82,7 @@ class OptimizerConfig:
             check_number(f"optimizer.{name}", getattr(self, name))
         check_int("optimizer.warmup_steps", self.warmup_steps, low=0)
         if not isinstance(self.betas, (list, tuple)) or len(self.betas) != 2:
-            raise ValueError(f"optimizer.betas ({self.betas!r}) must be two numbers")
+            raise ValueError(f"optimizer.betas ({shown(self.betas)}) must be two numbers")
         object.__setattr__(self, "betas", tuple(self.betas))
         for value in self.betas:
             check_number("optimizer.betas", value)
@@ -123,7 +124,11 @@ class EngineConfig:
         check_choice("engine.offload_optimizer", self.offload_optimizer, OFFLOADS)
         check_choice("engine.offload_parameters", self.offload_parameters, OFFLOADS)
         if not isinstance(self.deepspeed, Mapping):
-            raise ValueError(f"engine.deepspeed ({self.deepspeed!r}) must be a mapping")
+            raise ValueError(f"engine.deepspeed ({shown(self.deepspeed)}) must be a mapping")
+        try:
+            to_json(dict(self.deepspeed))
+        except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"engine.deepspeed ({shown(self.deepspeed)}) must be what JSON can say") from error
         if self.name == "torch" and (self.zero_stage or self.deepspeed):
             raise ValueError(
                 f'engine.zero_stage ({self.zero_stage}) and engine.deepspeed need engine.name "deepspeed", not "torch"'

@@ -9,6 +9,7 @@ from typing import Any
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.messages import render, uses_template
 from d2o_dist.engine.prompts import PromptRow
+from d2o_dist.fields.checks import check_utf8
 from d2o_dist.models.shape import BORDER, ModelShape, check_side
 
 
@@ -79,11 +80,24 @@ def _tokenize(row: PromptRow, tokenizer: Any, config: InferConfig) -> list[int]:
         raise ValueError("system_prompt is given, but the tokenizer has no chat template")
     else:
         text = row.prompt
-    # A template writes the special tokens itself. `verbose=False`: lengths are checked here, and named better.
-    ids = tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
+    # A template writes the special tokens itself.
+    ids = tokenize(tokenizer, text, config.max_prompt_bytes, special=not templated)
     if not ids:
         raise ValueError("the prompt has no tokens")
     return ids
+
+
+def tokenize(tokenizer: Any, text: str, max_bytes: int, *, special: bool) -> list[int]:
+    """Token ids of a text; special: with those that the tokenizer adds by itself.
+
+    Raises:
+        ValueError: it is longer than `max_prompt_bytes`, or no valid Unicode.
+    """
+    check_utf8("the prompt", text)
+    if (size := len(text.encode("utf-8"))) > max_bytes:
+        raise ValueError(f"the prompt has {size} bytes, above max_prompt_bytes ({max_bytes}): shorten it or raise that")
+    # `verbose=False`: lengths are checked elsewhere, and named better.
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def _fit(ids: list[int], max_prompt: int | None, max_new: int, max_positions: int | None, how: str) -> list[int]:

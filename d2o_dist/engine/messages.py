@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from d2o_dist.fields.checks import check_utf8
+from d2o_dist.fields.show import clip, shown
+
 
 def check_messages(messages: Any) -> tuple[dict[str, str], ...]:
     """The messages as plain dictionaries of `role` and `content`.
@@ -13,13 +16,14 @@ def check_messages(messages: Any) -> tuple[dict[str, str], ...]:
         ValueError: not a non-empty list of objects with a string `role` and a string `content`.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"messages must be a non-empty list, not {messages!r:.60}")
+        raise ValueError(f"messages must be a non-empty list, not {shown(messages)}")
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError(f"messages[{number}] must be an object, not {type(message).__name__}")
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
-                raise ValueError(f"messages[{number}].{name} ({message.get(name)!r:.60}) must be a string")
+                raise ValueError(f"messages[{number}].{name} ({shown(message.get(name))}) must be a string")
+            check_utf8(f"messages[{number}].{name}", message[name])
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)
 
 
@@ -56,4 +60,4 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]], system_prompt: st
             list(messages), tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
         )
     except Exception as error:  # a template is a program of its own and raises what it likes
-        raise ValueError(f"the chat template failed: {error}") from error
+        raise ValueError(f"the chat template failed: {clip(error, 300)}") from error

@@ -150,7 +150,7 @@ def check_unchanged(output: str, before: tuple[int, ...] | None) -> None:
         raise ValueError(f"output {output} was written by something else meanwhile: the part files hold the results")
 
 
-def join_parts(output: str, replicas: int, expected: int, moved: Mapping[int, Path] | None = None) -> list[Record]:
+def join_parts(output: str, replicas: int, expected: int, moved: Mapping[int, str] | None = None) -> list[Record]:
     """Write the output from its parts, in the order of the input, and delete them; it is replaced as a whole.
 
     Args:
@@ -159,7 +159,7 @@ def join_parts(output: str, replicas: int, expected: int, moved: Mapping[int, Pa
     Raises:
         ValueError: a part, or a row, is not there: the parts lie on other machines.
     """
-    parts = [(moved or {}).get(replica, part_path(output, replica)) for replica in range(replicas)]
+    parts = [Path((moved or {}).get(replica, part_path(output, replica))) for replica in range(replicas)]
     missing = [part for part in parts if not part.is_file()]
     if missing:
         raise ValueError(

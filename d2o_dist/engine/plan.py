@@ -15,6 +15,7 @@ from d2o_dist.engine.output import check_output, check_shared
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
 from d2o_dist.engine.trace import check_trace
+from d2o_dist.fields.show import shown
 from d2o_dist.models import loading
 from d2o_dist.models.cache import ModelCache
 from d2o_dist.models.device import pick_device
@@ -43,7 +44,7 @@ class Plan:
 
     def notices(self) -> list[str]:
         """What to tell the user before the run: the warnings, and the first bad rows."""
-        return [*self.warnings, *(f"row {bad.index} ({bad.id!r}): {bad.error}" for bad in self.bad_rows[:10])]
+        return [*self.warnings, *(f"row {bad.index} ({shown(bad.id)}): {bad.error}" for bad in self.bad_rows[:10])]
 
 
 def prepare(config: InferConfig, mesh: ParallelMesh | None = None, config_file: str | None = None) -> Plan:
@@ -84,8 +85,8 @@ def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -
     _check_lengths(config, shape.max_positions)
     tokenizer = loading.load_tokenizer(config)
     encoded = encode_rows(rows, tokenizer, config, shape)
-    warnings = [f"{len(repeated)} ids are used more than once, such as {next(iter(repeated))!r}: tell rows apart by "
-                "their index" for repeated in [repeated_ids(rows)] if repeated]  # fmt: skip
+    warnings = [f"{len(repeated)} ids are used more than once, such as {shown(next(iter(repeated)))}: tell rows apart "
+                "by their index" for repeated in [repeated_ids(rows)] if repeated]  # fmt: skip
     if no_graph and config.decode_graph == "auto" and device.type == "cuda":
         warnings.append(f"decode steps are run by Python, not as a CUDA graph: {no_graph}")
     return Plan(

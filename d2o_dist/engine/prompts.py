@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 from d2o_dist.engine.messages import check_messages
 from d2o_dist.fields.checks import check_int, check_string, check_strings
+from d2o_dist.fields.io import read_json
+from d2o_dist.fields.show import named, shown
 
 LIMITS = ("max_new_tokens", "max_prompt_tokens", "stop")
 SUFFIXES = (".jsonl", ".txt")
@@ -79,15 +80,13 @@ def parse_row(index: int, line: bytes, number: int) -> PromptRow:
     """One line of JSONL; `number` is the line's in the file, from 1, for the error message."""
     values: Any = None
     try:
-        values = json.loads(line.decode("utf-8"))
+        values = read_json(line.decode("utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"a row must be a JSON object, not {type(values).__name__}")
         return _make_row(index, values)
-    # A JSON or UTF-8 error is a ValueError too; nesting that is too deep for the parser is not.
-    except (ValueError, RecursionError) as error:
-        kind = "not valid JSON: " if isinstance(error, (json.JSONDecodeError, RecursionError)) else ""
+    except ValueError as error:
         own = values.get("id") if isinstance(values, dict) else None
-        return PromptRow(index, own if _is_id(own) else index, error=f"line {number}: {kind}{error}")
+        return PromptRow(index, own if _is_id(own) else index, error=f"line {number}: {error}")
 
 
 def _is_id(value: Any) -> bool:
@@ -97,14 +96,14 @@ def _is_id(value: Any) -> bool:
 def _make_row(index: int, values: dict[str, Any]) -> PromptRow:
     row_id = values.get("id")
     if row_id is not None and not _is_id(row_id):
-        raise ValueError(f"id ({row_id!r}) must be a string or an integer")
+        raise ValueError(f"id ({shown(row_id)}) must be a string or an integer")
     has = [name for name in ("prompt", "messages") if values.get(name) is not None]
     if len(has) != 1:
         which = "both prompt and messages" if has else f"neither prompt nor messages, only {_names(values)}"
         raise ValueError(f"a row has exactly one of prompt and messages; this one has {which}")
     for name in values:
-        if name not in LIMITS and (near := difflib.get_close_matches(name, LIMITS, n=1, cutoff=_NEAR)):
-            raise ValueError(f'a row has no limit "{name}". Did you mean "{near[0]}"?')
+        if name not in LIMITS and (near := difflib.get_close_matches(named(name), LIMITS, n=1, cutoff=_NEAR)):
+            raise ValueError(f'a row has no limit "{named(name)}". Did you mean "{near[0]}"?')
     limits = {name: values[name] for name in LIMITS if values.get(name) is not None}
     for name in ("max_new_tokens", "max_prompt_tokens"):
         if name in limits:
@@ -116,13 +115,11 @@ def _make_row(index: int, values: dict[str, Any]) -> PromptRow:
         check_string("prompt", content["prompt"])
     else:
         content["messages"] = check_messages(content["messages"])
-    for text in [values["prompt"]] if has[0] == "prompt" else [m["content"] for m in content["messages"]]:
-        text.encode("utf-8")  # JSON can hold half a surrogate pair, a tokenizer cannot
     return PromptRow(index, index if row_id is None else row_id, **content, **limits)
 
 
 def _names(values: dict[str, Any]) -> str:
-    return ", ".join(list(values)[:8]) or "no fields"
+    return ", ".join(map(named, list(values)[:8])) or "no fields"
 
 
 def repeated_ids(rows: Sequence[PromptRow]) -> dict[str | int, int]:

@@ -35,6 +35,7 @@ from d2o_dist.engine.session import Session
 from d2o_dist.engine.summary import Summary, summarise
 from d2o_dist.engine.trace import Trace
 from d2o_dist.evict.budgets import NotFiniteError
+from d2o_dist.fields.show import shown
 from d2o_dist.models import loading
 
 
@@ -94,7 +95,7 @@ class Runner:
         return [record for request in batch for record in self.run_batch([request])]
 
     def _failed(self, request: Request, error: str) -> Record:
-        self._log(f"row {request.index} ({request.id!r}) failed: {error}")
+        self._log(f"row {request.index} ({shown(request.id)}) failed: {error}")
         return error_record(request, error)
 
     def _try(self, batch: Sequence[Request]) -> tuple[list[Record], str | None]:
@@ -219,7 +220,8 @@ def _run(
         trace.write()
         log(str(trace))
     world = Collectives(mesh.axis("world"))
-    places = world.all_gather_object((mesh.dp_rank, writer.path, writer.lost) if mesh.leads_request else None)
+    path = None if writer.path is None else str(writer.path)
+    places = world.all_gather_object((mesh.dp_rank, path, writer.lost) if mesh.leads_request else None)
     moved = {place[0]: place[1] for place in places if place is not None and place[2] is not None}
     lost = [place[2] for place in places if place is not None and place[2] is not None]
     with agreed(mesh):
@@ -236,7 +238,7 @@ def _run(
         lost = []
     rank_bytes = world.all_gather_object(0 if runner is None else runner.rank_bytes)
     summary = summarise(records, plan.num_rows, wall_s, rank_bytes=rank_bytes, interrupted=interrupted, lost=lost)
-    return world.broadcast_object(summary)
+    return Summary(**world.broadcast_object(vars(summary)))
 
 
 def _batches(config: InferConfig, plan: Plan, replicas: int) -> list[list[int]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from d2o_dist.config.evaluate import EvalConfig
+from d2o_dist.engine.encode import tokenize
 from d2o_dist.engine.messages import render, uses_template
 from d2o_dist.eval.examples import Example
 
@@ -38,6 +40,7 @@ class Encoder:
     Args:
         chat_template: `auto`, `never` or `always`; system_prompt: of templated prompts.
         max_positions: tokens the model has positions for; max_prompt_tokens: a limit besides it; None: none.
+        max_prompt_bytes: of a prompt that is tokenized at all.
         truncation: of longer prompts: `middle` or `error`.
     """
 
@@ -49,12 +52,13 @@ class Encoder:
         system_prompt: str | None = None,
         max_positions: int | None = None,
         max_prompt_tokens: int | None = None,
+        max_prompt_bytes: int = EvalConfig.max_prompt_bytes,
         truncation: str = "middle",
     ) -> None:
         self.tokenizer = tokenizer
         self._chat_template, self._system_prompt = chat_template, system_prompt
         self._max_positions, self._max_prompt = max_positions, max_prompt_tokens
-        self._truncation = truncation
+        self._max_bytes, self._truncation = max_prompt_bytes, truncation
         # Tokens that the tokenizer adds around a text by itself, such as a beginning-of-sequence token.
         self._wants_template = uses_template(tokenizer, chat_template, is_chat=False)
 
@@ -78,9 +82,8 @@ class Encoder:
             head, tail = rendered[:cut], rendered[cut:] + example.prefix
         else:
             head, tail = example.context, example.question + example.prefix
-        first = self.tokenizer(head, add_special_tokens=not templated, verbose=False)["input_ids"]
-        second = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
-        return first, second
+        first = tokenize(self.tokenizer, head, self._max_bytes, special=not templated)
+        return first, tokenize(self.tokenizer, tail, self._max_bytes, special=False)
 
     def count(self, example: Example, template_allowed: bool = True) -> int:
         """Tokens of the whole prompt, before any truncation."""

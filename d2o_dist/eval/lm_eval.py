@@ -47,7 +47,8 @@ class D2OLM(TemplateLM):
     """The harness's model arguments.
 
     Args:
-        pretrained: folder or hub name; tokenizer, dtype, device, trust_remote_code, revision: as in `InferConfig`.
+        pretrained: folder or hub name; tokenizer, dtype, device, trust_remote_code, trust_pickled_weights, revision: as
+            in `InferConfig`.
         preset, keep_ratio, keep_tokens, fields: how the cache is compressed: a preset, a size, and any other fields of
             `D2OConfig`. `preset=full` is the reference.
         batch_size, max_batch_tokens: prompts generated from together at most.
@@ -69,6 +70,7 @@ class D2OLM(TemplateLM):
         dtype: str = "auto",
         device: str | None = None,
         trust_remote_code: bool = False,
+        trust_pickled_weights: bool = False,
         revision: str | None = None,
         preset: str = "d2o",
         keep_ratio: float | None = None,
@@ -95,7 +97,8 @@ class D2OLM(TemplateLM):
         self.d2o = D2OConfig.preset(preset, **sizes, **apply_overrides({}, fields.items()))
         config = InferConfig(
             model=pretrained, tokenizer=tokenizer, dtype=dtype, device=_device(device, read_environment().world_size),
-            trust_remote_code=trust_remote_code, revision=revision, prefill_chunk=prefill_chunk,
+            trust_remote_code=trust_remote_code, trust_pickled_weights=trust_pickled_weights, revision=revision,
+            prefill_chunk=prefill_chunk,
         )  # fmt: skip
         mesh = mesh or build_mesh(dp=init_distributed("gloo" if config.device == "cpu" else None).world_size)
         limits = {"max_gen_toks": max_gen_toks, "max_length": max_length, "rolling_segment": rolling_segment}

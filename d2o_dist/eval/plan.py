@@ -103,7 +103,8 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
     tokenizer = loading.load_tokenizer(infer)
     encoder = Encoder(
         tokenizer, chat_template=config.chat_template, system_prompt=config.system_prompt,
-        max_positions=shape.max_positions, max_prompt_tokens=config.max_prompt_tokens, truncation=config.truncation,
+        max_positions=shape.max_positions, max_prompt_tokens=config.max_prompt_tokens,
+        max_prompt_bytes=config.max_prompt_bytes, truncation=config.truncation,
     )  # fmt: skip
     tools = Tools(tokenizer, text_loader(named_texts), encoder.count, config.seed, shape.max_positions)
     tasks = make_tasks(config.tasks)

@@ -5,26 +5,47 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from d2o_dist.fields.show import shown
+
+# What a tensor holds, and all programs that read JSON.
+MAX_INTEGER = 2**63 - 1
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is one, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an integer or a float that is finite as a float."""
+    try:
+        return (is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
 
 def check_int(name: str, value: Any, *, low: int, high: int | None = None) -> None:
-    """Raise `ValueError` unless `value` is an integer in `[low, high]`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} ({value!r}) must be an integer")
-    if value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} ({value}) must be {limit}")
+    """Raise `ValueError` unless `value` is an integer in `[low, high]`; without `high` up to `MAX_INTEGER`."""
+    if not is_integer(value):
+        raise ValueError(f"{name} ({shown(value)}) must be an integer")
+    if high is not None and not low <= value <= high:
+        raise ValueError(f"{name} ({shown(value)}) must be in [{low}, {high}]")
+    if value < low:
+        raise ValueError(f"{name} ({shown(value)}) must be at least {low}")
+    if value > MAX_INTEGER:
+        raise ValueError(f"{name} ({shown(value)}) must be at most {MAX_INTEGER}")
 
 
 def check_number(name: str, value: Any) -> None:
     """Raise `ValueError` unless `value` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} ({value!r}) must be a finite number")
+    if not is_number(value):
+        raise ValueError(f"{name} ({shown(value)}) must be a finite number")
 
 
 def check_bool(name: str, value: Any) -> None:
     """Raise `ValueError` unless `value` is true or false."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} ({value!r}) must be true or false")
+        raise ValueError(f"{name} ({shown(value)}) must be true or false")
 
 
 def check_string(name: str, value: Any, *, optional: bool = False) -> None:
@@ -32,14 +53,26 @@ def check_string(name: str, value: Any, *, optional: bool = False) -> None:
     if value is None and optional:
         return
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} ({value!r}) must be a non-empty string{' or null' if optional else ''}")
+        raise ValueError(f"{name} ({shown(value)}) must be a non-empty string{' or null' if optional else ''}")
+    check_utf8(name, value)
+
+
+def check_utf8(name: str, text: str) -> None:
+    """Raise `ValueError` for half a surrogate pair: Python and JSON can hold one, no file and no tokenizer can."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a surrogate pair ({text[error.start]!a}) as its character {error.start + 1}: it must be "
+            "valid Unicode, surrogates not allowed"
+        ) from error
 
 
 def check_strings(name: str, value: Any) -> tuple[str, ...]:
     """The tuple of non-empty strings that `value` (one string, or a list of them) means; else `ValueError`."""
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, (list, tuple)):
-        raise ValueError(f"{name} ({value!r}) must be a string or a list of strings")
+        raise ValueError(f"{name} ({shown(value)}) must be a string or a list of strings")
     for string in strings:
         check_string(name, string)
     return tuple(strings)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
+from d2o_dist.fields.checks import MAX_INTEGER, is_integer, is_number
 from d2o_dist.fields.io import did_you_mean
 
 
@@ -23,7 +23,7 @@ def real(
     def limit(value: Any) -> str | None:
         if value is None and optional:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+        if not is_number(value):
             return "a finite number"
         inside = (
             (low is None or value >= low)
@@ -42,8 +42,10 @@ def integer(default: int | None, *, low: int, odd: bool = False, optional: bool 
     def limit(value: Any) -> str | None:
         if value is None and optional:
             return None
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_integer(value):
             return "an integer"
+        if value > MAX_INTEGER:
+            return f"at most {MAX_INTEGER}"
         if value >= low and (not odd or value % 2):
             return None
         return ("odd and " if odd else "") + f"at least {low}" + (", or null" if optional else "")
@@ -55,11 +57,11 @@ def choice(default: Any, *choices: Any) -> Any:
     """A field for one of a few values."""
 
     def limit(value: Any) -> str | None:
-        known = not isinstance(value, bool) and any(value == one and type(value) is type(one) for one in choices)
-        if known:
+        # The type first: an array is equal to nothing, or to many things.
+        if any(type(value) is type(one) and value == one for one in choices):
             return None
         names = [str(one) for one in choices]
-        return f"one of {', '.join(names)}" + did_you_mean(str(value), names).rstrip()
+        return f"one of {', '.join(names)}" + did_you_mean(value, names).rstrip()
 
     return dataclasses.field(default=default, metadata={"limit": limit})
 
@@ -69,13 +71,6 @@ def flag(default: bool) -> Any:
     return dataclasses.field(
         default=default, metadata={"limit": lambda value: None if isinstance(value, bool) else "true or false"}
     )
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return False
 
 
 def _interval(low: float | None, high: float | None, above: float | None, below: float | None) -> str:

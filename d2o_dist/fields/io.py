@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 
 import yaml
 
+from d2o_dist.fields.show import clip, named, shown
+
 T = TypeVar("T")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
     """`' Did you mean "recent_fraction"?'`, or an empty string when nothing known is near `name`."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(clip(name), list(known), n=1, cutoff=0.5) if isinstance(name, str) else []
     return f' Did you mean "{near[0]}"?' if near else ""
 
 
@@ -26,14 +28,14 @@ def refuse_unknown(keys: Iterable[str], known: Iterable[str], what: str) -> None
     known = list(known)
     for key in keys:
         if key not in known:
-            raise ValueError(f'{what} has no field "{key}".{did_you_mean(str(key), known)} Known: {", ".join(known)}')
+            raise ValueError(f'{what} has no field "{named(key)}".{did_you_mean(key, known)} Known: {", ".join(known)}')
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise `ValueError` unless `value` is one of `choices`."""
     choices = list(choices)
-    if value not in choices:
-        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}.{did_you_mean(str(value), choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} ({shown(value)}) must be one of {', '.join(choices)}.{did_you_mean(value, choices)}")
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -48,11 +50,41 @@ class _StrictLoader(yaml.SafeLoader):
     """The safe loader, which would take the last of several values of a key without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        given = set()
+        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key in given:
+                raise yaml.constructor.ConstructorError(None, None, f"{clip(key)} is given twice", node.start_mark)
+            given.add(key)
         return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """The value that YAML text says.
+
+    Raises:
+        ValueError: it says none; `what` begins the message.
+    """
+    try:
+        return yaml.load(text, _StrictLoader)
+    except RecursionError as error:
+        raise ValueError(f"{what} is not valid YAML: it is nested too deeply") from error
+    # What has the form of a number, a date or a truth value and is none fails in a dozen ways.
+    except Exception as error:
+        raise ValueError(f"{what} is not valid YAML: {clip(error, 300)}") from error
+
+
+def read_json(text: str | bytes) -> Any:
+    """The value that JSON text says, in UTF-8.
+
+    Raises:
+        ValueError: it says none.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("not valid JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {clip(error, 300)}") from error
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -65,9 +97,10 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"config file {path} is not valid YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} cannot be read: {error}") from error
+    values = read_yaml(text, f"config file {path}")
     if values is None:
         return {}
     if not isinstance(values, dict):

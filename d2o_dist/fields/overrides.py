@@ -6,7 +6,8 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
+from d2o_dist.fields.io import read_yaml
+from d2o_dist.fields.show import clip, shown
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -17,11 +18,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")):
-        raise ValueError(f'override "{text}" must have the form key=value, for example d2o.keep_ratio=0.1')
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f'override "{text}": the value is not valid YAML: {" ".join(str(error).split())}') from error
+        raise ValueError(f'override "{clip(text)}" must have the form key=value, for example d2o.keep_ratio=0.1')
+    return key.strip(), read_yaml(value, f'override "{clip(text)}": the value')
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -39,7 +37,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[tuple[str, An
             if inner is None:
                 inner = target[part] = {}
             if not isinstance(inner, dict):
-                raise ValueError(f'override "{key}": {".".join(path[: depth + 1])} is {inner!r}, not a mapping')
+                where = clip(".".join(path[: depth + 1]))
+                raise ValueError(f'override "{clip(key)}": {where} is {shown(inner)}, not a mapping')
             target = inner
         target[last] = value
     return result

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2o_dist.fields.checks import is_integer
 from d2o_dist.fields.declare import choice, flag, integer, real
+from d2o_dist.fields.show import shown
 from d2o_dist.policy.rule import Rule, registry
 from d2o_dist.policy.statistics import COLUMN_SUMS
 
@@ -71,12 +73,12 @@ class BudgetRule(Rule):
 
     def __post_init__(self) -> None:
         layers = self.protected_layers
-        if isinstance(layers, (str, bytes)) or not hasattr(layers, "__iter__"):
-            raise ValueError(f"budget.protected_layers ({layers!r}) must be a list of layer indices")
+        if not isinstance(layers, (list, tuple)):
+            raise ValueError(f"budget.protected_layers ({shown(layers)}) must be a list of layer indices")
         object.__setattr__(self, "protected_layers", tuple(layers))
         for index in self.protected_layers:
-            if isinstance(index, bool) or not isinstance(index, int):
-                raise ValueError(f"budget.protected_layers has {index!r}; layer indices are integers")
+            if not is_integer(index):
+                raise ValueError(f"budget.protected_layers has {shown(index)}; layer indices are integers")
         super().__post_init__()
 
     def protected(self, num_layers: int) -> frozenset[int]:

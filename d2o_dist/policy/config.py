@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2o_dist.fields.checks import is_number
 from d2o_dist.fields.declare import integer, real
 from d2o_dist.fields.io import build, did_you_mean, dump_yaml, load_yaml, refuse_unknown
+from d2o_dist.fields.show import named, shown
 from d2o_dist.policy.budget import BUDGETS, BudgetRule, Dispersion, Size, floor_tokens
 from d2o_dist.policy.merge import MERGES, Mass, MergeRule
 from d2o_dist.policy.presets import PRESETS
@@ -87,11 +89,12 @@ class D2OConfig:
             ValueError: unknown preset or field, or a value outside its limits.
         """
         if not isinstance(name, str) or name not in PRESETS:
-            raise ValueError(f'no preset "{name}".{did_you_mean(str(name), PRESETS)} Known: {", ".join(PRESETS)}')
+            raise ValueError(f'no preset "{named(name)}".{did_you_mean(name, PRESETS)} Known: {", ".join(PRESETS)}')
         _refuse_unknown(overrides)
         # None for a size means that it is not given.
         given = {key: value for key, value in overrides.items() if value is not None or key not in SIZES}
-        if name == "full" and (given.get("keep_ratio", 1.0) != 1.0 or "keep_tokens" in given):
+        ratio = given.get("keep_ratio", 1.0)
+        if name == "full" and ("keep_tokens" in given or not (is_number(ratio) and ratio == 1.0)):
             raise ValueError('preset "full" keeps the whole cache: keep_ratio must be 1.0 and keep_tokens unset')
         return cls(**{**PRESETS[name], **_merged(given, PRESETS[name])})
 
@@ -99,14 +102,14 @@ class D2OConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> D2OConfig:
         """From a mapping of fields; the extra key `preset` names the preset that the fields override."""
         if not isinstance(values, Mapping):
-            raise ValueError(f"a D2O configuration must be a mapping of fields, not {type(values).__name__}")
+            raise ValueError(f"d2o ({shown(values)}) must be a mapping of fields, not {type(values).__name__}")
         _refuse_unknown(key for key in values if key != "preset")
         values = dict(values)
         name = values.pop("preset", None)
         if name is None:
             return build(cls, values)
         if all(f.name in values for f in dataclasses.fields(cls)):
-            raise ValueError(f'preset "{name}" would change nothing: every field is given beside it. Leave one out')
+            raise ValueError(f'preset "{named(name)}" would change nothing: every field is given. Leave one out')
         return cls.preset(name, **values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -229,7 +232,7 @@ def _statistics(value: Any, base: StatisticsConfig) -> StatisticsConfig:
     if isinstance(value, StatisticsConfig):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"statistics ({value!r}) must be a mapping of fields")
+        raise ValueError(f"statistics ({shown(value)}) must be a mapping of fields")
     refuse_unknown(value, [field.name for field in dataclasses.fields(base)], "statistics")
     return dataclasses.replace(base, **value)
 

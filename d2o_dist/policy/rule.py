@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from d2o_dist.fields.io import check_choice, refuse_unknown
+from d2o_dist.fields.show import shown
 
 
 def part(default: Rule, registry: Mapping[str, type[Rule]]) -> Any:
@@ -63,9 +64,9 @@ def check_fields(config: Any, path: str) -> None:
             if not isinstance(value, Rule):
                 object.__setattr__(config, field.name, rule_from(value, known, where, base=field.default))
             elif known.get(value.name) is not type(value):
-                raise ValueError(f"{where} ({value!r}) must be one of the rules {', '.join(known)}")
+                raise ValueError(f"{where} ({shown(value)}) must be one of the rules {', '.join(known)}")
         elif "limit" in field.metadata and (wanted := field.metadata["limit"](value)) is not None:
-            raise ValueError(f"{where} ({value!r}) must be {wanted}")
+            raise ValueError(f"{where} ({shown(value)}) must be {wanted}")
 
 
 def registry(*rules: type[Rule]) -> dict[str, type[Rule]]:
@@ -86,12 +87,12 @@ def rule_from(value: Any, rules: Mapping[str, type[Rule]], path: str, *, base: R
     """
     if isinstance(value, Rule):
         if rules.get(value.name) is not type(value):
-            raise ValueError(f"{path} ({value!r}) must be one of the rules {', '.join(rules)}")
+            raise ValueError(f"{path} ({shown(value)}) must be one of the rules {', '.join(rules)}")
         return value
     if isinstance(value, str):
         value = {"rule": value}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{path} ({value!r}) must be the name of a rule, or a mapping of its fields")
+        raise ValueError(f"{path} ({shown(value)}) must be the name of a rule, or a mapping of its fields")
     name = value.get("rule", None if base is None else base.name)
     if name is None:
         raise ValueError(f"{path} must name its rule: one of {', '.join(rules)}")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there at all, the last and the best one kept.
+"""Checkpoints of a run: whole or not there at all. The last and the best one are kept, and where they are one, another.
 
     output/checkpoints/step-00000100/     what the engine wrote, state.json, and manifest.json, which is written last
     output/checkpoints/last, best         text files that name one of them
@@ -20,7 +20,7 @@ from pathlib import Path
 from d2o_dist.comm import Collectives
 from d2o_dist.engine.kept import replace_text
 from d2o_dist.fields.io import to_json
-from d2o_dist.train.manifest import fault, files_in, seal
+from d2o_dist.train.manifest import fault, files_in, seal, sync
 
 STATE_FILE = "state.json"
 _UNFINISHED = "unfinished-"
@@ -61,7 +61,8 @@ class Checkpoints:
     def save(self, state: RunState, write: Callable[[Path], None], *, is_best: bool) -> Path:
         """Write one. `write` is given a folder that exists, on every rank.
 
-        Only after it is complete and named as `last` are older ones removed, except the best.
+        Only after it is complete, on the disk and named as `last` are older ones removed, except the best; where that
+        is this one, or none, except the newest of them: one damaged file must not be the end of a run.
 
         Raises:
             OSError: the first rank does not see what another has written. On all ranks.
@@ -78,18 +79,24 @@ class Checkpoints:
         if self._leads:
             seal(scratch)
             self._put(scratch, final)
+            sync(self.folder)
             # The best one first: a run that ends in between takes this step again.
             best = final if is_best else self._best()
             if best is not None:
                 self._point("best", best.name)
             self._point("last", name)
-            self._prune(state.step, {final, best})
+            sync(self.folder)
+            if fault(final, read=False) is None:
+                other = self._before(state.step) if best in (None, final) else best
+                self._prune(state.step, {final, other})
         self.world.barrier()
         return final
 
     def find(self, which: str = "last") -> Path | None:
         """The complete one that `last` or `best` names, as the first rank sees it; None if there is none."""
-        return self.world.broadcast_object(self._named(which)[0] if self._leads else None)
+        named = self._named(which)[0] if self._leads else None
+        name = self.world.broadcast_object(None if named is None else named.name)
+        return None if name is None else self.folder / name
 
     def resumable(self) -> tuple[Path | None, str | None]:
         """The complete one to go on from, and what is to be said where it is not the one that `last` names.
@@ -104,7 +111,7 @@ class Checkpoints:
             return None, None
         named, why = self._named("last")
         if named is not None:
-            newer = [folder.name for folder in there[: there.index(named)] if fault(folder) is None]
+            newer = [folder.name for folder in there[: there.index(named)] if fault(folder, read=False) is None]
             return named, f"{newer[0]} is newer than {named.name}, which last names: it is not used" if newer else None
         faults = [why]
         for folder in there:
@@ -136,8 +143,8 @@ class Checkpoints:
         folders = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted((path for path in folders if path.is_dir() and _step(path) is not None), key=_step, reverse=True)
 
-    def _named(self, which: str) -> tuple[Path | None, str]:
-        """The complete one that a text file names; or None, and why."""
+    def _named(self, which: str, *, read: bool = True) -> tuple[Path | None, str]:
+        """The complete one that a text file names; or None, and why. read: as in `fault`."""
         pointer = self.folder / which
         if not pointer.is_file():
             return None, f"{pointer} is not there"
@@ -147,17 +154,23 @@ class Checkpoints:
             return None, f"{pointer} names no checkpoint" + (f" ({name[:40]!r})" if name else ", it is empty")
         if not folder.is_dir():
             return None, f"{pointer} names {name}, which is not there"
-        found = fault(folder)
+        found = fault(folder, read=read)
         return (folder, "") if found is None else (None, found)
 
     def _best(self) -> Path | None:
         """The best one so far: what `best` names or, if that is lost, the best of those that are left."""
-        named, _ = self._named("best")
+        named, _ = self._named("best", read=False)
         if named is not None:
             return named
-        measured = {folder: self.read(folder).measured for folder in self._all() if fault(folder) is None}
+        there = [folder for folder in self._all() if fault(folder, read=False) is None]
+        measured = {folder: self.read(folder).measured for folder in there}
         known = {folder: value for folder, value in measured.items() if value is not None}
         return min(known, key=known.__getitem__) if known else None
+
+    def _before(self, step: int) -> Path | None:
+        """The newest one before a step."""
+        older = (folder for folder in self._all() if _step(folder) < step)
+        return next((folder for folder in older if fault(folder, read=False) is None), None)
 
     def _point(self, which: str, name: str) -> None:
         replace_text(self.folder / which, name + "\n")

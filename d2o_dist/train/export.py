@@ -11,6 +11,7 @@ import torch
 
 from d2o_dist.comm import Collectives
 from d2o_dist.train.engine import Engine
+from d2o_dist.train.manifest import sync, sync_tree
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -28,9 +29,20 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path, dtype: str, world
             model = plain_model(engine.objective.model, _DTYPES[dtype])
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
-            shutil.rmtree(folder, ignore_errors=True)
-            scratch.rename(folder)
+            replace_folder(scratch, folder)
     world.barrier()
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a complete folder its name, in place of an older one, which goes when that is on the disk and not before."""
+    old = folder.with_name(f".{folder.name}-replaced")
+    sync_tree(new)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def plain_model(model: Any, dtype: torch.dtype) -> Any:

@@ -43,9 +43,12 @@ class RunLog:
         """Keep the records up to a step (None: none of them); the others go to `log-dropped.jsonl`."""
         if self.path is None or not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        lines = text.splitlines()
         dropped = [line for line in lines if not _is_up_to(line, step)]
         if not dropped:
+            if text and not text.endswith("\n"):  # a killed run wrote all but the line break
+                replace_text(self.path, text + "\n")
             return
         with self.path.with_name(DROPPED_FILE).open("a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in dropped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -91,8 +91,10 @@ def prepare(
     with agreed(mesh):
         if mesh.rank == 0:
             output.mkdir(parents=True, exist_ok=True)
-            found = go_on(checkpoints, config, mesh.world_size)
-    last, state, notes = world.broadcast_object(found)
+            last, state, notes = go_on(checkpoints, config, mesh.world_size)
+            found = None if last is None else str(last), asdict(state), notes
+    found, state, notes = world.broadcast_object(found)
+    last, state = None if found is None else Path(found), RunState(**state)
     train, validation = _read_rows(config, tokenizer, mesh)
     tasks = plan_tasks(config, named_texts)
     order = StepOrder(len(train), config.seed, config.global_batch_size, config.micro_batch_size, mesh.dp, mesh.dp_rank)

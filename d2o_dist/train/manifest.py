@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-# Reading a large file again would take as long as writing it: larger ones are known by their size alone.
-CHECKSUM_BYTES = 16 << 20
+_CHUNK = 1 << 20
 
 
 def files_in(folder: Path) -> list[str]:
@@ -19,21 +20,24 @@ def files_in(folder: Path) -> list[str]:
 
 
 def seal(folder: Path) -> None:
-    """Bring every file to the disk, then write what there is: names, sizes, and checksums of the small ones."""
-    files = {}
-    for name in files_in(folder):
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-            files[name] = {"bytes": size, "crc32": zlib.crc32(file.read()) if size <= CHECKSUM_BYTES else None}
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write what there is: names, sizes and checksums, read back from the files. Then bring all of it to the disk."""
+    names = files_in(folder)
+    with ThreadPoolExecutor() as pool:
+        checksums = pool.map(_checksum, [folder / name for name in names])
+        files = {
+            name: {"bytes": (folder / name).stat().st_size, "crc32": checksum}
+            for name, checksum in zip(names, checksums, strict=True)
+        }
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    sync_tree(folder)
 
 
-def fault(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, beginning with its path; None: all files are as they were."""
+def fault(folder: Path, *, read: bool = True) -> str | None:
+    """What is wrong with a sealed folder, beginning with its path; None: all files are as they were.
+
+    Args:
+        read: every file is read, which may take as long as writing them did; otherwise sizes are compared.
+    """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"{manifest} is not there"
@@ -42,11 +46,40 @@ def fault(folder: Path) -> str | None:
         listed = [(folder / name, entry["bytes"], entry["crc32"]) for name, entry in files.items()]
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{manifest} is damaged"
-    for path, size, checksum in listed:
+    for path, size, _ in listed:
         if not path.is_file():
             return f"{path} is not there"
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes and not {size}"
-        if checksum is not None and zlib.crc32(path.read_bytes()) != checksum:
-            return f"{path} is not what was written"
-    return None
+    # Earlier versions have no checksums of large files.
+    known = [(path, checksum) for path, _, checksum in listed if read and checksum is not None]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(_checksum, [path for path, _ in known])
+        changed = [path for (path, checksum), now in zip(known, found, strict=True) if now != checksum]
+    return f"{changed[0]} is not what was written" if changed else None
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring to the disk all files under a folder, and the folders themselves."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or the names in a folder, to the disk: a crash of the machine then keeps them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has nothing to do for a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def _checksum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found = zlib.crc32(chunk, found)
+    return found

@@ -65,7 +65,8 @@ def load_trainable(config: TrainConfig, device: torch.device) -> Any:
         InferConfig(
             # Without a number, which is the local rank's to give.
             model=config.model, tokenizer=config.tokenizer, dtype="float32", device=device.type,
-            trust_remote_code=config.trust_remote_code, revision=config.revision,
+            trust_remote_code=config.trust_remote_code, trust_pickled_weights=config.trust_pickled_weights,
+            revision=config.revision,
         )
     ).model  # fmt: skip
     model.set_attn_implementation(TRAINING_ATTENTION)

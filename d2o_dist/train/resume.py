@@ -20,7 +20,8 @@ from d2o_dist.train.rows import PackedRows, WindowRows
 UNREAD = {"output", "resume", "d2o.keep_ratio", "d2o.keep_tokens"}
 # How the same steps are computed, and what is said and saved of them.
 MAY_DIFFER = {
-    "trust_remote_code", "device", "sp", "ranks", "micro_batch_size", "activation_checkpointing", "loss_tile",
+    "trust_remote_code", "trust_pickled_weights", "device", "sp", "ranks", "micro_batch_size",
+    "activation_checkpointing", "loss_tile",
     "engine.offload_optimizer", "engine.offload_parameters", "data.num_workers",
     "log_every", "eval_every", "save_every", "eval_tasks",
 }  # fmt: skip

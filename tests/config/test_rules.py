@@ -24,7 +24,7 @@ REFUSED = [
     ({"score": {"rule": "window", "pool": 4}}, r"score.pool \(4\) must be odd and at least 1"),
     ({"score": {"reach": 0}}, r"score.reach \(0\) must be above 0"),
     ({"score": {"reach": float("nan")}}, r"score.reach \(nan\) must be a finite number"),
-    ({"score": {"reach": 10**400}}, r"score.reach \(1000+\) must be a finite number"),
+    ({"score": {"reach": 10**400}}, r"score.reach \(100+\.\.\.0+\) must be a finite number"),
     ({"score": {"add_accumulated": 1}}, r"score.add_accumulated \(1\) must be true or false"),
     ({"budget": {"beta": 3.0}}, r"budget.beta is a field of pyramid, but budget.rule is dispersion"),
     ({"budget": {"sign": 2}}, r"budget.sign \(2\) must be one of -1, 1"),

@@ -97,3 +97,23 @@ def test_a_row_has_limits_of_its_own():
     row = PromptRow(4, "x", prompt="one two three", max_new_tokens=3, max_prompt_tokens=2, stop=("z",))
     result = encode(row, chat_template="never", truncation="left", max_prompt_tokens=50, sampling={"stop": "y"})
     assert (len(result.input_ids), result.max_new_tokens, result.stop, result.index) == (2, 3, ("z",), 4)
+
+
+class Untouched:
+    """A tokenizer that must not be asked: 50 MB of text took it 6.7 GB of memory."""
+
+    chat_template = None
+
+    def __call__(self, *args, **kwargs):
+        raise AssertionError("tokenized")
+
+
+def test_a_row_of_too_many_bytes_is_refused_before_it_is_tokenized():
+    found = encode(PromptRow(0, "a", prompt="ü" * 25_000_000), tokenizer=Untouched(), truncation="left")
+    assert found.error == "the prompt has 50000000 bytes, above max_prompt_bytes (8388608): shorten it or raise that"
+
+
+def test_bytes_are_counted_with_the_template():
+    size = len("<s>user: one two</s><s>assistant: ")
+    assert isinstance(encode(PROMPT, max_prompt_bytes=size), Request)
+    assert f"the prompt has {size} bytes" in encode(PROMPT, max_prompt_bytes=size - 1).error

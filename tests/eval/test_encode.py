@@ -113,3 +113,11 @@ def test_texts(tmp_path):
     with pytest.raises(ValueError, match="has no .txt file"):
         (tmp_path / "empty").mkdir()
         read_text(tmp_path / "empty")
+
+
+def test_a_row_of_too_many_bytes_or_half_a_character_is_refused():
+    encoder = Encoder(make_tokenizer(template=False), max_prompt_bytes=40)
+    assert encoder.encode(EXAMPLE)
+    for context, words in (("long " * 9, r"45 bytes, above max_prompt_bytes \(40\)"), ("\ud800", "half a surrogate")):
+        with pytest.raises(ValueError, match=words):
+            encoder.encode(Example("r", context, "\nWhat is it?", ("x",), 4))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from d2o_dist.comm import Collectives, ParallelMesh, build_mesh
 from d2o_dist.train import checkpoints as module
 from d2o_dist.train.checkpoints import Checkpoints, RunState
+from d2o_dist.train.export import replace_folder
 from d2o_dist.train.manifest import MANIFEST, fault
 from tests.ranks import run_ranks
 
@@ -142,6 +147,120 @@ def test_nothing_is_deleted_for_one_that_was_not_finished(tmp_path, monkeypatch)
         assert fault(folder_of(checkpoints, 1)) is None and fault(folder_of(checkpoints, 2)) is None
         assert checkpoints.find() == folder_of(checkpoints, 2)
         assert checkpoints.find("best") == folder_of(checkpoints, 1)
+
+
+def test_a_changed_byte_of_a_large_file_is_noticed(tmp_path):
+    checkpoints = make(tmp_path, 1, best=1)
+
+    def large(folder: Path) -> None:
+        (folder / "weights").write_bytes(bytes(20 << 20))
+
+    checkpoints.save(RunState(2), large, is_best=False)
+    path = folder_of(checkpoints, 2) / "weights"
+    with path.open("r+b") as file:
+        file.seek(19 << 20)
+        file.write(b"\1")
+    folder, note = checkpoints.resumable()
+    assert folder == folder_of(checkpoints, 1) and f"{path} is not what was written" in note
+
+
+@pytest.mark.parametrize("is_best", [True, False], ids=["each is the best", "nothing is measured"])
+def test_where_the_last_is_the_best_there_is_one_before_it(tmp_path, is_best):
+    checkpoints = make(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(RunState(step, measured=-step if is_best else None), write, is_best=is_best)
+    assert there(checkpoints) == [2, 3]
+    change(folder_of(checkpoints, 3) / "shards" / "weights")
+    folder, note = checkpoints.resumable()
+    assert folder == folder_of(checkpoints, 2) and "step-00000003/shards/weights is not what was written" in note
+
+
+def test_nothing_is_deleted_for_one_that_does_not_verify(tmp_path, monkeypatch):
+    checkpoints = make(tmp_path, 1, 2, best=1)
+
+    def spoils(self, scratch: Path, final: Path) -> None:
+        scratch.rename(final)
+        cut(final / "shards" / "weights")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Checkpoints, "_put", spoils)
+        make(tmp_path, 3)
+    assert there(checkpoints) == [1, 2, 3] and checkpoints.resumable()[0] == folder_of(checkpoints, 2)
+
+
+def test_all_is_on_the_disk_before_it_has_its_name_and_before_anything_is_deleted(tmp_path, monkeypatch):
+    checkpoints = make(tmp_path)
+    events: list[tuple[str, str]] = []
+    sync, rename, remove = os.fsync, Path.rename, shutil.rmtree
+
+    def note(what: str, path: str) -> None:
+        events.append((what, str(Path(path).relative_to(tmp_path))))
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (note("sync", os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (note("rename", self), rename(self, to)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (note("remove", path), remove(path, **how)))
+    for step in (1, 2, 3):
+        events.clear()
+        checkpoints.save(RunState(step), write, is_best=False)
+    scratch = "unfinished-step-00000003"
+    named = events.index(("rename", scratch))
+    inside = ("", "/state.json", "/manifest.json", "/shards", "/shards/weights")
+    assert {("sync", scratch + name) for name in inside} <= set(events[:named])
+    deleted = events.index(("remove", "step-00000001"))
+    pointed = max(place for place, (_, name) in enumerate(events) if name.startswith("last."))
+    assert ("sync", ".") in events[named:pointed] and ("sync", ".") in events[pointed:deleted]
+
+
+def test_a_run_that_is_killed_at_any_moment_has_lost_nothing(tmp_path):
+    done = 0
+    for number in range(12):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                checkpoints, step = make(tmp_path), done
+                while True:
+                    step += 1
+                    checkpoints.save(RunState(step, measured=float(step % 5)), write, is_best=step % 5 == 1)
+                    os.write(writer, b"%d\n" % step)
+            finally:
+                os._exit(1)
+        os.close(writer)
+        draw = random.Random(number)
+        with os.fdopen(reader) as told:
+            heard = [told.readline() for _ in range(draw.randint(1, 4))]
+            time.sleep(draw.uniform(0, 0.02))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            said = int([*heard, *told][-1])
+        checkpoints = make(tmp_path)
+        last, _ = checkpoints.resumable()
+        assert Checkpoints.read(last).step in (said, said + 1)
+        done = Checkpoints.read(last).step
+        assert checkpoints.find("best") is not None and len(list(tmp_path.glob("step-*"))) >= min(done, 2)
+
+
+def test_a_run_that_is_killed_while_it_exports_has_lost_neither_model(tmp_path, monkeypatch):
+    new, folder, rename = tmp_path / ".model", tmp_path / "model", Path.rename
+    for text in ("older", "newer"):
+        new.mkdir()
+        (new / "weights").write_text(text)
+        if text == "older":
+            replace_folder(new, folder)
+    for moment in (1, 2):
+        calls = iter(range(1, 9))
+
+        def dies(self, to, moment=moment, calls=calls):
+            if next(calls) == moment:
+                raise KeyboardInterrupt
+            return rename(self, to)
+
+        with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+            broken.setattr(Path, "rename", dies)
+            replace_folder(new, folder)
+        assert {path.read_text() for path in tmp_path.glob("*/weights")} == {"older", "newer"}
+    replace_folder(new, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (folder / "weights").read_text() == "newer"
 
 
 def test_other_folders_are_left_alone(tmp_path):

@@ -15,6 +15,8 @@ from d2o_dist.eval.metrics.longbench import qa_f1, rouge_l
 from d2o_dist.eval.metrics.rouge import rouge_1
 from d2o_dist.eval.tasks.json_lines import json_lines
 from d2o_dist.fields.checks import check_strings
+from d2o_dist.fields.io import read_json
+from d2o_dist.fields.show import clip, shown
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -56,7 +58,7 @@ class Jsonl(Task):
             if self.config.samples is not None and len(rows) >= self.config.samples:
                 break
             try:
-                rows.append(self._example(json.loads(line), number))
+                rows.append(self._example(read_json(line), number))
             except ValueError as error:
                 raise ValueError(f"{path} line {number}: {error}") from error
         if not rows:
@@ -76,7 +78,7 @@ class Jsonl(Task):
             mark = fill(config.question_from, row)
             at = context.rfind(mark)
             if at < 0:
-                raise ValueError(f"question_from ({mark!r}) does not occur in the context")
+                raise ValueError(f"question_from ({shown(mark)}) does not occur in the context")
             context, question = context[:at], context[at:] + question
         return Example(
             id=str(number),
@@ -100,7 +102,7 @@ def field(row: Mapping[str, Any], name: str) -> Any:
         ValueError: the row has none of that name.
     """
     if name not in row:
-        raise ValueError(f'there is no field "{name}"; there are {", ".join(map(str, row)) or "none"}')
+        raise ValueError(f'there is no field "{name}"; there are {clip(", ".join(row)) or "none"}')
     return row[name]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from d2o_dist.eval.metrics.longbench import best, cut_chinese, qa_f1_zh, rouge_l
 from d2o_dist.eval.tasks.json_lines import json_lines
 from d2o_dist.eval.tasks.longbench_prompts import SPECS
 from d2o_dist.fields.checks import check_strings
+from d2o_dist.fields.io import read_json
 
 HUB = "hub:"
 ARCHIVE = "data.zip"
@@ -45,7 +45,7 @@ class LongBench(Task):
             if self.config.samples is not None and len(rows) >= self.config.samples:
                 break
             try:
-                rows.append(self._example(json.loads(line), number))
+                rows.append(self._example(read_json(line), number))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{source} row {number}: {type(error).__name__}: {error}") from error
         if not rows:

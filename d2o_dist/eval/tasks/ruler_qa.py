@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from d2o_dist.eval.tasks.json_lines import json_lines
 from d2o_dist.eval.tasks.ruler_parts import Draft, Material
 from d2o_dist.fields.checks import check_string, check_strings
+from d2o_dist.fields.io import read_json
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def read_questions(path: str) -> list[Question]:
     questions = []
     for number, line in json_lines(file):
         try:
-            row = json.loads(line)
+            row = read_json(line)
             check_string("question", row.get("question"))
             answers, paragraphs = (check_strings(name, row.get(name)) for name in ("answers", "context"))
             if not answers or not paragraphs:

@@ -66,6 +66,7 @@ def load_model(config: InferConfig, mesh: ParallelMesh) -> HFModel:
 
 def _load_whole(config: InferConfig, device: torch.device) -> Any:
     """The whole model on the CPU, in the dtype for `device`."""
+    _check_format(config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if dtype == "auto" and device.type == "cpu" and load_config(config).dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
@@ -73,10 +74,20 @@ def _load_whole(config: InferConfig, device: torch.device) -> Any:
         # Shapes that differ are told like all other keys that do not fit.
         model, found = _load(
             "weights", AutoModelForCausalLM, config.model, dtype=dtype, attn_implementation=ATTENTION_NAME,
-            output_loading_info=True, ignore_mismatched_sizes=True, **_hub(config),
+            output_loading_info=True, ignore_mismatched_sizes=True,
+            use_safetensors=None if config.trust_pickled_weights else True, **_hub(config),
         )  # fmt: skip
     check_keys(config.model, found)
     return model
+
+
+def _check_format(config: InferConfig) -> None:
+    folder = Path(config.model).expanduser()
+    pickled = next(folder.glob("pytorch_model*.bin"), None)
+    if pickled and not config.trust_pickled_weights and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{pickled} is a pickle, and {folder} has no safetensors: convert it, or set trust_pickled_weights=true"
+        )
 
 
 @contextmanager
@@ -110,4 +121,5 @@ def _load(what: str, auto: Any, name: str, **kwargs: Any) -> Any:
     # transformers and safetensors raise whatever they meet; their first line says what.
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"the {what} of {name} cannot be loaded: {reason}") from error
+        hint = "; it is run only with trust_remote_code=true" if "trust_remote_code" in str(error) else ""
+        raise ValueError(f"the {what} of {name} cannot be loaded: {reason}{hint}") from error
