@@ -13,6 +13,7 @@ from d2o_dist.config.train_parts import LoraOptions
 from d2o_dist.engine.model import load_model, max_positions
 from d2o_dist.integrations.hf.guards import layer_windows, text_config
 from d2o_dist.integrations.hf.rope import BORDER, check_side, rope_border
+from d2o_dist.integrations.hf.supported import unsupported
 from d2o_dist.train.attention import TRAINING_ATTENTION, register
 from d2o_dist.train.objective import Objective
 from d2o_dist.train.ulysses import GradientExchange, check_heads
@@ -28,6 +29,8 @@ def check_trainable(model_config: Any, config: TrainConfig) -> None:
         ValueError: names what is not supported, or which sizes do not fit.
     """
     text = text_config(model_config)
+    if cause := unsupported(model_config):
+        raise ValueError(f"{cause}, which is not supported in training")
     windows = layer_windows(text)
     for name in _AFTER_HEAD:
         if getattr(text, name, None) not in (None, 1, 1.0):

@@ -100,7 +100,7 @@ def test_cropping_is_refused():
     "family, changes, message",
     [
         ("llama", {"layer_types": ["linear_attention"] * 4}, "layer 0 is of type 'linear_attention'"),
-        ("llama", {"is_encoder_decoder": True}, "encoder-decoder"),
+        ("llama", {"is_encoder_decoder": True}, "llama has an encoder beside its decoder"),
     ],
 )
 def test_models_of_other_kinds_are_refused(family, changes, message):

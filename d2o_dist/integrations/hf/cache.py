@@ -23,9 +23,10 @@ from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.integrations.hf.attention import CACHE_TAG
 from d2o_dist.integrations.hf.ended import EndedRows
-from d2o_dist.integrations.hf.guards import check_attention, check_interface, layer_windows, text_config
+from d2o_dist.integrations.hf.guards import check_attention, layer_windows, text_config
 from d2o_dist.integrations.hf.heads import request_ranks
 from d2o_dist.integrations.hf.rope import BORDER, check_side, is_let_go_of, rope_border
+from d2o_dist.integrations.hf.supported import check_supported, check_windows
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.score import Reread
 
@@ -138,8 +139,8 @@ class D2OCache(Cache):
         counter: where the traffic between ranks is counted.
 
     Raises:
-        ValueError: a model whose attention is not or cannot be `d2o`, that has layers of an unsupported kind, a budget
-            that this model's layers cannot have, or heads that the ranks cannot share.
+        ValueError: a model whose attention is not or cannot be `d2o`, that is not supported or has no layer to be
+            compressed, a budget that this model's layers cannot have, or heads that the ranks cannot share.
     """
 
     def __init__(
@@ -152,11 +153,13 @@ class D2OCache(Cache):
     ) -> None:
         if d2o is not None and not isinstance(d2o, D2OConfig):
             raise ValueError(f"d2o must be a D2OConfig, not {type(d2o).__name__}")
-        self.model_config = text_config(config)
+        check_supported(config)
+        self.model_config, d2o = text_config(config), d2o or D2OConfig()
         check_attention(self.model_config)
-        check_interface(self.model_config)
+        windows = layer_windows(self.model_config)
+        check_windows(self.model_config, windows, d2o.keep_ratio)
         self.ranks = request_ranks(self.model_config, mesh, parallel, counter)
-        self.compressed = CompressedCache(d2o or D2OConfig(), layer_windows(self.model_config), self.ranks)
+        self.compressed = CompressedCache(d2o, windows, self.ranks)
         self._border, self._is_true = rope_border(config), not is_let_go_of(config)
         # Tokens of the longest text that a forward had positions for.
         self._longest = 0
