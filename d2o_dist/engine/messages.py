@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from d2o_dist.fields.checks import check_unicode
+
 
 def check_messages(messages: Any) -> tuple[dict[str, str], ...]:
     """The messages as plain dictionaries of `role` and `content`.
@@ -20,6 +22,7 @@ def check_messages(messages: Any) -> tuple[dict[str, str], ...]:
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
                 raise ValueError(f"messages[{number}].{name} ({message.get(name)!r:.60}) must be a string")
+            check_unicode(f"messages[{number}].{name}", message[name])
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from d2o_dist.comm.launch import read_environment
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
+from d2o_dist.engine.adapter import base_of, merge_adapter
 from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.checkpoint import check_keys, without_report
 from d2o_dist.integrations.hf.guards import ATTENTION_NAME, text_config
@@ -23,7 +24,7 @@ def load_config(config: InferConfig) -> Any:
     Raises:
         ValueError: the folder is missing or has no usable `config.json`, or the hub does not have the model.
     """
-    return _load("configuration", AutoConfig, config.model, **_hub(config))
+    return _load("configuration", AutoConfig, base_of(config.model) or config.model, **_hub(config))
 
 
 def load_tokenizer(config: InferConfig) -> Any:
@@ -34,7 +35,11 @@ def load_tokenizer(config: InferConfig) -> Any:
     """
     own = config.tokenizer is None or config.tokenizer == config.model
     hub = _hub(config) if own else {"trust_remote_code": config.trust_remote_code}
-    return _load("tokenizer", AutoTokenizer, config.tokenizer or config.model, **hub)
+    name = config.tokenizer or config.model
+    # peft leaves the tokenizer with the base, a trainer of adapters saves it beside the adapter.
+    if (base := base_of(name)) and not (Path(name).expanduser() / "tokenizer_config.json").exists():
+        name = base
+    return _load("tokenizer", AutoTokenizer, name, **hub)
 
 
 def load_model(config: InferConfig, mesh: ParallelMesh | None = None) -> Any:
@@ -60,14 +65,15 @@ def _load_whole(config: InferConfig, device: torch.device) -> Any:
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if dtype == "auto" and device.type == "cpu" and load_config(config).dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
+    base = base_of(config.model)
     with without_report():
         # Shapes that differ are told like all other keys that do not fit.
         model, found = _load(
-            "weights", AutoModelForCausalLM, config.model, dtype=dtype, attn_implementation=ATTENTION_NAME,
+            "weights", AutoModelForCausalLM, base or config.model, dtype=dtype, attn_implementation=ATTENTION_NAME,
             output_loading_info=True, ignore_mismatched_sizes=True, **_hub(config),
         )  # fmt: skip
-    check_keys(config.model, found)
-    return model
+    check_keys(base or config.model, found)
+    return model if base is None else merge_adapter(model, config.model)
 
 
 def pick_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o_dist.engine.messages import check_messages
-from d2o_dist.fields.checks import check_int, check_string, check_strings
+from d2o_dist.fields.checks import check_int, check_string, check_strings, check_unicode
 
 LIMITS = ("max_new_tokens", "max_prompt_tokens", "stop")
 SUFFIXES = (".jsonl", ".txt")
@@ -50,6 +50,7 @@ def read_prompts(prompts: str | None, prompt: str | None) -> list[PromptRow]:
     if (prompts is None) == (prompt is None):
         raise ValueError("exactly one of prompts (a file) and prompt (a string) must be given")
     if prompt is not None:
+        check_unicode("prompt", prompt)
         return [PromptRow(0, 0, prompt=prompt)]
     path = Path(prompts)
     if path.suffix not in SUFFIXES:
@@ -114,10 +115,9 @@ def _make_row(index: int, values: dict[str, Any]) -> PromptRow:
     content: dict[str, Any] = {has[0]: values[has[0]]}
     if has[0] == "prompt":
         check_string("prompt", content["prompt"])
+        check_unicode("prompt", content["prompt"])
     else:
         content["messages"] = check_messages(content["messages"])
-    for text in [values["prompt"]] if has[0] == "prompt" else [m["content"] for m in content["messages"]]:
-        text.encode("utf-8")  # JSON can hold half a surrogate pair, a tokenizer cannot
     return PromptRow(index, index if row_id is None else row_id, **content, **limits)
 
 

@@ -35,6 +35,18 @@ def check_string(name: str, value: Any, *, optional: bool = False) -> None:
         raise ValueError(f"{name} ({value!r}) must be a non-empty string{' or null' if optional else ''}")
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Raise `ValueError` where half of a surrogate pair stands alone: JSON and command lines can hold it, a tokenizer
+    and a file cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has a lone surrogate ({text[error.start]!r} at place {error.start}), which is no character: "
+            "replace it"
+        ) from None
+
+
 def check_strings(name: str, value: Any) -> tuple[str, ...]:
     """The tuple of non-empty strings that `value` (one string, or a list of them) means; else `ValueError`."""
     strings = (value,) if isinstance(value, str) else value
@@ -42,4 +54,5 @@ def check_strings(name: str, value: Any) -> tuple[str, ...]:
         raise ValueError(f"{name} ({value!r}) must be a string or a list of strings")
     for string in strings:
         check_string(name, string)
+        check_unicode(name, string)
     return tuple(strings)
