@@ -13,7 +13,7 @@ CAUSES = {
     "minicpm3": "latent attention",
     "deepseek_v32": "sparse attention",
     "glm_moe_dsa": "sparse attention",
-    "mamba": r"no attention layers \(num_attention_heads\)",
+    "mamba": r"no attention layers that its configuration tells of \(num_attention_heads\)",
     "xlstm": "no attention layers",
     "rwkv": "no attention layers",
     "qwen3_next": r"layers other than .* \(layer 0 is of type 'linear_attention'\)",

@@ -81,7 +81,7 @@ def _cause(config: Any) -> str | None:
         if value := getattr(config, name, None):
             return f"{what} ({name} {value})"
     if not hasattr(config, "num_attention_heads"):
-        return "no attention layers (num_attention_heads)"
+        return "no attention layers that its configuration tells of (num_attention_heads)"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "tokens that attend to later ones (use_bidirectional_attention)"
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
