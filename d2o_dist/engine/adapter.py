@@ -12,7 +12,7 @@ import torch
 
 _FILE = "adapter_config.json"
 # They bring tokens or keys of their own into every layer, which no weights can stand for.
-_PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT")
+_PROMPTS = "PREFIX_TUNING PROMPT_TUNING P_TUNING MULTITASK_PROMPT_TUNING ADAPTION_PROMPT CPT CARTRIDGE".split()
 
 
 def base_of(name: str) -> str | None:

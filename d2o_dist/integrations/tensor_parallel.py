@@ -12,6 +12,7 @@ from d2o_dist.integrations.deepspeed import check_installed, shard_with_deepspee
 from d2o_dist.integrations.hf.guards import text_config
 from d2o_dist.integrations.hf.heads import KV_REPLICAS
 from d2o_dist.integrations.hf.tensor_parallel import (
+    check_not_quantised,
     check_separate_projections,
     check_version,
     kv_replicas,
@@ -27,10 +28,12 @@ def mark_replicas(config: Any, parallel: ParallelConfig) -> int:
     Needs no weights: it refuses what could not be sharded.
 
     Raises:
-        ValueError: head counts that do not divide, packed projections, or an engine that is not there.
+        ValueError: quantised weights, head counts that do not divide, packed projections, or an engine that is not
+            there.
     """
     if parallel.tp == 1:
         return 1
+    check_not_quantised(config, parallel.tp)
     replicas = kv_replicas(config, parallel.tp)
     check_separate_projections(config)
     if parallel.tp_engine == "deepspeed":

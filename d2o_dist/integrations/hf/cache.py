@@ -182,6 +182,7 @@ class D2OCache(Cache):
 
     # ---- called by the model -------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -373,10 +374,12 @@ class D2OCache(Cache):
 
     # ---- what generate asks --------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen (columns of the batch), not slots held."""
         return self.compressed.num_seen_columns
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the mask over everything seen."""
         return self.compressed.num_seen_columns + query_length, 0
@@ -424,6 +427,14 @@ class D2OCache(Cache):
         raise ValueError(
             "assisted (speculative, prompt-lookup) decoding takes tokens back, and a D2OCache cannot: evicted tokens "
             "are gone. Use greedy decoding, sampling or beam search"
+        )
+
+    @property
+    def max_cache_len(self) -> int:
+        """Refused: only peft asks for it, to put the keys of a prefix in the place of this cache."""
+        raise ValueError(
+            "prefix tuning (peft) brings a cache of its own, with the keys of its prefix, and a D2OCache cannot hold "
+            "those: use adapters that change weights, such as LoRA, or leave past_key_values out"
         )
 
     @property
