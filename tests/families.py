@@ -29,7 +29,7 @@ TOLERANCE = {("sdpa", torch.float64): 1e-9, ("eager", torch.float64): 1e-5, ("sd
 # Every field that a configuration has is set to these. Weights are large, so that attention is far from uniform.
 SMALL: dict[str, Any] = {
     **dict.fromkeys("hidden_size d_model n_embd embed_dim dim encoder_hidden_size embedding_size text_embed_dim "
-                    "projection_dim".split(), 32),
+                    "projection_dim out_hidden_size text_hidden_size".split(), 32),
     **dict.fromkeys("intermediate_size intermediate_size_mlp ffn_dim d_ff n_inner encoder_ffn_dim "
                     "decoder_ffn_dim".split(), 48),
     **dict.fromkeys("num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers depth "
@@ -58,6 +58,9 @@ VARIANTS: tuple[tuple[Collection[str], dict[str, Any]], ...] = (
     (("head_dim",), {"num_key_value_heads": 4}),
     (_LATENT, {"num_key_value_heads": 4}),
     ((*_LATENT, "num_key_value_heads", "image_size", "patch_size", "num_heads", "embed_dim"), {}),
+    # Of models in parts that read these from the whole, which has no such field.
+    ((), {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1,
+          "vision_start_token_id": 94, "vision_end_token_id": 93, "head_dim": 8}),
 )
 
 
@@ -65,20 +68,38 @@ def tiny_config(kind: type, changes: dict[str, Any] | None = None, leave: Collec
     """A configuration of this class, made small, its parts too.
 
     Args:
-        changes: of the outermost one, and of its parts where they have the field; leave: fields that stay as they are.
+        changes: of the outermost one and of its parts, or under the name of a part, of that one alone.
+        leave: fields that stay as they are.
     """
     changes, default = changes or {}, kind()
     fields = default.to_dict()
     small = {name: value for name, value in {**SMALL, **changes}.items() if fields.get(name) is not None}
     small = {name: value for name, value in small.items() if name not in leave or name in changes}
-    for name in getattr(kind, "sub_configs", {}):
+    for name, value in small.items():  # one for each stage, or each side of an image
+        if isinstance(fields[name], (list, tuple)) and isinstance(value, int):
+            small[name] = [value] * len(fields[name])
+    small |= {} if "layer_types" in changes else _layers(fields)
+    parts = getattr(kind, "sub_configs", {})
+    inside = {name: value for name, value in changes.items() if name not in parts}
+    for name in parts:
         part = getattr(default, name, None)
         if part is not None:
-            small[name] = tiny_config(type(part), changes, leave).to_dict()
+            small[name] = tiny_config(type(part), {**inside, **changes.get(name, {})}, leave).to_dict()
     sections = (fields.get("rope_parameters") or {}).get("mrope_section") if "rope_parameters" in fields else None
     if sections:
         small["rope_parameters"] = {**fields["rope_parameters"], "mrope_section": [2, 1, 1]}
     return kind(**{**small, **{name: value for name, value in changes.items() if name not in small}})
+
+
+def _layers(fields: dict[str, Any]) -> dict[str, Any]:
+    """One layer of each kind, two at least: the fields that say something of every layer."""
+    kinds = fields.get("layer_types")
+    if not kinds:
+        return {}
+    first = sorted(set(map(kinds.index, kinds))) if len(set(kinds)) > 1 else [0, 1]
+    lists = {name: [value[i] for i in first] for name, value in fields.items()
+             if isinstance(value, list) and len(value) == len(kinds)}  # fmt: skip
+    return {**lists, "num_hidden_layers": len(first)}
 
 
 def build(
@@ -179,7 +200,7 @@ def compare(
         except TimeoutError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a model raises
-            why = why or f"{reference}: {_said(error)}"
+            why = why or f"{reference}: {said(error)}"
     if expected is None:
         return Outcome("no reference", why)
     largest = max((float(_finite(tensor).abs().max()) for tensor in expected.values() if tensor.numel()), default=0.0)
@@ -192,7 +213,7 @@ def compare(
     except Exception as error:  # noqa: BLE001
         # Some types look their attention class up by its name, and know no other than their own: a KeyError.
         named = isinstance(error, ValueError) or (isinstance(error, KeyError) and error.args == ("d2o",))
-        return Outcome("refused" if named else "failed", _said(error))
+        return Outcome("refused" if named else "failed", said(error))
     if found.keys() != expected.keys():
         return Outcome("wrong", f"outputs {sorted(found)}, but {sorted(expected)} with {reference}")
     off = max(_difference(found[name], expected[name]) for name in expected)
@@ -200,7 +221,7 @@ def compare(
     return Outcome(kind, f"off by {off:.1e} of {largest:.1e} ({reference}, {str(dtype).removeprefix('torch.')})")
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -257,7 +278,7 @@ def sweep(model_type: str, **changes: Any) -> dict[str, Outcome]:
                 try:
                     config = tiny_config(CONFIG_MAPPING[model_type], {**set_to, **changes}, leave)
                 except Exception as error:  # noqa: BLE001
-                    outcome = outcome or Outcome("no reference", f"configuration: {_said(error)}")
+                    outcome = outcome or Outcome("no reference", f"configuration: {said(error)}")
                     continue
                 tried = compare(model_class, config, padded=padded)
                 outcome = tried if outcome is None or tried.kind != "no reference" else outcome

@@ -165,6 +165,8 @@ class LongBenchTask:
         tasks: some of the 21, or `all`.
         data: a local folder with `<task>.jsonl` (or `.jsonl.gz`) files, or `hub:owner/name`, a dataset with one
             configuration a task.
+        prompts_file, lengths_file: your copies of LongBench's `dataset2prompt.json` and `dataset2maxlen.json`; null:
+            our own wording, and the limits as published.
         samples: the first rows of each task; null: all.
     """
 
@@ -173,11 +175,15 @@ class LongBenchTask:
     data: str
     name: str = "longbench"
     tasks: tuple[str, ...] = LONGBENCH_TASKS
+    prompts_file: str | None = None
+    lengths_file: str | None = None
     samples: int | None = None
 
     def __post_init__(self) -> None:
         check_string("name", self.name)
         check_string("data", self.data)
+        check_string("prompts_file", self.prompts_file, optional=True)
+        check_string("lengths_file", self.lengths_file, optional=True)
         object.__setattr__(self, "tasks", _choices("tasks", self.tasks, LONGBENCH_TASKS))
         if self.samples is not None:
             check_int("samples", self.samples, low=1)

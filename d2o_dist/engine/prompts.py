@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o_dist.engine.messages import check_messages
-from d2o_dist.fields.checks import check_int, check_string, check_strings
+from d2o_dist.fields.checks import check_int, check_string, check_strings, check_utf8
 from d2o_dist.fields.io import read_json
 from d2o_dist.fields.show import named, shown
 
@@ -51,6 +51,7 @@ def read_prompts(prompts: str | None, prompt: str | None) -> list[PromptRow]:
     if (prompts is None) == (prompt is None):
         raise ValueError("exactly one of prompts (a file) and prompt (a string) must be given")
     if prompt is not None:
+        check_utf8("prompt", prompt)
         return [PromptRow(0, 0, prompt=prompt)]
     path = Path(prompts)
     if path.suffix not in SUFFIXES:
@@ -113,6 +114,7 @@ def _make_row(index: int, values: dict[str, Any]) -> PromptRow:
     content: dict[str, Any] = {has[0]: values[has[0]]}
     if has[0] == "prompt":
         check_string("prompt", content["prompt"])
+        check_utf8("prompt", content["prompt"])
     else:
         content["messages"] = check_messages(content["messages"])
     return PromptRow(index, index if row_id is None else row_id, **content, **limits)

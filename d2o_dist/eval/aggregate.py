@@ -94,6 +94,7 @@ def summarise_task(
     full = results.get(FULL, {})
     out: dict[str, Any] = {"primary": task.primary, "higher_is_better": task.higher_is_better, "num_rows": num_rows}
     out["axes"] = list(task.axes) if task.axes else None
+    out["note"] = task.note
     out["methods"] = []
     for method in methods:
         records = results.get(method.label, {})

@@ -74,6 +74,7 @@ class Task(ABC):
         scoring: plain values that say how a result comes of a row: together with the row all that it depends on, so
             nothing about how many rows there are. Results of another scoring are not reused.
         higher_is_better: of the primary metric.
+        note: what a reader of the results must know, or None.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Task(ABC):
     uses_template: bool = True
     axes: tuple[str, str] | None = None
     higher_is_better: bool = True
+    note: str | None = None
     scoring: Mapping[str, Any]
 
     @abstractmethod

@@ -300,5 +300,8 @@ def _sampling(arguments: dict[str, Any]) -> SamplingConfig:
 
 def register() -> None:
     """Make the model known to the harness under `d2o_dist`. Registering twice does no harm."""
+    # The harness registers its own models when one is asked for, but only if there is none by then.
+    import lm_eval.models  # noqa: F401
+
     if NAME not in model_registry:
         model_registry.register(NAME)(D2OLM)

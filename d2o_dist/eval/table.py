@@ -103,7 +103,7 @@ def report(summary: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
         parts += [f"## {suite}", table]
     for name, task in summary["tasks"].items():
         missing = [f"{line['label']} {line['n']}" for line in task["methods"] if line["n"] < task["num_rows"]]
-        parts += [f"## {name}", task_table(task, summary.get("reference"))]
+        parts += [f"## {name}", task.get("note"), task_table(task, summary.get("reference"))]
         if missing:
             failed = [f"{line['label']} {line['num_failed']}" for line in task["methods"] if line["num_failed"]]
             parts.append(f"Incomplete, of {task['num_rows']} rows: {', '.join(missing)}. Failed: {', '.join(failed)}.")
@@ -111,4 +111,4 @@ def report(summary: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
         for group in groups:
             if (table := group_table(task, group)) is not None:
                 parts += [f"{task['primary']} by {group}:", table]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"

@@ -75,4 +75,5 @@ def check_strings(name: str, value: Any) -> tuple[str, ...]:
         raise ValueError(f"{name} ({shown(value)}) must be a string or a list of strings")
     for string in strings:
         check_string(name, string)
+        check_utf8(name, string)
     return tuple(strings)

@@ -41,7 +41,8 @@ class ModelCache:
         layers: a view of each layer.
 
     Raises:
-        ValueError: a budget that this model's layers cannot have, or heads that the ranks cannot share.
+        ValueError: no layer would be compressed, a budget that this model's layers cannot have, or heads that the ranks
+            cannot share.
     """
 
     view_class = LayerView
@@ -56,9 +57,15 @@ class ModelCache:
     ) -> None:
         if d2o is not None and not isinstance(d2o, D2OConfig):
             raise ValueError(f"d2o must be a D2OConfig, not {type(d2o).__name__}")
+        d2o = d2o or D2OConfig()
+        if None not in shape.windows and d2o.keep_ratio != 1:
+            raise ValueError(
+                f"the model has sliding windows in all of its layers ({len(shape.windows)}), and none of these is "
+                "compressed: use the library's own cache, or keep_ratio 1"
+            )
         self.shape = shape
         self.ranks = shape.request_ranks(mesh, parallel, counter)
-        self.compressed = CompressedCache(d2o or D2OConfig(), list(shape.windows), self.ranks)
+        self.compressed = CompressedCache(d2o, list(shape.windows), self.ranks)
         self.layers = [self.view_class(self.compressed, index) for index in range(len(shape.windows))]
         # Tokens of the longest text that a forward had positions for.
         self._longest = 0

@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from d2o_dist.models.hf.adapter import base_of
+
 # Files up to this size are read whole; of larger ones blocks, in places that follow from the header or the size.
 _WHOLE_BYTES, _BLOCK_BYTES, _NUM_BLOCKS = 64 * 2**20, 1024, 512
 # A header of safetensors is at most this long.
@@ -36,7 +38,9 @@ def model_digests(name: str, revision: str | None = None) -> dict[str, str]:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return {path.relative_to(folder).as_posix(): file_digest(path) for path in model_paths(folder)}
+        base = base_of(name)
+        of_base = {} if base is None else {f"{base}/{file}": one for file, one in model_digests(base).items()}
+        return of_base | {path.relative_to(folder).as_posix(): file_digest(path) for path in model_paths(folder)}
     config = Path(cached_file(name, "config.json", revision=revision or "main"))
     return {"config.json": file_digest(config), "commit": config.parent.name}
 

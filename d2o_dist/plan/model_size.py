@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.fields.io import load_yaml
-from d2o_dist.models.hf.guards import check_interface, layer_windows, text_config
+from d2o_dist.models.hf.guards import layer_windows, text_config
 from d2o_dist.models.hf.loading import load_config
 from d2o_dist.models.hf.shape import num_kv_heads
+from d2o_dist.models.hf.supported import check_supported
 
 _TABLE = Path(__file__).with_name("models.yaml")
 
@@ -86,7 +87,7 @@ def size_of(config: Any) -> ModelSize:
     Raises:
         ValueError: a model that a `D2OCache` cannot serve, or one with experts, of which a token uses some.
     """
-    check_interface(config)
+    check_supported(config)
     config = text_config(config)
     windows = tuple(layer_windows(config))
     with torch.device("meta"):

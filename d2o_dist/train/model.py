@@ -12,6 +12,7 @@ from d2o_dist.config.train import TrainConfig
 from d2o_dist.config.train_parts import LoraOptions
 from d2o_dist.models.hf.guards import text_config
 from d2o_dist.models.hf.shape import shape_of
+from d2o_dist.models.hf.supported import unsupported
 from d2o_dist.models.loading import load_model
 from d2o_dist.models.shape import BORDER, check_side
 from d2o_dist.train.attention import TRAINING_ATTENTION, register
@@ -29,6 +30,8 @@ def check_trainable(model_config: Any, config: TrainConfig) -> None:
         ValueError: names what is not supported, or which sizes do not fit.
     """
     text = text_config(model_config)
+    if cause := unsupported(model_config):
+        raise ValueError(f"{cause}, which is not supported in training")
     shape = shape_of(model_config)
     for name in _AFTER_HEAD:
         if getattr(text, name, None) not in (None, 1, 1.0):

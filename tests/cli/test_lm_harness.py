@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def test_without_the_harness_it_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     assert lm_harness.main() == 2
     assert "this needs lm-eval (pip install lm-eval)" in capsys.readouterr().err
+
+
+def test_the_harness_keeps_its_own_models():
+    # In a process of its own: another test may have made the harness register them.
+    code = (
+        "from d2o_dist.eval.lm_eval import register; from lm_eval.api.registry import get_model; "
+        "register(); print(get_model('dummy').__name__, get_model('d2o_dist').__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert run.stdout.split() == ["DummyLM", "D2OLM"], run.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 
@@ -20,6 +21,7 @@ from d2o_dist.config.eval_tasks import (
     RulerTask,
 )
 from d2o_dist.eval.fill import SLACK
+from d2o_dist.eval.table import report
 from d2o_dist.eval.tasks.jsonl import METRICS, Jsonl
 from d2o_dist.eval.tasks.longbench import LongBench
 from d2o_dist.eval.tasks.longbench_prompts import SPECS
@@ -278,6 +280,34 @@ def test_longbench_rows_and_scores(tools, tmp_path, name):
     if SPECS[name].first_line:
         assert task.score(rows[0], f"\n{right}\nno")["score"] == pytest.approx(1)
     assert task.score(rows[0], right)["score"] == pytest.approx(1) and task.score(rows[0], "")["score"] == 0
+
+
+def test_longbench_takes_prompts_and_limits_from_the_users_files(tools, tmp_path):
+    prompts, lengths = tmp_path / "dataset2prompt.json", tmp_path / "dataset2maxlen.json"
+    prompts.write_text(json.dumps({"qasper": "On {input}. Article: {context}\n\nQ: {input}\nA:", "trec": "no place"}))
+    lengths.write_text(json.dumps({"qasper": 77, "trec": 0}))
+    write(tmp_path, "qasper", [row_of("qasper")])
+    files = dict(data=str(tmp_path), prompts_file=str(prompts), lengths_file=str(lengths))
+    task, own = LongBench(LongBenchTask(**files), "qasper"), LongBench(LongBenchTask(data=str(tmp_path)), "qasper")
+    (row,), (other,) = task.rows(tools), own.rows(tools)
+    assert row.context == "On the input {x} 0. Article: a context {with} braces"
+    assert row.question == "\n\nQ: the input {x} 0\nA:" and row.max_new_tokens == 77
+    assert other.question == SPECS["qasper"].after.replace("{input}", "the input {x} 0") and other.max_new_tokens == 128
+    digest = hashlib.sha256(prompts.read_bytes()).hexdigest()[:12]
+    assert f"prompts: dataset2prompt.json, sha256 {digest}; new tokens: dataset2maxlen.json, sha256 " in task.note
+    assert "prompts: our own wording; new tokens: as published" in own.note
+    summary = {"primary": "score", "higher_is_better": True, "num_rows": 0, "methods": [], "note": task.note}
+    page = report({"model": "m", "question": "last", "tasks": {task.name: summary}}, {})
+    assert task.note in page
+    for name, fields, message in [
+        ("trec", {"lengths_file": None}, "trec must be a text with one {context}"),
+        ("trec", {"prompts_file": None}, r"trec \(0\) must be at least 1"),
+        ("lcc", {}, "has nothing for lcc"),
+        ("lcc", {"prompts_file": str(tmp_path / "none.json")}, "none.json cannot be read"),
+        ("lcc", {"prompts_file": str(tmp_path / "qasper.jsonl")}, "has nothing for lcc"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LongBench(LongBenchTask(**{**files, **fields}), name)
 
 
 def test_longbench_refusals(tools, tmp_path):

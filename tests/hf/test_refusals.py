@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from transformers import AutoConfig
@@ -91,6 +92,13 @@ def test_assisted_and_prompt_lookup_decoding_are_refused():
                            do_sample=False, **kwargs)  # fmt: skip
 
 
+def test_prefix_tuning_is_refused():
+    model, ids = tiny_model().float(), tokens(1, 20)
+    tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    with pytest.raises(ValueError, match=r"prefix tuning \(peft\) brings a cache of its own"):
+        tuned.generate(input_ids=ids, past_key_values=D2OCache(config=tuned.config), max_new_tokens=4)
+
+
 def test_cropping_is_refused():
     with pytest.raises(ValueError, match="cannot be cropped"):
         D2OCache(config=tiny_model().config).crop(3)
@@ -100,7 +108,7 @@ def test_cropping_is_refused():
     "family, changes, message",
     [
         ("llama", {"layer_types": ["linear_attention"] * 4}, "layer 0 is of type 'linear_attention'"),
-        ("llama", {"is_encoder_decoder": True}, "encoder-decoder"),
+        ("llama", {"is_encoder_decoder": True}, "llama has an encoder beside its decoder"),
     ],
 )
 def test_models_of_other_kinds_are_refused(family, changes, message):
@@ -136,6 +144,14 @@ def test_softcap_sinks_and_unknown_arguments_are_refused_with_a_cache_and_withou
         cache = D2OCache(config=model.config)
         with pytest.raises(ValueError, match=f"attention has {name} .*a D2OCache"), torch.no_grad():
             model(tokens(1, 9), past_key_values=cache, **{name: value})
+
+
+def test_attention_weights_are_refused_with_a_cache_and_without():
+    model = tiny_model()
+    for cache in (None, D2OCache(config=model.config)):
+        with pytest.raises(ValueError, match=r"no attention weights \(output_attentions\).*eager"), torch.no_grad():
+            model(tokens(1, 9), past_key_values=cache, output_attentions=True)
+    assert model(tokens(1, 9), use_cache=False, output_attentions=False).attentions is None
 
 
 def test_a_4d_mask_is_honoured_without_a_cache_and_refused_with_one():

@@ -53,6 +53,14 @@ def test_head_counts_that_do_not_divide(heads, kv_heads, tp, message):
         mark_replicas(config(heads, kv_heads), ParallelConfig(tp=tp, tp_engine="transformers"))
 
 
+def test_quantised_weights_are_refused():
+    quantised = config(4, 2)
+    quantised.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ValueError, match=r"tp \(2\) cannot shard quantised weights \(quant_method fp8\): use sp"):
+        mark_replicas(quantised, ParallelConfig(tp=2))
+    assert mark_replicas(quantised, ParallelConfig(sp=2)) == 1
+
+
 def test_packed_projections_are_refused():
     packed = Phi3Config(num_attention_heads=4, num_key_value_heads=2, hidden_size=32, pad_token_id=0)
     with pytest.raises(ValueError, match="tp needs a model whose q_proj, k_proj, v_proj are separate.*phi3 has qkv_pr"):

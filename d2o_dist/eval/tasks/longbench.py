@@ -11,7 +11,7 @@ from d2o_dist.config.eval_tasks import LongBenchTask
 from d2o_dist.eval.examples import Example, Task, Tools
 from d2o_dist.eval.metrics.longbench import best, cut_chinese, qa_f1_zh, rouge_l_zh
 from d2o_dist.eval.tasks.json_lines import json_lines
-from d2o_dist.eval.tasks.longbench_prompts import SPECS
+from d2o_dist.eval.tasks.longbench_published import spec_of, wording
 from d2o_dist.fields.checks import check_strings
 from d2o_dist.fields.io import read_json
 
@@ -27,10 +27,11 @@ class LongBench(Task):
     metrics = ("score",)
 
     def __init__(self, config: LongBenchTask, task: str) -> None:
-        self.config, self.task, self.spec = config, task, SPECS[task]
+        self.config, self.task, self.spec = config, task, spec_of(config, task)
         self.name = f"{config.name}/{task}"
         self.uses_template = self.spec.chat
         self.scoring: Mapping = {"kind": "longbench", "task": task, "version": 1}
+        self.note = f"LongBench, {wording(config)}."
 
     def rows(self, tools: Tools) -> Sequence[Example]:
         """The first `samples` rows of the data, in its order."""
@@ -56,8 +57,8 @@ class LongBench(Task):
         answers = check_strings("answers", row["answers"])
         return Example(
             id=str(row.get("_id", number)),
-            context=self.spec.before + row["context"],
             # Not `format`: code has braces of its own.
+            context=self.spec.before.replace("{input}", row["input"]) + row["context"],
             question=self.spec.after.replace("{input}", row["input"]),
             answers=answers,
             max_new_tokens=self.spec.max_new_tokens,

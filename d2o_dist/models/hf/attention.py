@@ -25,6 +25,8 @@ _OF_SDPA = ("is_causal", "position_bias")
 _IN_THE_MASK = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
+# `torch.compile` leaves it out of its graphs: what it does depends on what is held.
+@torch.compiler.disable
 def d2o_attention(
     module: nn.Module,
     query: Tensor,
@@ -41,6 +43,11 @@ def d2o_attention(
         ValueError: arguments that neither `sdpa` nor a cache can honour, such as soft-capped logits or learned sinks.
             With a cache also: gradients, dropout, and attention that is not causal.
     """
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "d2o attention makes no attention weights (output_attentions): load the model with "
+            'attn_implementation="eager" to see them'
+        )
     cache = getattr(key, CACHE_TAG, None)
     if cache is None:
         check_arguments(kwargs, (*_OF_SDPA, *_IN_THE_MASK), "d2o attention")

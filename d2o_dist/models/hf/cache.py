@@ -21,9 +21,10 @@ from d2o_dist.models.cache import ModelCache
 from d2o_dist.models.hf.attention import CACHE_TAG
 from d2o_dist.models.hf.ended import EndedRows
 from d2o_dist.models.hf.forward import run_model
-from d2o_dist.models.hf.guards import check_attention, check_interface, text_config
+from d2o_dist.models.hf.guards import check_attention, text_config
 from d2o_dist.models.hf.rope import is_let_go_of
 from d2o_dist.models.hf.shape import shape_of
+from d2o_dist.models.hf.supported import check_supported
 from d2o_dist.models.layer import LayerView
 from d2o_dist.policy.config import D2OConfig
 
@@ -81,8 +82,8 @@ class D2OCache(ModelCache, Cache):
         counter: where the traffic between ranks is counted.
 
     Raises:
-        ValueError: a model whose attention is not or cannot be `d2o`, that has layers of an unsupported kind, a budget
-            that this model's layers cannot have, or heads that the ranks cannot share.
+        ValueError: a model whose attention is not or cannot be `d2o`, that is not supported or has no layer to be
+            compressed, a budget that this model's layers cannot have, or heads that the ranks cannot share.
     """
 
     view_class = D2OLayer
@@ -95,9 +96,9 @@ class D2OCache(ModelCache, Cache):
         parallel: ParallelConfig | None = None,
         counter: TrafficCounter | None = None,
     ) -> None:
+        check_supported(config)
         self.model_config = text_config(config)
         check_attention(self.model_config)
-        check_interface(self.model_config)
         ModelCache.__init__(self, shape_of(config), d2o, mesh, parallel, counter)
         Cache.__init__(self, layers=self.layers)
         self._is_true = not is_let_go_of(config)
@@ -111,6 +112,7 @@ class D2OCache(ModelCache, Cache):
 
     # ---- called by the model -------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -193,10 +195,12 @@ class D2OCache(ModelCache, Cache):
 
     # ---- what generate asks --------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen (columns of the batch), not slots held."""
         return self.compressed.num_seen_columns
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the mask over everything seen."""
         return self.compressed.num_seen_columns + query_length, 0
@@ -253,6 +257,14 @@ class D2OCache(ModelCache, Cache):
         raise ValueError(
             "assisted (speculative, prompt-lookup) decoding takes tokens back, and a D2OCache cannot: evicted tokens "
             "are gone. Use greedy decoding, sampling or beam search"
+        )
+
+    @property
+    def max_cache_len(self) -> int:
+        """Refused: only peft asks for it, to put the keys of a prefix in the place of this cache."""
+        raise ValueError(
+            "prefix tuning (peft) brings a cache of its own, with the keys of its prefix, and a D2OCache cannot hold "
+            "those: use adapters that change weights, such as LoRA, or leave past_key_values out"
         )
 
     @property

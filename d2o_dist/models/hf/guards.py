@@ -8,11 +8,11 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import MODEL_MAPPING
+
+from d2o_dist.models.hf.supported import FULL, SLIDING
 
 MINIMUM = "5.17"
 ATTENTION_NAME = "d2o"
-FULL, SLIDING = "full_attention", "sliding_attention"
 # Arguments of an attention function that change nothing in what it computes. Windows and documents are in the mask.
 HARMLESS = frozenset({
     "position_ids", "sliding_window", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
@@ -32,15 +32,11 @@ def text_config(config: Any) -> Any:
 
 
 def layer_windows(config: Any) -> list[int | None]:
-    """Per layer None (full attention) or its sliding window.
+    """Per layer None (full attention) or its sliding window; of a decoder that is supported.
 
     Raises:
-        ValueError: encoder-decoder models, layers that share keys and values, or layers of another kind.
+        ValueError: layers that are not as many as their types, or windows without a size.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{config.model_type}: encoder-decoder models are not supported, only decoders")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise ValueError(f"{config.model_type}: layers that share keys and values are not supported")
     count = config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
@@ -48,10 +44,6 @@ def layer_windows(config: Any) -> list[int | None]:
         types = [SLIDING if window else FULL] * count
     if len(types) != count:
         raise ValueError(f"layer_types has {len(types)} entries, but num_hidden_layers is {count}")
-    for index, kind in enumerate(types):
-        if kind not in (FULL, SLIDING):
-            raise ValueError(f"{config.model_type}: layer {index} is of type {kind!r}; only {FULL} and {SLIDING} are "
-                             "supported")  # fmt: skip
     if SLIDING in types and not window:
         raise ValueError(f"{config.model_type}: layer_types has {SLIDING}, but sliding_window is {window}")
     return [window if kind == SLIDING else None for kind in types]
@@ -77,24 +69,6 @@ def check_attention(config: Any) -> None:
             f'from_pretrained(..., attn_implementation="{ATTENTION_NAME}") or call '
             f'model.set_attn_implementation("{ATTENTION_NAME}")'
         )
-
-
-def check_interface(config: Any) -> None:
-    """Refuse a type of model whose layers attend by themselves, whatever attention is asked for.
-
-    Types that transformers does not know by their configuration are noticed by the cache later.
-
-    Raises:
-        ValueError: names the type.
-    """
-    known = MODEL_MAPPING.get(type(config), None)
-    for model in known if isinstance(known, (tuple, list)) else [known]:
-        uses_interface = getattr(model, "_can_set_attn_implementation", None)
-        if uses_interface is not None and not uses_interface():
-            raise ValueError(
-                f"{config.model_type}: {model.__name__} does not use transformers' attention interface, so a D2OCache "
-                "cannot serve it: use another cache"
-            )
 
 
 def check_arguments(kwargs: dict[str, Any], honoured: Iterable[str], who: str) -> None:

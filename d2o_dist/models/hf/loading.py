@@ -15,11 +15,13 @@ from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.models.device import pick_device
+from d2o_dist.models.hf.adapter import base_of, merge_adapter
 from d2o_dist.models.hf.checkpoint import check_keys, without_report
-from d2o_dist.models.hf.guards import ATTENTION_NAME, check_interface, text_config
+from d2o_dist.models.hf.guards import ATTENTION_NAME
 from d2o_dist.models.hf.model import HFModel
 from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.models.hf.shard import mark_replicas, shard_model
+from d2o_dist.models.hf.supported import check_supported
 from d2o_dist.models.shape import ModelShape
 
 
@@ -29,7 +31,7 @@ def load_config(config: InferConfig) -> Any:
     Raises:
         ValueError: the folder is missing or has no usable `config.json`, or the hub does not have the model.
     """
-    return _load("configuration", AutoConfig, config.model, **_hub(config))
+    return _load("configuration", AutoConfig, base_of(config.model) or config.model, **_hub(config))
 
 
 def load_tokenizer(config: InferConfig) -> Any:
@@ -40,7 +42,11 @@ def load_tokenizer(config: InferConfig) -> Any:
     """
     own = config.tokenizer is None or config.tokenizer == config.model
     hub = _hub(config) if own else {"trust_remote_code": config.trust_remote_code}
-    return _load("tokenizer", AutoTokenizer, config.tokenizer or config.model, **hub)
+    name = config.tokenizer or config.model
+    # peft leaves the tokenizer with the base, a trainer of adapters saves it beside the adapter.
+    if (base := base_of(name)) and not (Path(name).expanduser() / "tokenizer_config.json").exists():
+        name = base
+    return _load("tokenizer", AutoTokenizer, name, **hub)
 
 
 def describe(config: InferConfig) -> ModelShape:
@@ -50,7 +56,7 @@ def describe(config: InferConfig) -> ModelShape:
         ValueError: there is none; a model that cannot be compressed, or be divided among the tensor ranks.
     """
     model_config = load_config(config)
-    check_interface(text_config(model_config))
+    check_supported(model_config)
     mark_replicas(model_config, config.parallel)
     return shape_of(model_config)
 
@@ -70,15 +76,16 @@ def _load_whole(config: InferConfig, device: torch.device) -> Any:
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if dtype == "auto" and device.type == "cpu" and load_config(config).dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
+    base = base_of(config.model)
     with without_report():
         # Shapes that differ are told like all other keys that do not fit.
         model, found = _load(
-            "weights", AutoModelForCausalLM, config.model, dtype=dtype, attn_implementation=ATTENTION_NAME,
+            "weights", AutoModelForCausalLM, base or config.model, dtype=dtype, attn_implementation=ATTENTION_NAME,
             output_loading_info=True, ignore_mismatched_sizes=True,
             use_safetensors=None if config.trust_pickled_weights else True, **_hub(config),
         )  # fmt: skip
-    check_keys(config.model, found)
-    return model
+    check_keys(base or config.model, found)
+    return model if base is None else merge_adapter(model, config.model)
 
 
 def _check_format(config: InferConfig) -> None:

@@ -124,6 +124,7 @@ class LazyMask(Tensor):
         return func(*args, **kwargs)
 
 
+@torch.compiler.disable
 def make_mask(**arguments: Any) -> Tensor | None:
     """The mask function that transformers calls: a `LazyMask`, or None where `eager` attention gets none.
 

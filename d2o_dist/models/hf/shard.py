@@ -12,6 +12,7 @@ from d2o_dist.models.hf.deepspeed import check_installed, shard_with_deepspeed
 from d2o_dist.models.hf.guards import text_config
 from d2o_dist.models.hf.shape import KV_REPLICAS, num_kv_heads
 from d2o_dist.models.hf.tensor_parallel import (
+    check_not_quantised,
     check_separate_projections,
     check_version,
     kv_replicas,
@@ -26,10 +27,12 @@ def mark_replicas(config: Any, parallel: ParallelConfig) -> int:
     Needs no weights: it refuses what could not be sharded.
 
     Raises:
-        ValueError: head counts that do not divide, packed projections, or an engine that is not there.
+        ValueError: quantised weights, head counts that do not divide, packed projections, or an engine that is not
+            there.
     """
     if parallel.tp == 1:
         return 1
+    check_not_quantised(config, parallel.tp)
     replicas = kv_replicas(config, parallel.tp)
     check_separate_projections(config)
     if parallel.tp_engine == "deepspeed":

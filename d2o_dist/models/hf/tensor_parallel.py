@@ -42,6 +42,20 @@ def kv_replicas(config: Any, tp: int) -> int:
     return max(1, tp // kv_heads)
 
 
+def check_not_quantised(config: Any, tp: int) -> None:
+    """Refuse weights that are packed, as a quantised checkpoint's are: no engine cuts those by heads.
+
+    Raises:
+        ValueError: names the method of quantisation.
+    """
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        fields = quantised if isinstance(quantised, dict) else vars(quantised)
+        raise ValueError(
+            f"tp ({tp}) cannot shard quantised weights (quant_method {fields.get('quant_method')}): use sp instead"
+        )
+
+
 def check_separate_projections(config: Any) -> None:
     """Refuse models that pack queries, keys and values in one projection: no engine cuts those by heads.
 

@@ -1,0 +1,78 @@
+"""Which models a `D2OCache` cannot serve, told from their configuration before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+_INSTEAD = "use transformers' own cache, and its attention \"sdpa\" or \"eager\""
+# Fields that say so where they are set.
+_BY_FIELD = {
+    "is_encoder_decoder": "an encoder beside its decoder",
+    "add_cross_attention": "cross attention",
+    "cross_attention_layers": "cross attention",
+    "index_topk": "sparse attention",
+    "kv_lora_rank": "latent attention",
+    "attn_logit_softcapping": "soft-capped attention",
+    "num_kv_shared_layers": "layers that share keys and values",
+}
+# What configurations do not tell, by their type.
+_BY_TYPE = {
+    **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "learned attention sinks"),
+    "bigbird_pegasus": "causal masks in modules that say they are not causal",
+    "diffllama": "differential attention",
+    "doge": "a mask for each head",
+    "evolla": "a `generate` that reads the text again for each token",
+    "gemma4_unified_text": "tokens that attend to later ones",
+    "git": "attention beside transformers' attention interface",
+    "jetmoe": "experts in its attention",
+    "moshi": "a sliding window that its masks do not have",
+    **dict.fromkeys(("reformer", "xlnet"), "a cache of its own kind"),
+}
+
+
+def check_supported(config: Any) -> None:
+    """Refuse what a compressed cache cannot serve.
+
+    Raises:
+        ValueError: something that is no configuration, or a model that is not supported: names the cause.
+    """
+    if isinstance(config, nn.Module):
+        raise ValueError(f"config is a model ({type(config).__name__}): give D2OCache(config=model.config)")
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"config must be a model's configuration (model.config), not {type(config).__name__}")
+    if cause := unsupported(config):
+        raise ValueError(f"{cause}, which a D2OCache does not support: {_INSTEAD}")
+
+
+def unsupported(config: Any) -> str | None:
+    """What a model has that is not supported; None: nothing, as far as its configuration tells."""
+    decoder = config.get_text_config(decoder=True)
+    cause = _cause(decoder)
+    if getattr(config, "is_encoder_decoder", False):
+        cause = _BY_FIELD["is_encoder_decoder"]
+    return None if cause is None else f"{decoder.model_type} has {cause}"
+
+
+def _cause(config: Any) -> str | None:
+    if config.model_type in _BY_TYPE:
+        return _BY_TYPE[config.model_type]
+    for name, what in _BY_FIELD.items():
+        if value := getattr(config, name, None):
+            return f"{what} ({name} {value})"
+    if not hasattr(config, "num_attention_heads"):
+        return "no attention layers that its configuration tells of (num_attention_heads)"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "tokens that attend to later ones (use_bidirectional_attention)"
+    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in (FULL, SLIDING):
+            return f"layers other than {FULL} and {SLIDING} (layer {index} is of type {kind!r})"
+    known = MODEL_MAPPING.get(type(config), None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    for model in known if isinstance(known, (tuple, list)) else [known]:
+        uses_interface = getattr(model, "_can_set_attn_implementation", None)
+        if uses_interface is not None and not uses_interface():
+            return f"attention beside transformers' attention interface ({model.__name__})"
+    return None
