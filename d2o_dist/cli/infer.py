@@ -1,4 +1,6 @@
-"""`launch/infer.py`: prompts in, results out. Exit: 0 all rows ok, 1 some failed, 2 bad usage, 130 interrupted.
+"""`launch/infer.py`: prompts in, results out.
+
+Exit: 0 all rows ok, 1 some failed, 2 bad usage, 75 stopped by a signal (the same command goes on), 130 interrupted.
 
 The same program is one process by itself, or one rank of many under torchrun, deepspeed or srun.
 """
@@ -19,6 +21,7 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.plan import Plan, prepare
 from d2o_dist.engine.runner import run
 from d2o_dist.engine.startup import check_same_run
+from d2o_dist.engine.stop import Stop, StoppedError
 from d2o_dist.engine.summary import Summary
 from d2o_dist.fields.io import dump_yaml
 from d2o_dist.fields.overrides import parse_override
@@ -68,14 +71,14 @@ def read_config(args: argparse.Namespace) -> InferConfig:
     return InferConfig.load(args.config, overrides)
 
 
-def run_plan(config: InferConfig, plan: Plan, mesh: ParallelMesh) -> Summary:
+def run_plan(config: InferConfig, plan: Plan, mesh: ParallelMesh, stop: Stop) -> Summary:
     """Run with the right display on rank 0: text as it comes and the cache's report, or a progress bar and JSONL."""
     one = plan.num_rows == 1 and mesh.dp == 1
     on_terminal = config.stream == "auto" and one and sys.stdout.isatty() and config.output != "-"
     # A report is made by all ranks of a request together, so it is rank 0's terminal that decides for them.
     streams = Collectives(mesh.axis("world")).broadcast_object(config.stream is True or on_terminal)
     if mesh.rank != 0:
-        return run(config, plan, mesh, on_report=(lambda report: None) if streams else None)
+        return run(config, plan, mesh, on_report=(lambda report: None) if streams else None, stop=stop)
 
     def log(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
@@ -84,9 +87,11 @@ def run_plan(config: InferConfig, plan: Plan, mesh: ParallelMesh) -> Summary:
         print(piece, end="", flush=True)
 
     if streams:
-        return run(config, plan, mesh, on_text=show, on_report=lambda report: print(f"\n\n{report}"), log=log)
+        return run(
+            config, plan, mesh, on_text=show, on_report=lambda report: print(f"\n\n{report}"), log=log, stop=stop
+        )
     with tqdm(total=plan.num_rows, unit="row", file=sys.stderr, disable=None) as bar:
-        return run(config, plan, mesh, on_rows=bar.update, log=log)
+        return run(config, plan, mesh, on_rows=bar.update, log=log, stop=stop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan = prepare(config, mesh, args.config)
             for line in plan.notices() if mesh.rank == 0 else ():
                 print(f"warning: {line}", file=sys.stderr)
-            summary = run_plan(config, plan, mesh)
+            stop = Stop()
+            with stop.on_signals("the running step ends, and finished rows stay" if mesh.rank == 0 else None):
+                summary = run_plan(config, plan, mesh, stop)
+    except StoppedError as stopped:
+        print(f"infer.py: {stopped}\n" if str(stopped) else "", end="", file=sys.stderr)
+        return stopped.status
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:

@@ -86,6 +86,11 @@ def read_environment(env: Mapping[str, str] = os.environ) -> Launch:
     return Launch()
 
 
+def num_restarts(env: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun or Slurm has started this job again."""
+    return sum(int(env.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def init_distributed(backend: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> Launch:
     """Join the default process group, if there is more than this process or a launcher was used.
 
