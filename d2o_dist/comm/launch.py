@@ -15,6 +15,7 @@ connection, those with NCCL by the launcher or, at the latest, by the timeout.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -215,6 +216,14 @@ def _report(error: BaseException, rank: int, world: int) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+
+
+def tell_launcher(line: str) -> None:
+    """What torchrun's own report, which comes last, shows of this rank if its status is not 0."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not os.path.exists(path):
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 
 def _exit_now(status: int) -> NoReturn:

@@ -12,6 +12,7 @@ from d2o_dist.engine import model as loading
 from d2o_dist.engine.agreement import agreed
 from d2o_dist.engine.cuda_graph import check_graph
 from d2o_dist.engine.encode import BadRow, ModelLimits, Request, encode_rows
+from d2o_dist.engine.kept import reason
 from d2o_dist.engine.output import check_shared
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
@@ -114,7 +115,7 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"trace folder {path} cannot be made: {error}") from error
+        raise ValueError(f"trace folder {path} cannot be made: {reason(error)}") from error
 
 
 def _check_lengths(config: InferConfig, max_positions: int | None) -> None:

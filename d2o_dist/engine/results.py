@@ -103,8 +103,9 @@ class Results:
         try:
             self._writer.write(records)
         except OSError as error:
-            where = self._writer.path or self._config.output or "-"
-            self._stop.ask(STATUS_UNWRITTEN, f"output {where} cannot be written: {reason(error)}")
+            name = self._place or self._config.output
+            where = "standard output" if name in (None, "-") else f"output {name}"
+            self._stop.ask(STATUS_UNWRITTEN, f"{where} cannot be written: {reason(error)}")
             return
         if self._mesh.leads_request:
             done = queue.finish(len(records))
@@ -116,7 +117,7 @@ class Results:
         keeps = lock_path(self._config.output) is not None
         kept = f"{done} of {self._plan.num_rows} rows are done" + (" and stay: the same command goes on" * keeps)
         if self._stop.status == STATUS_UNWRITTEN and self._mesh.leads_request:
-            line = f"error: {self._stop.why}; {kept} when there is room"
+            line = f"error: {self._stop.why}; {kept}" + (" when there is room" * keeps)
         elif self._mesh.rank == 0:
             line = f"stopped ({self._stop.why or 'by another rank'}); {kept}"
         else:

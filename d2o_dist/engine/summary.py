@@ -57,11 +57,15 @@ class Summary:
         """Plain Python values, for JSON."""
         return {**dataclasses.asdict(self), "new_tokens_per_s": self.new_tokens_per_s}
 
-    def __str__(self) -> str:
+    def rows(self) -> str:
+        """The line that says what became of the rows."""
         missing = f", {self.num_missing} not reached (interrupted)" if self.interrupted else ""
         earlier = f"; {self.num_earlier} of them by an earlier run" if self.num_earlier else ""
+        return f"rows: {self.num_ok} ok, {self.num_failed} failed{missing}{earlier}"
+
+    def __str__(self) -> str:
         lines = [
-            f"rows: {self.num_ok} ok, {self.num_failed} failed{missing}{earlier}",
+            self.rows(),
             f"tokens: {self.num_prompt_tokens} prompt, {self.num_new_tokens} new in {self.wall_s:.2f} s "
             f"({_show(self.new_tokens_per_s)} new tokens/s, all rows together)",
             f"time to first token: {_show(self.median_time_to_first_token_s, 3)} s (median); "
