@@ -132,3 +132,38 @@ def test_a_job_that_is_killed_three_times_on_other_ranks(model, tmp_path):
 def test_a_job_of_300_rows_that_is_killed_ten_times(model, tmp_path):
     shapes = [DP, SP, TP, ALONE, ALONE, DP, SP, TP, DP, ALONE]
     kill_again_and_again(Job(tmp_path, model, 300, 6, pause=0.02), shapes, seed=1)
+
+
+@pytest.mark.parametrize("shape", [DP, SP], ids=["dp", "sp"])
+def test_one_rank_that_is_told_to_stop_stops_them_all(model, tmp_path, shape):
+    """SIGUSR1 to the second rank alone, as nobody promises that all get it; no rank hangs, and each ends with 75."""
+    job = Job(tmp_path, model, 12, 30, pause=0.05)
+    process = job.start(shape)
+    job.wait_for_rows(process, 2)
+    (worker,) = [pid for pid in children(process.pid) if "\0RANK=1\0" in environ(pid)]
+    os.kill(worker, signal.SIGUSR1)
+    _, err = process.communicate(timeout=120)
+    assert "rows are done and stay: the same command goes on" in err and "status 75: " in err, err
+    assert "Traceback" not in err.split("torch/distributed")[0], err
+    assert 1 < len(job.rows_there()) < 12
+
+
+def test_torchrun_starts_a_job_again_that_goes_on(model, tmp_path):
+    """A rank is killed; with overwrite=true, which counts at the first start only."""
+    job = Job(tmp_path, model, 12, 10, pause=0.05)
+    process = job.start(SP, "overwrite=true", restarts=1)
+    job.wait_for_rows(process, 3)
+    (worker,) = [pid for pid in children(process.pid) if "\0RANK=1\0" in environ(pid)]
+    os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=240)
+    assert "by an earlier run" in err, err
+    assert job.run(output="whole.jsonl")[0] == 1
+    assert job.output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+def environ(pid: int) -> str:
+    return "\0" + open(f"/proc/{pid}/environ").read()
