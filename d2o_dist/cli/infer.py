@@ -93,7 +93,7 @@ def run_plan(config: InferConfig, plan: Plan, mesh: ParallelMesh, stop: Stop) ->
 
     if streams:
         return run(
-            config, plan, mesh, on_text=show, on_report=lambda report: print(f"\n\n{report}"), log=log, stop=stop
+            config, plan, mesh, on_text=show, on_report=lambda report: show(f"\n\n{report}\n"), log=log, stop=stop
         )
     with tqdm(total=plan.num_rows, unit="row", file=sys.stderr, disable=None) as bar:
         return run(config, plan, mesh, on_rows=bar.update, log=log, stop=stop)

@@ -180,7 +180,8 @@ class RecordWriter:
         if self._kept is not None:
             self._kept.close()
         elif self._special is not None:
-            self._special.close()
+            with suppress(OSError):  # of what could not be written `write` has told
+                self._special.close()
 
     def __enter__(self) -> RecordWriter:
         return self

@@ -181,7 +181,8 @@ def run(
             goes_on = check_job(config, plan.job, mesh.dp, list(inputs_of(config)))
 
     with only_writer(config.output, lock, mesh, check):
-        earlier = find_earlier(config, plan.num_rows) if goes_on else Earlier()
+        with agreed(mesh):
+            earlier = find_earlier(config, plan.num_rows) if goes_on else Earlier()
         finished = Collectives(mesh.axis("world")).broadcast_object(sorted(earlier.records))
         batches = _batches(config, plan, mesh.dp, set(finished))
         trace = None if config.trace is None else Trace(config.trace, mesh)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,8 @@ class Stop:
 
     @contextmanager
     def on_signals(self, line: str | None) -> Iterator[None]:
-        """A block that SIGTERM and SIGUSR1 do not end, but ask to end. To be entered in the main thread.
+        """A block that SIGTERM and SIGUSR1 do not end, but ask to end. In other threads than the main one, which gets
+        all signals, it changes nothing.
 
         Args:
             line: written to standard error, after the name of the first signal; None: nothing is.
@@ -48,7 +50,8 @@ class Stop:
                 os.write(2, f"{name}: {line}\n".encode())  # print() is not to be called twice at a time
             self.ask(STATUS_STOPPED, name)
 
-        before = {number: signal.signal(number, note) for number in _SIGNALS}
+        here = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, note) for number in _SIGNALS if here}
         try:
             yield
         finally:

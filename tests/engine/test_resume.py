@@ -247,3 +247,9 @@ def test_results_are_put_on_the_disk_with_their_names(config, tmp_path, monkeypa
     assert synced[-1] == str(tmp_path) and synced[-2].endswith(".new")
     assert synced.count(str(tmp_path / "out.jsonl")) == 4  # once a batch
     assert json.loads((tmp_path / "out.jsonl.job").read_text())["settings"]["sampling.seed"] == 3
+
+
+def test_a_device_that_is_full(config):
+    words = "^error: output /dev/full cannot be written: No space left on device; 0 of 7 rows are done$"
+    with pytest.raises(StoppedError, match=words):
+        again(config, output="/dev/full")
