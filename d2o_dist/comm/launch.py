@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -222,7 +223,7 @@ def tell_launcher(line: str) -> None:
     """What torchrun's own report, which comes last, shows of this rank if its status is not 0."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not os.path.exists(path):
-        with open(path, "x", encoding="utf-8") as file:
+        with suppress(OSError), open(path, "x", encoding="utf-8") as file:  # it was said on standard error, too
             json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 

@@ -148,9 +148,12 @@ def test_one_rank_that_is_told_to_stop_stops_them_all(model, tmp_path, shape):
 
 
 def test_torchrun_starts_a_job_again_that_goes_on(model, tmp_path):
-    """A rank is killed; with overwrite=true, which counts at the first start only."""
+    """A rank is killed; with overwrite=true, which counts at the first start only.
+
+    One restart is enough, but gloo's handshake may lose a connection on a busy machine: see `tests.ranks`.
+    """
     job = Job(tmp_path, model, 12, 10, pause=0.05)
-    process = job.start(SP, "overwrite=true", restarts=1)
+    process = job.start(SP, "overwrite=true", restarts=4)
     job.wait_for_rows(process, 3)
     (worker,) = [pid for pid in children(process.pid) if "\0RANK=1\0" in environ(pid)]
     os.kill(worker, signal.SIGKILL)
