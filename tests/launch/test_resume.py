@@ -133,7 +133,7 @@ def test_a_job_of_300_rows_that_is_killed_ten_times(model, tmp_path):
     kill_again_and_again(Job(tmp_path, model, 300, 6, pause=0.02), shapes, seed=1)
 
 
-@pytest.mark.parametrize("shape", [DP, SP], ids=["dp", "sp"])
+@pytest.mark.parametrize("shape", [pytest.param(DP, marks=pytest.mark.slow), SP], ids=["dp", "sp"])
 def test_one_rank_that_is_told_to_stop_stops_them_all(model, tmp_path, shape):
     """SIGUSR1 to the second rank alone, as nobody promises that all get it; no rank hangs, and each ends with 75."""
     job = Job(tmp_path, model, 12, 30, pause=0.05)
@@ -147,6 +147,7 @@ def test_one_rank_that_is_told_to_stop_stops_them_all(model, tmp_path, shape):
     assert 1 < len(job.rows_there()) < 12
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_job_again_that_goes_on(model, tmp_path):
     """A rank is killed; with overwrite=true, which counts at the first start only.
 
