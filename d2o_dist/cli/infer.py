@@ -1,4 +1,6 @@
-"""`launch/infer.py`: prompts in, results out. Exit: 0 all rows ok, 1 some failed, 2 bad usage, 130 interrupted.
+"""`launch/infer.py`: prompts in, results out.
+
+Exit: 0 all rows ok, 1 some failed, 2 bad usage, 75 stopped by a signal (the same command goes on), 130 interrupted.
 
 The same program is one process by itself, or one rank of many under torchrun, deepspeed or srun.
 """
@@ -6,6 +8,7 @@ The same program is one process by itself, or one rank of many under torchrun, d
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,12 +16,14 @@ from tqdm import tqdm
 
 from d2o_dist.cli.voice import parse_once, quiet_unless, speaks_of
 from d2o_dist.comm.collectives import Collectives
-from d2o_dist.comm.launch import Launch, init_distributed, read_environment
+from d2o_dist.comm.launch import Launch, init_distributed, read_environment, tell_launcher
 from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
+from d2o_dist.engine.kept import reason
 from d2o_dist.engine.plan import Plan, prepare
 from d2o_dist.engine.runner import run
 from d2o_dist.engine.startup import check_same_run
+from d2o_dist.engine.stop import STATUS_UNWRITTEN, Stop, StoppedError
 from d2o_dist.engine.summary import Summary
 from d2o_dist.fields.io import dump_yaml
 from d2o_dist.fields.overrides import parse_override
@@ -68,25 +73,67 @@ def read_config(args: argparse.Namespace) -> InferConfig:
     return InferConfig.load(args.config, overrides)
 
 
-def run_plan(config: InferConfig, plan: Plan, mesh: ParallelMesh) -> Summary:
+def run_plan(config: InferConfig, plan: Plan, mesh: ParallelMesh, stop: Stop) -> Summary:
     """Run with the right display on rank 0: text as it comes and the cache's report, or a progress bar and JSONL."""
     one = plan.num_rows == 1 and mesh.dp == 1
     on_terminal = config.stream == "auto" and one and sys.stdout.isatty() and config.output != "-"
     # A report is made by all ranks of a request together, so it is rank 0's terminal that decides for them.
     streams = Collectives(mesh.axis("world")).broadcast_object(config.stream is True or on_terminal)
     if mesh.rank != 0:
-        return run(config, plan, mesh, on_report=(lambda report: None) if streams else None)
+        return run(config, plan, mesh, on_report=(lambda report: None) if streams else None, stop=stop)
 
     def log(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
     def show(piece: str) -> None:
-        print(piece, end="", flush=True)
+        try:
+            print(piece, end="", flush=True)
+        except OSError as error:
+            stop.ask(STATUS_UNWRITTEN, f"standard output cannot be written: {reason(error)}")
 
     if streams:
-        return run(config, plan, mesh, on_text=show, on_report=lambda report: print(f"\n\n{report}"), log=log)
+        return run(
+            config, plan, mesh, on_text=show, on_report=lambda report: show(f"\n\n{report}\n"), log=log, stop=stop
+        )
     with tqdm(total=plan.num_rows, unit="row", file=sys.stderr, disable=None) as bar:
-        return run(config, plan, mesh, on_rows=bar.update, log=log)
+        return run(config, plan, mesh, on_rows=bar.update, log=log, stop=stop)
+
+
+def work(config: InferConfig, plan: Plan, mesh: ParallelMesh) -> int:
+    """Run, and say on rank 0 how it ended; the status, the same on all ranks.
+
+    Raises:
+        ValueError: see `engine.runner.run`.
+    """
+    stop = Stop()
+    with stop.on_signals("the running step ends, and finished rows stay" if mesh.rank == 0 else None):
+        try:
+            summary = run_plan(config, plan, mesh, stop)
+        except StoppedError as stopped:
+            print(f"infer.py: {stopped}\n" if str(stopped) else "", end="", file=sys.stderr)
+            tell_launcher(f"status {stopped.status}: {str(stopped) or 'see the first rank'}")
+            _give_up_stdout()
+            return stopped.status
+        if mesh.rank == 0:
+            print(summary, file=sys.stderr)
+            for line in summary.lost:
+                print(f"infer.py: error: {line}", file=sys.stderr)
+        if summary.interrupted:
+            return EXIT_INTERRUPTED
+        if not summary.num_failed and not summary.lost:
+            return EXIT_OK
+        tell_launcher(f"status {EXIT_FAILED}: {summary.rows()}" + "".join(f"; {line}" for line in summary.lost))
+        # A launcher ends the others once one of them has failed: not before rank 0 has spoken.
+        Collectives(mesh.axis("world")).barrier()
+        return EXIT_FAILED
+
+
+def _give_up_stdout() -> None:
+    """Where nobody reads it any more, Python would say so at its exit, and change the status."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,8 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch, mesh = Launch(), None
 
     def refuse(error: ValueError) -> int:
+        said = " ".join(str(error).split())
         if speaks_of(error, launch, met=mesh is not None):
-            print(f"infer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"infer.py: error: {said}", file=sys.stderr)
+        tell_launcher(f"status {EXIT_USAGE}: {said}")
         return EXIT_USAGE
 
     try:
@@ -115,15 +164,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan = prepare(config, mesh, args.config)
             for line in plan.notices() if mesh.rank == 0 else ():
                 print(f"warning: {line}", file=sys.stderr)
-            summary = run_plan(config, plan, mesh)
+            return work(config, plan, mesh)
     except ValueError as error:
         return refuse(error)
+    except OSError as error:
+        if launch.world_size > 1:
+            raise  # the others wait for this rank: its end is theirs
+        return refuse(ValueError(f"{error.filename or 'a file'}: {reason(error)}"))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    if mesh.rank == 0:
-        print(summary, file=sys.stderr)
-        for line in summary.lost:
-            print(f"infer.py: error: {line}", file=sys.stderr)
-    if summary.interrupted:
-        return EXIT_INTERRUPTED
-    return EXIT_FAILED if summary.num_failed or summary.lost else EXIT_OK

@@ -15,6 +15,7 @@ connection, those with NCCL by the launcher or, at the latest, by the timeout.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -84,6 +86,11 @@ def read_environment(env: Mapping[str, str] = os.environ) -> Launch:
                 raise ValueError(f"{rank} ({found.rank}) must be in [0, {world} ({found.world_size}))")
             return found
     return Launch()
+
+
+def num_restarts(env: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun or Slurm has started this job again."""
+    return sum(int(env.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def init_distributed(backend: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> Launch:
@@ -210,6 +217,14 @@ def _report(error: BaseException, rank: int, world: int) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+
+
+def tell_launcher(line: str) -> None:
+    """What torchrun's own report, which comes last, shows of this rank if its status is not 0."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not os.path.exists(path):
+        with suppress(OSError), open(path, "x", encoding="utf-8") as file:  # it was said on standard error, too
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 
 def _exit_now(status: int) -> NoReturn:

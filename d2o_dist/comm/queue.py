@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from torch.distributed.distributed_c10d import _get_default_store  # torch has n
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
+
+# The key that says how the work ended; not there while it goes on.
+_OUTCOME = "outcome"
 
 
 @contextmanager
@@ -54,12 +57,13 @@ class WorkQueue:
         self._length = length
         self._request = Collectives(mesh.axis("request"), counter)
         self._store: dist.Store | None = None
-        self._claimed = self._done = 0
+        self._claimed = self._done = self._status = 0
+        self._is_first, self._replicas = mesh.rank == 0, mesh.dp
         if mesh.dp > 1:
             self._store = _own_store(mesh)
 
     def claim(self) -> int | None:
-        """The next number, the same on all ranks of the replica; None when all are taken.
+        """The next number, the same on all ranks of the replica; None when all are taken, or `stop` was called.
 
         Raises:
             CollectiveError: a rank of this replica is gone; RuntimeError: the store is.
@@ -67,7 +71,10 @@ class WorkQueue:
         if self._store is None:
             number, self._claimed = self._claimed, self._claimed + 1
         else:
-            number = self._store.add("claimed", 1) - 1 if self._request.rank == 0 else None
+            number = None
+            if self._request.rank == 0:
+                ended = self._store.check([_OUTCOME])
+                number = self._length if ended else self._store.add("claimed", 1) - 1
             number = self._request.broadcast_object(number)
         return number if number < self._length else None
 
@@ -81,3 +88,45 @@ class WorkQueue:
         timeout, and a rank that fails meanwhile is the launcher's to notice."""
         while self._store is not None and self._store.add("done", 0) < total:
             time.sleep(poll_s)
+
+    def stop(self, status: int) -> None:
+        """Hand out no more, and let `settle` return `status`, on all replicas; the first status given counts. All ranks
+        of a replica call it with the same."""
+        if self._store is None:
+            self._status = status
+        elif self._request.rank == 0:
+            self._decide(status)
+
+    def settle(self, total: int, asked: Callable[[], int] = lambda: 0, poll_s: float = 0.5) -> int:
+        """As `wait`, but a replica that stops is not waited for: 0 if `total` is done, else the status of `stop`; the
+        same on all ranks.
+
+        Args:
+            asked: the status that this rank wants to stop with meanwhile; 0: it does not.
+        """
+        if self._store is None:
+            return self._status
+        # Written once, so that nobody takes for done what another takes for stopped.
+        while not self._store.check([_OUTCOME]):
+            if self._request.rank == 0 and self._store.add("done", 0) >= total:
+                self._decide(0)
+            elif self._request.rank == 0 and (status := asked()):
+                self._decide(status)
+            else:
+                time.sleep(poll_s)
+        return int(self._store.get(_OUTCOME))
+
+    def leave(self, patience_s: float = 10.0) -> None:
+        """After a stop, once this replica's results are written: the first of all ranks waits a while for the others.
+
+        It holds what they need, such as a lock. Another that does not come may be gone.
+        """
+        if self._store is None or self._request.rank > 0:
+            return
+        left, ends = self._store.add("left", 1), time.monotonic() + patience_s
+        while self._is_first and left < self._replicas and time.monotonic() < ends:
+            time.sleep(0.1)
+            left = self._store.add("left", 0)
+
+    def _decide(self, status: int) -> None:
+        self._store.compare_set(_OUTCOME, "", str(status))

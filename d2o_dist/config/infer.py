@@ -41,7 +41,10 @@ class InferConfig:
         prompts: file of prompts, `.jsonl` (a row a line) or `.txt` (one prompt).
         prompt: one prompt, instead of a file.
         output: JSONL file of results; null or `-` writes to standard output (with one replica only).
-        overwrite: replace `output` if it exists; otherwise that is an error.
+        overwrite: replace `output` if it exists; otherwise that is an error. A job that torchrun or Slurm starts again
+            goes on with its own.
+        resume: go on with an `output` that this job (settings, model, prompts) has begun; false: refuse it.
+        retry_failed: when going on, run rows again that ended with an error.
         chat_template: `always` (wrap a bare prompt as a user message), `never` (bare text only), `auto` (`always`
             where the tokenizer has a template).
         system_prompt: system message of chats that bring none.
@@ -71,6 +74,8 @@ class InferConfig:
     prompt: str | None = None
     output: str | None = None
     overwrite: bool = False
+    resume: bool = True
+    retry_failed: bool = False
     chat_template: str = "auto"
     system_prompt: str | None = None
     max_batch_size: int = 8
@@ -102,7 +107,7 @@ class InferConfig:
         if self.max_prompt_tokens is not None:
             check_int("max_prompt_tokens", self.max_prompt_tokens, low=1)
         check_int("max_prompt_bytes", self.max_prompt_bytes, low=1)
-        for name in ("trust_remote_code", "trust_pickled_weights", "overwrite"):
+        for name in ("trust_remote_code", "trust_pickled_weights", "overwrite", "resume", "retry_failed"):
             check_bool(name, getattr(self, name))
         if not isinstance(self.stream, bool) and not (isinstance(self.stream, str) and self.stream == "auto"):
             raise ValueError(f"stream ({shown(self.stream)}) must be one of auto, true, false")

@@ -4,55 +4,59 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 
 class KeptFile:
-    """Lines that are appended, and flushed at once.
+    """Lines that are appended, and are on the disk when `write` returns.
 
     Before and after each writing the name must still be that of this file, and hold what was written. If it was
     removed, replaced or written to by something else, all lines of this object are written anew under another name, and
     more follow there.
 
     Args:
-        path: the file.
-        mode: `w`: a new or empty one, or one that is emptied; `a`: after what is there.
+        path: the file; lines follow what is there.
         spare: number -> the names to go on under, tried in order; one that exists is left alone.
+        there: lines that it holds already, as far as they are to be written anew too.
 
     Attributes:
         path: where the lines are; None where no place was found.
         lost: what happened to the file, for people; None: nothing.
     """
 
-    def __init__(self, path: Path, mode: str, spare: Callable[[int], Path]) -> None:
+    def __init__(self, path: Path, spare: Callable[[int], Path], there: Iterable[str] = ()) -> None:
         self.path: Path | None = path
         self.lost: str | None = None
         self._name, self._spare, self._why = path, spare, ""
-        self._lines: list[str] = []
+        self._lines = list(there)
         path.parent.mkdir(parents=True, exist_ok=True)  # it was checked, but that may be a while ago
-        self._file = path.open(mode + "b")
-        self._file.seek(0, os.SEEK_END)
-        self._begins_inside = self._file.tell() > 0
+        self._file = path.open("ab", buffering=0)
+        self._begins_inside = self._file.seek(0, os.SEEK_END) > 0
+        sync_folder(path.parent)
 
     def write(self, lines: Iterable[str]) -> None:
-        """Append lines; each ends with its line break."""
+        """Append lines; each ends with its line break.
+
+        Raises:
+            OSError: there is no room for them, or the disk fails. Those of earlier calls stay.
+        """
         lines = list(lines)
         self.check()  # what something else wrote in its place must not be mixed with these
-        self._lines += lines
-        if self._begins_inside:
-            # Ends the half line of a run that was killed.
-            lines, self._begins_inside = ["\n", *lines], False
         if self.path is not None:
             try:
-                self._file.writelines(line.encode("utf-8") for line in lines)
-                self._file.flush()
+                # The line break ends the half line of a run that was killed.
+                _append(self._file, ["\n", *lines] if self._begins_inside else lines)
             except OSError as error:
                 if error.errno != errno.ESTALE:  # how a network file system says that it is gone
                     raise
+        self._lines += lines
+        self._begins_inside = False
         self.check()
 
     def check(self) -> None:
@@ -64,14 +68,6 @@ class KeptFile:
             self.lost = self.lost or f"{self._name} {how} while it was written"
             self.close()
         self._move()
-
-    def rewrite(self, lines: Iterable[str]) -> None:
-        """Put `lines` in place of all that was written, as a whole or not at all; the file is then closed."""
-        self._lines = list(lines)
-        self.check()
-        if self.path is not None:
-            self.close()
-            replace_text(self.path, "".join(self._lines))
 
     def close(self) -> None:
         """Close the file. What was written stays."""
@@ -109,15 +105,15 @@ class KeptFile:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if os.path.lexists(path):
                     continue
-                self._file = path.open("xb")
+                self._file = path.open("xb", buffering=0)
             except OSError as error:
-                self._why = str(error)
+                self._why = reason(error)
                 return
             try:
-                self._file.writelines(line.encode("utf-8") for line in self._lines)
-                self._file.flush()
+                _append(self._file, self._lines)
+                sync_folder(path.parent)
             except OSError as error:
-                self._why = str(error)
+                self._why = reason(error)
                 # No second file with a part of the lines at the next try.
                 with suppress(OSError):
                     path.unlink()
@@ -129,8 +125,11 @@ class KeptFile:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all, in place of what has its name; nothing else is touched on the way."""
-    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
+    """Write a file as a whole or not at all, in place of what has its name; nothing else is touched on the way.
+
+    When it returns, the file outlasts a machine that goes down.
+    """
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:16]}.new")
     try:
         with scratch.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
@@ -139,4 +138,44 @@ def replace_text(path: Path, text: str) -> None:
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def remove_scratch(path: Path) -> None:
+    """Delete what a process left that was killed in `replace_text`. Only where no other process writes the file."""
+    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.new")
+    for found in path.parent.iterdir():
+        if pattern.fullmatch(found.name):
+            found.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: a new file is lost without its name."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems on which only files can be
+            raise
+    finally:
+        os.close(number)
+
+
+def reason(error: OSError) -> str:
+    """What the system says, for people: no number, and no path."""
+    return error.strerror or str(error)
+
+
+def _append(file: BinaryIO, lines: Iterable[str]) -> None:
+    """All lines are on the disk, or none is in the file."""
+    data, before = memoryview("".join(lines).encode("utf-8")), file.tell()
+    try:
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            file.truncate(before)
+            file.seek(before)
         raise

@@ -27,6 +27,7 @@ from typing import Any
 
 from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.engine.kept import reason
 
 # How long a file may be empty: another process has made it and not yet written its name.
 _GRACE_S = 1.0
@@ -80,7 +81,7 @@ class OutputLock:
             owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
             os.truncate(file, os.pwrite(file, owner, 0))
         except OSError as error:
-            raise ValueError(f"output {output} cannot be locked: {error}") from error
+            raise ValueError(f"output {output} cannot be locked: {error.filename}: {reason(error)}") from error
         self._released = threading.Event()
         self._heart = threading.Thread(target=self._beat, args=(file,), daemon=True)
         self._heart.start()

@@ -12,7 +12,7 @@ import torch
 
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.encode import Request
-from d2o_dist.engine.sampling import LOST, Sampler
+from d2o_dist.engine.sampling import LOST, STOPPED, Sampler
 from d2o_dist.engine.session import RowUsage, Session, left_pad
 from d2o_dist.engine.text import TextStream, decode_tokens
 from d2o_dist.engine.trace import Trace
@@ -114,6 +114,7 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     on_prefill: Callable[[], None] | None = None,
     trace: Trace | None = None,
+    stops: Callable[[], bool] = lambda: False,
 ) -> list[Generated]:
     """Run one batch to its end; the results are in the order of the requests.
 
@@ -126,20 +127,22 @@ def generate(
         on_text: called with every new piece of text; for a batch of one row.
         on_prefill: called when the prompts are read and compressed.
         trace: told of every decode step.
+        stops: whether this rank wants to end the run. If one of them does, all return after the same step, and rows
+            that are not at their end have no `finish_reason` and no `error`.
     """
     eos_ids = frozenset() if sampling.ignore_eos else eos_ids
     prompts = [request.input_ids for request in requests]
     rows = [_Row(request, tokenizer, on_text) for request in requests]
     began = time.perf_counter()
     indices = [request.index for request in requests]
-    sampler = Sampler(sampling, indices, prompts, session.device, session.cache.ranks)
+    sampler = Sampler(sampling, indices, prompts, session.device, session.cache.ranks, stops)
     logits = session.prefill(*left_pad(prompts, pad_id), chunk)
     if on_prefill is not None:
         on_prefill()
     tokens = sampler.pick(logits)
     first = time.perf_counter()
     batch = list(rows)
-    while True:
+    while tokens[0] != STOPPED:
         # The tokens are on the host, so the device has done all that this clock should count.
         now = time.perf_counter()
         going = [(place, row) for place, row in enumerate(batch) if not row.result.has_ended]
@@ -152,7 +155,7 @@ def generate(
                 row.end(began, first, now, session.row_usage(place))
         live = [not row.result.has_ended for row in batch]
         if not any(live):
-            return [row.result for row in rows]
+            break
         if 2 * sum(live) <= len(live):
             places = [place for place, goes_on in enumerate(live) if goes_on]
             session.keep_rows(places)
@@ -164,3 +167,4 @@ def generate(
         with nullcontext() if trace is None else trace.step():
             logits = session.decode(fed, live)
         tokens = sampler.pick(logits)
+    return [row.result for row in rows]

@@ -2,25 +2,24 @@
 
 A part file is named `OUTPUT.part-N`, N the replica (see `engine.parts`). Replica N's first rank appends to it batch by
 batch, so whatever ends a job, finished rows stay; rank 0 joins the parts, in the order of the input, when all replicas
-are done.
+are done. What earlier runs of the job have left is joined with them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.engine.kept import replace_text
-from d2o_dist.engine.parts import check_own_parts, part_path, spare_parts
+from d2o_dist.engine.kept import reason, replace_text
+from d2o_dist.engine.parts import check_own_parts, holds_records, spare_parts
 from d2o_dist.engine.paths import Named, check_apart
-from d2o_dist.engine.records import Record, RecordWriter, check_file, is_special, to_line
+from d2o_dist.engine.records import Record, RecordWriter, check_file, is_special, read_records, to_line
 
 
 def check_output(output: str | None, overwrite: bool, replicas: int = 1, inputs: Iterable[Named] = ()) -> None:
@@ -101,29 +100,26 @@ def lock_path(output: str | None) -> Path | None:
     return path.with_name(path.name + ".lock")
 
 
-def clear_parts(output: str | None, mesh: ParallelMesh) -> None:
-    """Delete what an earlier run left, once nothing can be wrong any more; by rank 0, before any part is opened.
-
-    Raises:
-        ValueError: a file named like a part is not this program's.
-    """
-    if mesh.rank == 0 and output not in (None, "-"):
-        for part in check_own_parts(Path(output)):
-            part.unlink()
-
-
-def open_writer(output: str | None, mesh: ParallelMesh, *, quiet: bool = False) -> RecordWriter:
+def open_writer(
+    output: str | None, mesh: ParallelMesh, *, quiet: bool = False, earlier: Iterable[Record] = ()
+) -> RecordWriter:
     """This rank's writer: the output itself for one replica, else a part; ranks that lead no replica write nothing.
 
     Args:
         quiet: no records on standard output.
+        earlier: what the output holds already.
+
+    Raises:
+        ValueError: the file cannot be opened.
     """
     if not mesh.leads_request:
         return RecordWriter(None, quiet=True)
-    if mesh.dp == 1:
-        return RecordWriter(output, quiet=quiet)
-    spare = spare_parts(output, mesh.dp_rank)
-    return RecordWriter(str(spare(0)), quiet=quiet, spare=spare)
+    spare = None if mesh.dp == 1 else spare_parts(output, mesh.dp_rank)
+    name = output if spare is None else str(spare(0))
+    try:
+        return RecordWriter(name, quiet=quiet, spare=spare, earlier=earlier if spare is None else ())
+    except OSError as error:
+        raise ValueError(f"output {name} cannot be written: {reason(error)}") from error
 
 
 def identity(output: str | None) -> tuple[int, ...] | None:
@@ -150,29 +146,38 @@ def check_unchanged(output: str, before: tuple[int, ...] | None) -> None:
         raise ValueError(f"output {output} was written by something else meanwhile: the part files hold the results")
 
 
-def join_parts(output: str, replicas: int, expected: int, moved: Mapping[int, str] | None = None) -> list[Record]:
-    """Write the output from its parts, in the order of the input, and delete them; it is replaced as a whole.
-
-    Args:
-        moved: replica -> where its records are, if not in its part file.
+def check_parts(parts: Iterable[Path]) -> None:
+    """Refuse to join what is not all there.
 
     Raises:
-        ValueError: a part, or a row, is not there: the parts lie on other machines.
+        ValueError: a part is not: it lies on another machine.
     """
-    parts = [Path((moved or {}).get(replica, part_path(output, replica))) for replica in range(replicas)]
     missing = [part for part in parts if not part.is_file()]
     if missing:
         raise ValueError(
             f"{missing[0]} cannot be seen by rank 0: with several replicas (dp) the output must lie on a file system "
             "that all machines share. The part files hold the results"
         )
-    # Not splitlines(): texts may hold line separators of Unicode.
-    lines = [line for part in parts for line in part.read_text(encoding="utf-8").split("\n") if line]
-    records = [json.loads(line) for line in lines]
-    if len(records) != expected:
-        raise ValueError(f"the part files of {output} hold {len(records)} rows, not {expected}")
-    records.sort(key=lambda record: record["index"])
-    replace_text(Path(output), "".join(map(to_line, records)))
-    for part in parts:
-        part.unlink()
+
+
+def join_files(target: Path, files: Iterable[Path], expected: int | None) -> list[Record]:
+    """Write `target` from files of records, in the order of the input, as a whole or not at all, and delete the others.
+
+    Args:
+        expected: number of rows; None: what there is.
+
+    Raises:
+        ValueError: rows are missing; OSError: there is no room. All files are then as they were.
+    """
+    files = list(files)
+    records = [record for _, record in sorted(read_records(files).items())]
+    if expected is not None and len(records) != expected:
+        raise ValueError(
+            f"the files of {target} hold {len(records)} rows, not {expected}: give the same command again to make the "
+            "others"
+        )
+    replace_text(target, "".join(map(to_line, records)))
+    for file in files:
+        if file != target and holds_records(file):
+            file.unlink()
     return records

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.cuda_graph import check_graph
 from d2o_dist.engine.encode import BadRow, Request, encode_rows
-from d2o_dist.engine.output import check_output, check_shared
+from d2o_dist.engine.kept import reason
+from d2o_dist.engine.output import check_shared
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
+from d2o_dist.engine.resume import Job, check_job, describe
 from d2o_dist.engine.trace import check_trace
 from d2o_dist.fields.show import shown
 from d2o_dist.models import loading
@@ -29,6 +31,7 @@ class Plan:
         requests, bad_rows: rows that will be run, and rows that cannot be.
         tokenizer: loaded already; warnings: what the user should know before the run.
         border: rows of up to so many tokens and longer ones are not read together; None: all may be.
+        job: what the rows depend on, on rank 0.
     """
 
     requests: list[Request]
@@ -36,6 +39,7 @@ class Plan:
     tokenizer: Any
     warnings: list[str]
     border: int | None = None
+    job: Job = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -73,8 +77,6 @@ def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -
         raise ValueError(f"stream (true) shows one prompt, but there are {len(rows)}")
     if config.stream is True and mesh.dp > 1:
         raise ValueError(f"stream (true) shows the text of one replica, but there are {mesh.dp} (dp)")
-    if mesh.rank == 0:  # the output need not be reachable, nor be empty by the time others look
-        check_output(config.output, config.overwrite, mesh.dp, inputs_of(config, config_file))
     if config.trace is not None:
         _make_folder(Path(config.trace))
         check_trace(Path(config.trace), mesh.rank)
@@ -89,12 +91,19 @@ def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -
                 "by their index" for repeated in [repeated_ids(rows)] if repeated]  # fmt: skip
     if no_graph and config.decode_graph == "auto" and device.type == "cuda":
         warnings.append(f"decode steps are run by Python, not as a CUDA graph: {no_graph}")
+    requests = [row for row in encoded if isinstance(row, Request)]
+    bad_rows = [row for row in encoded if isinstance(row, BadRow)]
+    job: Job = {}
+    if mesh.rank == 0:  # the output need not be reachable, nor be empty by the time others look
+        job = describe(config, requests, bad_rows)
+        check_job(config, job, mesh.dp, list(inputs_of(config, config_file)))
     return Plan(
-        requests=[row for row in encoded if isinstance(row, Request)],
-        bad_rows=[row for row in encoded if isinstance(row, BadRow)],
+        requests=requests,
+        bad_rows=bad_rows,
         tokenizer=tokenizer,
         warnings=warnings,
         border=shape.border,
+        job=job,
     )
 
 
@@ -102,7 +111,7 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"trace folder {path} cannot be made: {error}") from error
+        raise ValueError(f"trace folder {path} cannot be made: {reason(error)}") from error
 
 
 def _check_lengths(config: InferConfig, max_positions: int | None) -> None:

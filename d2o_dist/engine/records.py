@@ -1,27 +1,28 @@
 """Result records: one JSON object a row, written as soon as its batch is done.
 
-Fields: `id`, `index`, `text`, `num_prompt_tokens`, `num_new_tokens`, `finish_reason`, `time_to_first_token_s` (of the
-batch the row ran in), and of the row itself `tokens_per_s`, `achieved_keep_ratio`, `held_bytes`, `full_bytes`; `error`.
-A field that a row has no value for is null.
+A field that a row has no value for is null. Times are not among the fields: the same job gives the same records, in one
+go or in many. They are in the summary and, row by row, in a trace.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from d2o_dist.engine.encode import BadRow, Request
-from d2o_dist.engine.kept import KeptFile
+from d2o_dist.engine.kept import KeptFile, reason
 from d2o_dist.engine.loop import Generated
 from d2o_dist.engine.parts import spare_parts
 from d2o_dist.fields.io import to_json
 
 FIELDS = (
-    "id", "index", "text", "num_prompt_tokens", "num_new_tokens", "finish_reason", "time_to_first_token_s",
-    "tokens_per_s", "achieved_keep_ratio", "held_bytes", "full_bytes", "error",
+    "id", "index", "text", "num_prompt_tokens", "num_new_tokens", "finish_reason", "achieved_keep_ratio", "held_bytes",
+    "full_bytes", "error",
 )  # fmt: skip
 
 Record = dict[str, Any]
@@ -36,8 +37,6 @@ def make_record(request: Request, result: Generated) -> Record:
         "num_prompt_tokens": len(request.input_ids),
         "num_new_tokens": len(result.tokens),
         "finish_reason": result.finish_reason,
-        "time_to_first_token_s": result.time_to_first_token_s,
-        "tokens_per_s": result.tokens_per_s,
         "achieved_keep_ratio": result.usage.achieved_keep_ratio,
         "held_bytes": result.usage.held_bytes,
         "full_bytes": result.usage.full_bytes,
@@ -67,6 +66,22 @@ def to_line(record: Record) -> str:
     return line + "\n"
 
 
+def read_records(paths: Iterable[Path]) -> dict[int, Record]:
+    """Records by index. Of two of one row the good one counts, else the later. What is cut off is left out."""
+    found: dict[int, Record] = {}
+    for path in paths:
+        # Not splitlines(): texts may hold line separators of Unicode. A cut may be inside a character.
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        for line in lines:
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and tuple(record) == FIELDS and type(record["index"]) is int:
+                    old = found.get(record["index"])
+                    if old is None or old["error"] is not None:
+                        found[record["index"]] = record
+    return found
+
+
 def check_file(path: Path, overwrite: bool) -> None:
     """Refuse a path that could not be written or that would replace earlier results; its folder is made.
 
@@ -84,7 +99,7 @@ def check_file(path: Path, overwrite: bool) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"the folder of output {path} cannot be made: {error}") from error
+        raise ValueError(f"the folder of output {path} cannot be made: {reason(error)}") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"output {path} is not writable")
 
@@ -97,20 +112,27 @@ def is_special(path: Path) -> bool:
 class RecordWriter:
     """Appends records to a file, or to standard output, and remembers them.
 
-    While the run goes on the file is in the order of completion; `sort` puts it into the order of the input. If it is
-    taken away meanwhile, the records go on in another (see `engine.kept`).
+    The file is in the order of completion. If it is taken away meanwhile, the records go on in another (see
+    `engine.kept`).
 
     Args:
         output: a path; None or `-`: standard output; ignored when `quiet`.
         quiet: write nothing unless `output` is a file.
         spare: number -> where to go on.
+        earlier: records that the file holds already, from another run.
 
     Attributes:
         path: the file that holds the records now; None for standard output, or where no place was left.
+        records: those of this run.
     """
 
     def __init__(
-        self, output: str | None, *, quiet: bool = False, spare: Callable[[int], Path] | None = None
+        self,
+        output: str | None,
+        *,
+        quiet: bool = False,
+        spare: Callable[[int], Path] | None = None,
+        earlier: Iterable[Record] = (),
     ) -> None:
         self.records: list[Record] = []
         self._kept: KeptFile | None = None
@@ -122,7 +144,7 @@ class RecordWriter:
         elif is_special(path):  # a device or a pipe: nobody can take it away, or replace it
             self._file = self._special = path.open("w", encoding="utf-8")
         else:
-            self._kept = KeptFile(_fresh(path), "w", spare or spare_parts(path, 0))
+            self._kept = KeptFile(path, spare or spare_parts(path, 0), map(to_line, earlier))
 
     @property
     def path(self) -> Path | None:
@@ -135,42 +157,34 @@ class RecordWriter:
         return None if self._kept is None or self._kept.lost is None else str(self._kept)
 
     def write(self, records: Iterable[Record]) -> None:
-        """Append records and flush, so that they outlive the process."""
+        """Append records, so that they outlive the process.
+
+        Raises:
+            OSError: they could not be written; those of earlier calls stay.
+        """
         records = list(records)
-        self.records += records
         if self._kept is not None:
             self._kept.write(map(to_line, records))
         elif self._file is not None:
             self._file.writelines(to_line(record) for record in records)
             self._file.flush()
+        self.records += records
 
     def check(self) -> None:
         """Notice what happened to the file since the last writing."""
         if self._kept is not None:
             self._kept.check()
 
-    def sort(self) -> None:
-        """Put the file, once complete, into the order of the input; it is replaced as a whole or not at all."""
-        self.records.sort(key=lambda record: record["index"])
-        if self._kept is not None:
-            self._kept.rewrite(map(to_line, self.records))
-
     def close(self) -> None:
         """Close the file."""
         if self._kept is not None:
             self._kept.close()
         elif self._special is not None:
-            self._special.close()
+            with suppress(OSError):  # of what could not be written `write` has told
+                self._special.close()
 
     def __enter__(self) -> RecordWriter:
         return self
 
     def __exit__(self, *args: Any) -> None:
         self.close()
-
-
-def _fresh(path: Path) -> Path:
-    """The path, where emptying the file would not empty another of its names (hard links)."""
-    if path.exists() and path.stat().st_nlink > 1:
-        path.unlink()
-    return path

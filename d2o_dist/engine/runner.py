@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,26 +12,20 @@ from d2o_dist.cache.report import CacheReport
 from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.lock import only_writer
-from d2o_dist.engine.loop import generate
-from d2o_dist.engine.output import (
-    check_output,
-    check_unchanged,
-    clear_parts,
-    identity,
-    join_parts,
-    lock_path,
-    open_writer,
-)
+from d2o_dist.engine.loop import Generated, generate
+from d2o_dist.engine.output import lock_path
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.plan import Plan
 from d2o_dist.engine.records import Record, error_record, make_record
+from d2o_dist.engine.results import Results
+from d2o_dist.engine.resume import Earlier, begin, check_job, find_earlier
 from d2o_dist.engine.session import Session
-from d2o_dist.engine.summary import Summary, summarise
+from d2o_dist.engine.stop import Stop
+from d2o_dist.engine.summary import Summary, Times
 from d2o_dist.engine.trace import Trace
 from d2o_dist.evict.budgets import NotFiniteError
 from d2o_dist.fields.show import shown
@@ -49,9 +42,11 @@ class Runner:
     Args:
         on_text: called with pieces of text as they come; on_report: with a batch's cache report when it is done.
         log: called with a line about something that went wrong and was dealt with.
+        stop: asked at every step whether the run is to end.
 
     Attributes:
         rank_bytes: buffers of the cache on this rank after the prefill of its largest batch.
+        times: of the rows that were finished.
     """
 
     def __init__(
@@ -65,6 +60,7 @@ class Runner:
         on_text: Callable[[str], None] | None = None,
         on_report: Callable[[CacheReport], None] | None = None,
         log: Callable[[str], None] = lambda line: None,
+        stop: Stop | None = None,
     ) -> None:
         self.config = config
         self.model = loading.adapt(model)
@@ -74,11 +70,15 @@ class Runner:
         self.eos_ids = loading.eos_ids(self.model, tokenizer)
         self.pad_id = loading.pad_id(tokenizer)
         self.rank_bytes = 0
+        self.times: list[Times] = []
         self._trace = trace
+        self._stop = Stop() if stop is None else stop
+        self._stopped = False
         self._on_text, self._on_report, self._log = on_text, on_report, log
 
     def run_batch(self, batch: Sequence[Request]) -> list[Record]:
-        """The records of one batch. If it fails as a whole, its rows are tried one by one.
+        """The records of one batch. If it fails as a whole, its rows are tried one by one. If the run is to end, rows
+        that were not finished have none.
 
         Where several ranks hold a request nothing is tried again, unless all of them failed at the same point: they
         may have failed at different ones, and would wait for each other. The error is raised, and ends the job.
@@ -86,6 +86,8 @@ class Runner:
         Raises:
             BatchError: only where several ranks hold a request.
         """
+        if self._stopped:
+            return []
         records, error = self._try(batch)
         if error is None:
             return records
@@ -126,11 +128,21 @@ class Runner:
         results = generate(
             session, batch, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
             chunk=self.config.prefill_chunk, on_text=self._on_text, on_prefill=note_size, trace=self._trace,
+            stops=lambda: self._stop.status > 0,
         )  # fmt: skip
-        if self._on_report is not None:
+        ended = [(a, b) for a, b in zip(batch, results, strict=True) if b.has_ended]
+        self._stopped = len(ended) < len(batch)
+        if self._on_report is not None and not self._stopped:
             self._on_report(session.cache.report())
-        both = zip(batch, results, strict=True)
-        return [self._failed(a, b.error) if b.error is not None else make_record(a, b) for a, b in both]
+        return [self._done(a, b) for a, b in ended]
+
+    def _done(self, request: Request, result: Generated) -> Record:
+        if result.error is not None:
+            return self._failed(request, result.error)
+        self.times.append((result.time_to_first_token_s, result.tokens_per_s))
+        if self._trace is not None:
+            self._trace.add_row(request.index, *self.times[-1])
+        return make_record(request, result)
 
 
 def run(
@@ -142,107 +154,67 @@ def run(
     on_report: Callable[[CacheReport], None] | None = None,
     on_rows: Callable[[int], None] = lambda count: None,
     log: Callable[[str], None] = lambda line: None,
+    stop: Stop | None = None,
 ) -> Summary:
     """Load the weights, run the plan and write the records; an interruption or a failure keeps what is written.
 
-    Every rank of the mesh calls it together, and gets the summary of the whole run.
+    Every rank of the mesh calls it together, and gets the summary of the whole run. Rows that an earlier run of the
+    same job has finished are not run again.
 
     Args:
         on_text, on_report, log: see `Runner`; with `on_text` nothing else goes to standard output.
         on_rows: called on the ranks that lead a replica with the number of rows, of all replicas, that were written
             since the last call.
+        stop: when it is asked, the run ends after the running step.
 
     Raises:
         ValueError: the weights cannot be loaded; another run writes to the output, or did since the plan was made.
             Nothing is written then, and no earlier output is replaced. Or several replicas cannot join their parts.
+        StoppedError: the run was stopped, or could not write; finished rows stay.
     """
     mesh = ParallelMesh.local() if mesh is None else mesh
-    output = config.output
+    lock = lock_path(config.output) if mesh.rank == 0 else None
+    goes_on = False
 
     def check() -> None:
+        nonlocal goes_on
         if mesh.rank == 0:
-            check_output(output, config.overwrite, mesh.dp, inputs_of(config))
+            goes_on = check_job(config, plan.job, mesh.dp, list(inputs_of(config)))
 
-    with only_writer(output, lock_path(output) if mesh.rank == 0 else None, mesh, check):
-        return _run(config, plan, mesh, check, on_text, on_report, on_rows, log)
-
-
-def _run(
-    config: InferConfig,
-    plan: Plan,
-    mesh: ParallelMesh,
-    check: Callable[[], None],
-    on_text: Callable[[str], None] | None,
-    on_report: Callable[[CacheReport], None] | None,
-    on_rows: Callable[[int], None],
-    log: Callable[[str], None],
-) -> Summary:
-    trace = None if config.trace is None else Trace(config.trace, mesh)
-    runner = None
-    if plan.requests:
-        model = loading.load_model(config, mesh)
-        runner = Runner(
-            config, model, plan.tokenizer, mesh, trace=trace, on_text=on_text, on_report=on_report, log=log
-        )  # fmt: skip
-    with agreed(mesh):
-        check()  # weights may have taken minutes
-        clear_parts(config.output, mesh)
-    before = identity(config.output)
-    queue = WorkQueue(mesh, len(batches := _batches(config, plan, mesh.dp)))
-    interrupted, shown, began = False, 0, time.perf_counter()
-
-    def write(records: Sequence[Record]) -> None:
-        nonlocal shown
-        writer.write(records)
-        if mesh.leads_request:
-            done = queue.finish(len(records))
-            on_rows(done - shown)
-            shown = done
-
-    with open_writer(config.output, mesh, quiet=on_text is not None) as writer:
-        try:
-            if mesh.rank == 0:
-                write([error_record(row) for row in plan.bad_rows])
-            while (number := queue.claim()) is not None:
-                write(runner.run_batch([plan.requests[place] for place in batches[number]]))
-            queue.wait(plan.num_rows)
-            on_rows(plan.num_rows - shown if mesh.rank == 0 else 0)
-        except KeyboardInterrupt:
-            if mesh.world_size > 1:
-                raise  # only this rank knows of it; what is written stays in part files
-            interrupted = True
-        wall_s = time.perf_counter() - began
-        if mesh.dp == 1:
-            writer.sort()
-        else:
-            writer.check()
-    if trace is not None:
-        trace.write()
-        log(str(trace))
-    world = Collectives(mesh.axis("world"))
-    path = None if writer.path is None else str(writer.path)
-    places = world.all_gather_object((mesh.dp_rank, path, writer.lost) if mesh.leads_request else None)
-    moved = {place[0]: place[1] for place in places if place is not None and place[2] is not None}
-    lost = [place[2] for place in places if place is not None and place[2] is not None]
-    with agreed(mesh):
-        records = writer.records
-        if mesh.dp > 1 and mesh.rank == 0:
-            if None in moved.values():
-                raise ValueError("; ".join(lost))
-            check_unchanged(config.output, before)
-            records = join_parts(config.output, mesh.dp, plan.num_rows, moved)
-    if mesh.dp > 1:
-        # All is where it should be: what happened to a part file is news, not an error.
-        for what in lost:
-            log(what)
-        lost = []
-    rank_bytes = world.all_gather_object(0 if runner is None else runner.rank_bytes)
-    summary = summarise(records, plan.num_rows, wall_s, rank_bytes=rank_bytes, interrupted=interrupted, lost=lost)
-    return Summary(**world.broadcast_object(vars(summary)))
+    with only_writer(config.output, lock, mesh, check):
+        with agreed(mesh):
+            earlier = find_earlier(config, plan.num_rows) if goes_on else Earlier()
+        finished = Collectives(mesh.axis("world")).broadcast_object(sorted(earlier.records))
+        batches = _batches(config, plan, mesh.dp, set(finished))
+        trace = None if config.trace is None else Trace(config.trace, mesh)
+        stop = Stop() if stop is None else stop
+        runner = None
+        if batches:
+            model = loading.load_model(config, mesh)
+            runner = Runner(
+                config, model, plan.tokenizer, mesh, trace=trace, on_text=on_text, on_report=on_report, log=log,
+                stop=stop,
+            )  # fmt: skip
+        with agreed(mesh):
+            check()  # weights may have taken minutes
+            if lock is not None:
+                begin(config.output, plan.job, earlier.goes_on)
+        results = Results(config, plan, mesh, stop, earlier, finished, quiet=on_text is not None, on_rows=on_rows)
+        wall_s = results.work(batches, None if runner is None else runner.run_batch)
+        if trace is not None:
+            log(trace.write())
+        times, rank_bytes = ([], 0) if runner is None else (runner.times, runner.rank_bytes)
+        return results.end(times, rank_bytes, wall_s, log)
 
 
-def _batches(config: InferConfig, plan: Plan, replicas: int) -> list[list[int]]:
-    """Places of requests, batch by batch, longest first; small enough that every replica has something to do."""
+def _batches(config: InferConfig, plan: Plan, replicas: int, finished: Collection[int]) -> list[list[Request]]:
+    """Batch by batch, longest first; small enough that every replica has something to do.
+
+    Finished rows are taken out of the batches of the whole job, so that the others are computed as they would be.
+    """
     lengths = [len(request.input_ids) for request in plan.requests]
     fair = -(-len(lengths) // replicas)
-    return make_batches(lengths, max(1, min(config.max_batch_size, fair)), config.max_batch_tokens, plan.border)
+    places = make_batches(lengths, max(1, min(config.max_batch_size, fair)), config.max_batch_tokens, plan.border)
+    whole = [[plan.requests[place] for place in batch] for batch in places]
+    left = [[request for request in batch if request.index not in finished] for batch in whole]
+    return [batch for batch in left if batch]

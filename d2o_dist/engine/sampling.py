@@ -6,7 +6,7 @@ Shape legend: B rows, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch import Tensor
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.sampling import SamplingConfig
 
-# In place of the token of a row that has none; below all tokens.
-LOST = -1
+# In place of tokens, and below all of them: of a row that has none; of all rows, where a rank wants to end the run.
+LOST, STOPPED = -1, -2
 
 
 def is_lost(logits: Tensor) -> Tensor:
@@ -61,6 +61,7 @@ class Sampler:
         device: where the logits will be.
         ranks: those that share the batch. The first of them picks, from its own logits, and the others are told; a row
             that is lost on one of them is lost on all. None: this process alone.
+        stops: whether this rank wants to end the run; asked at every choice.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         device: torch.device,
         ranks: RequestRanks | None = None,
+        stops: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config = config
+        self._stops = stops
         self._ranks = RequestRanks.alone() if ranks is None else ranks
         self._generators: list[torch.Generator] | None = None
         if not config.is_greedy:
@@ -85,8 +88,8 @@ class Sampler:
             self._seen = torch.tensor(rows, device=device)
 
     def pick(self, logits: Tensor) -> list[int]:
-        """The next token of each row from its logits [B, V]; `LOST` for a row whose logits are NaN or infinite. All
-        ranks that share the batch call it together."""
+        """The next token of each row from its logits [B, V]; `LOST` for a row whose logits are NaN or infinite;
+        `STOPPED` for all rows if a rank stops. All ranks that share the batch call it together."""
         scores = logits if logits.dtype == torch.float64 else logits.float()
         scores = warp(self.config, scores, self._seen)
         if self._generators is None:
@@ -100,10 +103,13 @@ class Sampler:
         return chosen.tolist()
 
     def _agreed(self, chosen: Tensor) -> Tensor:
-        """The first rank's choice [B] on all ranks, but `LOST` where it is one of theirs. One collective."""
+        """The first rank's choice [B] on all ranks, but `LOST` where it is one of theirs, or all `STOPPED`. One
+        collective."""
         request = self._ranks.request
         if request.rank > 0:
             chosen = torch.where(chosen == LOST, LOST, torch.iinfo(chosen.dtype).max)
+        if self._stops():
+            chosen = torch.full_like(chosen, STOPPED)
         with self._ranks.counter.phase("token"):
             return request.all_reduce(chosen, "min")
 

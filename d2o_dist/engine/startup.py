@@ -36,7 +36,7 @@ def check_same_run(mesh: ParallelMesh, settings: Mapping[str, Any], model: Infer
         for name, version in (("torch", torch.__version__), *loading.versions()):
             same.add(name, version, shown=version)
         same.add("the code of d2o_dist", _code_digest())
-        for name, value in _flat(settings):
+        for name, value in flat(settings):
             same.add(f"the setting {name}", value, shown=value)
         loading.describe(model)  # says what is wrong where there is none
         own = model.tokenizer or model.model
@@ -45,10 +45,11 @@ def check_same_run(mesh: ParallelMesh, settings: Mapping[str, Any], model: Infer
                 same.add(f"{name} of {source}", digest)
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of nested settings."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

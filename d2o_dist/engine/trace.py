@@ -1,6 +1,6 @@
 """What a run looked like from each rank: collectives by phase, and a profile of one decode step, as files.
 
-    FOLDER/traffic-rank0.json   calls and bytes by phase, axis and kind, as `comm.traffic` counts them
+    FOLDER/traffic-rank0.json   calls and bytes by phase, axis and kind, as `comm.traffic` counts them; times of rows
     FOLDER/decode-rank0.json    Chrome trace of one decode step: open it in chrome://tracing or Perfetto
 
 Counted is what this library sends. What a tensor-parallel engine sends inside a forward (two all_reduces a layer) shows
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
-from d2o_dist.engine.kept import replace_text
+from d2o_dist.engine.kept import reason, replace_text
 from d2o_dist.fields.io import to_json
 
 # The first steps of a process still allocate and choose kernels.
@@ -69,6 +69,7 @@ class Trace:
     def __init__(self, folder: str | Path, mesh: ParallelMesh) -> None:
         self.counter = TrafficCounter()
         self.num_steps = 0
+        self._rows: list[dict[str, Any]] = []
         self._folder, self._mesh = Path(folder), mesh
         check_trace(self._folder, mesh.rank)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -103,13 +104,24 @@ class Trace:
             "tp": [mesh.tp_rank, mesh.tp],
             "decode_steps": self.num_steps,
             "traffic": self.counter.to_dict(),
+            "rows": self._rows,
         }
 
-    def write(self) -> None:
-        """Write this rank's counts."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def add_row(self, index: int, time_to_first_token_s: float, tokens_per_s: float | None) -> None:
+        """What a row took."""
+        self._rows.append(
+            {"index": index, "time_to_first_token_s": time_to_first_token_s, "tokens_per_s": tokens_per_s}
+        )
+
+    def write(self) -> str:
+        """Write this rank's counts; what to tell of them."""
         path = trace_files(self._folder, self._mesh.rank)[0]
-        replace_text(path, to_json(self.to_dict(), indent=1) + "\n")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            replace_text(path, to_json(self.to_dict(), indent=1) + "\n")
+        except OSError as error:  # no reason to lose the results
+            return f"trace {path} cannot be written: {reason(error)}"
+        return str(self)
 
     def __str__(self) -> str:
         profiled = f"profile: {self.profile_path}" if self.profile_path.exists() else "no decode step to profile"

@@ -98,7 +98,7 @@ class RankFile:
         def spare(number: int) -> Path:
             return folder / (f"{name}-{number}.jsonl" if number else f"{name}.jsonl")
 
-        self._kept = KeptFile(spare(0), "a", spare)
+        self._kept = KeptFile(spare(0), spare)
 
     @property
     def lost(self) -> str | None:

@@ -109,3 +109,40 @@ def test_the_first_rank_goes_first():
         pass
     (_, left), *others = run_ranks(3, in_turn, fresh=True)
     assert all(entered >= left for entered, _ in others)
+
+
+def stopped(rank, world, dp, sp):
+    """The second replica stops at its second piece, and is not waited for; the first has done what it took."""
+    mesh = build_mesh(dp, sp)
+    queue, begun = WorkQueue(mesh, 100), WorkQueue(mesh, 0)
+    if mesh.dp_rank == 0:
+        while queue.claim() is not None:
+            if mesh.leads_request:
+                queue.finish(1)
+            time.sleep(0.01)
+    else:
+        queue.claim()
+        queue.stop(75)
+    found = queue.settle(100, poll_s=0.01), queue.claim()
+    queue.leave()
+    done = WorkQueue(mesh, 0)  # the next queue knows nothing of it
+    if mesh.leads_request:
+        done.finish(1)
+    return *found, done.settle(dp, poll_s=0.01), begun.settle(0, poll_s=0.01)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("dp", "sp"), [(2, 1), (2, 2)])
+def test_all_replicas_end_as_the_one_that_stops(dp, sp):
+    assert run_ranks(dp * sp, stopped, dp, sp) == [(75, None, 0, 0)] * (dp * sp)
+
+
+def asked_to(rank, world):
+    """All is waited for by the first; it is told to stop meanwhile."""
+    queue = WorkQueue(build_mesh(dp=world), 0)
+    return queue.settle(1, (lambda: 75) if rank == 0 else (lambda: 0), poll_s=0.01)
+
+
+@pytest.mark.multirank
+def test_a_replica_that_waits_can_be_told_to_stop():
+    assert run_ranks(2, asked_to) == [75, 75]

@@ -23,7 +23,7 @@ from d2o_dist.engine.stepper import Stepper
 from d2o_dist.fields.io import to_json
 from d2o_dist.policy import PRESETS
 from tests.engine.tape import TapeRecorder
-from tests.engine.test_many_ranks import PATIENCE_S, read, steady, write_config
+from tests.engine.test_many_ranks import PATIENCE_S, read, write_config
 from tests.engine.tiny import Numbers, make_folder, request
 from tests.models import left_padded, tiny_model
 from tests.ranks import run_ranks
@@ -216,7 +216,7 @@ def check(values, where: str | int, at: int, want: list[dict]) -> dict:
     """The records are those of a run without the fault but for one; that one."""
     have = read(values["output"])
     (bad,) = [record for record in have if record["id"] == "bad"]
-    assert [record for record in steady(have) if record["id"] != "bad"] == want
+    assert [record for record in have if record["id"] != "bad"] == want
     assert bad["text"] is None and bad["finish_reason"] is None and bad["num_prompt_tokens"] > 0
     return bad
 
@@ -229,7 +229,7 @@ def sound(values) -> list[dict]:
     key = repr((values["model"], values["d2o"], values["sampling"]))
     if key not in _sound:
         run_ranks(1, whole_run, values | {"parallel": {}}, "lm_head", 99, [])
-        _sound[key] = [record for record in steady(read(values["output"])) if record["id"] != "bad"]
+        _sound[key] = [record for record in read(values["output"]) if record["id"] != "bad"]
     return _sound[key]
 
 

@@ -7,41 +7,43 @@ import json
 import pytest
 
 from d2o_dist.comm import ParallelMesh, build_mesh
-from d2o_dist.engine.output import check_output, check_shared, clear_parts, join_parts, open_writer, part_path
-from d2o_dist.engine.records import to_line
+from d2o_dist.engine.encode import BadRow
+from d2o_dist.engine.output import check_output, check_parts, check_shared, join_files, open_writer
+from d2o_dist.engine.parts import part_path
+from d2o_dist.engine.records import error_record, to_line
+from d2o_dist.engine.resume import begin
 from tests.ranks import run_ranks
 
 
 def write_parts(output, *parts):
-    for replica, indices in enumerate(parts):
+    paths = [part_path(output, replica) for replica in range(len(parts))]
+    for path, indices in zip(paths, parts, strict=True):
         # U+2028 ends a line for Python's splitlines, but not for JSON.
-        lines = [to_line({"id": index, "index": index, "text": f"{index}\u2028x"}) for index in indices]
-        part_path(output, replica).write_text("".join(lines), encoding="utf-8")
+        lines = [to_line({**error_record(BadRow(index, index, "e")), "text": f"{index}\u2028x"}) for index in indices]
+        path.write_text("".join(lines), encoding="utf-8")
+    return paths
 
 
 def test_parts_are_joined_in_the_order_of_the_input(tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("old\n")
-    write_parts(output, [4, 0], [], [3, 1, 2])
-    records = join_parts(str(output), 3, 5)
+    # 1 is twice: it was written, and not known to be, when its replica was killed.
+    parts = write_parts(output, [4, 0, 1], [], [3, 1, 2])
+    check_parts(parts)
+    records = join_files(output, parts, 5)
     lines = output.read_text(encoding="utf-8").split("\n")
     assert [json.loads(line) for line in lines[:-1]] == records and lines[-1] == ""
     assert [record["index"] for record in records] == [0, 1, 2, 3, 4] and records[3]["text"] == "3\u2028x"
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
-@pytest.mark.parametrize(
-    ("replicas", "expected", "message"),
-    [
-        (3, 3, "out.jsonl.part-2 cannot be seen by rank 0: .* file system that all machines share"),
-        (2, 4, r"the part files of .*out.jsonl hold 3 rows, not 4"),
-    ],
-)
-def test_what_is_missing_is_said_and_nothing_is_lost(tmp_path, replicas, expected, message):
+def test_what_is_missing_is_said_and_nothing_is_lost(tmp_path):
     output = tmp_path / "out.jsonl"
-    write_parts(output, [0], [1, 2])
-    with pytest.raises(ValueError, match=message):
-        join_parts(str(output), replicas, expected)
+    parts = write_parts(output, [0], [1, 2])
+    with pytest.raises(ValueError, match="out.jsonl.part-2 cannot be seen by rank 0: .* file system that all machines"):
+        check_parts([*parts, part_path(output, 2)])
+    with pytest.raises(ValueError, match=r"the files of .*out.jsonl hold 3 rows, not 4: give the same command again"):
+        join_files(output, parts, 4)
     assert not output.exists() and len(list(tmp_path.iterdir())) == 2
 
 
@@ -52,8 +54,8 @@ def test_parts_of_an_unfinished_run_are_not_overwritten_unasked(tmp_path):
         with pytest.raises(ValueError, match="out.jsonl.part-0 holds results of a run that did not end"):
             check_output(str(output), False, replicas)
     check_output(str(output), True, 2)
-    clear_parts(str(output), ParallelMesh.local())
-    assert list(tmp_path.iterdir()) == []
+    begin(str(output), {}, goes_on=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.job"]
 
 
 @pytest.mark.parametrize("output", [None, "-"])

@@ -9,14 +9,14 @@ import pytest
 from d2o_dist.engine.encode import BadRow
 from d2o_dist.engine.loop import Generated
 from d2o_dist.engine.output import check_output
-from d2o_dist.engine.records import FIELDS, RecordWriter, error_record, make_record, to_line
+from d2o_dist.engine.records import FIELDS, RecordWriter, error_record, make_record, read_records, to_line
 from d2o_dist.engine.session import RowUsage
 from d2o_dist.engine.summary import summarise
 from tests.engine.tiny import request
 
 
-def good(index: int, ttft: float = 1.0, speed: float | None = 10.0, keep: float = 0.2) -> dict:
-    result = Generated([5, 6], "hi", "eos", ttft, speed, RowUsage(keep, 20, 100))
+def good(index: int, keep: float = 0.2) -> dict:
+    result = Generated([5, 6], "hi", "eos", 1.0, 10.0, RowUsage(keep, 20, 100))
     return make_record(request(index, [1, 2, 3]), result)
 
 
@@ -33,23 +33,31 @@ def test_every_record_has_every_field_in_order():
     assert (failed["error"], failed["num_prompt_tokens"], failed["id"]) == ("OutOfMemoryError: ...", 2, "row2")
 
 
-def test_records_are_on_disk_at_once_and_sorted_at_the_end(tmp_path):
+def test_records_are_on_disk_at_once(tmp_path):
     path = tmp_path / "out.jsonl"
     with RecordWriter(str(path)) as writer:
         writer.write([good(3)])
         assert [record["index"] for record in read(path)] == [3]
         writer.write([good(0), good(2)])
         assert [record["index"] for record in read(path)] == [3, 0, 2]
-        writer.sort()
-    assert [record["index"] for record in read(path)] == [0, 2, 3]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_cut_off_is_no_record_and_a_good_one_counts(tmp_path):
+    """Of two runs, with an error tried again; the second was killed inside a character."""
+    path, again = tmp_path / "out.jsonl", tmp_path / "again.jsonl"
+    failed = {**error_record(BadRow(1, "r1", "bad")), "text": "\u2028"}
+    path.write_text(to_line(good(0)) + to_line(failed) + to_line(good(0, 0.9))[:-9] + "\n[]\n\n{}\n", encoding="utf-8")
+    assert read_records([path, tmp_path / "none"]) == {0: good(0), 1: failed}
+    half = to_line({**good(2), "text": "東"}).encode()
+    again.write_bytes(to_line(good(1)).encode() + half[: half.index("東".encode()) + 1])
+    assert read_records([path, again]) == read_records([again, path]) == {0: good(0), 1: good(1)}
 
 
 def test_standard_output(capsys):
     for output in (None, "-"):
         with RecordWriter(output) as writer:
             writer.write([good(0)])
-            writer.sort()
         assert json.loads(capsys.readouterr().out)["text"] == "hi"
     with RecordWriter(None, quiet=True) as writer:
         writer.write([good(0)])
@@ -79,8 +87,8 @@ def test_outputs_that_are_refused(tmp_path):
 
 
 def test_summary():
-    records = [good(0, 1.0, 10.0, 0.1), good(1, 3.0, None, 0.3), error_record(BadRow(2, "x", "bad"))]
-    summary = summarise(records, 5, 4.0, rank_bytes=[60], interrupted=True)
+    records = [good(0, 0.1), good(1, 0.3), error_record(BadRow(2, "x", "bad"))]
+    summary = summarise(records, 5, 4.0, times=[(1.0, 10.0), (3.0, None)], rank_bytes=[60], interrupted=True)
     assert (summary.num_ok, summary.num_failed, summary.num_missing) == (2, 1, 2)
     assert (summary.num_prompt_tokens, summary.num_new_tokens, summary.new_tokens_per_s) == (6, 4, 1.0)
     assert (summary.median_time_to_first_token_s, summary.median_tokens_per_s) == (2.0, 10.0)
@@ -90,6 +98,14 @@ def test_summary():
     json.dumps(summary.to_dict())
 
 
+def test_rows_of_an_earlier_run_are_not_what_this_one_took():
+    records = [good(0, 0.1), good(1, 0.3), error_record(BadRow(2, "x", "bad"))]
+    summary = summarise(records, 3, 4.0, times=[(3.0, None)], rank_bytes=[60], earlier=[0, 2])
+    assert (summary.num_ok, summary.num_failed, summary.num_earlier, summary.held_bytes) == (2, 1, 2, 40)
+    assert (summary.num_prompt_tokens, summary.num_new_tokens, summary.new_tokens_per_s) == (3, 2, 0.5)
+    assert "rows: 2 ok, 1 failed; 2 of them by an earlier run\n" in str(summary)
+
+
 def test_a_summary_of_nothing():
-    summary = summarise([], 0, 0.0, rank_bytes=[0])
+    summary = summarise([], 0, 0.0, times=[], rank_bytes=[0])
     assert summary.median_tokens_per_s is None and "rows: 0 ok, 0 failed" in str(summary)

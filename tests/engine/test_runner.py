@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -229,6 +230,6 @@ def test_one_run_at_a_time_writes_to_an_output(folder, tmp_path):
     done = read(tmp_path)
     # Planned before the other run ended: its results are not replaced unasked.
     with pytest.raises(ValueError, match="exists: delete it, name another, or set overwrite=true"):
-        run(config, plan)
+        run(dataclasses.replace(config, resume=False), plan)
     assert read(tmp_path) == done and len(done) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "p.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.job", "p.jsonl"]

@@ -18,12 +18,14 @@ def test_one_step_is_profiled_and_all_are_counted(tmp_path):
             torch.ones(2).sum()
     with trace.counter.phase("decode"):
         trace.counter.add("sp", "all_gather", 96)
-    trace.write()
+    trace.add_row(7, 0.5, None)
+    assert trace.write() == str(trace)
     names = {event.get("name") for event in json.loads(trace.profile_path.read_text())["traceEvents"]}
     assert f"step {PROFILED_STEP}" in names and not {f"step {PROFILED_STEP - 1}", f"step {PROFILED_STEP + 1}"} & names
     assert json.loads((tmp_path / "new" / "trace" / "traffic-rank0.json").read_text()) == {
         "rank": 0, "dp": [0, 1], "sp": [0, 1], "tp": [0, 1], "decode_steps": PROFILED_STEP + 2,
         "traffic": {"decode": {"sp": {"all_gather": {"calls": 1, "bytes": 96}}}},
+        "rows": [{"index": 7, "time_to_first_token_s": 0.5, "tokens_per_s": None}],
     }  # fmt: skip
     assert f"{PROFILED_STEP + 2} decode steps of rank 0; profile: " in str(trace) and "all_gather" in str(trace)
 
