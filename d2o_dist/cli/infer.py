@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from d2o_dist.cli.voice import parse_once, quiet_unless, speaks_of
 from d2o_dist.comm.collectives import Collectives
-from d2o_dist.comm.launch import Launch, init_distributed, read_environment
+from d2o_dist.comm.launch import Launch, init_distributed, last_word, read_environment, traces_beside
 from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.plan import Plan, prepare
@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dump_yaml(config.to_dict()) if launch.rank == 0 else "", end="")
             return EXIT_OK
         dp = config.parallel.replicas(launch.world_size)
-        init_distributed("gloo" if config.device == "cpu" else None)
+        traces_beside(None if config.output == "-" else config.output)
+        init_distributed("gloo" if config.device == "cpu" else None, config.parallel.timeout)
         check_same_run(build_mesh(launch.world_size), config.to_dict(), config)
         mesh = build_mesh(dp, config.parallel.sp, config.parallel.tp)
         with quiet_unless(mesh.rank == 0):
@@ -126,4 +127,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"infer.py: error: {line}", file=sys.stderr)
     if summary.interrupted:
         return EXIT_INTERRUPTED
+    last_word(f"{summary.num_failed} rows have an error, in {config.output or 'the results'}; see what rank 0 said")
     return EXIT_FAILED if summary.num_failed or summary.lost else EXIT_OK

@@ -14,6 +14,7 @@ Rules that hold for all methods:
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,15 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 
 class CollectiveError(RuntimeError):
     """A collective failed on this rank, most often because a peer died or came too late; `__cause__` says how."""
+
+
+# What gloo says of a peer that is gone, or does not come.
+_LEFT = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|remote process exited|timed out", re.I)
+
+
+def is_left_alone(error: BaseException) -> bool:
+    """Whether an error, of ours or of an engine's collective, says only that a peer is gone or did not come."""
+    return isinstance(error, CollectiveError) or (isinstance(error, RuntimeError) and bool(_LEFT.search(str(error))))
 
 
 class Pending:

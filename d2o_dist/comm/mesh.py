@@ -34,7 +34,7 @@ AXES: dict[str, tuple[int, ...]] = {
 _BY_PARTS = {("sp", "tp"): "request", ("dp", "sp"): "dp_sp", ("dp", "sp", "tp"): "world"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Axis:
     """The ranks along one axis that this rank belongs to.
 
@@ -42,7 +42,7 @@ class Axis:
         name: a key of AXES.
         rank: this rank's place, in [0, size).
         ranks: global ranks, ascending; place is index.
-        group: their process group; None when there is one rank.
+        group: their process group; None when there is one rank. Another one once `Recovery` has connected them anew.
     """
 
     name: str

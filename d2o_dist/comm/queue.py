@@ -18,6 +18,12 @@ from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 
+_BEAT_S = 1.0
+
+
+class StandstillError(RuntimeError):
+    """Replicas wait for one that does nothing any more."""
+
 
 @contextmanager
 def first_rank_first(mesh: ParallelMesh, poll_s: float = 0.5) -> Iterator[None]:
@@ -54,7 +60,9 @@ class WorkQueue:
         self._length = length
         self._request = Collectives(mesh.axis("request"), counter)
         self._store: dist.Store | None = None
+        self._replica, self._replicas = mesh.dp_rank, mesh.dp
         self._claimed = self._done = 0
+        self._beaten = 0.0
         if mesh.dp > 1:
             self._store = _own_store(mesh)
 
@@ -76,8 +84,34 @@ class WorkQueue:
         self._done = self._done + count if self._store is None else self._store.add("done", count)
         return self._done
 
-    def wait(self, total: int, poll_s: float = 0.5) -> None:
+    def beat(self) -> None:
+        """Show the other replicas that this one is at work; called as often as one likes, by any of its ranks."""
+        if self._store is not None and self._request.rank == 0 and time.monotonic() - self._beaten >= _BEAT_S:
+            self._beaten = time.monotonic()
+            self._store.add("beats", 1)
+
+    def wait(self, total: int, timeout_s: float, poll_s: float = 0.5) -> None:
         """Until `total` is done. By asking the store, not in a collective: another replica may take longer than any
-        timeout, and a rank that fails meanwhile is the launcher's to notice."""
-        while self._store is not None and self._store.add("done", 0) < total:
+        timeout, and a rank that fails meanwhile is the launcher's to notice.
+
+        Args:
+            timeout_s: how long nothing may be done, and no replica beat.
+
+        Raises:
+            StandstillError: nothing happened for so long.
+        """
+        if self._store is None:
+            return
+        if self._request.rank == 0:
+            self._store.set(f"waits/{self._replica}", "")
+        found, since = None, time.monotonic()
+        while (done := self._store.add("done", 0)) < total:
+            if found != (now := (done, self._store.add("beats", 0))):
+                found, since = now, time.monotonic()
+            elif time.monotonic() - since > timeout_s:
+                late = [replica for replica in range(self._replicas) if not self._store.check([f"waits/{replica}"])]
+                raise StandstillError(
+                    f"{done} of {total} are done, and nothing has happened for {timeout_s:.0f} s in "
+                    f"replica {', '.join(map(str, late))}, which others wait for"
+                )
             time.sleep(poll_s)

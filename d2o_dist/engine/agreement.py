@@ -1,6 +1,6 @@
 """Ranks that decide together whether to go on: what fails on one of them before the work begins ends all of them alike.
 
-Only for the beginning and the end of a run. While batches run, a rank that fails ends the job (`comm.launch`).
+Only for the beginning and the end of a run. Ranks of which one fails in a batch agree by `comm.recovery`.
 """
 
 from __future__ import annotations

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from d2o_dist.cache.report import CacheReport
-from d2o_dist.comm.collectives import Collectives
+from d2o_dist.comm.collectives import Collectives, is_left_alone
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
+from d2o_dist.comm.recovery import PeerLostError, Recovery
 from d2o_dist.compression.budgets import NotFiniteError
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import model as loading
@@ -36,17 +38,28 @@ from d2o_dist.engine.records import Record, error_record, make_record
 from d2o_dist.engine.session import Session
 from d2o_dist.engine.summary import Summary, summarise
 from d2o_dist.engine.trace import Trace
+from d2o_dist.integrations.tensor_parallel import replace_group
 
 
 class BatchError(RuntimeError):
-    """A batch failed on one of the ranks that hold it; `__cause__` says how."""
+    """A batch failed on one of the ranks that hold it, and they cannot go on together; `__cause__` says how.
+
+    Attributes:
+        records: of its rows; the job ends with this error, and one that goes on later need not meet them again.
+    """
+
+    def __init__(self, message: str, records: Sequence[Record] = ()) -> None:
+        super().__init__(message)
+        self.records = list(records)
 
 
 class Runner:
     """Runs the requests of a plan, batch after batch. All ranks that hold one request call it together.
 
     Args:
+        recovery: of the ranks that hold a request; needed where they are several.
         on_text: called with pieces of text as they come; on_report: with a batch's cache report when it is done.
+        on_step: called after every token of a batch.
         log: called with a line about something that went wrong and was dealt with.
 
     Attributes:
@@ -60,9 +73,11 @@ class Runner:
         tokenizer: Any,
         mesh: ParallelMesh,
         *,
+        recovery: Recovery | None = None,
         trace: Trace | None = None,
         on_text: Callable[[str], None] | None = None,
         on_report: Callable[[CacheReport], None] | None = None,
+        on_step: Callable[[], None] = lambda: None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config = config
@@ -73,17 +88,17 @@ class Runner:
         self.eos_ids = loading.eos_ids(model, tokenizer)
         self.pad_id = loading.pad_id(tokenizer)
         self.rank_bytes = 0
+        self._request, self._recovery = Collectives(mesh.axis("request")), recovery
         self._trace = trace
-        self._on_text, self._on_report, self._log = on_text, on_report, log
+        self._on_text, self._on_report, self._on_step, self._log = on_text, on_report, on_step, log
 
     def run_batch(self, batch: Sequence[Request]) -> list[Record]:
         """The records of one batch. If it fails as a whole, its rows are tried one by one.
 
-        Where several ranks hold a request nothing is tried again, unless all of them failed at the same point: they
-        may have failed at different ones, and would wait for each other. The error is raised, and ends the job.
+        All ranks that hold it fail together, wherever one of them does, and go on together.
 
         Raises:
-            BatchError: only where several ranks hold a request.
+            BatchError: only where several ranks hold a request: one of them died, or they cannot connect anew.
         """
         records, error = self._try(batch)
         if error is None:
@@ -91,7 +106,12 @@ class Runner:
         if len(batch) == 1:
             return [self._failed(batch[0], error)]
         self._log(f"a batch of {len(batch)} rows failed ({error}); its rows are tried one by one")
-        return [record for request in batch for record in self.run_batch([request])]
+        for request in batch:
+            try:
+                records += self.run_batch([request])
+            except BatchError as lost:
+                raise BatchError(str(lost), records + lost.records) from lost
+        return records
 
     def _failed(self, request: Request, error: str) -> Record:
         self._log(f"row {request.index} ({request.id!r}) failed: {error}")
@@ -104,14 +124,22 @@ class Runner:
             message = str(error)
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
-            if self.mesh.axis("request").size > 1:
-                rows = ", ".join(str(request.index) for request in batch)
-                raise BatchError(f"the batch of rows {rows} failed: {message}") from error
+            if self._request.size > 1:
+                message = self._agree(error, message, batch)
         # Out of the except block, so that the traceback lets go of the failed batch's tensors before the next try.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [], message
+
+    def _agree(self, error: Exception, message: str, batch: Sequence[Request]) -> str:
+        """Why the batch failed, the same on all ranks that hold it."""
+        try:
+            return self._recovery.agree(None if is_left_alone(error) else message)
+        except PeerLostError as lost:
+            rows = ", ".join(str(request.index) for request in batch)
+            said = f"the batch of rows {rows} failed: {message}"
+            raise BatchError(said, [error_record(request, f"{lost}; {said}") for request in batch]) from error
 
     def _run(self, batch: Sequence[Request]) -> list[Record]:
         counter = None if self._trace is None else self._trace.counter
@@ -124,12 +152,15 @@ class Runner:
 
         results = generate(
             session, batch, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
-            chunk=self.config.prefill_chunk, on_text=self._on_text, on_prefill=note_size, trace=self._trace,
+            chunk=self.config.prefill_chunk, on_text=self._on_text, on_prefill=note_size, on_step=self._on_step,
+            trace=self._trace,
         )  # fmt: skip
         if self._on_report is not None:
             self._on_report(session.cache.report())
         both = zip(batch, results, strict=True)
-        return [self._failed(a, b.error) if b.error is not None else make_record(a, b) for a, b in both]
+        records = [self._failed(a, b.error) if b.error is not None else make_record(a, b) for a, b in both]
+        self._request.barrier()  # nobody goes on while a peer may still fail in what it does alone
+        return records
 
 
 def run(
@@ -177,17 +208,20 @@ def _run(
     log: Callable[[str], None],
 ) -> Summary:
     trace = None if config.trace is None else Trace(config.trace, mesh)
+    queue = WorkQueue(mesh, len(batches := _batches(config, plan, mesh.dp)))
     runner = None
     if plan.requests:
+        recovery = Recovery(mesh)  # before an engine is given the groups
         model = loading.load_model(config, mesh)
+        recovery.on_renewed = partial(replace_group, model)
         runner = Runner(
-            config, model, plan.tokenizer, mesh, trace=trace, on_text=on_text, on_report=on_report, log=log
+            config, model, plan.tokenizer, mesh, recovery=recovery, trace=trace, on_text=on_text, on_report=on_report,
+            on_step=queue.beat, log=log,
         )  # fmt: skip
     with agreed(mesh):
         check()  # weights may have taken minutes
         clear_parts(config.output, mesh)
     before = identity(config.output)
-    queue = WorkQueue(mesh, len(batches := _batches(config, plan, mesh.dp)))
     interrupted, shown, began = False, 0, time.perf_counter()
 
     def write(records: Sequence[Record]) -> None:
@@ -203,8 +237,12 @@ def _run(
             if mesh.rank == 0:
                 write([error_record(row) for row in plan.bad_rows])
             while (number := queue.claim()) is not None:
-                write(runner.run_batch([plan.requests[place] for place in batches[number]]))
-            queue.wait(plan.num_rows)
+                try:
+                    write(runner.run_batch([plan.requests[place] for place in batches[number]]))
+                except BatchError as error:
+                    write(error.records)
+                    raise
+            queue.wait(plan.num_rows, config.parallel.timeout)
             on_rows(plan.num_rows - shown if mesh.rank == 0 else 0)
         except KeyboardInterrupt:
             if mesh.world_size > 1:

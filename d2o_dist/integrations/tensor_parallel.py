@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.parallel import ParallelConfig
@@ -60,3 +61,17 @@ def shard_model(model: Any, mesh: ParallelMesh, parallel: ParallelConfig, device
         return engine(model, mesh, device)
     finally:
         config.num_key_value_heads = heads
+
+
+def replace_group(model: Any, old: ProcessGroup, new: ProcessGroup) -> None:
+    """Let a sharded model speak through another process group of the same ranks."""
+    for module in model.modules():
+        if getattr(module, "mp_group", None) is old:  # DeepSpeed's layers
+            module.mp_group = new
+    meshes = {id(mesh): mesh for tensor in model.parameters() if (mesh := getattr(tensor, "device_mesh", None))}
+    for mesh in meshes.values():  # of DTensors: transformers
+        # torch has no public name for it; a mesh of one dimension (`to_device_mesh`)
+        if mesh._dim_group_names == [old.group_name]:
+            mesh._dim_group_names = [new.group_name]
+            if hasattr(mesh, "_pg_registry"):
+                mesh._pg_registry[new.group_name] = new
