@@ -46,6 +46,11 @@ def is_left_alone(error: BaseException) -> bool:
     return isinstance(error, CollectiveError) or (isinstance(error, RuntimeError) and bool(_LEFT.search(str(error))))
 
 
+def in_one_line(error: BaseException) -> str:
+    """What an error says, without line breaks, places in PyTorch's C++ files, and gloo's advice."""
+    return re.sub(r"\[/\S+:\d+\] |\. This is typically caused by .*", "", " ".join(str(error).split()))
+
+
 class Pending:
     """A collective under way. `wait()` gives its result, however often it is called."""
 
@@ -355,7 +360,8 @@ class Collectives:
             yield
         except RuntimeError as error:
             where = f"{kind} over {self.axis.name} failed on its rank {self.rank} of {self.size}"
-            raise CollectiveError(f"{where} (a peer may have stopped, or come too late): {error}") from error
+            why = f"(a peer may have stopped, or come too late): {in_one_line(error)}"
+            raise CollectiveError(f"{where} {why}") from error
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -34,6 +34,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from d2o_dist.comm.collectives import in_one_line
 from d2o_dist.comm.watch import Watch
 
 DEFAULT_TIMEOUT_S = 1800
@@ -276,7 +277,7 @@ def last_word(line: str) -> None:
 
 
 def _report(error: BaseException, rank: int, world: int) -> None:
-    said = re.sub(r"\[/\S+:\d+\] ", "", " ".join(str(error).split()))  # without the places in PyTorch's C++ files
+    said = in_one_line(error)
     line = f"[rank {rank} of {world}] failed: {type(error).__name__}: {said}"
     if isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)):
         time.sleep(SECONDARY_DELAY_S)

@@ -138,8 +138,8 @@ class Runner:
             return self._recovery.agree(None if is_left_alone(error) else message)
         except PeerLostError as lost:
             rows = ", ".join(str(request.index) for request in batch)
-            said = f"the batch of rows {rows} failed: {message}"
-            raise BatchError(said, [error_record(request, f"{lost}; {said}") for request in batch]) from error
+            records = [error_record(request, f"{lost} while rows {rows} ran") for request in batch]
+            raise BatchError(f"the batch of rows {rows} failed: {message}", records) from error
 
     def _run(self, batch: Sequence[Request]) -> list[Record]:
         counter = None if self._trace is None else self._trace.counter
