@@ -86,7 +86,7 @@ class Watch:
         who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}" if missing else "each other"
         print(
             f"[rank {self._rank} of {self._world}] has waited {self._notice_s:.0f} s for {who} in {place}; "
-            f"the job ends after {self._timeout_s:.0f} s (the field timeout)",
+            f"the job ends after {self._timeout_s:.0f} s of waiting",
             file=sys.stderr,
             flush=True,
         )
