@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             print(dump_yaml(config.to_dict()) if launch.rank == 0 else "", end="")
             return EXIT_OK
-        init_distributed("gloo" if config.device == "cpu" else None)
+        init_distributed("gloo" if config.device == "cpu" else None, config.parallel.timeout)
         check_same_run(build_mesh(launch.world_size), config.to_dict(), config.infer())
         mesh = build_mesh(dp, config.parallel.sp, config.parallel.tp)
         with quiet_unless(mesh.rank == 0):

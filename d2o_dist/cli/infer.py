@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from d2o_dist.cli.voice import parse_once, quiet_unless, speaks_of
 from d2o_dist.comm.collectives import Collectives
-from d2o_dist.comm.launch import Launch, init_distributed, read_environment, tell_launcher
+from d2o_dist.comm.launch import Launch, init_distributed, read_environment, tell_launcher, traces_beside
 from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.kept import reason
@@ -157,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dump_yaml(config.to_dict()) if launch.rank == 0 else "", end="")
             return EXIT_OK
         dp = config.parallel.replicas(launch.world_size)
-        init_distributed("gloo" if config.device == "cpu" else None)
+        traces_beside(None if config.output == "-" else config.output)
+        init_distributed("gloo" if config.device == "cpu" else None, config.parallel.timeout)
         check_same_run(build_mesh(launch.world_size), config.to_dict(), config)
         mesh = build_mesh(dp, config.parallel.sp, config.parallel.tp)
         with quiet_unless(mesh.rank == 0):

@@ -13,6 +13,7 @@ Rules that hold for all methods:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,20 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 
 class CollectiveError(RuntimeError):
     """A collective failed on this rank, most often because a peer died or came too late; `__cause__` says how."""
+
+
+# What gloo says of a peer that is gone, or does not come.
+_LEFT = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|remote process exited|timed out", re.I)
+
+
+def is_left_alone(error: BaseException) -> bool:
+    """Whether an error, of ours or of an engine's collective, says only that a peer is gone or did not come."""
+    return isinstance(error, CollectiveError) or (isinstance(error, RuntimeError) and bool(_LEFT.search(str(error))))
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, without line breaks, places in PyTorch's C++ files, and gloo's advice."""
+    return re.sub(r"\[/\S+:\d+\] |\. This is typically caused by .*", "", " ".join(str(error).split()))
 
 
 class Pending:
@@ -346,7 +361,8 @@ class Collectives:
             yield
         except RuntimeError as error:
             where = f"{kind} over {self.axis.name} failed on its rank {self.rank} of {self.size}"
-            raise CollectiveError(f"{where} (a peer may have stopped, or come too late): {error}") from error
+            why = f"(a peer may have stopped, or come too late): {in_one_line(error)}"
+            raise CollectiveError(f"{where} {why}") from error
 
 
 def _nbytes(tensor: Tensor) -> int:

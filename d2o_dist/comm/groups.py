@@ -14,10 +14,10 @@ def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
 
     PyTorch gives a new group its own default: 30 minutes with gloo, 10 with NCCL.
     """
-    return dist.new_group(list(ranks), timeout=_timeout(dist.group.WORLD))
+    return dist.new_group(list(ranks), timeout=group_timeout(dist.group.WORLD))
 
 
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+def group_timeout(group: dist.ProcessGroup) -> timedelta | None:
     """How long a group waits; None where this version of torch does not tell."""
     device = torch.device("cuda" if "nccl" in str(dist.get_backend(group)) else "cpu")
     # torch has no public name for it

@@ -7,10 +7,11 @@
 
     raise SystemExit(run_guarded(main))
 
-What is promised: a rank that raises prints its error and ends at once, whatever its peers or its process group are
-doing. The launcher then ends the others (torchrun and deepspeed do so when one exits with a status other than 0; under
-Slurm use `srun --kill-on-bad-exit=1`). Peers that sit in a gloo collective with it are released by its closed
-connection, those with NCCL by the launcher or, at the latest, by the timeout.
+What is promised: a rank that raises prints its error in one line, which names a file with the traceback, and ends at
+once, whatever its peers or its process group are doing. The launcher then ends the others (torchrun and deepspeed do so
+when one exits with a status other than 0; under Slurm use `srun --kill-on-bad-exit=1`). Peers that sit in a gloo
+collective with it are released by its closed connection, those with NCCL by the launcher or, at the latest, by the
+timeout.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -26,20 +28,31 @@ from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from d2o_dist.comm.collectives import in_one_line
+from d2o_dist.comm.watch import Watch
+
 DEFAULT_TIMEOUT_S = 1800
 # How long a rank that only lost its peer waits before it reports that, so that the first error is seen first and,
 # since the launcher ends this rank meanwhile, mostly alone.
 SECONDARY_DELAY_S = 5.0
+# How long a rank waits at the start before it says for whom.
+MEET_NOTICE_S = 10.0
 _LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|remote process exited", re.I)
 
 
 class RankError(ValueError):
     """Wrong on this rank and not on all of its machine: where one rank speaks for the others, this one must itself."""
+
+
+# The file that tracebacks lie beside, if one was named.
+_BESIDE: list[Path] = []
+_WATCHES: list[Watch] = []
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ def init_distributed(backend: str | None = None, timeout_s: float = DEFAULT_TIME
         timeout_s: how long a collective waits for a peer before it raises. For all groups made from this one.
 
     Raises:
-        ValueError: on contradictory variables or no MASTER_ADDR.
+        ValueError: on contradictory variables, no MASTER_ADDR, or ranks that do not come.
         RankError: more ranks on a machine than GPUs; on those that have none.
     """
     launch = read_environment()
@@ -124,12 +137,54 @@ def init_distributed(backend: str | None = None, timeout_s: float = DEFAULT_TIME
         _export(launch, os.environ)
         dist.init_process_group(
             backend,
+            store=_meet(launch, timeout_s) if launch.world_size > 1 else None,
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timedelta(seconds=timeout_s),
             device_id=launch.device if backend == "nccl" else None,
         )
+        if launch.world_size > 1:
+            _WATCHES.append(Watch(timeout_s))
     return launch
+
+
+def _meet(launch: Launch, timeout_s: float, env: Mapping[str, str] = os.environ) -> dist.Store:
+    """The job's store, once all ranks have come to it. Of those that wait long the first says for whom.
+
+    Raises:
+        ValueError: some do not come within `timeout_s`.
+    """
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, which may start the ranks again
+    prefix = f"d2o_dist/attempt_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    serves, store, began = launch.rank == 0 and not served, None, time.monotonic()
+    for patience_s in (min(MEET_NOTICE_S, timeout_s / 2), timeout_s):
+        try:
+            if store is None:
+                rest = timedelta(seconds=began + patience_s - time.monotonic())
+                tcp = dist.TCPStore(host, port, None, serves, rest, wait_for_workers=False, multi_tenant=True)
+                tcp.set_timeout(timedelta(seconds=timeout_s))
+                store = dist.PrefixStore(prefix, tcp)
+                store.set(str(launch.rank), "")
+                if store.add("met", 1) == launch.world_size:
+                    store.set("all", "")
+            while time.monotonic() < began + patience_s:
+                if store.check(["all"]):
+                    return store
+                time.sleep(0.1)
+        except dist.DistError:
+            if store is None and serves:
+                raise  # the port is taken
+        left = [0] if store is None else [rank for rank in range(launch.world_size) if not store.check([str(rank)])]
+        present = [launch.rank] if store is None else [rank for rank in range(launch.world_size) if rank not in left]
+        who = f"{len(left)} of {launch.world_size} ranks ({', '.join(map(str, left[:8]))}{', ...' * (len(left) > 8)})"
+        if left and patience_s < timeout_s and launch.rank == present[0]:
+            hint = "; Slurm counts them in this step: srun starts all, without SLURM_PROCID it is one process"
+            sys.stderr.write(
+                f"[rank {launch.rank} of {launch.world_size}] waits for {who} at {host}:{port}"
+                f"{hint if launch.launcher == 'slurm' else ''}\n"
+            )
+    raise ValueError(f"{who} did not come to {host}:{port} in {timeout_s:.0f} s")
 
 
 def _export(launch: Launch, env: MutableMapping[str, str]) -> None:
@@ -159,6 +214,8 @@ def destroy(timeout_s: float = 10.0) -> bool:
     """Leave all process groups. False if it takes longer than `timeout_s`: peers gone, a collective under way."""
     if not (dist.is_available() and dist.is_initialized()):
         return True
+    while _WATCHES:
+        _WATCHES.pop().stop()
     worker = threading.Thread(target=dist.destroy_process_group, daemon=True)
     worker.start()
     worker.join(timeout_s)
@@ -168,9 +225,9 @@ def destroy(timeout_s: float = 10.0) -> bool:
 def run_guarded(main: Callable[[], int | None]) -> int:
     """Run `main` so that its end is this process's end: returns its status, or ends the process if it raises.
 
-    One process by itself is left to Python: errors propagate. As one rank of many, an error is printed with the rank,
-    recorded for torchrun's summary, and the process ends with status 1 without any clean-up that could wait for peers:
-    no destructors, no exit handlers. So close files with `with`.
+    One process by itself is left to Python: errors propagate. As one rank of many, an error is a line with the rank;
+    its traceback is in a file (`traces_beside`), and the line in torchrun's summary. The process ends with status 1
+    without any clean-up that could wait for peers: no destructors, no exit handlers. So close files with `with`.
     """
     try:
         status = main() or 0
@@ -188,7 +245,9 @@ def run_guarded(main: Callable[[], int | None]) -> int:
             finally:
                 _exit_now(code if isinstance(code, int) else 1)
         status = 0
-    rank, _ = _who()
+    rank, world = _who()
+    if status and world > 1:
+        tell_launcher(f"status {status}: see what rank 0 said")
     if not destroy():
         print(f"[rank {rank}] left without its peers: the process group did not close", file=sys.stderr)
         _exit_now(status)
@@ -205,18 +264,35 @@ def _who() -> tuple[int, int]:
     return launch.rank, launch.world_size
 
 
+def traces_beside(path: str | Path | None) -> None:
+    """From now on tracebacks lie beside this file; None: where temporary files do."""
+    _BESIDE[:] = [] if path is None else [Path(path)]
+
+
 def _report(error: BaseException, rank: int, world: int) -> None:
+    said = in_one_line(error)
+    line = f"[rank {rank} of {world}] failed: {type(error).__name__}: {said}"
     if isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)):
         time.sleep(SECONDARY_DELAY_S)
-        header = f"[rank {rank} of {world}] stopped because a peer did; look for that peer's error first"
-    else:
-        header = f"[rank {rank} of {world}] failed"
-    # One write, so that ranks do not mix their lines.
-    sys.stderr.write(header + "\n" + "".join(traceback.format_exception(error)))
-    if isinstance(error, Exception) and os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+        line = f"[rank {rank} of {world}] stopped because a peer did, whose error counts: {said}"
+    line += f"; traceback: {_keep_trace(error, rank)}"
+    sys.stderr.write(line + "\n")  # one write, so that ranks do not mix their lines
+    if isinstance(error, Exception):
+        tell_launcher(line)
 
-        get_error_handler().record_exception(error)
+
+def _keep_trace(error: BaseException, rank: int) -> str:
+    """The file that now holds the traceback; the traceback itself where no file can be made."""
+    text = "".join(traceback.format_exception(error))
+    for folder, name in (*((path.parent, path.name) for path in _BESIDE), (None, "d2o_dist")):
+        try:
+            file, path = tempfile.mkstemp(f".rank{rank}.trace", f"{name}.", folder)
+            with open(file, "w", encoding="utf-8", errors="backslashreplace") as out:
+                out.write(text)
+            return path
+        except OSError:
+            continue
+    return text
 
 
 def tell_launcher(line: str) -> None:

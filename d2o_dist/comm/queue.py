@@ -18,8 +18,13 @@ from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 
+_BEAT_S = 1.0
 # The key that says how the work ended; not there while it goes on.
 _OUTCOME = "outcome"
+
+
+class StandstillError(RuntimeError):
+    """Replicas wait for one that does nothing any more."""
 
 
 @contextmanager
@@ -58,7 +63,8 @@ class WorkQueue:
         self._request = Collectives(mesh.axis("request"), counter)
         self._store: dist.Store | None = None
         self._claimed = self._done = self._status = 0
-        self._is_first, self._replicas = mesh.rank == 0, mesh.dp
+        self._is_first, self._replica, self._replicas = mesh.rank == 0, mesh.dp_rank, mesh.dp
+        self._beaten = 0.0
         if mesh.dp > 1:
             self._store = _own_store(mesh)
 
@@ -83,10 +89,43 @@ class WorkQueue:
         self._done = self._done + count if self._store is None else self._store.add("done", count)
         return self._done
 
-    def wait(self, total: int, poll_s: float = 0.5) -> None:
+    def beat(self) -> None:
+        """Show the other replicas that this one is at work; called as often as one likes, by any of its ranks."""
+        if self._store is not None and self._request.rank == 0 and time.monotonic() - self._beaten >= _BEAT_S:
+            self._beaten = time.monotonic()
+            self._store.add("beats", 1)
+
+    def wait(self, total: int, timeout_s: float, poll_s: float = 0.5) -> None:
         """Until `total` is done. By asking the store, not in a collective: another replica may take longer than any
-        timeout, and a rank that fails meanwhile is the launcher's to notice."""
-        while self._store is not None and self._store.add("done", 0) < total:
+        timeout, and a rank that fails meanwhile is the launcher's to notice.
+
+        Args:
+            timeout_s: how long nothing may be done, and no replica beat.
+
+        Raises:
+            StandstillError: nothing happened for so long.
+        """
+        if self._store is not None:
+            for _ in self._until_standstill(total, timeout_s, poll_s):
+                if self._store.add("done", 0) >= total:
+                    return
+
+    def _until_standstill(self, total: int, timeout_s: float, poll_s: float) -> Iterator[None]:
+        """Yields at once, and every `poll_s` seconds; raises `StandstillError`."""
+        if self._request.rank == 0:
+            self._store.set(f"waits/{self._replica}", "")
+        found, since = None, time.monotonic()
+        while True:
+            yield
+            done = self._store.add("done", 0)
+            if found != (now := (done, self._store.add("beats", 0))):
+                found, since = now, time.monotonic()
+            elif time.monotonic() - since > timeout_s:
+                late = [replica for replica in range(self._replicas) if not self._store.check([f"waits/{replica}"])]
+                raise StandstillError(
+                    f"{done} of {total} are done, and nothing has happened for {timeout_s:.0f} s in "
+                    f"replica {', '.join(map(str, late))}, which others wait for"
+                )
             time.sleep(poll_s)
 
     def stop(self, status: int) -> None:
@@ -97,24 +136,28 @@ class WorkQueue:
         elif self._request.rank == 0:
             self._decide(status)
 
-    def settle(self, total: int, asked: Callable[[], int] = lambda: 0, poll_s: float = 0.5) -> int:
+    def settle(
+        self, total: int, timeout_s: float, asked: Callable[[], int] = lambda: 0, poll_s: float = 0.5
+    ) -> int:
         """As `wait`, but a replica that stops is not waited for: 0 if `total` is done, else the status of `stop`; the
         same on all ranks.
 
         Args:
             asked: the status that this rank wants to stop with meanwhile; 0: it does not.
+
+        Raises:
+            StandstillError: as `wait`.
         """
         if self._store is None:
             return self._status
         # Written once, so that nobody takes for done what another takes for stopped.
-        while not self._store.check([_OUTCOME]):
+        for _ in self._until_standstill(total, timeout_s, poll_s):
             if self._request.rank == 0 and self._store.add("done", 0) >= total:
                 self._decide(0)
             elif self._request.rank == 0 and (status := asked()):
                 self._decide(status)
-            else:
-                time.sleep(poll_s)
-        return int(self._store.get(_OUTCOME))
+            if self._store.check([_OUTCOME]):
+                return int(self._store.get(_OUTCOME))
 
     def leave(self, patience_s: float = 10.0) -> None:
         """After a stop, once this replica's results are written: the first of all ranks waits a while for the others.

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from d2o_dist.fields.checks import check_bool, check_int
+from d2o_dist.fields.checks import check_bool, check_int, check_number
 from d2o_dist.fields.io import check_choice
 from d2o_dist.policy.config import D2OConfig
 
@@ -14,6 +14,7 @@ TP_ENGINES = ("deepspeed", "transformers")
 SP_PREFILLS = ("auto", "ulysses", "allgather", "ring")
 CACHE_LAYOUTS = ("auto", "heads", "sequence")
 MERGE_SCOPES = ("global", "local")
+_LONGEST_S = 10**6
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class ParallelConfig:
         check_replicas: compare checksums of positions and thresholds between ranks at every eviction, and stop,
             naming layer and rank, if they differ. For debugging: it costs a collective an eviction, or a token where
             heads have budgets of their own.
+        timeout: seconds that a rank waits for another: in a collective, at the start, or, once it has nothing left to
+            do, for another replica to decode a token or finish a batch. Then the job ends. A prompt's prefill must
+            take less.
     """
 
     tp: int = 1
@@ -45,6 +49,7 @@ class ParallelConfig:
     cache_layout: str = "auto"
     merge_scope: str = "global"
     check_replicas: bool = False
+    timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         check_int("tp", self.tp, low=1)
@@ -56,6 +61,9 @@ class ParallelConfig:
         check_choice("cache_layout", self.cache_layout, CACHE_LAYOUTS)
         check_choice("merge_scope", self.merge_scope, MERGE_SCOPES)
         check_bool("check_replicas", self.check_replicas)
+        check_number("timeout", self.timeout)
+        if not 1 <= self.timeout <= _LONGEST_S:
+            raise ValueError(f"timeout ({self.timeout}) must be in [1, {_LONGEST_S}] seconds")
         if self.cache_layout == "heads" and self.sp_prefill in ("allgather", "ring"):
             raise ValueError(
                 f'cache_layout ("heads") needs sp_prefill "ulysses", not "{self.sp_prefill}": other schemes leave '

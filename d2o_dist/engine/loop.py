@@ -113,6 +113,7 @@ def generate(
     chunk: int | None = None,
     on_text: Callable[[str], None] | None = None,
     on_prefill: Callable[[], None] | None = None,
+    on_step: Callable[[], None] = lambda: None,
     trace: Trace | None = None,
     stops: Callable[[], bool] = lambda: False,
 ) -> list[Generated]:
@@ -125,7 +126,7 @@ def generate(
         eos_ids: ids that end a row, unless `sampling.ignore_eos`.
         chunk: prompt tokens of one forward; None: all at once.
         on_text: called with every new piece of text; for a batch of one row.
-        on_prefill: called when the prompts are read and compressed.
+        on_prefill: called when the prompts are read and compressed; on_step: after each choice of tokens.
         trace: told of every decode step.
         stops: whether this rank wants to end the run. If one of them does, all return after the same step, and rows
             that are not at their end have no `finish_reason` and no `error`.
@@ -143,6 +144,7 @@ def generate(
     first = time.perf_counter()
     batch = list(rows)
     while tokens[0] != STOPPED:
+        on_step()
         # The tokens are on the host, so the device has done all that this clock should count.
         now = time.perf_counter()
         going = [(place, row) for place, row in enumerate(batch) if not row.result.has_ended]

@@ -21,6 +21,18 @@ from d2o_dist.engine.stop import STATUS_UNWRITTEN, Stop, StoppedError
 from d2o_dist.engine.summary import Summary, Times, summarise
 
 
+class BatchError(RuntimeError):
+    """A batch failed on one of the ranks that hold it, and they cannot go on together; `__cause__` says how.
+
+    Attributes:
+        records: of its rows.
+    """
+
+    def __init__(self, message: str, records: Sequence[Record] = ()) -> None:
+        super().__init__(message)
+        self.records = list(records)
+
+
 class Results:
     """The rows of one run on their way to the output. All ranks make it together, and call the same.
 
@@ -55,15 +67,18 @@ class Results:
             self._writer = open_writer(config.output, mesh, quiet=quiet, earlier=earlier.records.values())
 
     def work(
-        self, batches: Sequence[Sequence[Request]], run_batch: Callable[[Sequence[Request]], list[Record]] | None
+        self, batches: Sequence[Sequence[Request]], run_batch: Callable[..., list[Record]] | None
     ) -> float:
         """Run the batches and write their records; the seconds it took.
 
         Args:
-            run_batch: None where there are no batches.
+            run_batch: called with a batch, and with what it is to call after each of its steps. None where there are no
+                batches.
 
         Raises:
             StoppedError: the run was stopped, or could not write; finished rows stay.
+            BatchError: a rank failed and cannot go on with its peers. The rows of its batch are written as failed, so
+                that the next run passes them.
         """
         bad = [row for row in self._plan.bad_rows if row.index not in self._finished]
         queue = WorkQueue(self._mesh, len(batches))
@@ -75,10 +90,14 @@ class Results:
                     self._on_rows(len(self._finished))
                     self._write(map(error_record, bad), queue)
                 while not (status := self._ends()) and (number := queue.claim()) is not None:
-                    self._write(run_batch(batches[number]), queue)
+                    try:
+                        self._write(run_batch(batches[number], queue.beat), queue)
+                    except BatchError as error:
+                        self._write(error.records, queue)
+                        raise
                 if status:
                     queue.stop(status)
-                status = queue.settle(total, lambda: self._stop.status)
+                status = queue.settle(total, self._config.parallel.timeout, lambda: self._stop.status)
             except KeyboardInterrupt:
                 if self._mesh.world_size > 1:
                     raise  # only this rank knows of it; what is written stays in part files

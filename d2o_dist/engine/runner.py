@@ -10,8 +10,9 @@ import torch
 
 from d2o_dist.cache.report import CacheReport
 from d2o_dist.comm.agreement import agreed
-from d2o_dist.comm.collectives import Collectives
+from d2o_dist.comm.collectives import Collectives, is_left_alone
 from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.comm.reasons import peer_reason, tell_peers
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
@@ -21,7 +22,7 @@ from d2o_dist.engine.output import lock_path
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.plan import Plan
 from d2o_dist.engine.records import Record, error_record, make_record
-from d2o_dist.engine.results import Results
+from d2o_dist.engine.results import BatchError, Results
 from d2o_dist.engine.resume import Earlier, begin, check_job, find_earlier
 from d2o_dist.engine.session import Session
 from d2o_dist.engine.stop import Stop
@@ -30,10 +31,6 @@ from d2o_dist.engine.trace import Trace
 from d2o_dist.evict.budgets import NotFiniteError
 from d2o_dist.fields.show import shown
 from d2o_dist.models import loading
-
-
-class BatchError(RuntimeError):
-    """A batch failed on one of the ranks that hold it; `__cause__` says how."""
 
 
 class Runner:
@@ -76,16 +73,20 @@ class Runner:
         self._stopped = False
         self._on_text, self._on_report, self._log = on_text, on_report, log
 
-    def run_batch(self, batch: Sequence[Request]) -> list[Record]:
+    def run_batch(self, batch: Sequence[Request], on_step: Callable[[], None] = lambda: None) -> list[Record]:
         """The records of one batch. If it fails as a whole, its rows are tried one by one. If the run is to end, rows
         that were not finished have none.
 
         Where several ranks hold a request nothing is tried again, unless all of them failed at the same point: they
         may have failed at different ones, and would wait for each other. The error is raised, and ends the job.
 
+        Args:
+            on_step: called after every token of the batch.
+
         Raises:
             BatchError: only where several ranks hold a request.
         """
+        self._on_step = on_step
         if self._stopped:
             return []
         records, error = self._try(batch)
@@ -94,7 +95,7 @@ class Runner:
         if len(batch) == 1:
             return [self._failed(batch[0], error)]
         self._log(f"a batch of {len(batch)} rows failed ({error}); its rows are tried one by one")
-        return [record for request in batch for record in self.run_batch([request])]
+        return [record for request in batch for record in self.run_batch([request], on_step)]
 
     def _failed(self, request: Request, error: str) -> Record:
         self._log(f"row {request.index} ({shown(request.id)}) failed: {error}")
@@ -108,13 +109,23 @@ class Runner:
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             if self.mesh.axis("request").size > 1:
-                rows = ", ".join(str(request.index) for request in batch)
-                raise BatchError(f"the batch of rows {rows} failed: {message}") from error
+                raise self._give_up(error, message, batch) from error
         # Out of the except block, so that the traceback lets go of the failed batch's tensors before the next try.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [], message
+
+    def _give_up(self, error: Exception, message: str, batch: Sequence[Request]) -> BatchError:
+        """Of a rank whose peers are, or will be, left alone."""
+        if is_left_alone(error):
+            why = peer_reason(self.mesh) or "a peer died or came too late"
+        else:
+            why = message
+            tell_peers(self.mesh, message)
+        rows = ", ".join(str(request.index) for request in batch)
+        records = [error_record(request, f"{why} while rows {rows} ran") for request in batch]
+        return BatchError(f"the batch of rows {rows} failed: {message}", records)
 
     def _run(self, batch: Sequence[Request]) -> list[Record]:
         counter = None if self._trace is None else self._trace.counter
@@ -127,8 +138,8 @@ class Runner:
 
         results = generate(
             session, batch, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
-            chunk=self.config.prefill_chunk, on_text=self._on_text, on_prefill=note_size, trace=self._trace,
-            stops=lambda: self._stop.status > 0,
+            chunk=self.config.prefill_chunk, on_text=self._on_text, on_prefill=note_size, on_step=self._on_step,
+            trace=self._trace, stops=lambda: self._stop.status > 0,
         )  # fmt: skip
         ended = [(a, b) for a, b in zip(batch, results, strict=True) if b.has_ended]
         self._stopped = len(ended) < len(batch)

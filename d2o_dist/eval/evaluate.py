@@ -133,7 +133,7 @@ def _evaluate(
                             on_results(done - shown)
                             shown = done
                 # Rank 0 reads what the others have written: not before they have.
-                queue.wait(sum(len(methods) for _, methods in todo))
+                queue.wait(sum(len(methods) for _, methods in todo), config.parallel.timeout)
                 if file is not None:
                     file.check()
         except KeyboardInterrupt:

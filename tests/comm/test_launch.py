@@ -135,6 +135,7 @@ def test_groups_of_a_mesh_wait_as_long_as_the_job():
 def guarded(rank, world, folder):
     sys.stderr = (Path(folder) / str(rank)).open("w")
     launch.SECONDARY_DELAY_S = 0.1
+    launch.traces_beside(Path(folder) / "out")
     comm = Collectives(build_mesh(sp=world).axis("sp"))
 
     def main():
@@ -156,8 +157,13 @@ def test_a_guarded_rank_that_raises_ends_at_once_and_releases_its_peers(tmp_path
     assert run_ranks(3, guarded, str(tmp_path), lost=[0, 1]) == [None, None, "released"]
     assert time.monotonic() - started < 20
     first, second = (tmp_path / "1").read_text(), (tmp_path / "0").read_text()
-    assert first.startswith("[rank 1 of 3] failed\nTraceback") and first.endswith("ValueError: the original error\n")
-    assert second.startswith("[rank 0 of 3] stopped because a peer did; look for that peer's error first\nTraceback")
+    assert first.startswith("[rank 1 of 3] failed: ValueError: the original error; traceback: ")
+    assert second.startswith("[rank 0 of 3] stopped because a peer did, whose error counts: ")
+    assert first.count("\n") == second.count("\n") == 1
+    for said, end in ((first, "ValueError: the original error\n"), (second, "\n")):
+        trace = Path(said.split("; traceback: ")[1].strip())
+        assert trace.parent == tmp_path and trace.name.startswith("out.")
+        assert trace.read_text().startswith("Traceback") and trace.read_text().endswith(end)
 
 
 def stuck(rank, world):
@@ -226,5 +232,5 @@ def test_a_real_job_ends_within_a_minute(tmp_path, how):
     assert time.time() - float((tmp_path / "failed_at").read_text()) < 60, said
     assert ended.returncode != 0, said
     if how == "raise":
-        assert "[rank 1 of 2] failed\nTraceback" in said and "ValueError: the original error" in said
+        assert said.count("[rank 1 of 2] failed: ValueError: the original error; traceback: ") >= 1
         assert "[rank 0 of 2]" not in said

@@ -116,18 +116,31 @@ raise SystemExit(run_guarded(main))
 """
 
 
-@pytest.mark.parametrize("how", ["raise", "kill"])
-def test_a_rank_that_fails_ends_the_job_and_finished_rows_stay(job, tmp_path, how):
+def fail_in_the_second_batch(job, tmp_path, how) -> tuple[int, str, list[dict], float]:
+    """Status, what was said, the records, and seconds from the fault to the end."""
     script = tmp_path / "fail.py"
     script.write_text(FAIL)
     (job / "failed_at").unlink(missing_ok=True)
     launcher = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
     args = [how, "--output", str(tmp_path / "out.jsonl"), "--sp", "2", "sampling.max_new_tokens=20"]
     status, _, err = finish(start(job, launcher, *args, script=script))
-    assert time.time() - float((job / "failed_at").read_text()) < 60, err
-    assert status != 0
-    if how == "raise":
-        assert "[rank 1 of 2] failed\nTraceback" in err and "ValueError: the original error" in err
-        assert "the batch of rows" in err and "[rank 0 of 2]" not in err
+    seconds = time.time() - float((job / "failed_at").read_text())
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert len(records) == 2 and all(record["text"] for record in records)
+    return status, err, records, seconds
+
+
+def test_a_rank_that_raises_ends_the_job_and_says_why_in_the_rows_of_its_batch(job, tmp_path):
+    status, err, records, seconds = fail_in_the_second_batch(job, tmp_path, "raise")
+    assert status != 0 and seconds < 60, err
+    assert "[rank 1 of 2] failed: BatchError: the batch of rows" in err and "ValueError: the original error" in err
+    assert "failed\nTraceback" not in err and "[rank 0 of 2] failed" not in err, err
+    assert [bool(record["text"]) for record in records] == [True, True, False, False]
+    assert all("rank 1: ValueError: the original error" in record["error"] for record in records[2:])
+
+
+def test_a_rank_that_dies_ends_the_job_and_its_rows_are_written_as_failed(job, tmp_path):
+    """So that a job which goes on from here does not meet them again."""
+    status, err, records, seconds = fail_in_the_second_batch(job, tmp_path, "kill")
+    assert status != 0 and seconds < 60, err
+    assert [bool(record["text"]) for record in records] == [True, True, False, False]
+    assert all("a peer died or came too late" in record["error"] for record in records[2:])
