@@ -30,10 +30,17 @@ def shape_of(model_config: Any) -> ModelShape:
         windows=tuple(layer_windows(config)),
         num_heads=heads,
         num_kv_heads=num_kv_heads(config),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=_head_dim(config) or config.hidden_size // heads,
         kv_replicas=getattr(config, KV_REPLICAS, 1),
         vocab_size=getattr(config, "vocab_size", None),
         max_positions=getattr(config, "max_position_embeddings", None),
         border=rope_border(model_config),
         has_dynamic_rope=any("dynamic" in kind for kind in rope_types(config)),
     )
+
+
+def _head_dim(config: Any) -> int | None:
+    """What the configuration says; of layers that differ, the largest."""
+    if "head_dim" in (getattr(config, "per_layer_attributes", None) or ()):
+        return max(layer.head_dim for layer in config.per_layer_config)
+    return getattr(config, "head_dim", None)
