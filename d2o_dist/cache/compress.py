@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 
 from d2o_dist.cache.evictions import Evictions
 from d2o_dist.cache.layer import Layer
-from d2o_dist.cache.plans import RowPlan, head_counts, head_variances, set_budgets
+from d2o_dist.cache.plans import RowBudgets, head_counts, head_variances, set_budgets
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.policy.config import D2OConfig
 
 
 def compress(
     layers: Mapping[int, Layer],
-    plans: list[RowPlan] | None,
+    plans: list[RowBudgets] | None,
     config: D2OConfig,
     counted: D2OConfig,
     num_seen: Sequence[int],
     num_kv_heads: int,
     ranks: RequestRanks,
-) -> list[RowPlan]:
+) -> list[RowBudgets]:
     """Compress all layers, which have read a prompt; the plan of each row's budgets.
 
     Args:

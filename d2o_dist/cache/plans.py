@@ -21,7 +21,7 @@ from d2o_dist.policy.statistics import COLUMN_SUMS
 
 
 @dataclass
-class RowPlan:
+class RowBudgets:
     """What one row's budgets derive from: set at its first finalize, read again at later ones."""
 
     log_weights: list[float]
@@ -29,7 +29,7 @@ class RowPlan:
     num_tokens: int
     slots: list[int] = field(default_factory=list)
 
-    def copy(self) -> RowPlan:
+    def copy(self) -> RowBudgets:
         """One whose slots may change."""
         return dataclasses.replace(self, slots=list(self.slots))
 
@@ -137,13 +137,13 @@ def head_counts(
 
 def set_budgets(
     layers: Collection[Layer],
-    plans: list[RowPlan] | None,
+    plans: list[RowBudgets] | None,
     variances: Tensor | None,
     highest: Tensor | None,
     config: D2OConfig,
     num_seen: Sequence[int],
     ranks: RequestRanks,
-) -> list[RowPlan]:
+) -> list[RowBudgets]:
     """Give every layer, or each of its heads where these have budgets of their own, the slots of each row. Heads of
     other ranks too: the first rank's numbers are sent to all.
 
@@ -168,7 +168,7 @@ def set_budgets(
                 None if variances is None else variances[row].reshape(count, -1), config, count,
                 None if highest is None else highest[row].reshape(count, -1).sum(-1).tolist(),
             )  # fmt: skip
-            plans.append(RowPlan(log_weights, dispersions, num_tokens))
+            plans.append(RowBudgets(log_weights, dispersions, num_tokens))
     for plan, num_tokens in zip(plans, num_seen, strict=True):
         plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
         plan.num_tokens = num_tokens
@@ -180,7 +180,7 @@ def set_budgets(
     return plans
 
 
-def _take_first(plans: Sequence[RowPlan], ranks: RequestRanks, device: torch.device) -> None:
+def _take_first(plans: Sequence[RowBudgets], ranks: RequestRanks, device: torch.device) -> None:
     """Let the plans be those of the request's first rank: logarithms and powers may round otherwise on another."""
     mine = [[*plan.slots, *plan.log_weights, *plan.dispersions] for plan in plans]
     sent = ranks.from_first(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()

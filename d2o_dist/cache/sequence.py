@@ -17,7 +17,7 @@ from d2o_dist.cache.dealing import Dealing
 from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layer import Layer
-from d2o_dist.cache.plans import RowPlan, check_gathered, on_full_layers
+from d2o_dist.cache.plans import RowBudgets, check_gathered, on_full_layers
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal
 from d2o_dist.comm.request import RequestRanks
@@ -72,7 +72,7 @@ class CompressedCache:
         self._rereading = False
         self.columns = Columns(0)
         self.phase = "prefill"
-        self.plans: list[RowPlan] | None = None
+        self.plans: list[RowBudgets] | None = None
         self._next_layer = 0
         self.dealing = Dealing(self.ranks)
         self._forward: Forward | None = None

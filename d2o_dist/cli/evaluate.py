@@ -16,7 +16,7 @@ from d2o_dist.engine.startup import check_same_run
 from d2o_dist.eval.essays import essays
 from d2o_dist.eval.evaluate import Outcome, check_parallel, evaluate
 from d2o_dist.eval.fetch import FetchError
-from d2o_dist.eval.plan import Plan, prepare
+from d2o_dist.eval.plan import EvalPlan, prepare
 from d2o_dist.fields.io import dump_yaml
 from d2o_dist.fields.overrides import parse_override
 
@@ -61,7 +61,7 @@ def read_config(args: argparse.Namespace) -> EvalConfig:
     return EvalConfig.load(args.config, overrides + [parse_override(text) for text in args.overrides])
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: EvalPlan) -> str:
     """Rows and prompt lengths of each task, a line each."""
     lines = []
     for task in plan.tasks:
@@ -70,7 +70,7 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, f"{len(plan.methods)} methods and budgets, {len(plan.jobs) * len(plan.methods)} results"])
 
 
-def run(plan: Plan, mesh: ParallelMesh, config_file: str | None = None) -> Outcome:
+def run(plan: EvalPlan, mesh: ParallelMesh, config_file: str | None = None) -> Outcome:
     """Evaluate, with a progress bar on the first rank."""
     with tqdm(unit="result", file=sys.stderr, disable=None if mesh.rank == 0 else True) as bar:
 

@@ -20,7 +20,7 @@ from d2o_dist.comm.launch import Launch, init_distributed, read_environment, tel
 from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.kept import reason
-from d2o_dist.engine.plan import Plan, prepare
+from d2o_dist.engine.plan import InferPlan, prepare
 from d2o_dist.engine.runner import run
 from d2o_dist.engine.startup import check_same_run
 from d2o_dist.engine.stop import STATUS_UNWRITTEN, Stop, StoppedError
@@ -73,7 +73,7 @@ def read_config(args: argparse.Namespace) -> InferConfig:
     return InferConfig.load(args.config, overrides)
 
 
-def run_plan(config: InferConfig, plan: Plan, mesh: ParallelMesh, stop: Stop) -> Summary:
+def run_plan(config: InferConfig, plan: InferPlan, mesh: ParallelMesh, stop: Stop) -> Summary:
     """Run with the right display on rank 0: text as it comes and the cache's report, or a progress bar and JSONL."""
     one = plan.num_rows == 1 and mesh.dp == 1
     on_terminal = config.stream == "auto" and one and sys.stdout.isatty() and config.output != "-"
@@ -99,7 +99,7 @@ def run_plan(config: InferConfig, plan: Plan, mesh: ParallelMesh, stop: Stop) ->
         return run(config, plan, mesh, on_rows=bar.update, log=log, stop=stop)
 
 
-def work(config: InferConfig, plan: Plan, mesh: ParallelMesh) -> int:
+def work(config: InferConfig, plan: InferPlan, mesh: ParallelMesh) -> int:
     """Run, and say on rank 0 how it ended; the status, the same on all ranks.
 
     Raises:

@@ -155,18 +155,18 @@ def generate(
         for place, row in going:
             if tokens[place] != LOST and row.take(tokens[place], eos_ids):
                 row.end(began, first, now, session.row_usage(place))
-        live = [not row.result.has_ended for row in batch]
-        if not any(live):
+        present = [not row.result.has_ended for row in batch]
+        if not any(present):
             break
-        if 2 * sum(live) <= len(live):
-            places = [place for place, goes_on in enumerate(live) if goes_on]
+        if 2 * sum(present) <= len(present):
+            places = [place for place, goes_on in enumerate(present) if goes_on]
             session.keep_rows(places)
             sampler.keep_rows(places)
             batch, tokens = [batch[place] for place in places], [tokens[place] for place in places]
-            live = [True] * len(batch)
+            present = [True] * len(batch)
         # A finished row that stays is fed padding, which the cache does not store.
-        fed = [token if goes_on else pad_id for token, goes_on in zip(tokens, live, strict=True)]
+        fed = [token if goes_on else pad_id for token, goes_on in zip(tokens, present, strict=True)]
         with nullcontext() if trace is None else trace.step():
-            logits = session.decode(fed, live)
+            logits = session.decode(fed, present)
         tokens = sampler.pick(logits)
     return [row.result for row in rows]

@@ -24,7 +24,7 @@ from d2o_dist.models.device import pick_device
 
 
 @dataclass(frozen=True)
-class Plan:
+class InferPlan:
     """What a run will do.
 
     Attributes:
@@ -51,7 +51,7 @@ class Plan:
         return [*self.warnings, *(f"row {bad.index} ({shown(bad.id)}): {bad.error}" for bad in self.bad_rows[:10])]
 
 
-def prepare(config: InferConfig, mesh: ParallelMesh | None = None, config_file: str | None = None) -> Plan:
+def prepare(config: InferConfig, mesh: ParallelMesh | None = None, config_file: str | None = None) -> InferPlan:
     """Read and check everything that needs no weights. Every rank of the mesh calls it together, and gets the same.
 
     Args:
@@ -71,7 +71,7 @@ def prepare(config: InferConfig, mesh: ParallelMesh | None = None, config_file: 
     return plan
 
 
-def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -> Plan:
+def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -> InferPlan:
     rows = read_prompts(config.prompts, config.prompt)
     if config.stream is True and len(rows) != 1:
         raise ValueError(f"stream (true) shows one prompt, but there are {len(rows)}")
@@ -97,7 +97,7 @@ def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -
     if mesh.rank == 0:  # the output need not be reachable, nor be empty by the time others look
         job = describe(config, requests, bad_rows)
         check_job(config, job, mesh.dp, list(inputs_of(config, config_file)))
-    return Plan(
+    return InferPlan(
         requests=requests,
         bad_rows=bad_rows,
         tokenizer=tokenizer,

@@ -14,7 +14,7 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.kept import reason
 from d2o_dist.engine.output import check_parts, check_unchanged, identity, join_files, lock_path, open_writer
-from d2o_dist.engine.plan import Plan
+from d2o_dist.engine.plan import InferPlan
 from d2o_dist.engine.records import Record, error_record, read_records
 from d2o_dist.engine.resume import Earlier
 from d2o_dist.engine.stop import STATUS_UNWRITTEN, Stop, StoppedError
@@ -48,7 +48,7 @@ class Results:
     def __init__(
         self,
         config: InferConfig,
-        plan: Plan,
+        plan: InferPlan,
         mesh: ParallelMesh,
         stop: Stop,
         earlier: Earlier,

@@ -20,7 +20,7 @@ from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.loop import Generated, generate
 from d2o_dist.engine.output import lock_path
 from d2o_dist.engine.paths import inputs_of
-from d2o_dist.engine.plan import Plan
+from d2o_dist.engine.plan import InferPlan
 from d2o_dist.engine.records import Record, error_record, make_record
 from d2o_dist.engine.results import BatchError, Results
 from d2o_dist.engine.resume import Earlier, begin, check_job, find_earlier
@@ -33,7 +33,7 @@ from d2o_dist.fields.show import shown
 from d2o_dist.models import loading
 
 
-class Runner:
+class InferRunner:
     """Runs the requests of a plan, batch after batch. All ranks that hold one request call it together.
 
     Args:
@@ -158,7 +158,7 @@ class Runner:
 
 def run(
     config: InferConfig,
-    plan: Plan,
+    plan: InferPlan,
     mesh: ParallelMesh | None = None,
     *,
     on_text: Callable[[str], None] | None = None,
@@ -202,7 +202,7 @@ def run(
         runner = None
         if batches:
             model = loading.load_model(config, mesh)
-            runner = Runner(
+            runner = InferRunner(
                 config, model, plan.tokenizer, mesh, trace=trace, on_text=on_text, on_report=on_report, log=log,
                 stop=stop,
             )  # fmt: skip
@@ -218,7 +218,7 @@ def run(
         return results.end(times, rank_bytes, wall_s, log)
 
 
-def _batches(config: InferConfig, plan: Plan, replicas: int, finished: Collection[int]) -> list[list[Request]]:
+def _batches(config: InferConfig, plan: InferPlan, replicas: int, finished: Collection[int]) -> list[list[Request]]:
     """Batch by batch, longest first; small enough that every replica has something to do.
 
     Finished rows are taken out of the batches of the whole job, so that the others are computed as they would be.

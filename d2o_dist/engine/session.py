@@ -116,13 +116,13 @@ class Session:
         return logits
 
     @torch.no_grad()
-    def decode(self, tokens: Sequence[int] | Tensor, live: Sequence[bool] | None = None) -> Tensor:
+    def decode(self, tokens: Sequence[int] | Tensor, present: Sequence[bool] | None = None) -> Tensor:
         """One step: the rows' newest tokens, B of them -> next-token logits [B, V].
 
         Args:
-            live: rows that go on. The others hold no more tokens, and their logits mean nothing. None: all go on.
+            present: rows that go on. The others hold no more tokens, and their logits mean nothing. None: all go on.
         """
-        return self._stepper.step(self.cache, tokens, live)
+        return self._stepper.step(self.cache, tokens, present)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch, in this order; the memory of the others is freed."""

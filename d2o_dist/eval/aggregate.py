@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2o_dist.config.evaluate import FULL, Method
-from d2o_dist.eval.plan import Plan
+from d2o_dist.eval.plan import EvalPlan
 from d2o_dist.eval.store import Record
 
 # Nats a token beyond which a perplexity is no number in double precision.
@@ -133,7 +133,7 @@ def _split(records: Mapping[str, Record], groups: Sequence[str]) -> dict[Any, di
     return dict(sorted(parts.items()))
 
 
-def summarise(plan: Plan, found: Mapping[str, Record]) -> dict[str, Any]:
+def summarise(plan: EvalPlan, found: Mapping[str, Record]) -> dict[str, Any]:
     """All tasks of a plan, from its own records among those found (key -> record)."""
     tasks = {}
     for task in plan.tasks:

@@ -18,10 +18,10 @@ from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.output import check_shared
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.eval.aggregate import summarise
-from d2o_dist.eval.plan import Plan
+from d2o_dist.eval.plan import EvalPlan
 from d2o_dist.eval.plots import draw
 from d2o_dist.eval.provenance import environment
-from d2o_dist.eval.runner import Runner, batches, pending
+from d2o_dist.eval.runner import EvalRunner, batches, pending
 from d2o_dist.eval.store import LOCK, MERGED, RankFile, Record, check_folder, merge_records, read_records
 from d2o_dist.eval.table import report
 from d2o_dist.fields.io import dump_yaml, to_json
@@ -61,7 +61,7 @@ def check_parallel(config: EvalConfig, world_size: int) -> int:
 
 
 def evaluate(
-    plan: Plan,
+    plan: EvalPlan,
     mesh: ParallelMesh,
     *,
     config_file: str | None = None,
@@ -104,7 +104,7 @@ def data_of(tasks: Iterable[TaskConfig]) -> Iterator[tuple[str, str]]:
 
 
 def _evaluate(
-    plan: Plan,
+    plan: EvalPlan,
     mesh: ParallelMesh,
     folder: Path,
     on_start: Callable[[int], None],
@@ -120,7 +120,7 @@ def _evaluate(
     on_start(sum(len(methods) for _, methods in todo))
     if todo:
         log_rows = log if mesh.leads_request else lambda line: None
-        runner = Runner(plan, loading.load_model(config.infer(), mesh), mesh, log=log_rows)
+        runner = EvalRunner(plan, loading.load_model(config.infer(), mesh), mesh, log=log_rows)
         work = batches(todo, config.batch_size, config.max_batch_tokens, plan.border)
         queue, shown = WorkQueue(mesh, len(work)), 0
         try:
@@ -153,7 +153,7 @@ def _evaluate(
     return Outcome(folder, table, num_results, len(plan.jobs) * len(plan.methods) - num_results)
 
 
-def _write(plan: Plan, folder: Path, mesh: ParallelMesh, found: Mapping[str, Record]) -> str:
+def _write(plan: EvalPlan, folder: Path, mesh: ParallelMesh, found: Mapping[str, Record]) -> str:
     """Merge the records and write configuration, environment, metrics, table and pictures."""
     order = {name: place for place, name in enumerate([task.name for task in plan.tasks])}
     folder.mkdir(parents=True, exist_ok=True)

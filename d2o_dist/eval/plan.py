@@ -50,7 +50,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalPlan:
     """Everything but the weights.
 
     Attributes:
@@ -69,7 +69,7 @@ class Plan:
 
 def prepare(
     config: EvalConfig, named_texts: Mapping[str, Callable[[], str]], mesh: ParallelMesh | None = None
-) -> Plan:
+) -> EvalPlan:
     """Read and check everything that needs no weights. Every rank of the mesh calls it together, and gets the same.
 
     Args:
@@ -88,7 +88,7 @@ def prepare(
     return plan
 
 
-def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -> Plan:
+def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -> EvalPlan:
     infer, methods = config.infer(), config.expand_methods()
     pick_device(config.device)
     shape = loading.describe(infer)
@@ -119,7 +119,7 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
                 raise ValueError(f"task {task.name}: two rows have the id {row.id}; results are told apart by it")
             ids.add(row.id)
             jobs.append(_make_job(len(jobs), task, row, encoder, settings))
-    return Plan(config, tokenizer, tasks, jobs, methods, weights, shape.border)
+    return EvalPlan(config, tokenizer, tasks, jobs, methods, weights, shape.border)
 
 
 def _make_job(index: int, task: Task, row: Example | Passage, encoder: Encoder, settings: dict[str, Any]) -> Job:

@@ -18,7 +18,7 @@ from d2o_dist.engine.loop import generate
 from d2o_dist.engine.runner import BatchError
 from d2o_dist.engine.session import RowUsage
 from d2o_dist.eval.continuation import compare, continuation_logits, lost_rows
-from d2o_dist.eval.plan import Job, Plan
+from d2o_dist.eval.plan import EvalPlan, Job
 from d2o_dist.eval.reading import Reading, SharedReading
 from d2o_dist.eval.store import Record
 from d2o_dist.evict.budgets import NotFiniteError
@@ -48,7 +48,7 @@ def batches(
     ]
 
 
-class Runner:
+class EvalRunner:
     """Runs batches of a plan on one model.
 
     Args:
@@ -57,7 +57,7 @@ class Runner:
     """
 
     def __init__(
-        self, plan: Plan, model: Any, mesh: ParallelMesh, *, log: Callable[[str], None] = lambda line: None
+        self, plan: EvalPlan, model: Any, mesh: ParallelMesh, *, log: Callable[[str], None] = lambda line: None
     ) -> None:
         self.plan, self.model, self.mesh = plan, loading.adapt(model), mesh
         self._eos_ids = loading.eos_ids(self.model, plan.tokenizer)

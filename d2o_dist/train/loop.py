@@ -16,7 +16,7 @@ from d2o_dist.comm import Collectives, ParallelMesh
 from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.queue import first_rank_first
 from d2o_dist.config.train import TrainConfig
-from d2o_dist.eval.plan import Plan
+from d2o_dist.eval.plan import EvalPlan
 from d2o_dist.models.hf.loading import load_config, load_tokenizer
 from d2o_dist.train.batches import Batch, StepOrder, make_batch
 from d2o_dist.train.checkpoints import Checkpoints, RunState
@@ -49,7 +49,7 @@ class Run:
     order: StepOrder
     train: Rows
     validation: Rows | None
-    tasks: Plan | None
+    tasks: EvalPlan | None
     tokenizer: Any
     checkpoints: Checkpoints
     log: RunLog

@@ -13,8 +13,8 @@ from typing import Any
 from d2o_dist.comm import ParallelMesh
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.config.train import TrainConfig
-from d2o_dist.eval.plan import Plan, prepare
-from d2o_dist.eval.runner import Runner, batches
+from d2o_dist.eval.plan import EvalPlan, prepare
+from d2o_dist.eval.runner import EvalRunner, batches
 from d2o_dist.models.hf.guards import ATTENTION_NAME
 from d2o_dist.train.attention import TRAINING_ATTENTION
 from d2o_dist.train.engine import Engine
@@ -23,7 +23,7 @@ from d2o_dist.train.engine import Engine
 METHOD = "d2o"
 
 
-def plan_tasks(config: TrainConfig, named_texts: Mapping[str, Callable[[], str]]) -> Plan | None:
+def plan_tasks(config: TrainConfig, named_texts: Mapping[str, Callable[[], str]]) -> EvalPlan | None:
     """The rows of `eval_tasks`, under the run's own rule at each of `eval_ratios`, and `full`; None without tasks.
 
     Args:
@@ -46,7 +46,7 @@ def plan_tasks(config: TrainConfig, named_texts: Mapping[str, Callable[[], str]]
     )  # fmt: skip
 
 
-def run_tasks(engine: Engine, plan: Plan) -> dict[str, float]:
+def run_tasks(engine: Engine, plan: EvalPlan) -> dict[str, float]:
     """`TASK full` and `TASK d2o@10%`: the mean of each task's primary metric over its rows. Called by all ranks.
 
     Raises:
@@ -56,7 +56,7 @@ def run_tasks(engine: Engine, plan: Plan) -> dict[str, float]:
     scores: dict[str, list[float]] = {}
     primary = {task.name: task.primary for task in plan.tasks}
     with engine.evaluating(), _inference_attention(engine.objective.model) as model:
-        runner = Runner(plan, model, ParallelMesh.local())
+        runner = EvalRunner(plan, model, ParallelMesh.local())
         for batch in batches(todo, plan.config.batch_size, plan.config.max_batch_tokens, plan.border):
             for record in (record for records in runner.run_batch(batch) for record in records):
                 if record["error"] is not None:

@@ -20,7 +20,7 @@ from d2o_dist.engine.runner import BatchError
 from d2o_dist.eval import runner as runner_module
 from d2o_dist.eval.aggregate import summarise
 from d2o_dist.eval.evaluate import check_parallel, evaluate
-from d2o_dist.eval.plan import Plan, prepare
+from d2o_dist.eval.plan import EvalPlan, prepare
 from d2o_dist.eval.reading import Reading
 from d2o_dist.eval.store import RankFile, read_records
 from d2o_dist.eval.table import report
@@ -45,13 +45,13 @@ def folder(tmp_path_factory):
     return str(make_folder(tmp_path_factory.mktemp("model"), template=False, max_position_embeddings=640))
 
 
-def plan_of(folder: str, output, **values) -> Plan:
+def plan_of(folder: str, output, **values) -> EvalPlan:
     values = {"model": folder, "output": str(output), "device": "cpu", "tasks": TASKS, "methods": METHODS,
               "keep_ratios": [0.3], **values}  # fmt: skip
     return prepare(EvalConfig.from_dict(values), {"essays": lambda: TEXT})
 
 
-def run(plan: Plan, **kwargs):
+def run(plan: EvalPlan, **kwargs):
     return evaluate(plan, ParallelMesh.local(), **kwargs)
 
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from d2o_dist.cli import infer
-from d2o_dist.engine.runner import Runner
+from d2o_dist.engine.runner import InferRunner
 from tests.cli.speak import speak
 from tests.launch.test_infer import FIELDS, job  # noqa: F401  a fixture
 from tests.ranks import run_ranks
@@ -26,7 +26,7 @@ def meddled(rank, world, folder, done, how, target, output, argv) -> tuple[int, 
 
     It is done once the first batch is written; of two ranks rank 0 does it in its first batch, and rank 1 waits for it.
     """
-    real, batches = Runner.run_batch, []
+    real, batches = InferRunner.run_batch, []
 
     def run_batch(self, batch):
         batches.append(batch)
@@ -37,7 +37,7 @@ def meddled(rank, world, folder, done, how, target, output, argv) -> tuple[int, 
             done.touch()
         return real(self, batch)
 
-    with chdir(folder), patch.object(Runner, "run_batch", run_batch):
+    with chdir(folder), patch.object(InferRunner, "run_batch", run_batch):
         return speak(infer.main, [*FIELDS, "sampling.max_new_tokens=5", "--output", str(output), *argv])
 
 

@@ -11,7 +11,7 @@ import torch
 from d2o_dist.comm import ParallelMesh, build_mesh
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.eval.plan import prepare as prepare_evaluation
-from d2o_dist.eval.runner import Runner
+from d2o_dist.eval.runner import EvalRunner
 from d2o_dist.models.loading import load_model
 from d2o_dist.train.loop import train
 from d2o_dist.train.tasks import run_tasks
@@ -53,7 +53,7 @@ def evaluated(folder: Path, model: Path) -> dict[str, float]:
         ),
         {},
     )  # fmt: skip
-    runner, found = Runner(plan, load_model(plan.config.infer()), ParallelMesh.local()), {}
+    runner, found = EvalRunner(plan, load_model(plan.config.infer()), ParallelMesh.local()), {}
     primary = {task.name: task.primary for task in plan.tasks}
     for job in plan.jobs:
         for [record] in runner.run_batch([(job, tuple(plan.methods))]):
