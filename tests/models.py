@@ -62,7 +62,10 @@ def tiny_model(family: str = "llama", *, attention: str = "d2o", seed: int = 0, 
     """A random model of `family` in float64, in evaluation mode. The same seed gives the same weights."""
     config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(seed)
-    config = config_class(**{**_COMMON, **extra, **overrides})
+    values = {**_COMMON, **extra, **overrides}
+    if "layer_types" in values:
+        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
+    config = config_class(**values)
     config._attn_implementation = attention
     return model_class(config).double().eval()
 

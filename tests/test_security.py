@@ -136,4 +136,6 @@ def test_a_run_writes_its_output_and_nothing_else(model, tmp_path):
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert json.loads(output.read_text())["error"] is None
-    assert [path for place in places.values() for path in place.rglob("*") if not path.is_dir()] == [output]
+    assert [path for place in places.values() for path in place.rglob("*") if not path.is_dir()] == [
+        output, output.with_name("answers.jsonl.job")
+    ]

@@ -103,7 +103,7 @@ def evict_ordered(
     gain = rate_gain(everyone, rates, config)
     if gain is not None:
         gain = gain if selection is None else gain.gather(-1, selection.keep_idx)
-        kept = add_rates(kept, held.own(gain))
+        kept = add_rates(kept, held.own(gain)[..., : kept.positions.shape[-1]])
     return kept, state
 
 

@@ -44,9 +44,9 @@ def test_good_rows(tmp_path):
         ({"prompt": "a", "messages": []}, "this one has both prompt and messages"),
         ({"prompt": 3}, r"prompt \(3\) must be a non-empty string"),
         ({"prompt": ""}, r"prompt \(''\) must be a non-empty string"),
-        ({"prompt": "a\ud800"}, r"prompt has a lone surrogate \('\\ud800' at place 1\)"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, r"messages\[0\].content has a lone surrogate"),
-        ({"prompt": "a", "stop": "\udcff"}, "stop has a lone surrogate"),
+        ({"prompt": "a\ud800"}, r"prompt has half a surrogate pair \('\\ud800'\) as its character 2"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, r"messages\[0\].content has half a surrogate pair"),
+        ({"prompt": "a", "stop": "\udcff"}, "stop has half a surrogate pair"),
         ({"messages": "hi"}, "messages must be a non-empty list, not 'hi'"),
         ({"messages": []}, "messages must be a non-empty list"),
         ({"messages": ["hi"]}, r"messages\[0\] must be an object, not str"),
@@ -98,7 +98,7 @@ def test_sources_that_cannot_be_read(tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_prompts(str(tmp_path / name), None)
-    with pytest.raises(ValueError, match="prompt has a lone surrogate"):  # a byte of the command line, undecoded
+    with pytest.raises(ValueError, match="prompt has half a surrogate pair"):  # a byte of the command line, undecoded
         read_prompts(None, "\udcff")
     with pytest.raises(ValueError, match="exactly one of prompts"):
         read_prompts(None, None)

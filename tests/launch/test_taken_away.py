@@ -28,14 +28,14 @@ def meddled(rank, world, folder, done, how, target, output, argv) -> tuple[int, 
     """
     real, batches = InferRunner.run_batch, []
 
-    def run_batch(self, batch):
+    def run_batch(self, batch, *args):
         batches.append(batch)
         while rank == 1 and not done.exists():
             time.sleep(0.05)
         if rank == 0 and len(batches) == (2 if world == 1 else 1):
             meddle(how, target)
             done.touch()
-        return real(self, batch)
+        return real(self, batch, *args)
 
     with chdir(folder), patch.object(InferRunner, "run_batch", run_batch):
         return speak(infer.main, [*FIELDS, "sampling.max_new_tokens=5", "--output", str(output), *argv])

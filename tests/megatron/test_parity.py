@@ -42,7 +42,7 @@ def on_megatron(rank, world, one, tp, cp):
     from tests.megatron.gpt import gpt_of, megatron_ranks
 
     with megatron_ranks(tp, cp) as mesh, torch.no_grad():
-        model = tiny_model(one.family, seed=one.seed, **one.model)
+        model = tiny_model(one.family, seed=one.seed, num_hidden_layers=one.layers, **one.model)
         gpt = MegatronModel(gpt_of(model), model.config.vocab_size)
         return play_on(Session(gpt, one.config, mesh, ParallelConfig(tp=tp, sp=cp)), one)
 
