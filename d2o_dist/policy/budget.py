@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2o_dist.fields.checks import is_integer
+from d2o_dist.fields.checks import MAX_INTEGER, is_integer
 from d2o_dist.fields.declare import choice, flag, integer, real
 from d2o_dist.fields.show import shown
 from d2o_dist.policy.rule import Rule, registry
@@ -79,6 +79,8 @@ class BudgetRule(Rule):
         for index in self.protected_layers:
             if not is_integer(index):
                 raise ValueError(f"budget.protected_layers has {shown(index)}; layer indices are integers")
+            if abs(index) > MAX_INTEGER:
+                raise ValueError(f"budget.protected_layers has {shown(index)}; it must be at most {MAX_INTEGER}")
         super().__post_init__()
 
     def protected(self, num_layers: int) -> frozenset[int]:

@@ -31,6 +31,7 @@ REFUSED = [
     ({"budget": {"statistic": "rw"}}, r"budget.statistic \('rw'\) must be one of .*Did you mean \"raw\"\?"),
     ({"budget": {"min_layer_ratio": 1.5}}, r"budget.min_layer_ratio \(1.5\) must be in \[0, 1\]"),
     ({"budget": {"protected_layers": "0"}}, r"budget.protected_layers \('0'\) must be a list of layer indices"),
+    ({"budget": {"protected_layers": [10**400]}}, r"budget.protected_layers has 1000.*; it must be at most 92233"),
     ({"budget": {"protected_layers": [0.5]}}, r"budget.protected_layers has 0.5; layer indices are integers"),
     ({"budget": {"rule": "pyramid", "per_head": True}}, r"budget.per_head \(True\) must be false"),
     ({"budget": {"min_layer_ratio": 0.5}, "keep_ratio": 0.2}, r"budget.min_layer_ratio \(0.5\) alone exceeds"),
