@@ -139,7 +139,7 @@ def test_finished_rows_are_not_run_again(done, folder, tmp_path, monkeypatch):
     outcome = run(again, on_results=counted.append)
     assert sum(counted) == 27 - 14 and outcome.num_results == 27
     assert comparable(tmp_path) == comparable(output)
-    monkeypatch.setattr(runner_module.Runner, "run_batch", None)
+    monkeypatch.setattr(runner_module.EvalRunner, "run_batch", None)
     assert run(again).num_results == 27
     # Another budget is another result; the old ones stay.
     monkeypatch.undo()
@@ -206,8 +206,8 @@ def test_what_fails_on_one_rank_of_a_request_is_no_bad_usage(folder, tmp_path, m
     def fails(*args):
         raise ValueError("not on rank 0")
 
-    monkeypatch.setattr(runner_module.Runner, "_shared", True)
-    monkeypatch.setattr(runner_module.Runner, "_read", fails)
+    monkeypatch.setattr(runner_module.EvalRunner, "_shared", True)
+    monkeypatch.setattr(runner_module.EvalRunner, "_read", fails)
     with pytest.raises(BatchError, match="rows 260-1-0 of needle failed: ValueError: not on rank 0"):
         run(plan_of(folder, tmp_path, tasks=TASKS[:1]))
 
