@@ -134,7 +134,9 @@ def configurations(draw: Any) -> Given:
         if draw(st.integers(0, 9)) == 0:
             path = (*path[:-1], draw(st.text(max_size=12) | st.sampled_from([LONG, 7, None, "keep_ration"])))
         known = draw(st.booleans()) and path[-1] in KNOWN
-        put(values, path, draw(st.sampled_from(KNOWN[path[-1]]) if known else _odd | st.sampled_from(PYTHON)))
+        # A copy of what is known: a later change is not to change what others draw.
+        drawn = draw(st.sampled_from(KNOWN[path[-1]]).map(copy.deepcopy) if known else _odd | st.sampled_from(PYTHON))
+        put(values, path, drawn)
         changed += [key for key in path if isinstance(key, str)]
     return Given(kind, values, tuple(changed))
 
