@@ -15,7 +15,7 @@ from d2o_dist.evict.exchange import ByHeads
 from d2o_dist.evict.merge import merge_evicted
 from d2o_dist.evict.prompt import Whole, evict_ordered
 from d2o_dist.kernels.nearest_kept import nearest_kept
-from d2o_dist.layout.heads import Heads
+from d2o_dist.layout.heads import HeadLayout
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.slots import D2OState, Slots, stats_dtype
 from d2o_dist.slots.step import DecodeStep
@@ -53,7 +53,7 @@ class DecodeLayer:
         slots = random_slots(heads[1], held, head_dim, dtype, device)
         positions = torch.linspace(0, seen - 1, held, dtype=torch.float64, device=device).long()
         store = SlotStore.of(slots.replace(positions=positions.repeat(1, heads[1], 1)), [held])
-        block = HeadBlock(config, Heads(RequestRanks.alone(), store))
+        block = HeadBlock(config, HeadLayout(RequestRanks.alone(), store))
         block.slot_budgets = [held]
         return cls(config, block, seen)
 

@@ -20,7 +20,7 @@ from d2o_dist.engine.messages import render
 from d2o_dist.models.loading import load_model
 from d2o_dist.train.engine import STATE_FILE, TorchEngine
 from tests.engine.tiny import make_folder, make_tokenizer
-from tests.test_house import REPO, imported, sources
+from tests.house import REPO, imported, sources
 
 SMALL = ("sampling.max_new_tokens=2", "device=cpu")
 PICKLES = ("pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from d2o_dist.layout.forward import Chunk, DealtChunk
-from d2o_dist.layout.heads import Heads
-from d2o_dist.layout.sequence import Sequence as SequenceLayout
+from d2o_dist.layout.heads import HeadLayout
+from d2o_dist.layout.sequence import SequenceLayout
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.slots import D2OState
@@ -29,7 +29,7 @@ class HeadBlock:
         state: threshold and counts.
     """
 
-    def __init__(self, config: D2OConfig, layout: Heads | SequenceLayout) -> None:
+    def __init__(self, config: D2OConfig, layout: HeadLayout | SequenceLayout) -> None:
         self.config, self.layout = config, layout
         self.slot_budgets: list[int] | None = None
         self.state = D2OState()
@@ -110,7 +110,7 @@ class HeadBlock:
         """A block of one KV head of this one, whose first prefill is over; it holds views of this one's slots."""
         assert not self._first and self.state.num_dropped is None
         slots = self.store.slots.map(lambda tensor: tensor[:, head : head + 1])
-        made = HeadBlock(self.config, Heads(self.layout.ranks, SlotStore.of(slots, self.kv_len)))
+        made = HeadBlock(self.config, HeadLayout(self.layout.ranks, SlotStore.of(slots, self.kv_len)))
         made._first = False
         return made
 

@@ -14,8 +14,8 @@ from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
 from d2o_dist.layout.forward import Chunk, DealtChunk, SecondReading
-from d2o_dist.layout.heads import Heads
-from d2o_dist.layout.sequence import Sequence as SequenceLayout
+from d2o_dist.layout.heads import HeadLayout
+from d2o_dist.layout.sequence import SequenceLayout
 from d2o_dist.slots.rows import Rows
 
 
@@ -30,7 +30,7 @@ class Dealing:
     def __init__(self, ranks: RequestRanks) -> None:
         self.ranks = ranks
         spread = ranks.deals_tokens and ranks.parallel.sp_prefill != "ulysses"
-        self.layout: type[Heads] | type[SequenceLayout] = SequenceLayout if spread else Heads
+        self.layout: type[HeadLayout] | type[SequenceLayout] = SequenceLayout if spread else HeadLayout
         self.latest: Deal | None = None
         self.rows: Rows | None = None
         self._placement: Placement | None = None

@@ -22,7 +22,7 @@ from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.layout.forward import Forward, SecondReading, Step
-from d2o_dist.layout.sequence import Sequence as SequenceLayout
+from d2o_dist.layout.sequence import SequenceLayout
 from d2o_dist.policy.budget import check_total
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.rows import Rows

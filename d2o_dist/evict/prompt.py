@@ -27,7 +27,7 @@ from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 Merge = Callable[[Slots, Slots, Tensor, Tensor, Tensor, MergeRule], Slots]
 
 
-class Held(Protocol):
+class PromptSlots(Protocol):
     """The slots of a layer, or of some heads of it, as one rank holds them. Every rank makes the same calls."""
 
     @property
@@ -62,7 +62,7 @@ class Held(Protocol):
 
 
 def evict_ordered(
-    held: Held,
+    held: PromptSlots,
     budget: LayerBudget,
     state: D2OState,
     config: D2OConfig,
@@ -123,45 +123,45 @@ class Whole:
 
     @property
     def statistics(self) -> Slots:
-        """As `Held.statistics`."""
+        """As `PromptSlots.statistics`."""
         return self.slots
 
     def decide(self, choice: Tensor | None) -> Tensor | None:
-        """As `Held.decide`. What copies of a slot rank by may differ by a last bit."""
+        """As `PromptSlots.decide`. What copies of a slot rank by may differ by a last bit."""
         return None if choice is None else self.exchange.from_first_copy(choice)
 
     def part(self, selection: Selection | None) -> tuple[Slots, Slots | None]:
-        """As `Held.part`."""
+        """As `PromptSlots.part`."""
         if selection is None:
             return self.slots.map(lambda tensor: tensor[:, :, : int(self.slots.kv_len.max())]), None
         kept = self.slots.take(selection.keep_idx, selection.keep_valid)
         return kept, self.slots.take(selection.evict_idx, selection.evict_valid)
 
     def targets(self, kept: Slots, selection: Selection) -> tuple[Tensor, Tensor]:
-        """As `Held.targets`."""
+        """As `PromptSlots.targets`."""
         return kept.keys, selection.is_target
 
     def found(self, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Held.found`."""
+        """As `PromptSlots.found`."""
         return similarity, target
 
     def reports(self, reports: Tensor, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Held.reports`."""
+        """As `PromptSlots.reports`."""
         assert self.slots.positions.shape[-1] < MAX_FOUND or self.exchange.own_heads is None
         return self.exchange.reports(reports, similarity, target, None)[:3]
 
     def fold(
         self, kept: Slots, evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
     ) -> Slots:
-        """As `Held.fold`."""
+        """As `PromptSlots.fold`."""
         return self.merge(kept, evicted, similarity, target, merged, rule)
 
     def own(self, tensor: Tensor) -> Tensor:
-        """As `Held.own`."""
+        """As `PromptSlots.own`."""
         return tensor
 
     def nothing_stays(self) -> None:
-        """As `Held.nothing_stays`."""
+        """As `PromptSlots.nothing_stays`."""
         if self.exchange.own_heads is not None and self.exchange.per_head:
             self.exchange.gather(self.slots.scores[:1, :1, :0])
 

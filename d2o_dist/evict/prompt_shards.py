@@ -53,7 +53,7 @@ class Listed:
 
 
 class Shards:
-    """As `prompt.Held`.
+    """As `prompt.PromptSlots`.
 
     Args:
         slots: [B, H, W, ...] of this rank, W the same on all ranks; unused ones have position -1.
@@ -72,11 +72,11 @@ class Shards:
         return self.ranks.parallel.merge_scope == "global"
 
     def decide(self, choice: Tensor | None) -> Tensor | None:
-        """As `Held.decide`. Powers and sums round otherwise on another rank."""
+        """As `PromptSlots.decide`. Powers and sums round otherwise on another rank."""
         return None if choice is None else self.ranks.from_first_copy(self.ranks.sp.broadcast(choice, 0))
 
     def part(self, selection: Selection | None) -> tuple[Slots, Slots | None]:
-        """As `Held.part`."""
+        """As `PromptSlots.part`."""
         rank, everything = self.ranks.sp.rank, self._positions
         if selection is None:
             count = int(self.statistics.kv_len.max())
@@ -98,7 +98,7 @@ class Shards:
         return self.slots.take(listed.local.gather(-1, which), have)
 
     def targets(self, kept: Slots, selection: Selection) -> tuple[Tensor, Tensor]:
-        """As `Held.targets`. One collective, unless each rank merges its own."""
+        """As `PromptSlots.targets`. One collective, unless each rank merges its own."""
         if not self._merges_globally:
             return kept.keys, selection.is_target.gather(-1, self._here(kept)) & (kept.positions >= 0)
         index = self._kept.local.unsqueeze(-1).expand(*self._kept.local.shape, self.slots.keys.shape[-1])
@@ -106,7 +106,7 @@ class Shards:
         return self.ranks.sp.all_reduce(keys), selection.is_target
 
     def found(self, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Held.found`; targets of others are 0. One collective: with all similarities every rank decides what one
+        """As `PromptSlots.found`; targets of others are 0. One collective: with all similarities every rank decides as one
         process would."""
         which, have = self._evicted.here(similarity.shape[-1])
         spread = similarity.new_zeros(self._evicted.owner.shape)
@@ -114,14 +114,14 @@ class Shards:
         return self.ranks.sp.all_reduce(spread.scatter_add_(-1, which, torch.where(have, similarity, 0))), targets
 
     def reports(self, reports: Tensor, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Held.reports`."""
+        """As `PromptSlots.reports`."""
         assert self._kept.owner.shape[-1] < MAX_FOUND
         return BySequence(self.ranks).reports(reports, similarity, target, target >= 0)[:3]
 
     def fold(
         self, kept: Slots, evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
     ) -> Slots:
-        """As `Held.fold`. One collective, unless each rank merges its own."""
+        """As `PromptSlots.fold`. One collective, unless each rank merges its own."""
         num_targets = self._kept.owner.shape[-1] if self._merges_globally else kept.positions.shape[-1]
         if num_targets == 0:
             return kept  # a rank that keeps nothing, and merges its own: its tokens have no target
@@ -136,11 +136,11 @@ class Shards:
         return self._kept.here(kept.positions.shape[-1])[0]
 
     def own(self, tensor: Tensor) -> Tensor:
-        """As `Held.own`."""
+        """As `PromptSlots.own`."""
         return tensor[..., : self._kept.owner.shape[-1]].gather(-1, self._kept.here()[0])
 
     def nothing_stays(self) -> None:
-        """As `Held.nothing_stays`: all ranks have the same heads."""
+        """As `PromptSlots.nothing_stays`: all ranks have the same heads."""
 
     def _to_owners(self, sums: Tensor) -> Tensor:
         """[B, H, K, X] of what this rank's evicted tokens bring -> [B, H, M, X] of what all bring to the slots here."""

@@ -24,7 +24,7 @@ from d2o_dist.statistics.last_queries import LastQueries
 from d2o_dist.statistics.reading import Reading
 
 
-class Heads:
+class HeadLayout:
     """The layout of one block of heads.
 
     Args:
@@ -163,7 +163,7 @@ class Heads:
         """Hold the slots in buffers of their own, in order."""
         self.store.leave()
 
-    def join(self, other: Heads) -> None:
+    def join(self, other: HeadLayout) -> None:
         """Hold the rows of another block too."""
         self.store.join(other.store)
 

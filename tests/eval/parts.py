@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+
 from d2o_dist.eval.encode import Encoder
 from d2o_dist.eval.examples import Tools
 from tests.engine.tiny import make_tokenizer
@@ -15,3 +18,12 @@ def make_tools(*, template: bool = False, seed: int = 0, max_positions: int | No
     tokenizer = make_tokenizer(template=template)
     encoder = Encoder(tokenizer, max_positions=max_positions)
     return Tools(tokenizer, lambda name: TEXT, encoder.count, seed, max_positions)
+
+
+def write(folder, task, rows, compress=False):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if compress:
+        with gzip.open(folder / f"{task}.jsonl.gz", "wt") as file:
+            file.write(text)
+    else:
+        (folder / f"{task}.jsonl").write_text(text)

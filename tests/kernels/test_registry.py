@@ -17,7 +17,7 @@ from d2o_dist import kernels
 from d2o_dist.kernels import backend, launch, registry
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.registry import OPS, Call, Implementation, Op, Torch, Triton
-from tests.test_house import imported
+from tests.house import imported
 
 FOLDER = Path(kernels.__file__).parent
 
