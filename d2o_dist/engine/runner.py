@@ -77,8 +77,9 @@ class InferRunner:
         """The records of one batch. If it fails as a whole, its rows are tried one by one. If the run is to end, rows
         that were not finished have none.
 
-        Where several ranks hold a request nothing is tried again, unless all of them failed at the same point: they
-        may have failed at different ones, and would wait for each other. The error is raised, and ends the job.
+        Where several ranks hold a request only `NotFiniteError` is tried again: the ranks share the variances of
+        attention, so that all of them raise it at the same step. After any other error they may stand at different
+        steps, and would wait for each other. That error is raised, and ends the job.
 
         Args:
             on_step: called after every token of the batch.

@@ -68,9 +68,9 @@ class EvalRunner:
         """Records, method after method. If a batch fails, its rows are tried one by one; a row that fails alone gets
         a record with an error for each method that is missing then.
 
-        Where several ranks share a request nothing is tried again, unless all of them failed at the same point: they
-        may have failed at different ones, and would wait for each other. The error ends the job; what was written
-        stays.
+        Where several ranks share a request only `NotFiniteError` is tried again: the ranks share the variances of
+        attention, so that all of them raise it at the same step. After any other error they may stand at different
+        steps, and would wait for each other. That error ends the job; what was written stays.
 
         Raises:
             BatchError: only where several ranks share a request.

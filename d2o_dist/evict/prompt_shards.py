@@ -106,8 +106,8 @@ class Shards:
         return self.ranks.sp.all_reduce(keys), selection.is_target
 
     def found(self, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """As `PromptSlots.found`; targets of others are 0. One collective: with all similarities every rank decides as one
-        process would."""
+        """As `PromptSlots.found`; targets of others are 0. One collective: with all similarities every rank decides as
+        one process would."""
         which, have = self._evicted.here(similarity.shape[-1])
         spread = similarity.new_zeros(self._evicted.owner.shape)
         targets = torch.zeros_like(spread, dtype=torch.int64).scatter_add_(-1, which, torch.where(have, target, 0))
