@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -26,6 +27,8 @@ FIELDS = (
 )  # fmt: skip
 
 Record = dict[str, Any]
+_AGAIN = " again"
+_CUT_OFF = re.compile(r", while rows \d+(, \d+)* ran$")
 
 
 def make_record(request: Request, result: Generated) -> Record:
@@ -54,6 +57,21 @@ def error_record(row: Request | BadRow, error: str | None = None) -> Record:
         "error": row.error if bad and error is None else error,
     }
     return {name: known.get(name) for name in FIELDS}
+
+
+def cut_off_record(request: Request, why: str, batch: Iterable[Request], again: bool) -> Record:
+    """The record of a row whose batch ended with the job, for one of the ranks that share it failed.
+
+    Which row is to blame is not known: the next run tries each of them once more, alone. What ends it then is final.
+    """
+    rows = ", ".join(str(one.index) for one in batch)
+    return error_record(request, f"{why}, while rows {rows} ran{_AGAIN if again else ''}")
+
+
+def is_cut_off(record: Record) -> bool:
+    """Whether a row is to be tried once more: see `cut_off_record`."""
+    error = record["error"]
+    return isinstance(error, str) and _CUT_OFF.search(error) is not None
 
 
 def to_line(record: Record) -> str:

@@ -20,7 +20,7 @@ from d2o_dist.engine.kept import reason, remove_scratch, replace_text
 from d2o_dist.engine.output import check_output
 from d2o_dist.engine.parts import check_own_parts, holds_records
 from d2o_dist.engine.paths import Named
-from d2o_dist.engine.records import Record, is_special, read_records
+from d2o_dist.engine.records import Record, is_cut_off, is_special, read_records
 from d2o_dist.engine.startup import flat
 from d2o_dist.fields.io import to_json
 from d2o_dist.models.digest import model_digests, one_digest, tokenizer_digests
@@ -42,11 +42,13 @@ class Earlier:
     Attributes:
         records: of rows that stay, by index.
         files: that hold them.
+        cut_off: indices of rows whose batch a rank's failure ended, to be tried once more.
         goes_on: whether there were such runs.
     """
 
     records: dict[int, Record] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    cut_off: tuple[int, ...] = ()
     goes_on: bool = False
 
 
@@ -97,13 +99,14 @@ def check_job(config: InferConfig, job: Job, replicas: int, inputs: Sequence[Nam
 
 
 def find_earlier(config: InferConfig, num_rows: int) -> Earlier:
-    """The rows that earlier runs of this job have finished; without failed ones where those are to be tried again."""
+    """The rows that earlier runs of this job have finished; without those that are to be tried again."""
     path = Path(config.output)
     files = (path, *check_own_parts(path))
     records = {index: record for index, record in read_records(files).items() if 0 <= index < num_rows}
-    if config.retry_failed:
-        records = {index: record for index, record in records.items() if record["error"] is None}
-    return Earlier(records, files, True)
+    again = [index for index, record in records.items() if is_cut_off(record)]
+    gone = {index for index, record in records.items() if config.retry_failed and record["error"]}.union(again)
+    records = {index: record for index, record in records.items() if index not in gone}
+    return Earlier(records, files, tuple(sorted(again)), True)
 
 
 def begin(output: str, job: Job, goes_on: bool) -> None:

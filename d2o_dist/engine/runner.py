@@ -21,7 +21,7 @@ from d2o_dist.engine.loop import Generated, generate
 from d2o_dist.engine.output import lock_path
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.plan import InferPlan
-from d2o_dist.engine.records import Record, error_record, make_record
+from d2o_dist.engine.records import Record, cut_off_record, error_record, make_record
 from d2o_dist.engine.results import BatchError, Results
 from d2o_dist.engine.resume import Earlier, begin, check_job, find_earlier
 from d2o_dist.engine.session import Session
@@ -40,6 +40,7 @@ class InferRunner:
         on_text: called with pieces of text as they come; on_report: with a batch's cache report when it is done.
         log: called with a line about something that went wrong and was dealt with.
         stop: asked at every step whether the run is to end.
+        cut_off: indices of rows that are tried once more (see `records.cut_off_record`).
 
     Attributes:
         rank_bytes: buffers of the cache on this rank after the prefill of its largest batch.
@@ -58,6 +59,7 @@ class InferRunner:
         on_report: Callable[[CacheReport], None] | None = None,
         log: Callable[[str], None] = lambda line: None,
         stop: Stop | None = None,
+        cut_off: Collection[int] = (),
     ) -> None:
         self.config = config
         self.model = loading.adapt(model)
@@ -71,6 +73,7 @@ class InferRunner:
         self._trace = trace
         self._stop = Stop() if stop is None else stop
         self._stopped = False
+        self._cut_off = cut_off
         self._on_text, self._on_report, self._log = on_text, on_report, log
 
     def run_batch(self, batch: Sequence[Request], on_step: Callable[[], None] = lambda: None) -> list[Record]:
@@ -125,7 +128,7 @@ class InferRunner:
             why = message
             tell_peers(self.mesh, message)
         rows = ", ".join(str(request.index) for request in batch)
-        records = [error_record(request, f"{why} while rows {rows} ran") for request in batch]
+        records = [cut_off_record(request, why, batch, request.index in self._cut_off) for request in batch]
         return BatchError(f"the batch of rows {rows} failed: {message}", records)
 
     def _run(self, batch: Sequence[Request]) -> list[Record]:
@@ -196,8 +199,9 @@ def run(
     with only_writer(config.output, lock, mesh, check):
         with agreed(mesh):
             earlier = find_earlier(config, plan.num_rows) if goes_on else Earlier()
-        finished = Collectives(mesh.axis("world")).broadcast_object(sorted(earlier.records))
-        batches = _batches(config, plan, mesh.dp, set(finished))
+        known = sorted(earlier.records), earlier.cut_off
+        finished, cut_off = Collectives(mesh.axis("world")).broadcast_object(known)
+        batches = _batches(config, plan, mesh.dp, set(finished), set(cut_off))
         trace = None if config.trace is None else Trace(config.trace, mesh)
         stop = Stop() if stop is None else stop
         runner = None
@@ -205,7 +209,7 @@ def run(
             model = loading.load_model(config, mesh)
             runner = InferRunner(
                 config, model, plan.tokenizer, mesh, trace=trace, on_text=on_text, on_report=on_report, log=log,
-                stop=stop,
+                stop=stop, cut_off=cut_off,
             )  # fmt: skip
         with agreed(mesh):
             check()  # weights may have taken minutes
@@ -219,14 +223,18 @@ def run(
         return results.end(times, rank_bytes, wall_s, log)
 
 
-def _batches(config: InferConfig, plan: InferPlan, replicas: int, finished: Collection[int]) -> list[list[Request]]:
+def _batches(
+    config: InferConfig, plan: InferPlan, replicas: int, finished: Collection[int], alone: Collection[int]
+) -> list[list[Request]]:
     """Batch by batch, longest first; small enough that every replica has something to do.
 
-    Finished rows are taken out of the batches of the whole job, so that the others are computed as they would be.
+    Finished rows are taken out of the batches of the whole job, so that the others are computed as they would be. Rows
+    that may end the job come last, each alone.
     """
     lengths = [len(request.input_ids) for request in plan.requests]
     fair = -(-len(lengths) // replicas)
     places = make_batches(lengths, max(1, min(config.max_batch_size, fair)), config.max_batch_tokens, plan.border)
     whole = [[plan.requests[place] for place in batch] for batch in places]
-    left = [[request for request in batch if request.index not in finished] for batch in whole]
-    return [batch for batch in left if batch]
+    out = {*finished, *alone}
+    left = [[request for request in batch if request.index not in out] for batch in whole]
+    return [*filter(None, left), *([request] for request in plan.requests if request.index in alone)]

@@ -27,7 +27,7 @@ from d2o_dist.eval.table import report
 from d2o_dist.policy.score import Accumulated
 from tests.engine.tiny import make_folder
 from tests.eval.parts import TEXT
-from tests.eval.test_tasks import row_of, write
+from tests.eval.test_longbench import row_of, write
 from tests.ranks import run_ranks
 
 TASKS = [

@@ -18,7 +18,7 @@ from d2o_dist.eval.plan import prepare
 from d2o_dist.fields.io import load_yaml
 from tests.engine.tiny import make_folder
 from tests.eval.parts import TEXT
-from tests.eval.test_tasks import row_of, write
+from tests.eval.test_longbench import row_of, write
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (REPO / "configs").glob("eval_*.yaml"))

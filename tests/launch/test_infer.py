@@ -125,8 +125,9 @@ def fail_in_the_second_batch(job, tmp_path, how) -> tuple[int, str, list[dict], 
     args = [how, "--output", str(tmp_path / "out.jsonl"), "--sp", "2", "sampling.max_new_tokens=20"]
     status, _, err = finish(start(job, launcher, *args, script=script))
     seconds = time.time() - float((job / "failed_at").read_text())
-    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    return status, err, records, seconds
+    # A later record of a row is that of a later try.
+    lines = map(json.loads, filter(None, (tmp_path / "out.jsonl").read_text().splitlines()))
+    return status, err, list({record["index"]: record for record in lines}.values()), seconds
 
 
 def test_a_rank_that_raises_ends_the_job_and_says_why_in_the_rows_of_its_batch(job, tmp_path):
@@ -136,10 +137,17 @@ def test_a_rank_that_raises_ends_the_job_and_says_why_in_the_rows_of_its_batch(j
     assert "failed\nTraceback" not in err and "[rank 0 of 2] failed" not in err, err
     assert [bool(record["text"]) for record in records] == [True, True, False, False]
     assert all("rank 1: ValueError: the original error" in record["error"] for record in records[2:])
+    # The next run tries both once more, last and each alone. What ends the job again is final.
+    first, second = sorted(record["index"] for record in records[2:])
+    _, _, records, _ = fail_in_the_second_batch(job, tmp_path, "raise")
+    errors = {record["index"]: record["error"] for record in records if record["error"]}
+    assert len(records) == 6 and set(errors) == {first, second}
+    assert errors[first].endswith(f"the original error, while rows {first} ran again")
+    assert errors[second].endswith(" ran")
 
 
 def test_a_rank_that_dies_ends_the_job_and_its_rows_are_written_as_failed(job, tmp_path):
-    """So that a job which goes on from here does not meet them again."""
+    """The next run tries them once more, alone."""
     status, err, records, seconds = fail_in_the_second_batch(job, tmp_path, "kill")
     assert status != 0 and seconds < 60, err
     assert [bool(record["text"]) for record in records] == [True, True, False, False]
