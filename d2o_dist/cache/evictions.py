@@ -24,7 +24,7 @@ from d2o_dist.evict.arena import ArenaEvictions, DueBlocks
 from d2o_dist.evict.budgets import eviction_budget, rows_due
 from d2o_dist.evict.exchange import ByHeads, BySequence
 from d2o_dist.evict.merge import merge_evicted
-from d2o_dist.evict.prompt import Whole, evict_ordered
+from d2o_dist.evict.prompt import Order, PromptSlots, Whole, evict_by, with_gain
 from d2o_dist.evict.prompt_shards import Shards
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy.config import D2OConfig
@@ -63,43 +63,52 @@ class Evictions:
 
     # ---- the end of a prompt ---------------------------------------------------------------------------------------
 
-    def at_prompt_end(self) -> None:
-        """Evict every block to its budget."""
+    def at_prompt_end(self, *, is_last: bool = True) -> None:
+        """Evict every block to its budget; is_last: whether the budgets stay, or are trimmed once more."""
         for index, layer in self.layers.items():
             for block in layer.blocks:
                 if not block.layout.is_spread:
                     if block.slot_budgets is not None:
-                        self._evict_heads(index, block)
+                        self._evict_heads(index, block, is_last)
                 elif block.slot_budgets is None:
-                    block.layout.settle_whole()
+                    if is_last:
+                        block.layout.settle_whole()
                 else:
-                    self._evict_spread(index, block)
+                    self._evict_spread(index, block, is_last)
         self._end_of_heads(1)
 
-    def _evict_heads(self, index: int, block: HeadBlock) -> None:
+    def _step(
+        self, held: PromptSlots, block: HeadBlock, budget: LayerBudget | None, is_last: bool
+    ) -> Slots:
+        """What an eviction of a block leaves here, of slots that rank as at its first one."""
+        order = block.order
+        if order is None:
+            seen = torch.tensor(self.num_seen, device=block.store.buffers.positions.device)
+            order = Order.of(held, self.config, seen, finalize=True)
+        left, block.state, order = evict_by(
+            held, order, budget or _all_of(block), block.state, self.config, nearest=nearest_kept
+        )
+        block.order = None if is_last else order
+        return with_gain(left, held, order) if is_last else left
+
+    def _evict_heads(self, index: int, block: HeadBlock, is_last: bool) -> None:
         """Of a block of which all slots are here. Collectives: one, if anything is merged; one more between copies of
         KV heads."""
         slots = block.store.slots
         budget, kv_len = self._budget_of(block)
         if budget is None and self._others_may_ask([self.layers[index]], 1):
             self._join(torch.uint8)
-        left, block.state = evict_ordered(
-            Whole(slots, self._by_heads, merge_evicted), budget or _all_of(block), block.state, self.config,
-            seen=self._seen_on(slots), nearest=nearest_kept,
-        )  # fmt: skip
+        left = self._step(Whole(slots, self._by_heads, merge_evicted), block, budget, is_last)
         block.store.hold(left, kv_len)
         if budget is not None and not self._per_head:
             self._check({index: [left.positions]})
 
-    def _evict_spread(self, index: int, block: HeadBlock) -> None:
+    def _evict_spread(self, index: int, block: HeadBlock, is_last: bool) -> None:
         """Of a block of which every rank has some slots; makes the shards of its heads level, whether any row is due or
         not."""
         held = Shards(block.layout.slots, self.ranks)
         budget, kv_len = self._budget_of(block)
-        left, block.state = evict_ordered(
-            held, budget or _all_of(block), block.state, self.config, seen=self._seen_on(held.slots),
-            nearest=nearest_kept,
-        )  # fmt: skip
+        left = self._step(held, block, budget, is_last)
         room = max(*block.slot_budgets, *kv_len) + (self.config.eviction_interval or 0)
         slots, counts, positions = held.level(left, room)
         most = max(self.config.split(slots)[1] for slots in block.slot_budgets)
@@ -111,9 +120,6 @@ class Evictions:
         device = block.store.buffers.positions.device
         due = eviction_budget(block.slot_budgets, block.kv_len, self.config, device)
         return (None, block.kv_len) if due is None else due
-
-    def _seen_on(self, slots: Slots) -> Tensor:
-        return torch.tensor(self.num_seen, device=slots.positions.device)
 
     # ---- while decoding --------------------------------------------------------------------------------------------
 
