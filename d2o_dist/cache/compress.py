@@ -16,6 +16,7 @@ from torch import Tensor
 
 from d2o_dist.cache.evictions import Evictions
 from d2o_dist.cache.layer import Layer
+from d2o_dist.cache.moving import Move
 from d2o_dist.cache.plans import (
     RowBudgets,
     assign_budgets,
@@ -42,6 +43,9 @@ class Compression:
         plans: of an earlier prompt, whose weights stay; None at the first.
         counted: `config` with `protected_layers` counted among `layers`.
         num_seen: tokens seen by each row, this prompt's included; num_kv_heads: of a layer of the whole model.
+
+    Attributes:
+        move: into the arena, which layers have made as soon as they were compressed; None: they have not.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Compression:
         self._is_first = plans is None
         self._squares: list[Tensor] = []
         self._num_done = 0
+        self.move: Move | None = None
 
     def at_once(self) -> list[RowBudgets]:
         """Compress all layers; the plan of each row's budgets."""
@@ -88,8 +93,13 @@ class Compression:
         self._part(layer)
         if self._num_done == 0:
             self._plans = self._plan(self._plans) if is_known else self._plan(None, factor=HEADROOM, count=0)
+            self.move = self._begin_move(layer) if is_known else None
         assign_budgets([layer], self._num_done, self._plans, self._counted)
         self._evict({index: layer}, is_last=is_known)
+        if self.move is not None:
+            for block in layer.blocks:
+                if block.slot_budgets is not None:
+                    self.move.enter(block)
         self._num_done += 1
         if not is_known:
             for part, factor in TRIMS:
@@ -117,6 +127,19 @@ class Compression:
         layers = {index: self._layers[index] for index in done}
         assign_budgets(layers.values(), 0, self._plans, self._counted)
         self._evict(layers, is_last=False)
+
+    def _begin_move(self, layer: Layer) -> Move | None:
+        """Where budgets are known and slots will not be spread: the whole arena, before layers have anything to put in.
+        Else what they hold by then lies in memory twice."""
+        if self._config.eviction_interval is None or self._ranks.deals_tokens:
+            return None
+        units = len(layer.budgeted)
+        here = [unit for unit, one in enumerate(layer.budgeted) if one in layer.blocks]
+        evicted = set(range(len(self._layers))) - self._counted.budget.protected(len(self._layers))
+        budgets = [[plan.slots[n * units + unit] for plan in self._plans] for n in sorted(evicted) for unit in here]
+        heads = [block.store.shape[0] for block in layer.blocks] * len(evicted)
+        keys = layer.blocks[0].store.buffers.keys
+        return Move(budgets, heads, self._config, keys, self._ranks) if budgets else None
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 

@@ -14,22 +14,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.layer import Layer
+from d2o_dist.cache.moving import Move
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.evict.agree import check_agreement
 from d2o_dist.evict.arena import ArenaEvictions, DueBlocks
 from d2o_dist.evict.budgets import eviction_budget, rows_due
-from d2o_dist.evict.exchange import ByHeads, BySequence
+from d2o_dist.evict.exchange import ByHeads
 from d2o_dist.evict.merge import merge_evicted
 from d2o_dist.evict.prompt import Order, PromptSlots, Whole, evict_by, with_gain
 from d2o_dist.evict.prompt_shards import Shards
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy.config import D2OConfig
-from d2o_dist.slots.arena import Arena, Block
-from d2o_dist.slots.codec import Codec
+from d2o_dist.slots.arena import Arena
 from d2o_dist.slots.slots import D2OState, LayerBudget, Slots, last_of
 
 
@@ -123,32 +122,22 @@ class Evictions:
 
     # ---- while decoding --------------------------------------------------------------------------------------------
 
-    def in_arena(self) -> ArenaEvictions | None:
-        """Move every block that has a budget into one arena, where it stays while decoding; None if there is none."""
+    def in_arena(self, move: Move | None) -> ArenaEvictions | None:
+        """Move every block that has a budget into one arena, where it stays while decoding; None if there is none.
+
+        Args:
+            move: that all of them have taken part in already.
+        """
         blocks = [block for _, block in self._budgeted]
         if not blocks:
             return None
-        spread, interval, world = blocks[0].layout.is_spread, self.config.eviction_interval, self.ranks.sp.size
-        segments, free = [], []
-        for block in blocks:
-            room = [max(slots, held) + interval for slots, held in zip(block.slot_budgets, block.kv_len, strict=True)]
-            if spread:
-                room = [max(-(-max(room) // world), block.store.capacity)] * len(room)
-            free += room if spread else [most - held for most, held in zip(room, block.kv_len, strict=True)]
-            segments.append(Block(block.store.shape[0], max(room), tuple(room)))
-        keys = blocks[0].store.buffers.keys
-        arena = Arena(segments, Codec(self.config.storage, keys.shape[-1], keys.dtype), keys.device)
-        recent = [max(self.config.split(slots)[1] for slots in block.slot_budgets) for block in blocks]
-        newest = [block.layout.newest(most).flatten(0, 1) for block, most in zip(blocks, recent, strict=True)]
-        newest = torch.cat([pad(one, (max(1, *recent) - one.shape[1], 0), value=-1) for one in newest])
-        for number, block in enumerate(blocks):
-            block.layout.enter(arena.view(number), arena.codec)
-        shares = torch.cat([block.layout.shares.held.flatten(0, 1) for block in blocks]) if spread else None
-        arena.settle(max(free), shares, self.ranks.sp.rank)
-        self.hold_shares(arena)
-        exchange = BySequence(self.ranks) if spread else self._by_heads
-        seen = torch.tensor(self.num_seen, device=arena.start.device)
-        return ArenaEvictions(arena, self.config, newest, seen, nearest_kept, exchange)
+        if move is None:
+            move = Move.of(blocks, self.config, self.ranks)
+            for block in blocks:
+                move.enter(block)
+        evictions = move.end(self.num_seen, self._by_heads)
+        self.hold_shares(evictions.arena)
+        return evictions
 
     def hold_shares(self, arena: Arena) -> None:
         """Let spread blocks count in the arena's table, of which each has a part."""

@@ -350,7 +350,8 @@ class CompressedCache:
                 for layer in self.layers:
                     layer.spread(self.num_seen)
                 self.dealing.layout = SequenceLayout
-            self._decoding = Decoding(self.layers, self.config, self.ranks, self.num_seen)
+            move = None if layerwise is None else layerwise.move
+            self._decoding = Decoding(self.layers, self.config, self.ranks, self.num_seen, move)
         self.dealing.end_prefill()
 
     # ---- rows ----------------------------------------------------------------------------------------------------
