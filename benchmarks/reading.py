@@ -2,9 +2,9 @@
 
     python -m benchmarks.reading --lengths 16384 32768 --layers 30 --out docs/benchmarks/reading.json
 
-The model has SmolLM2-135M's shape with positions extended, float32, random weights: memory does not depend on them. Each
-case is a process of its own, for ru_maxrss only grows. What is printed is the rise over the loaded model, beside what
-`prompt_memory` calculates. Lines are written as they are measured.
+The model has SmolLM2-135M's shape with positions extended, float32, random weights: memory does not depend on them.
+Each case is a process of its own, for ru_maxrss only grows. What is printed is the rise over the loaded model, beside
+what `prompt_memory` calculates. Lines are written as they are measured.
 """
 
 from __future__ import annotations
@@ -107,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             command += [str(args.layers), "--case", str(number)]
             found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
             name, preset, ratio = case
-            row: dict[str, object] = {"tokens": length, "layers": args.layers, "reading": name, "preset": preset, "keep": ratio,
-                   "measured peak": round(float(found.split()[-1]), 1), **planned(case, args.layers, length)}  # fmt: skip
+            row: dict[str, object] = {"tokens": length, "layers": args.layers, "reading": name, "preset": preset}
+            measured = {"keep": ratio, "measured peak": round(float(found.split()[-1]), 1)}
+            row |= measured | planned(case, args.layers, length)
             print(json.dumps(row), flush=True)
             if args.out is not None:
                 with args.out.open("a", encoding="utf-8") as file:

@@ -64,6 +64,7 @@ class Compression:
         self._is_first = plans is None
         self._squares: list[Tensor] = []
         self._num_done = 0
+        self._aims: list[RowBudgets] | None = None
         self.move: Move | None = None
 
     def at_once(self) -> list[RowBudgets]:
@@ -94,7 +95,8 @@ class Compression:
         if self._num_done == 0:
             self._plans = self._plan(self._plans) if is_known else self._plan(None, factor=HEADROOM, count=0)
             self.move = self._begin_move(layer) if is_known else None
-        assign_budgets([layer], self._num_done, self._plans, self._counted)
+            self._aims = None if is_known else self._plan(None, count=0)
+        assign_budgets([layer], self._num_done, self._plans, self._counted, self._aims)
         self._evict({index: layer}, is_last=is_known)
         if self.move is not None:
             for block in layer.blocks:
@@ -124,8 +126,8 @@ class Compression:
             units = len(plan.slots) // len(self._layers) * len(done)
             less = map(min, plan.slots[:units], wanted.slots[:units])
             plan.slots = [*less, *plan.slots[units:]]
-        layers = {index: self._layers[index] for index in done}
-        assign_budgets(layers.values(), 0, self._plans, self._counted)
+        layers, self._aims = {index: self._layers[index] for index in done}, self._plan(None)
+        assign_budgets(layers.values(), 0, self._plans, self._counted, self._aims)
         self._evict(layers, is_last=False)
 
     def _begin_move(self, layer: Layer) -> Move | None:
