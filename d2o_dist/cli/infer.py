@@ -21,6 +21,7 @@ from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.kept import reason
 from d2o_dist.engine.plan import InferPlan, prepare
+from d2o_dist.engine.room import memory_comment
 from d2o_dist.engine.runner import run
 from d2o_dist.engine.startup import check_same_run
 from d2o_dist.engine.stop import STATUS_UNWRITTEN, Stop, StoppedError
@@ -154,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args
         config = read_config(args)
         if args.print_config:
-            print(dump_yaml(config.to_dict()) if launch.rank == 0 else "", end="")
+            text = "" if launch.rank else dump_yaml(config.to_dict()) + memory_comment(config)
+            print(text, end="")
             return EXIT_OK
         dp = config.parallel.replicas(launch.world_size)
         traces_beside(None if config.output == "-" else config.output)

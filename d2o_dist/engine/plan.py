@@ -16,6 +16,7 @@ from d2o_dist.engine.output import check_shared
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
 from d2o_dist.engine.resume import Job, check_job, describe
+from d2o_dist.engine.room import refuse_too_long
 from d2o_dist.engine.trace import check_trace
 from d2o_dist.fields.show import shown
 from d2o_dist.models import loading
@@ -86,7 +87,7 @@ def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -
     no_graph = check_graph(config.decode_graph, shape, device, cache.ranks)
     _check_lengths(config, shape.max_positions)
     tokenizer = loading.load_tokenizer(config)
-    encoded = encode_rows(rows, tokenizer, config, shape)
+    encoded = refuse_too_long(encode_rows(rows, tokenizer, config, shape), config, device)
     warnings = [f"{len(repeated)} ids are used more than once, such as {shown(next(iter(repeated)))}: tell rows apart "
                 "by their index" for repeated in [repeated_ids(rows)] if repeated]  # fmt: skip
     if no_graph and config.decode_graph == "auto" and device.type == "cuda":
