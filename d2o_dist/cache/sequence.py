@@ -135,7 +135,7 @@ class CompressedCache:
         """
         assert not self.in_forward
         if is_layerwise:
-            self.config.check_layerwise()
+            self.config.check_reading("layerwise")
         self._expected, self._tiles = expected, Tiles(num_tiles, is_layerwise=is_layerwise)
 
     def deal(self, mask: Tensor, *, more: bool = False) -> Deal:

@@ -19,7 +19,7 @@ from d2o_dist.policy.config import D2OConfig
 
 DTYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 CHAT_TEMPLATES = ("auto", "never", "always")
-READINGS = ("auto", "whole", "layerwise")
+READINGS = ("auto", "whole", "layerwise", "stream")
 DECODE_GRAPHS = ("auto", "always", "never")
 TRUNCATIONS = ("error", "middle", "left")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -52,9 +52,10 @@ class InferConfig:
         max_batch_size: rows of one batch at most.
         max_batch_tokens: prompt tokens of one batch at most, padding included; a longer row runs alone.
         reading: when a prompt is compressed: `whole` (when all layers have read it), `layerwise` (each layer as soon as
-            it has, so that the whole cache is never in memory), `auto` (`layerwise` where the result is the same).
+            it has, so that the whole cache is never in memory), `auto` (`layerwise` where the result is the same),
+            `stream` (after every `prefill_chunk` tokens, so that memory does not grow with the text; loses more).
         prefill_chunk: prompt tokens of one forward, or of one tile of a layer where `reading` is layer by layer; null:
-            the whole prompt at once, or tiles of 4096.
+            the whole prompt at once, tiles of 4096, or 2048 of a stream.
         decode_graph: whether decode steps are CUDA graphs, captured once and replayed: `auto` (where that is
             possible), `always` (an error where it is not), `never`.
         max_prompt_tokens: longest prompt, in tokens; null: what the model's positions leave beside `max_new_tokens`.
@@ -104,8 +105,6 @@ class InferConfig:
         check_choice("chat_template", self.chat_template, CHAT_TEMPLATES)
         check_choice("decode_graph", self.decode_graph, DECODE_GRAPHS)
         check_choice("reading", self.reading, READINGS)
-        if self.reading == "layerwise":
-            self.d2o.check_layerwise()
         check_choice("truncation", self.truncation, TRUNCATIONS)
         check_int("max_batch_size", self.max_batch_size, low=1)
         check_int("max_batch_tokens", self.max_batch_tokens, low=1)
@@ -124,6 +123,7 @@ class InferConfig:
         for name, kind in (("d2o", D2OConfig), *_SECTIONS.items()):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, not {type(getattr(self, name)).__name__}")
+        self.d2o.check_reading(self.reading)
         if self.prompts is not None and self.prompt is not None:
             raise ValueError(f"prompts ({clip(self.prompts)}) and prompt are two sources of prompts: give exactly one")
         if self.system_prompt is not None and self.chat_template == "never":

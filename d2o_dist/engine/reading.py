@@ -17,21 +17,23 @@ from d2o_dist.policy.config import D2OConfig
 TILE = 4096
 
 
-def reads_layerwise(reading: str, model: ModelAdapter, d2o: D2OConfig) -> bool:
-    """Whether prompts are compressed layer by layer while they are read.
+# Columns that a stream takes in before it evicts, where nothing is said.
+STREAM_CHUNK = 2048
 
-    Args:
-        reading: `whole`, `layerwise`, or `auto`: layer by layer where that leaves what `whole` leaves, and the model
-            takes tiles.
+
+def settle_reading(reading: str, model: ModelAdapter, d2o: D2OConfig) -> str:
+    """When prompts are compressed: `whole`, `layerwise` or `stream`; `auto` is layer by layer where that leaves what
+    `whole` leaves, and the model takes tiles.
 
     Raises:
-        ValueError: `layerwise`, and the rules or the model do not allow it.
+        ValueError: the rules or the model do not allow it.
     """
-    if reading == "layerwise":
-        d2o.check_layerwise()
-        if model.tile_refusal is not None:
-            raise ValueError(f"reading (layerwise) needs a model that takes tiles, but {model.tile_refusal}")
-    return reading == "layerwise" or (reading == "auto" and known_before(d2o) and model.tile_refusal is None)
+    if reading == "auto":
+        return "layerwise" if known_before(d2o) and model.tile_refusal is None else "whole"
+    d2o.check_reading(reading)
+    if reading == "layerwise" and model.tile_refusal is not None:
+        raise ValueError(f"reading (layerwise) needs a model that takes tiles, but {model.tile_refusal}")
+    return reading
 
 
 def chunk_ends(length: int, chunk: int | None) -> list[int]:
@@ -89,6 +91,18 @@ def read(
             logits = model.forward(
                 ids[:, start:end], positions[:, start:end], cache, told, all_logits=all_logits
             )  # fmt: skip
+        start = end
+    return logits
+
+
+def read_stream(model: ModelAdapter, cache: ModelCache, ids: Tensor, mask: Tensor, chunk: int) -> Tensor:
+    """As `read`, with an eviction after every `chunk` columns: what is held does not grow with the text.
+
+    A chunk sees what is left of those before it, so texts differ from those of other readings.
+    """
+    start = 0
+    for end in chunk_ends(ids.shape[1], chunk):
+        logits = read(model, cache, ids[:, start:end], mask[:, start:end], is_layerwise=True)
         start = end
     return logits
 

@@ -17,7 +17,7 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.cuda_graph import graph_recorder
-from d2o_dist.engine.reading import TILE, read, reads_layerwise
+from d2o_dist.engine.reading import STREAM_CHUNK, TILE, read, read_stream, settle_reading
 from d2o_dist.engine.stepper import Stepper
 from d2o_dist.models.loading import adapt
 from d2o_dist.policy.config import D2OConfig
@@ -53,7 +53,7 @@ class Session:
             arguments, and gets the same logits but for rounding. So tokens are picked on one rank and sent to the
             others: `Sampler` does, and so does `session.cache.ranks.from_first(tokens)`.
         decode_graph: whether decode steps are CUDA graphs: `auto` (where that is possible), `always`, `never`.
-        reading: when a prompt is compressed; see `layerwise_refusal` and `InferConfig`.
+        reading: when a prompt is compressed: `auto`, `whole`, `layerwise`, `stream`; see `InferConfig`.
 
     Raises:
         ValueError: what `ModelCache` refuses; `always` where it is impossible.
@@ -76,7 +76,7 @@ class Session:
     ) -> None:
         self.model = adapt(model)
         self.cache = self.model.make_cache(d2o, mesh, parallel, counter)
-        self._is_layerwise = reads_layerwise(reading, self.model, d2o)
+        self._reading = settle_reading(reading, self.model, d2o)
         recorder = graph_recorder(decode_graph, self.model.shape, self.device, self.cache.ranks)
         self._stepper = Stepper(self.model, recorder, required=decode_graph == "always")
         self.prefill_s: float | None = None
@@ -100,7 +100,7 @@ class Session:
         Args:
             attention_mask: [B, T], 0 marks padding, which is on the left.
             chunk: columns of one forward, or where a prompt is read layer by layer of a tile, at least 2; None: the
-                whole prompt, or tiles of `TILE`. Bounds the memory of activations.
+                whole prompt, tiles of `TILE`, or of a stream `STREAM_CHUNK`. Bounds the memory of activations.
 
         Raises:
             ValueError: a chunk below 2, a row that ends in padding or has no token, a later turn of one column.
@@ -113,11 +113,12 @@ class Session:
         if not bool(attention_mask[:, -1].all()) or bool((attention_mask.diff(dim=1) < 0).any()):
             raise ValueError("prompts must be padded on the left, and every row needs a token")
         began = self._now()
-        if self._is_layerwise and chunk is None and self.model.tile_refusal is None:
-            chunk = TILE
-        logits = read(
-            self.model, self.cache, input_ids, attention_mask, chunk, is_layerwise=self._is_layerwise
-        )
+        if self._reading == "stream":
+            logits = read_stream(self.model, self.cache, input_ids, attention_mask, chunk or STREAM_CHUNK)
+        else:
+            by_layer = self._reading == "layerwise"
+            chunk = TILE if by_layer and chunk is None else chunk
+            logits = read(self.model, self.cache, input_ids, attention_mask, chunk, is_layerwise=by_layer)
         if self.cache.d2o.needs_reread and not seen:
             self.cache.read_again(self.model.forward, input_ids.to(self.device), attention_mask.to(self.device))
         self.prefill_s = self._now() - began

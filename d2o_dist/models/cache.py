@@ -76,7 +76,7 @@ class ModelCache:
         self.ranks = shape.request_ranks(mesh, parallel, counter)
         self.compressed = CompressedCache(d2o, list(shape.windows), self.ranks)
         if reading == "layerwise":
-            d2o.check_layerwise()
+            self.d2o.check_reading(reading)
             self.compressed.reads_layerwise = True
         self.layers = [self.view_class(self.compressed, index) for index in range(len(shape.windows))]
         # Tokens of the longest text that a forward had positions for.

@@ -33,7 +33,10 @@ _CONVERTED_KEYS, _BLOCK_KEYS = 4096, 512
 
 
 def reading_of(reading: str, d2o: D2OConfig) -> str:
-    """How a run of a model that takes tiles reads, whose configuration says `reading`."""
+    """How a run of a model that takes tiles reads, whose configuration says `reading`. A stream is no prompt of some
+    length: layer by layer is what a chunk of it takes."""
+    if reading == "stream":
+        return "layerwise"
     return ("layerwise" if known_before(d2o) else "whole") if reading == "auto" else reading
 
 

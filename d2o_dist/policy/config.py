@@ -168,12 +168,22 @@ class D2OConfig:
         """
         return not (self.needs_reread or self.budget.by_ranking or self.budget.per_head)
 
-    def check_layerwise(self) -> None:
-        """Refuse what needs all layers of a prompt at once.
+    def check_reading(self, reading: str) -> None:
+        """Refuse a way to read prompts that these rules do not allow.
 
         Raises:
-            ValueError: it cannot be compressed layer by layer while it is read.
+            ValueError: all layers of a prompt are needed at once, and it is not read `whole`; a `stream` whose budgets
+                would grow, or follow from its beginning.
         """
+        if reading == "stream" and (self.keep_tokens is None or self.budget.statistics):
+            raise ValueError(
+                f"reading (stream) needs keep_tokens and equal or fixed shares, but keep_tokens is {self.keep_tokens} "
+                f"and budget.rule is {self.budget.name}"
+            )
+        if reading in ("layerwise", "stream"):
+            self._check_layerwise()
+
+    def _check_layerwise(self) -> None:
         rule, why = self.score, "reads the prompt a second time"
         if not self.needs_reread:
             rule, why = self.budget, "compares the tokens of all layers"

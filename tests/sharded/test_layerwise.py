@@ -160,3 +160,46 @@ def test_a_model_that_takes_no_tiles_is_read_whole_unless_told_otherwise():
     session = Session(model, config)
     session.prefill(*left_padded([61, 97]), 20)
     assert max(session.cache.layers[0].kv_len) < 97
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------
+
+STREAM = {"keep_ratio": None, "keep_tokens": 24, "eviction_interval": 8}
+
+
+@torch.no_grad()
+def stream(lengths, chunk: int) -> tuple[list[list[int]], list[int], int]:
+    """Tokens, slots held in the end, and the most bytes of the cache."""
+    session = Session(tiny_model(), spec("lean", **STREAM, min_layer_tokens=8), reading="stream")
+    logits, tokens = session.prefill(*left_padded(list(lengths)), chunk), []
+    for _ in range(12):
+        tokens.append(logits.argmax(-1).tolist())
+        logits = session.decode(tokens[-1])
+    return tokens, session.cache.layers[0].kv_len, session.rank_bytes
+
+
+def test_a_stream_is_turns_without_answers():
+    session = Session(tiny_model(), spec("lean", **STREAM, min_layer_tokens=8), reading="whole")
+    ids, mask = left_padded([61, 97])
+    for start, end in ((0, 40), (40, 80), (80, 97)):
+        logits = session.prefill(ids[:, start:end], mask[:, start:end])
+    tokens = []
+    for _ in range(12):
+        tokens.append(logits.argmax(-1).tolist())
+        logits = session.decode(tokens[-1])
+    assert stream((61, 97), 40)[0] == tokens
+
+
+def test_what_a_stream_holds_does_not_grow_with_the_text():
+    assert stream([400], 40)[1:] == stream([2000], 40)[1:]
+
+
+def test_a_stream_over_sequence_ranks():
+    one = replace(PLAY, preset="lean", reading="stream", chunk=40, turn=(), d2o=STREAM)
+    check(one, ParallelConfig(sp=2, sp_prefill="allgather"))
+
+
+def test_streams_whose_budgets_would_change_are_refused():
+    for preset, fields in (("lean", {"keep_ratio": 0.4}), ("d2o", STREAM)):
+        with pytest.raises(ValueError, match=r"reading \(stream\) needs keep_tokens and equal or fixed shares"):
+            Session(tiny_model(), spec(preset, **fields, min_layer_tokens=8), reading="stream")
