@@ -1,4 +1,7 @@
-"""`launch/evaluate.py`: tasks x methods x budgets. Exit: 0 all results, 1 some failed, 2 bad usage, 130 interrupted."""
+"""`launch/evaluate.py`: tasks x methods x budgets.
+
+Exit: 0 all results, 1 some failed, 2 bad usage, 75 stopped by a signal (the same command goes on), 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ from tqdm import tqdm
 
 from d2o_dist.cli.voice import parse_once, quiet_unless, speaks_of
 from d2o_dist.comm import Launch, ParallelMesh, build_mesh, init_distributed, read_environment
+from d2o_dist.comm.launch import tell_launcher
 from d2o_dist.config.eval_tasks import ESSAYS
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.engine.startup import check_same_run
+from d2o_dist.engine.stop import Stop, StoppedError
 from d2o_dist.eval.essays import essays
 from d2o_dist.eval.evaluate import Outcome, check_parallel, evaluate
 from d2o_dist.eval.fetch import FetchError
@@ -71,8 +76,13 @@ def describe(plan: EvalPlan) -> str:
 
 
 def run(plan: EvalPlan, mesh: ParallelMesh, config_file: str | None = None) -> Outcome:
-    """Evaluate, with a progress bar on the first rank."""
-    with tqdm(unit="result", file=sys.stderr, disable=None if mesh.rank == 0 else True) as bar:
+    """Evaluate, with a progress bar on the first rank.
+
+    Raises:
+        StoppedError: a signal said so.
+    """
+    stop, said = Stop(), "the running batch ends, and finished results stay" if mesh.rank == 0 else None
+    with stop.on_signals(said), tqdm(unit="result", file=sys.stderr, disable=None if mesh.rank == 0 else True) as bar:
 
         def on_start(count: int) -> None:
             bar.total = count
@@ -80,7 +90,7 @@ def run(plan: EvalPlan, mesh: ParallelMesh, config_file: str | None = None) -> O
 
         return evaluate(
             plan, mesh, config_file=config_file, on_start=on_start, on_results=bar.update,
-            log=lambda line: tqdm.write(line, file=sys.stderr),
+            log=lambda line: tqdm.write(line, file=sys.stderr), stop=stop,
         )  # fmt: skip
 
 
@@ -114,6 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = run(plan, mesh, args.config)
     except ValueError as error:
         return refuse(error)
+    except StoppedError as stopped:
+        print(f"evaluate.py: {stopped}\n" if str(stopped) else "", end="", file=sys.stderr)
+        tell_launcher(f"status {stopped.status}: {str(stopped) or 'see the first rank'}")
+        return stopped.status
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     if outcome.interrupted:

@@ -31,7 +31,7 @@ class StandstillError(RuntimeError):
 def first_rank_first(mesh: ParallelMesh, poll_s: float = 0.5) -> Iterator[None]:
     """A block that rank 0 goes through before the others, which find what it has left. Every rank calls it together.
 
-    They ask the store, as `WorkQueue.wait` does: rank 0 may take longer than any collective waits. If it fails there,
+    They ask the store, as `WorkQueue.settle` does: rank 0 may take longer than any collective waits. If it fails there,
     the launcher ends them.
     """
     store = _own_store(mesh) if mesh.world_size > 1 else None
@@ -95,21 +95,6 @@ class WorkQueue:
             self._beaten = time.monotonic()
             self._store.add("beats", 1)
 
-    def wait(self, total: int, timeout_s: float, poll_s: float = 0.5) -> None:
-        """Until `total` is done. By asking the store, not in a collective: another replica may take longer than any
-        timeout, and a rank that fails meanwhile is the launcher's to notice.
-
-        Args:
-            timeout_s: how long nothing may be done, and no replica beat.
-
-        Raises:
-            StandstillError: nothing happened for so long.
-        """
-        if self._store is not None:
-            for _ in self._until_standstill(total, timeout_s, poll_s):
-                if self._store.add("done", 0) >= total:
-                    return
-
     def _until_standstill(self, total: int, timeout_s: float, poll_s: float) -> Iterator[None]:
         """Yields at once, and every `poll_s` seconds; raises `StandstillError`."""
         if self._request.rank == 0:
@@ -139,14 +124,17 @@ class WorkQueue:
     def settle(
         self, total: int, timeout_s: float, asked: Callable[[], int] = lambda: 0, poll_s: float = 0.5
     ) -> int:
-        """As `wait`, but a replica that stops is not waited for: 0 if `total` is done, else the status of `stop`; the
-        same on all ranks.
+        """Wait until `total` is done, or a replica stops: 0, or the status of `stop`; the same on all ranks.
+
+        By asking the store, not in a collective: another replica may take longer than any timeout, and a rank that
+        fails meanwhile is the launcher's to notice.
 
         Args:
+            timeout_s: how long nothing may be done, and no replica beat.
             asked: the status that this rank wants to stop with meanwhile; 0: it does not.
 
         Raises:
-            StandstillError: as `wait`.
+            StandstillError: nothing happened for so long.
         """
         if self._store is None:
             return self._status

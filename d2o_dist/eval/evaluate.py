@@ -17,6 +17,7 @@ from d2o_dist.engine.kept import replace_text
 from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.output import check_shared
 from d2o_dist.engine.paths import inputs_of
+from d2o_dist.engine.stop import Stop, StoppedError
 from d2o_dist.eval.aggregate import summarise
 from d2o_dist.eval.plan import EvalPlan
 from d2o_dist.eval.plots import draw
@@ -68,6 +69,7 @@ def evaluate(
     on_start: Callable[[int], None] = lambda count: None,
     on_results: Callable[[int], None] = lambda count: None,
     log: Callable[[str], None] = lambda line: None,
+    stop: Stop | None = None,
 ) -> Outcome:
     """Load the weights, run the rows that have no result yet, and write the results of all.
 
@@ -79,8 +81,10 @@ def evaluate(
         on_start: called with the number of results that are missing.
         on_results: called, on the ranks that lead a replica, with how many results of all replicas were just added.
         log: called with lines about what went wrong and was dealt with; with each on one rank.
+        stop: when it is asked, the run ends after the running batch of a method.
 
     Raises:
+        StoppedError: the run was stopped; results that were written stay.
         ValueError: the weights cannot be loaded, the folder holds something that is not records, or files that the run
             reads or that no evaluation wrote would be replaced, or another evaluation writes to it; several replicas
             whose machines do not share the folder.
@@ -91,7 +95,7 @@ def evaluate(
         check_folder(folder, [*inputs_of(plan.config.infer(), config_file), *data_of(plan.config.tasks)])
 
     with only_writer(folder, folder / LOCK, mesh, check):
-        return _evaluate(plan, mesh, folder, on_start, on_results, log)
+        return _evaluate(plan, mesh, folder, on_start, on_results, log, Stop() if stop is None else stop)
 
 
 def data_of(tasks: Iterable[TaskConfig]) -> Iterator[tuple[str, str]]:
@@ -110,6 +114,7 @@ def _evaluate(
     on_start: Callable[[int], None],
     on_results: Callable[[int], None],
     log: Callable[[str], None],
+    stop: Stop,
 ) -> Outcome:
     config, world = plan.config, Collectives(mesh.axis("world"))
     check_shared(str(folder / MERGED), mesh)
@@ -122,24 +127,40 @@ def _evaluate(
         log_rows = log if mesh.leads_request else lambda line: None
         runner = EvalRunner(plan, loading.load_model(config.infer(), mesh), mesh, log=log_rows)
         work = batches(todo, config.batch_size, config.max_batch_tokens, plan.border)
-        queue, shown = WorkQueue(mesh, len(work)), 0
+        queue, request, shown = WorkQueue(mesh, len(work)), Collectives(mesh.axis("request")), 0
+
+        def ends() -> int:
+            """The status to end with, the same on all ranks of the request; 0: they go on."""
+            return min(filter(None, request.all_gather_object(stop.status)), default=0)
+
         try:
             with RankFile(folder, mesh.rank) if mesh.leads_request else nullcontext() as file:
-                while (number := queue.claim()) is not None:
+                while not (status := ends()) and (number := queue.claim()) is not None:
                     for records in runner.run_batch(work[number]):
                         if file is not None:
                             file.write(records)
                             done = queue.finish(len(records))
                             on_results(done - shown)
                             shown = done
+                        if ends():
+                            break
+                if status:
+                    queue.stop(status)
                 # Rank 0 reads what the others have written: not before they have.
-                queue.wait(sum(len(methods) for _, methods in todo), config.parallel.timeout)
+                total = sum(len(methods) for _, methods in todo)
+                status = queue.settle(total, config.parallel.timeout, lambda: stop.status)
                 if file is not None:
                     file.check()
         except KeyboardInterrupt:
             if mesh.world_size > 1:
                 raise  # only this rank knows of it
             return Outcome(folder, None, len(read_records(folder)), 0, interrupted=True)
+        if status:
+            queue.leave()
+            count = len(plan.jobs) * len(plan.methods)
+            done = f"{count - total + queue.finish(0)} of {count} results are done and stay: the same command goes on"
+            why = stop.why or "by another rank"
+            raise StoppedError(status, f"stopped ({why}); {done}" if mesh.rank == 0 else "")
         lost = world.all_gather_object(None if file is None else file.lost)
         for line in filter(None, lost if mesh.rank == 0 else []):
             log(line)

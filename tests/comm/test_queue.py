@@ -21,7 +21,7 @@ def test_one_process_needs_nothing():
     queue = WorkQueue(ParallelMesh.local(), 3, counter)
     assert claim_all(queue) == [0, 1, 2] and queue.claim() is None
     assert (queue.finish(2), queue.finish(5)) == (2, 7)
-    queue.wait(100, 1)  # with one replica there is nobody to wait for
+    queue.settle(100, 1)  # with one replica there is nobody to wait for
     assert counter.total().calls == 0
 
 
@@ -35,7 +35,7 @@ def shared(rank, world, dp, sp, tp):
     found = [claim_all(queue) for queue in queues]
     totals = [queue.finish(len(own)) for queue, own in zip(queues, found, strict=True) if mesh.leads_request]
     for queue, length in zip(queues, (7, 2), strict=True):
-        queue.wait(length, 60, poll_s=0.01)
+        queue.settle(length, 60, poll_s=0.01)
     return mesh.dp_rank, found, totals
 
 
@@ -60,15 +60,15 @@ def slow_first(rank, world):
     if rank == 0:
         own = [queue.claim()]
         begun.finish(1)
-        queue.wait(8, 60, poll_s=0.01)  # its one piece takes as long as all the others together
+        queue.settle(8, 60, poll_s=0.01)  # its one piece takes as long as all the others together
         queue.finish(1)
         return own + claim_all(queue)
     own = []
-    begun.wait(1, 60, poll_s=0.01)
+    begun.settle(1, 60, poll_s=0.01)
     while (number := queue.claim()) is not None:
         own.append(number)
         queue.finish(1)
-    queue.wait(9, 60, poll_s=0.01)
+    queue.settle(9, 60, poll_s=0.01)
     return own
 
 

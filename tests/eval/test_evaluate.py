@@ -17,6 +17,7 @@ from d2o_dist.comm import ParallelMesh, build_mesh
 from d2o_dist.config.evaluate import EvalConfig
 from d2o_dist.engine.records import to_line
 from d2o_dist.engine.runner import BatchError
+from d2o_dist.engine.stop import Stop, StoppedError
 from d2o_dist.eval import runner as runner_module
 from d2o_dist.eval.aggregate import summarise
 from d2o_dist.eval.evaluate import check_parallel, evaluate
@@ -219,6 +220,15 @@ def test_an_interruption_keeps_what_is_written(folder, tmp_path):
     plan = plan_of(folder, tmp_path, tasks=TASKS[:1])
     outcome = run(plan, on_results=stop)
     assert outcome.interrupted and outcome.table is None and len(read_records(tmp_path)) == 1
+    assert run(plan).num_missing == 0
+
+
+def test_a_stop_keeps_what_is_written_and_the_same_command_goes_on(folder, tmp_path):
+    plan, stop = plan_of(folder, tmp_path, tasks=TASKS[:1]), Stop()
+    line = r"stopped \(TEST\); 1 of 12 results are done and stay: the same command goes on"
+    with pytest.raises(StoppedError, match=line) as caught:
+        run(plan, on_results=lambda count: stop.ask(75, "TEST"), stop=stop)
+    assert caught.value.status == 75 and len(read_records(tmp_path)) == 1
     assert run(plan).num_missing == 0
 
 
