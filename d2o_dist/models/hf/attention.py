@@ -65,7 +65,7 @@ def d2o_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out = cache.attend(module, query, key, value, scale, padding, kwargs.get("position_ids"))
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # some models make a view of it
 
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

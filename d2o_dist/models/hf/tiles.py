@@ -23,6 +23,11 @@ _DIMENSIONS = {
     "hidden_states": 1, "position_ids": 1, "position_embeddings": -2, "cache_position": 0, "attention_mask": None,
     "past_key_values": None, "use_cache": None, "output_attentions": None,
 }  # fmt: skip
+# What only models with an encoder are given, or callers of long ago.
+_UNUSED = ("encoder_hidden_states", "encoder_attention_mask", "encoder_position_ids", "layer_past", "head_mask",
+           "cross_attn_layer_head_mask")  # fmt: skip
+# Of models that give what their last layer gave the shape of the whole prompt.
+_RESHAPED = ("GPT2Block", "GPTBigCodeBlock")
 
 
 def tile_refusal(model: nn.Module) -> str | None:
@@ -31,8 +36,10 @@ def tile_refusal(model: nn.Module) -> str | None:
     if not layers:
         return "its decoder layers were not found"
     for layer in layers:
+        if type(layer).__name__ in _RESHAPED:
+            return f"the output of {type(layer).__name__} is given the shape of the whole prompt"
         for name, parameter in inspect.signature(type(layer).forward).parameters.items():
-            known = name == "self" or name in _DIMENSIONS or parameter.kind is parameter.VAR_KEYWORD
+            known = name == "self" or name in (*_DIMENSIONS, *_UNUSED) or parameter.kind is parameter.VAR_KEYWORD
             if not known:
                 return f"{type(layer).__name__} is given {name}, of which a tile is not known"
     return None
@@ -67,12 +74,15 @@ def _layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _tiled(forward: Callable[..., Any], widths: Sequence[int], *, is_last: bool) -> Callable[..., Any]:
-    def run(hidden_states: Tensor, **given: Any) -> Any:
+    names = list(inspect.signature(forward).parameters)
+
+    def run(hidden_states: Tensor, *others: Any, **given: Any) -> Any:
+        given |= dict(zip(names[1:], others, strict=False))
         total, start = sum(widths), 0
         assert hidden_states.shape[1] == total, (hidden_states.shape, widths)
         for width in widths:
             here = {name: _cut(name, value, start, width, total) for name, value in given.items()}
-            out = forward(hidden_states.narrow(1, start, width), **here)
+            out = forward(hidden_states.narrow(1, start, width).contiguous(), **here)  # some make a view of it
             is_tuple = isinstance(out, tuple)
             hidden_states.narrow(1, start, width).copy_(out[0] if is_tuple else out)
             start += width
