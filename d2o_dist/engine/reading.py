@@ -88,9 +88,8 @@ def read(
             logits = _of_last_token(cache, logits)
         else:
             told = whole[:, : before + end] if padded else None
-            logits = model.forward(
-                ids[:, start:end], positions[:, start:end], cache, told, all_logits=all_logits
-            )  # fmt: skip
+            parts = (tensor[:, start:end].contiguous() for tensor in (ids, positions))  # some models make views of them
+            logits = model.forward(*parts, cache, told, all_logits=all_logits)
         start = end
     return logits
 
