@@ -128,7 +128,7 @@ class Evictions:
 
     # ---- while decoding --------------------------------------------------------------------------------------------
 
-    def in_arena(self, move: Move | None) -> ArenaEvictions | None:
+    def in_arena(self, move: Move | None = None) -> ArenaEvictions | None:
         """Move every block that has a budget into one arena, where it stays while decoding; None if there is none.
 
         Args:

@@ -78,15 +78,23 @@ class Slots:
         return self.take(order, self.live.gather(2, order))
 
 
-def unused_slots(batch: int, heads: int, capacity: int, like: Tensor, dtype: torch.dtype | None = None) -> Slots:
+def unused_slots(
+    batch: int, heads: int, capacity: int, like: Tensor, dtype: torch.dtype | None = None, *, is_empty: bool = False
+) -> Slots:
     """Slots that hold nothing: [B, Hkv, capacity, ...] in the dtype, device and last dim of `like`.
 
-    dtype: of the cache, where keys and values are stored in another one.
+    Args:
+        dtype: of the cache, where keys and values are stored in another one.
+        is_empty: keys and values are not made zero, but will be written by whoever fills the slots, or makes them zero
+            then: on a CPU memory that was not touched is not taken.
     """
-    keys = torch.zeros(batch, heads, capacity, like.shape[-1], dtype=like.dtype, device=like.device)
+    make = torch.empty if is_empty else torch.zeros
+    keys, values = (
+        make(batch, heads, capacity, like.shape[-1], dtype=like.dtype, device=like.device) for _ in range(2)
+    )
     positions = torch.full((batch, heads, capacity), -1, dtype=torch.int64, device=like.device)
     statistics = torch.zeros(3, batch, heads, capacity, dtype=stats_dtype(dtype or like.dtype), device=like.device)
-    return Slots(keys, torch.zeros_like(keys), positions, *statistics.unbind(0))
+    return Slots(keys, values, positions, *statistics.unbind(0))
 
 
 def compact(mask: Tensor, width: int) -> Tensor:

@@ -215,7 +215,10 @@ class SlotStore:
     def enter(self, block: Slots, codec: Codec) -> None:
         """Move into a block of an arena [B, Hkv, C, ...], of which the slots become the first ones."""
         slots = codec.encode_slots(self.slots)
-        _copy(block, slots, slots.positions.shape[-1])
+        width = slots.positions.shape[-1]
+        _copy(block, slots, width)
+        for vectors in (block.keys, block.values):
+            vectors[:, :, width:] = 0
         self._buffers, self.codec = block, codec
 
     def rebase(self, block: Slots) -> None:
