@@ -1,7 +1,8 @@
-"""Result records: one JSON object a row, written as soon as its batch is done.
+"""Result records: one JSON object a row, written as soon as its row ends.
 
 Fields: `id`, `index`, `text`, `num_prompt_tokens`, `num_new_tokens`, `finish_reason`, `time_to_first_token_s` (of the
-batch the row ran in), and of the row itself `tokens_per_s`, `achieved_keep_ratio`, `held_bytes`, `full_bytes`; `error`.
+prompts that were read with it), and of the row itself `tokens_per_s`, `achieved_keep_ratio`, `held_bytes`,
+`full_bytes`; `error`.
 A field that a row has no value for is null.
 """
 

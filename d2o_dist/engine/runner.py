@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import torch
 
 from d2o_dist.cache.report import CacheReport
 from d2o_dist.comm.agreement import agreed
@@ -15,10 +12,9 @@ from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.lock import only_writer
-from d2o_dist.engine.loop import generate
+from d2o_dist.engine.loop import Generated, Running
 from d2o_dist.engine.output import (
     check_output,
     check_unchanged,
@@ -31,6 +27,7 @@ from d2o_dist.engine.output import (
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.plan import Plan
 from d2o_dist.engine.records import Record, error_record, make_record
+from d2o_dist.engine.scheduler import Room, Scheduler, longest_first
 from d2o_dist.engine.session import Session
 from d2o_dist.engine.summary import Summary, summarise
 from d2o_dist.engine.trace import Trace
@@ -43,14 +40,11 @@ class BatchError(RuntimeError):
 
 
 class Runner:
-    """Runs the requests of a plan, batch after batch. All ranks that hold one request call it together.
+    """Runs the requests of a plan. All ranks that hold one request call it together.
 
     Args:
-        on_text: called with pieces of text as they come; on_report: with a batch's cache report when it is done.
+        on_text: called with pieces of text as they come; on_report: with the cache's report when all rows are done.
         log: called with a line about something that went wrong and was dealt with.
-
-    Attributes:
-        rank_bytes: buffers of the cache on this rank after the prefill of its largest batch.
     """
 
     def __init__(
@@ -72,12 +66,17 @@ class Runner:
         self.parallel = config.parallel if mesh.world_size > 1 else None
         self.eos_ids = loading.eos_ids(self.model, tokenizer)
         self.pad_id = loading.pad_id(tokenizer)
-        self.rank_bytes = 0
+        self._scheduler: Scheduler | None = None
         self._trace = trace
         self._on_text, self._on_report, self._log = on_text, on_report, log
 
-    def run_batch(self, batch: Sequence[Request]) -> list[Record]:
-        """The records of one batch. If it fails as a whole, its rows are tried one by one.
+    @property
+    def rank_bytes(self) -> int:
+        """Buffers of the largest cache that decoded, on this rank."""
+        return 0 if self._scheduler is None else self._scheduler.rank_bytes
+
+    def serve(self, waiting: Iterator[Request], max_rows: int) -> Iterator[list[Record]]:
+        """The records of rows as they end; `max_rows` run at once at most. Rows that fail together are tried alone.
 
         Where several ranks hold a request nothing is tried again, unless all of them failed at the same point: they
         may have failed at different ones, and would wait for each other. The error is raised, and ends the job.
@@ -85,51 +84,34 @@ class Runner:
         Raises:
             BatchError: only where several ranks hold a request.
         """
-        records, error = self._try(batch)
-        if error is None:
-            return records
-        if len(batch) == 1:
-            return [self._failed(batch[0], error)]
-        self._log(f"a batch of {len(batch)} rows failed ({error}); its rows are tried one by one")
-        return [record for request in batch for record in self.run_batch([request])]
+        room = Room(max_rows, self.config.max_batch_tokens, self.config.d2o, self.model.shape.border)
+        self._scheduler = Scheduler(waiting, self.read, room, on_failure=self._check_failure, log=self._log)
+        for ended in self._scheduler.run():
+            yield [self._record(request, result) for request, result in ended]
+        if self._on_report is not None and self._scheduler.running is not None:
+            self._on_report(self._scheduler.running.session.cache.report())
 
-    def _failed(self, request: Request, error: str) -> Record:
-        self._log(f"row {request.index} ({request.id!r}) failed: {error}")
-        return error_record(request, error)
-
-    def _try(self, batch: Sequence[Request]) -> tuple[list[Record], str | None]:
-        try:
-            return self._run(batch), None
-        except NotFiniteError as error:
-            message = str(error)
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            if self.mesh.axis("request").size > 1:
-                rows = ", ".join(str(request.index) for request in batch)
-                raise BatchError(f"the batch of rows {rows} failed: {message}") from error
-        # Out of the except block, so that the traceback lets go of the failed batch's tensors before the next try.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return [], message
-
-    def _run(self, batch: Sequence[Request]) -> list[Record]:
+    def read(self, requests: Sequence[Request]) -> Running:
+        """Read prompts into a session of their own."""
         counter = None if self._trace is None else self._trace.counter
         session = Session(
             self.model, self.config.d2o, self.mesh, self.parallel, counter, decode_graph=self.config.decode_graph
         )
-
-        def note_size() -> None:
-            self.rank_bytes = max(self.rank_bytes, session.rank_bytes)
-
-        results = generate(
-            session, batch, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
-            chunk=self.config.prefill_chunk, on_text=self._on_text, on_prefill=note_size, trace=self._trace,
+        return Running(
+            session, requests, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
+            chunk=self.config.prefill_chunk, on_text=self._on_text, trace=self._trace,
         )  # fmt: skip
-        if self._on_report is not None:
-            self._on_report(session.cache.report())
-        both = zip(batch, results, strict=True)
-        return [self._failed(a, b.error) if b.error is not None else make_record(a, b) for a, b in both]
+
+    def _check_failure(self, requests: Sequence[Request], error: Exception) -> None:
+        if self.mesh.axis("request").size > 1 and not isinstance(error, NotFiniteError):
+            rows = ", ".join(str(request.index) for request in requests)
+            raise BatchError(f"the batch of rows {rows} failed: {type(error).__name__}: {error}") from error
+
+    def _record(self, request: Request, result: Generated) -> Record:
+        if result.error is None:
+            return make_record(request, result)
+        self._log(f"row {request.index} ({request.id!r}) failed: {result.error}")
+        return error_record(request, result.error)
 
 
 def run(
@@ -187,7 +169,7 @@ def _run(
         check()  # weights may have taken minutes
         clear_parts(config.output, mesh)
     before = identity(config.output)
-    queue = WorkQueue(mesh, len(batches := _batches(config, plan, mesh.dp)))
+    queue = WorkQueue(mesh, len(plan.requests))
     interrupted, shown, began = False, 0, time.perf_counter()
 
     def write(records: Sequence[Record]) -> None:
@@ -202,8 +184,9 @@ def _run(
         try:
             if mesh.rank == 0:
                 write([error_record(row) for row in plan.bad_rows])
-            while (number := queue.claim()) is not None:
-                write(runner.run_batch([plan.requests[place] for place in batches[number]]))
+            if runner is not None:
+                for records in runner.serve(_claimed(queue, plan.requests), _max_rows(config, plan, mesh.dp)):
+                    write(records)
             queue.wait(plan.num_rows)
             on_rows(plan.num_rows - shown if mesh.rank == 0 else 0)
         except KeyboardInterrupt:
@@ -239,8 +222,13 @@ def _run(
     return world.broadcast_object(summary)
 
 
-def _batches(config: InferConfig, plan: Plan, replicas: int) -> list[list[int]]:
-    """Places of requests, batch by batch, longest first; small enough that every replica has something to do."""
-    lengths = [len(request.input_ids) for request in plan.requests]
-    fair = -(-len(lengths) // replicas)
-    return make_batches(lengths, max(1, min(config.max_batch_size, fair)), config.max_batch_tokens, plan.border)
+def _claimed(queue: WorkQueue, requests: Sequence[Request]) -> Iterator[Request]:
+    """The requests that this replica takes."""
+    requests = longest_first(requests)
+    while (number := queue.claim()) is not None:
+        yield requests[number]
+
+
+def _max_rows(config: InferConfig, plan: Plan, replicas: int) -> int:
+    """Rows that a replica runs at once: few enough that every replica has something to do."""
+    return min(config.max_batch_size, -(-len(plan.requests) // replicas))

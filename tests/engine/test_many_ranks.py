@@ -19,7 +19,11 @@ from tests.ranks import RankError, run_ranks
 
 pytestmark = pytest.mark.multirank
 WORDS = "the quick brown fox jumps over the lazy dog and folds the rest into a cache".split()
-ROWS = [{"id": f"r{n}", "prompt": " ".join(WORDS * 3)[: 11 + 17 * n % 150]} for n in range(5)] + [{"id": "bad"}]
+# With limits of their own, so that rows join others that decode.
+ROWS = [
+    {"id": f"r{n}", "prompt": " ".join(WORDS * 3)[: 11 + 17 * n % 150], "max_new_tokens": (8, 3, 7, 2, 8)[n]}
+    for n in range(5)
+] + [{"id": "bad"}]
 # What depends on the clock, or on how many rows were in a batch.
 UNSTEADY = ("time_to_first_token_s", "tokens_per_s")
 
@@ -143,14 +147,14 @@ def test_refusals_before_any_weight_is_loaded(folder, tmp_path, shape, fields, m
 
 
 def failing_batch(rank, world, values):
-    real = running.generate
+    real = running.Runner.read
 
-    def generate(session, requests, *args, **kwargs):
+    def read(self, requests):
         if any(request.id == "r2" for request in requests):
             raise MemoryError("no room")
-        return real(session, requests, *args, **kwargs)
+        return real(self, requests)
 
-    running.generate = generate
+    running.Runner.read = read
     return whole_run(rank, world, values)
 
 

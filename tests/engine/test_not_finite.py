@@ -169,7 +169,7 @@ class Spoiler:
         self.where, self.at, self.here = where, at, ranks is None or rank in ranks
 
     def install(self) -> None:
-        real_load, real_generate = running.loading.load_model, running.generate
+        real_load, real_read = running.loading.load_model, running.Runner.read
         if not self.here:
             return
 
@@ -178,13 +178,32 @@ class Spoiler:
             self.model = adapter.model
             return adapter
 
-        def generate(session, requests, sampling, tokenizer, **kwargs):
-            rows = [place for place, each in enumerate(requests) if each.id == "bad"]
-            module = self.model.lm_head if self.where == "lm_head" else self.model.model.layers[self.where].mlp
-            with spoilt(session, module, self.at, row=rows[0]) if rows else nullcontext():
-                return real_generate(session, requests, sampling, tokenizer, **kwargs)
+        def read(runner, requests):
+            places = [place for place, each in enumerate(requests) if each.id == "bad"]
+            if not places:
+                return real_read(runner, requests)
+            batch = None
 
-        running.loading.load_model, running.generate = load, generate
+            def hook(_, args, out):
+                """Of the row, which is where it was read, or where it is among the rows that decode."""
+                rows = [] if batch is None else [row for row in batch.rows if row.request.id == "bad"]
+                number = len(rows[0].result.tokens) + 1 if rows else 1
+                if number < self.at or (batch is not None and not rows):
+                    return None
+                out = out.clone()
+                out[batch.rows.index(rows[0]) if rows else places[0], -1] = torch.nan
+                return out
+
+            module = self.model.lm_head if self.where == "lm_head" else self.model.model.layers[self.where].mlp
+            handle = module.register_forward_hook(hook)
+            try:
+                batch = real_read(runner, requests)
+            except Exception:
+                handle.remove()
+                raise
+            return batch
+
+        running.loading.load_model, running.Runner.read = load, read
 
 
 def values_of(folder, tmp_path, dp=1, sp=1, tp=1, **fields) -> dict:
@@ -240,7 +259,7 @@ def test_every_preset_goes_on(folder, tmp_path, preset, where, at):
 
 def test_the_exit_status_and_the_record(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(running.loading, "load_model", running.loading.load_model)
-    monkeypatch.setattr(running, "generate", running.generate)
+    monkeypatch.setattr(running.Runner, "read", running.Runner.read)
     values = values_of(folder, tmp_path)
     Spoiler("lm_head", 3, 0, None).install()
     flags = ["--model", values["model"], "--prompts", values["prompts"], "--output", values["output"]]

@@ -45,6 +45,7 @@ def make_config(folder, tmp_path, rows, **fields) -> InferConfig:
 
 
 ROWS = [{"id": f"r{n}", "prompt": " ".join(WORDS[: 3 + 5 * n % 13])} for n in range(7)]
+MIXED = [{**row, "max_new_tokens": (6, 2, 9, 1, 5, 12, 3)[n]} for n, row in enumerate(ROWS)]
 
 
 def read(tmp_path) -> list[dict]:
@@ -55,7 +56,7 @@ def test_results_are_in_the_order_of_the_input_and_do_not_depend_on_the_batches(
     sampling = {"max_new_tokens": 6, "temperature": 0.9, "seed": 3}
     texts = []
     for size in (3, 1):
-        config = make_config(folder, tmp_path, ROWS, max_batch_size=size, sampling=sampling, overwrite=True)
+        config = make_config(folder, tmp_path, MIXED, max_batch_size=size, sampling=sampling, overwrite=True)
         counts: list[int] = []
         summary = run(config, prepare(config), on_rows=counts.append)
         records = read(tmp_path)
@@ -83,15 +84,15 @@ def test_without_a_good_row_no_weights_are_loaded(folder, tmp_path, monkeypatch)
 
 
 def failing(monkeypatch, decide):
-    """Make `generate` raise what `decide(requests)` returns, if anything."""
-    real = running.generate
+    """Make the reading of prompts raise what `decide(requests)` returns, if anything."""
+    real = running.Runner.read
 
-    def generate(session, requests, *args, **kwargs):
+    def read(self, requests):
         if (error := decide(requests)) is not None:
             raise error
-        return real(session, requests, *args, **kwargs)
+        return real(self, requests)
 
-    monkeypatch.setattr(running, "generate", generate)
+    monkeypatch.setattr(running.Runner, "read", read)
 
 
 def test_a_failed_batch_is_tried_row_by_row(folder, tmp_path, monkeypatch):

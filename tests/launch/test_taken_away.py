@@ -11,8 +11,8 @@ from tests.launch.test_infer import TORCHRUN, finish, job, start  # noqa: F401  
 
 pytestmark = pytest.mark.multirank
 
-# Does something to the output once the first batch is written; of two ranks rank 0 does so in its first batch, and
-# rank 1 waits for it.
+# Does something to the output once the first rows are written; of two ranks rank 0 does so when it reads its first
+# prompt, and rank 1 waits for it.
 MEDDLE = """
 import os, pathlib, shutil, sys, time
 from d2o_dist.cli.infer import main
@@ -20,10 +20,10 @@ from d2o_dist.comm import run_guarded
 from d2o_dist.engine import runner
 
 how, output = sys.argv.pop(1), pathlib.Path(sys.argv.pop(1))
-real, batches, rank = runner.Runner.run_batch, [], os.environ.get("RANK")
+real, batches, rank = runner.Runner.read, [], os.environ.get("RANK")
 done = pathlib.Path(__file__).with_name("done")
 
-def run_batch(self, batch):
+def read(self, batch):
     batches.append(batch)
     while rank == "1" and not done.exists():
         time.sleep(0.05)
@@ -43,7 +43,7 @@ def run_batch(self, batch):
         done.touch()
     return real(self, batch)
 
-runner.Runner.run_batch = run_batch
+runner.Runner.read = read
 raise SystemExit(run_guarded(main))
 """
 
