@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.loop import Running, generate
@@ -39,6 +40,7 @@ class Watch:
         self.beside: list[list[int]] = []  # rows that went on, of each reading
         self.sizes: list[float] = []
         self.log: list[str] = []
+        self.spoilt: tuple[int, int] | None = None
         self._before = before
         room = Room(rows, most_tokens, d2o, **options)
         self.scheduler = Scheduler(iter(longest_first(REQUESTS)), self._read, room, log=self.log.append)
@@ -54,6 +56,14 @@ class Watch:
         watch = self
 
         class Watched(Running):
+            def _take(self, logits):
+                """Spoilt: (a row, the new token from which its logits are none)."""
+                for place, row in enumerate(self.rows):
+                    if watch.spoilt is not None and row.request.index == watch.spoilt[0]:
+                        if len(row.result.tokens) + 1 >= watch.spoilt[1]:
+                            logits = logits.index_fill(0, torch.tensor(place), torch.nan)
+                return super()._take(logits)
+
             def step(self):
                 watch._note("step", [row.request for row in self.going])
                 ended = super().step()
@@ -215,6 +225,18 @@ def test_a_prompt_whose_attention_is_no_number_fails_beside_others():
     found = watch.run()
     assert found[3].error == "no room"
     watch.check(found, lost=[3])
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("row", [1, 5])
+def test_a_row_without_a_next_token_ends_alone(row, at):
+    """One that joined, and the one that was there first."""
+    watch = Watch(tiny_model(num_hidden_layers=2), sampling=WARM)
+    watch.spoilt = (row, at)
+    found = watch.run()
+    assert found[row].error.startswith(f"the logits of new token {at}") and len(found[row].tokens) == at - 1
+    watch.check(found, lost=[row])
+    assert watch.log == []
 
 
 def test_what_a_failure_raises_ends_the_run():
