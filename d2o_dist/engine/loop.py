@@ -19,8 +19,8 @@ from d2o_dist.engine.text import TextStream, decode_tokens
 from d2o_dist.engine.trace import Trace
 from d2o_dist.evict.budgets import NOT_FINITE_BECAUSE
 
-# Rows that have ended are dropped once they were padding, added up, in so many steps for each row that goes on. All slots
-# that stay are then moved: half a step of SmolLM2-135M on a CPU, where eight rows cost little more than seven.
+# Rows that have ended are dropped once they were padding, added up, in so many steps for each row that goes on. It
+# moves all slots that stay: half a step of SmolLM2-135M on a CPU, where eight rows cost little more than seven.
 PADDING_STEPS = 4
 
 

@@ -20,8 +20,8 @@ from d2o_dist.policy.config import D2OConfig
 
 Ended = tuple[Request, Generated]
 
-# Places are filled once they were free, added up, in so many steps for each row that runs. All slots are then moved: one
-# and a half steps of eight rows of SmolLM2-135M on a CPU.
+# Places are filled once they were free, added up, in so many steps for each row that runs. It moves all slots: one and
+# a half steps of eight rows of SmolLM2-135M on a CPU.
 FREE_STEPS = 1
 
 
