@@ -99,7 +99,9 @@ class Scheduler:
         self.rank_bytes = 0
         self._waiting, self._read, self._room, self._on_failure, self._log = waiting, read, room, on_failure, log
         self._next: Request | None = None
+        # Requests to try alone, and whether those that run are such a one.
         self._alone: list[Request] = []
+        self._tried_alone = False
         self._ended: list[Ended] = []
         # What is lost if the call that is made now fails.
         self._at_stake: list[Request] = []
@@ -109,6 +111,7 @@ class Scheduler:
     def run(self) -> Iterator[list[Ended]]:
         """What has ended, as it ends."""
         while self._going or self._alone or self._peek() is not None:
+            failed = False
             try:
                 self._advance()
             except Exception as error:
@@ -116,8 +119,6 @@ class Scheduler:
                 finite = not isinstance(error, NotFiniteError)
                 self._put_aside(f"{type(error).__name__}: {error}" if finite else str(error), alone=not finite)
                 failed = True
-            else:
-                failed = False
             if failed:  # out of the except block, so that the traceback lets go of tensors before the next try
                 gc.collect()
                 if torch.cuda.is_available():
@@ -159,8 +160,12 @@ class Scheduler:
 
     def _admit(self, going: Sequence[Request]) -> list[Request]:
         """The prompts to read now."""
-        if self._alone:
-            return [] if going else [self._alone.pop(0)]
+        if self._alone or self._tried_alone:
+            if going:
+                return []
+            self._tried_alone = bool(self._alone)
+            if self._tried_alone:
+                return [self._alone.pop(0)]
         self._num_free += self._room.rows - len(going)
         if self._num_free < FREE_STEPS * len(going):
             return []

@@ -211,6 +211,22 @@ def test_a_step_that_fails_costs_one_row():
     watch.check(found, lost=[3])
 
 
+def test_nobody_joins_a_row_that_is_tried_alone():
+    """Or it would take others with it when it fails again, some steps later."""
+    steps = [0]
+
+    def before(note):
+        kind, group = note
+        steps[0] = 0 if kind == "read" and 2 in group else steps[0] + (kind == "step" and 2 in group)
+        if steps[0] > 2 and kind == "step" and 2 in group:
+            raise MemoryError("no room")
+
+    watch = Watch(tiny_model(num_hidden_layers=2), before=before)
+    found = watch.run()
+    assert found[2].error == "MemoryError: no room" and len(watch.log) == 1
+    watch.check(found, lost=[2])
+
+
 def test_rows_that_do_not_fit_together_run_alone():
     def crowded(note):
         if note[0] == "step" and len(note[1]) > 2:
