@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             })  # fmt: skip
             print(markdown_table(rows[-1:]), flush=True)
     facts = {**machine(), **{key: str(value) for key, value in vars(args).items() if key != "out"}}
-    facts |= {"prompt tokens": sum(lengths), "new tokens": sum(answers)}
+    facts |= {"model": Path(args.model).name, "prompt tokens": sum(lengths), "new tokens": sum(answers)}
     print(markdown_table(rows))
     if args.out is not None:
         print(write_report(args.out, "jobs", rows, facts))
