@@ -136,7 +136,7 @@ class Evictions:
         newest = [block.layout.newest(most).flatten(0, 1) for block, most in zip(blocks, recent, strict=True)]
         newest = torch.cat([pad(one, (max(1, *recent) - one.shape[1], 0), value=-1) for one in newest])
         for number, block in enumerate(blocks):
-            block.layout.enter(arena.view(number), arena.codec)
+            block.layout.enter(arena.view(number), arena.codec, segments[number].room)
         shares = torch.cat([block.layout.shares.held.flatten(0, 1) for block in blocks]) if spread else None
         arena.settle(max(free), shares, self.ranks.sp.rank)
         self.hold_shares(arena)

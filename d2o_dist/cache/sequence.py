@@ -349,28 +349,32 @@ class CompressedCache:
     # ---- rows ----------------------------------------------------------------------------------------------------
 
     @in_own_mode
-    def join(self, other: CompressedCache) -> None:
-        """Go on with the rows of another cache too, after those that are here; it must not be used afterwards.
+    def join(self, *others: CompressedCache) -> None:
+        """Go on with the rows of other caches too, after those that are here; they must not be used afterwards.
 
-        Each reads its own prompt; while decoding they share a step. All slots are moved to a new arena.
+        Each reads its own prompt; while decoding they share a step. All slots are moved to a new arena, where each
+        keeps its place in its segment.
 
         Raises:
             ValueError: one of them is not decoding, or they are of another model, configuration or mesh.
         """
-        mine, theirs = ((one.config, one.windows, one.ranks.parallel) for one in (self, other))
-        decodes = self._decoding is not None and other._decoding is not None
-        if mine != theirs or not decodes or self.step_announced or self.in_forward:
-            raise ValueError(
-                "only caches of one model, configuration and mesh can be joined, which have read their prompts and are "
-                f"between two steps: they are in phase {self.phase} and {other.phase}"
-            )
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.join(theirs)
-        self.columns.join(other.columns)
-        self.num_seen += other.num_seen
-        self.num_reread += other.num_reread
-        self.plans += other.plans
-        self._decoding = Decoding(self.layers, self.config, self.ranks, self.num_seen)
+        own = self.config, self.windows, self.ranks.parallel
+        for other in others:
+            decodes = self._decoding is not None and other._decoding is not None
+            alike = own == (other.config, other.windows, other.ranks.parallel)
+            if not alike or not decodes or self.step_announced or self.in_forward:
+                raise ValueError(
+                    "only caches of one model, configuration and mesh can be joined, which have read their prompts and "
+                    f"are between two steps: they are in phase {self.phase} and {other.phase}"
+                )
+        for other in others:
+            for mine, theirs in zip(self.layers, other.layers, strict=True):
+                mine.join(theirs)
+            self.columns.join(other.columns)
+            self.num_seen += other.num_seen
+            self.num_reread += other.num_reread
+            self.plans += other.plans
+        self._decoding.join([other._decoding for other in others])
 
     @in_own_mode
     def select_rows(self, index: Tensor) -> None:

@@ -48,8 +48,9 @@ class InferConfig:
         chat_template: `always` (wrap a bare prompt as a user message), `never` (bare text only), `auto` (`always`
             where the tokenizer has a template).
         system_prompt: system message of chats that bring none.
-        max_batch_size: rows of one batch at most.
-        max_batch_tokens: prompt tokens of one batch at most, padding included; a longer row runs alone.
+        max_batch_size: rows that run at once, at most.
+        max_batch_tokens: tokens that they take memory for, at most: prompts that are read, padding included, and what
+            rows that decode keep at most (`engine.scheduler.Room`); a longer row runs alone.
         prefill_chunk: prompt tokens of one forward; null: the whole prompt at once.
         decode_graph: whether decode steps are CUDA graphs, captured once and replayed: `auto` (where that is
             possible), `always` (an error where it is not), `never`.
