@@ -114,7 +114,7 @@ class InferRunner:
         counter = None if self._trace is None else self._trace.counter
         session = Session(
             self.model, self.config.d2o, self.mesh, self.parallel, counter, decode_graph=self.config.decode_graph,
-            steady=self._steady,
+            reading=self.config.reading, steady=self._steady,
         )  # fmt: skip
         return Running(
             session, requests, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,

@@ -80,6 +80,7 @@ class D2OCache(ModelCache, Cache):
             read by `model(**cache.deal(input_ids, attention_mask), past_key_values=cache)`.
         parallel: how they share it; by default as `ParallelConfig` has it, with the sizes of the mesh.
         counter: where the traffic between ranks is counted.
+        reading: `whole`, or `layerwise` for prompts that are read in one forward; see `ModelCache`.
 
     Raises:
         ValueError: a model whose attention is not or cannot be `d2o`, that is not supported or has no layer to be
@@ -95,11 +96,13 @@ class D2OCache(ModelCache, Cache):
         mesh: ParallelMesh | None = None,
         parallel: ParallelConfig | None = None,
         counter: TrafficCounter | None = None,
+        *,
+        reading: str = "whole",
     ) -> None:
         check_supported(config)
         self.model_config = text_config(config)
         check_attention(self.model_config)
-        ModelCache.__init__(self, shape_of(config), d2o, mesh, parallel, counter)
+        ModelCache.__init__(self, shape_of(config), d2o, mesh, parallel, counter, reading=reading)
         Cache.__init__(self, layers=self.layers)
         self._is_true = not is_let_go_of(config)
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
