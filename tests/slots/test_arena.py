@@ -40,15 +40,17 @@ def test_slots_and_free_ones_keep_their_places_when_arenas_join():
         arena.close(arena.open(torch.tensor(tokens)), None)
     arena = one.join([other])
     assert [block.room for block in arena.blocks] == [(5, 5, 5), (7, 4, 4)] and other.blocks[1].width == 4
-    for number in range(2):
-        for own, rows in ((one, slice(0, 2)), (other, slice(2, 3))):
-            old, new = own.view(number), arena.view(number)
-            for name, tensor in vars(old).items():
-                assert torch.equal(getattr(new, name)[rows][:, :, : tensor.shape[2]], tensor)
-            assert (new.positions[rows][:, :, old.positions.shape[2] :] == -1).all()
-            want = own.open(torch.tensor([20, 30][: rows.stop - rows.start])).slot[own.units(number)]
-            slots = arena.open(torch.tensor([20, 30, 20])).slot[arena.units(number)].view(3, 2)
-            assert torch.equal(slots[rows].flatten(), want)
+    parts = [(own, number, rows) for own, rows in ((one, slice(0, 2)), (other, slice(2, 3))) for number in range(2)]
+    for own, number, rows in parts:
+        old, new = own.view(number), arena.view(number)
+        for name, tensor in vars(old).items():
+            assert torch.equal(getattr(new, name)[rows][:, :, : tensor.shape[2]], tensor)
+        assert (new.positions[rows][:, :, old.positions.shape[2] :] == -1).all()
+    opened = arena.open(torch.tensor([20, 30, 20])), {id(one): one.open(torch.tensor([20, 30]))}
+    opened[1][id(other)] = other.open(torch.tensor([20]))
+    for own, number, rows in parts:
+        slots = opened[0].slot[arena.units(number)].view(3, 2)
+        assert torch.equal(slots[rows].flatten(), opened[1][id(own)].slot[own.units(number)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
