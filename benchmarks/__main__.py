@@ -9,6 +9,7 @@ BENCHMARKS = {
     "lengths": "the cost of each part against the length of the prompt, with a plot",
     "model": "a whole model of real shape with random weights: first token, tokens/s, memory, full against compressed",
     "largest": "the largest batch that fits, and tokens/s there, full against compressed",
+    "jobs": "prompts and answers of mixed lengths: rows that come and go, against fixed batches",
     "prefill": "prompt attention with and without column sums, one and two passes",
     "memory": "peak memory of one layer",
     "checks": "every Triton kernel against its oracle",

@@ -59,7 +59,7 @@ class DecodeLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A step without its end: it can be captured, and repeated, since the next one writes the same slot."""
-        (step,) = self._step.begin()
+        (step,) = self._step.begin([self.block.widths])
         return self.block.decode(q, k, v, q.shape[-1] ** -0.5, step)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

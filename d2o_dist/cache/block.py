@@ -107,6 +107,11 @@ class HeadBlock:
         """
         return self.layout.decode(q, k, v, scale, step, self.config)
 
+    @property
+    def widths(self) -> list[int]:
+        """Of each row, how many columns of the buffers a step looks at: of its own segment, or those in use."""
+        return self.layout.widths
+
     def advance(self, counts: Sequence[int]) -> None:
         """Count what each row took in a decode step."""
         self.layout.advance(counts)
@@ -129,11 +134,11 @@ class HeadBlock:
         self.layout, self.state = layout, self.state.map_counts(layout.ranks.sp.all_reduce)
 
     def join(self, other: HeadBlock) -> None:
-        """Hold the rows of another block of the same heads too, after those that are here."""
-        for block in (self, other):
-            block.layout.leave()
+        """Hold the rows of another block of the same heads too, after those that are here. Slots that lie in an arena
+        are its own to join."""
+        lengths = [len(one.kv_len) for one in (self, other)]
         self.layout.join(other.layout)
-        self.state = D2OState.cat([self.state, other.state], [len(one.kv_len) for one in (self, other)])
+        self.state = D2OState.cat([self.state, other.state], lengths)
         if self.slot_budgets is not None:
             self.slot_budgets = [*self.slot_budgets, *other.slot_budgets]
 

@@ -123,9 +123,11 @@ class Columns:
         self.count += rows.length
 
     def join(self, other: Columns) -> None:
-        """The rows of another batch too; the shorter of both is padded on the left."""
-        self.count = max(self.count, other.count)
-        self._tokens = [bytearray(self.count - len(row)) + row for row in (*self._tokens, *other._tokens)]
+        """The rows of another batch too. Each begins with its first token, and is padded on the left: in a batch that
+        rows join and leave for long, columns of those that left would gather."""
+        rows = [row[row.find(1) :] for row in (*self._tokens, *other._tokens)]
+        self.count = max(map(len, rows))
+        self._tokens = [bytearray(self.count - len(row)) + row for row in rows]
         self._next += other._next
 
     def select_rows(self, rows: Sequence[int]) -> None:

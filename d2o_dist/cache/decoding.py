@@ -15,6 +15,7 @@ from d2o_dist.cache.layer import Layer
 from d2o_dist.cache.moving import Move
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.evict.arena import ArenaEvictions
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.step import BlockStep, DecodeStep
 
@@ -69,7 +70,7 @@ class Decoding:
 
     def begin(self) -> list[list[BlockStep]]:
         """On the device: the part of each block of each layer, which writes and attends before `step.end`."""
-        steps = iter(self.step.begin())
+        steps = iter(self.step.begin([block.widths for block in self._blocks]))
         return [[next(steps) for _ in layer.blocks] for layer in self._layers]
 
     def close(self, num_seen: Sequence[int]) -> None:
@@ -86,8 +87,17 @@ class Decoding:
         """Rows `index`, in that order, repeated where repeated, of layers of which they were selected."""
         if self._arena_evictions is None:
             return
-        self._arena_evictions = self._arena_evictions.select_rows(index)
-        arena = self._arena_evictions.arena
+        self._move(self._arena_evictions.select_rows(index))
+
+    def join(self, others: Sequence[Decoding]) -> None:
+        """Go on with the rows of others too, after those that are here, of layers that were joined."""
+        self.step = None
+        if self._arena_evictions is not None:
+            self._move(self._arena_evictions.join([other._arena_evictions for other in others]))
+
+    def _move(self, evictions: ArenaEvictions) -> None:
+        """Hold the slots in another arena, in which they lie already."""
+        self._arena_evictions, arena = evictions, evictions.arena
         for number, block in enumerate(block for block in self._blocks if block.store.in_arena):
-            block.store.rebase(arena.view(number))
+            block.layout.rebase(arena.view(number), arena.blocks[number].room)
         self._evictions(()).hold_shares(arena)

@@ -59,7 +59,7 @@ class Move:
         free = room if self._is_spread else [most - held for most, held in zip(room, block.kv_len, strict=True)]
         self._num_free = max(self._num_free, *free)
         self._newest.append(block.layout.newest(self._recent[number]).flatten(0, 1))
-        block.layout.enter(view, self._arena.codec)
+        block.layout.enter(view, self._arena.codec, room)
         self._moved.append(block)
 
     def end(self, num_seen: Sequence[int], exchange: Exchange) -> ArenaEvictions:

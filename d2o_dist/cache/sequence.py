@@ -357,22 +357,24 @@ class CompressedCache:
     # ---- rows ----------------------------------------------------------------------------------------------------
 
     @in_own_mode
-    def join(self, other: CompressedCache) -> None:
-        """Go on with the rows of another cache too, after those that are here; it must not be used afterwards.
+    def join(self, *others: CompressedCache) -> None:
+        """Go on with the rows of other caches too, after those that are here; they must not be used afterwards.
 
-        Each reads its own prompt; while decoding they share a step. All slots are moved to a new arena.
+        Each reads its own prompt; while decoding they share a step. All segments move to a new arena, as they are.
 
         Raises:
             ValueError: see `check_joinable`.
         """
-        check_joinable(self, other)
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.join(theirs)
-        self.columns.join(other.columns)
-        self.num_seen += other.num_seen
-        self.num_reread += other.num_reread
-        self.plans += other.plans
-        self._decoding = Decoding(self.layers, self.config, self.ranks, self.num_seen)
+        for other in others:
+            check_joinable(self, other)
+        for other in others:
+            for mine, theirs in zip(self.layers, other.layers, strict=True):
+                mine.join(theirs)
+            self.columns.join(other.columns)
+            self.num_seen += other.num_seen
+            self.num_reread += other.num_reread
+            self.plans += other.plans
+        self._decoding.join([other._decoding for other in others])
 
     @in_own_mode
     def select_rows(self, index: Tensor) -> None:

@@ -133,21 +133,27 @@ class WindowLayer:
         self.store.put(k, v, step.slot, step.position)
         valid = step.live & (step.columns[:capacity] >= (step.stop - self.window)[:, None])
         out = scored_decode(
-            q[:, :, 0], buffers.keys, buffers.values, scale, valid=valid, newest=step.slot, present=step.present
-        )
+            q[:, :, 0], buffers.keys, buffers.values, scale, valid=valid, newest=step.slot, present=step.present,
+            widths=step.widths,
+        )  # fmt: skip
         return out.unsqueeze(2)
+
+    widths = property(lambda self: self.store.widths, doc="As of a `HeadBlock`.")
 
     def advance(self, counts: list[int]) -> bool:
         """Count what each row took in a decode step; whether slots moved, to the front of the buffers."""
         self.store.advance(counts)
         due = max(self.kv_len) >= self.window + self.SLACK
         if due:
-            self._trim()
+            self._trim(self.window + self.SLACK)
         return due
 
-    def _trim(self) -> None:
-        """Keep the last `window - 1` tokens of each row: what the next query sees beside itself."""
-        kept = [min(count, self.window - 1) for count in self.store.kv_len]
+    def _trim(self, most: int = 0) -> None:
+        """Keep the last `window - 1` tokens of each row of `most` or more: what the next query sees beside itself.
+
+        So where the slots of a row lie does not depend on others.
+        """
+        kept = [min(count, self.window - 1) if count >= most else count for count in self.store.kv_len]
         if kept == self.store.kv_len:
             return
         slots = self.store.slots

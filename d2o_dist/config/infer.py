@@ -49,8 +49,9 @@ class InferConfig:
         chat_template: `always` (wrap a bare prompt as a user message), `never` (bare text only), `auto` (`always`
             where the tokenizer has a template).
         system_prompt: system message of chats that bring none.
-        max_batch_size: rows of one batch at most.
-        max_batch_tokens: prompt tokens of one batch at most, padding included; a longer row runs alone.
+        max_batch_size: rows that run at once, at most.
+        max_batch_tokens: tokens that they take memory for, at most: a prompt that is read, and what rows that decode
+            keep at most (`engine.scheduler.Room`); a longer row runs alone.
         reading: when a prompt is compressed: `whole` (when all layers have read it), `layerwise` (each layer as soon as
             it has, so that the whole cache is never in memory), `auto` (`layerwise` where the result is the same),
             `stream` (after every `prefill_chunk` tokens, so that memory does not grow with the text; loses more).

@@ -1,4 +1,4 @@
-"""The decode loop of one batch: pick tokens, end rows, let go of finished ones."""
+"""Rows that decode together: read them, pick their tokens, end them, let go of those that have ended."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.encode import Request
@@ -17,6 +18,10 @@ from d2o_dist.engine.session import RowUsage, Session, left_pad
 from d2o_dist.engine.text import TextStream, decode_tokens
 from d2o_dist.engine.trace import Trace
 from d2o_dist.evict.budgets import NOT_FINITE_BECAUSE
+
+# Rows that have ended are dropped once they were padding, added up, in so many steps for each row that goes on. It
+# moves all slots that stay: half a step of SmolLM2-135M on a CPU, where eight rows cost little more than seven.
+PADDING_STEPS = 4
 
 
 @dataclass
@@ -28,9 +33,10 @@ class Generated:
         text: their text without special tokens, cut before a stop string.
         finish_reason: `eos`, `stop` (a stop string) or `length` (`max_new_tokens`).
         error: why the row ended with nothing to choose from; its other attributes then mean nothing. None: it did not.
-        time_to_first_token_s: from the start of the batch's prefill to its first token: prefill, finalize, one choice.
-            Rows of one batch share it.
-        tokens_per_s: the row's tokens after the first, over the time from the first to its last; None for one token.
+        time_to_first_token_s: from the start of the row's reading to its first token: prefill, finalize, one choice.
+            Rows that were read together share it.
+        tokens_per_s: the row's tokens after the first, over the time from the first to its last, readings of other rows
+            meanwhile included; None for one token.
         usage: what the cache held for the row when it ended; None until then.
     """
 
@@ -48,20 +54,28 @@ class Generated:
         return self.finish_reason is not None or self.error is not None
 
 
-class _Row:
-    """A row on its way."""
+class Row:
+    """A row on its way.
 
-    def __init__(self, request: Request, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+    Attributes:
+        request: what it was made from; result: what it has become so far.
+    """
+
+    def __init__(self, request: Request, tokenizer: Any, on_text: Callable[[str], None] | None = None) -> None:
         self.request = request
         self.result = Generated()
         self._tokenizer = tokenizer
         self._on_text = on_text
+        self._began = time.perf_counter()
+        self._first = 0.0
         # Text is decoded along the way only for those who look at it.
         self._stream = TextStream(tokenizer, request.stop) if request.stop or on_text else None
 
-    def take(self, token: int, eos_ids: frozenset[int]) -> bool:
+    def take(self, token: int, eos_ids: frozenset[int], now: float) -> bool:
         """Add a token; whether the row ends with it."""
         result = self.result
+        if not result.tokens:
+            self._first = now
         result.tokens.append(token)
         if self._stream is not None:
             # An end-of-sequence token too: a stop string may hold it.
@@ -74,7 +88,7 @@ class _Row:
             result.finish_reason = "length"
         return result.finish_reason is not None
 
-    def end(self, began: float, first: float, now: float, usage: RowUsage) -> None:
+    def end(self, now: float, usage: RowUsage) -> None:
         """Settle text, times and memory. A stop string that the last held back piece completes still counts."""
         result = self.result
         if self._stream is None:
@@ -84,9 +98,9 @@ class _Row:
             result.text = self._stream.text
             if self._stream.stopped:
                 result.finish_reason = "stop"
-        result.time_to_first_token_s = first - began
+        result.time_to_first_token_s = self._first - self._began
         steps = len(result.tokens) - 1
-        result.tokens_per_s = steps / (now - first) if steps and now > first else None
+        result.tokens_per_s = steps / (now - self._first) if steps and now > self._first else None
         result.usage = usage
 
     def lose(self, layer: int | None) -> None:
@@ -101,72 +115,123 @@ class _Row:
             self._on_text(piece)
 
 
-@torch.inference_mode()
-def generate(
-    session: Session,
-    requests: Sequence[Request],
-    sampling: SamplingConfig,
-    tokenizer: Any,
-    *,
-    eos_ids: frozenset[int] = frozenset(),
-    pad_id: int = 0,
-    chunk: int | None = None,
-    on_text: Callable[[str], None] | None = None,
-    on_prefill: Callable[[], None] | None = None,
-    on_step: Callable[[], None] = lambda: None,
-    trace: Trace | None = None,
-    stops: Callable[[], bool] = lambda: False,
-) -> list[Generated]:
-    """Run one batch to its end; the results are in the order of the requests.
+class Running:
+    """Rows that decode together: those that were read together, and those that joined them since.
 
-    A row whose logits are NaN or infinite ends with an error, on all ranks of the request; the others go on.
+    Each row picks by itself, so what becomes of it does not depend on the others. A row whose logits are NaN or
+    infinite ends with an error, on all ranks of the request. All of them make the same calls.
 
     Args:
-        session: a fresh one.
+        session: a fresh one, into which the prompts are read.
         eos_ids: ids that end a row, unless `sampling.ignore_eos`.
         chunk: prompt tokens of one forward; None: all at once.
-        on_text: called with every new piece of text; for a batch of one row.
-        on_prefill: called when the prompts are read and compressed; on_step: after each choice of tokens.
+        on_text: called with every new piece of text; for one row.
         trace: told of every decode step.
-        stops: whether this rank wants to end the run. If one of them does, all return after the same step, and rows
-            that are not at their end have no `finish_reason` and no `error`.
+        stops: whether this rank wants to end the run; asked at every choice of tokens.
+
+    Attributes:
+        rows: of the session, in its order; those that have ended stay among them until they are dropped.
+        stopped: whether a rank wants to end the run. Rows that are not at their end then stay without one.
     """
-    eos_ids = frozenset() if sampling.ignore_eos else eos_ids
-    prompts = [request.input_ids for request in requests]
-    rows = [_Row(request, tokenizer, on_text) for request in requests]
-    began = time.perf_counter()
-    indices = [request.index for request in requests]
-    sampler = Sampler(sampling, indices, prompts, session.device, session.cache.ranks, stops)
-    logits = session.prefill(*left_pad(prompts, pad_id), chunk)
-    if on_prefill is not None:
-        on_prefill()
-    tokens = sampler.pick(logits)
-    first = time.perf_counter()
-    batch = list(rows)
-    while tokens[0] != STOPPED:
-        on_step()
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        session: Session,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        tokenizer: Any,
+        *,
+        eos_ids: frozenset[int] = frozenset(),
+        pad_id: int = 0,
+        chunk: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+        trace: Trace | None = None,
+        stops: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.session, self._pad_id, self._trace = session, pad_id, trace
+        self.stopped = False
+        self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids
+        self.rows = [Row(request, tokenizer, on_text) for request in requests]
+        prompts, indices = [request.input_ids for request in requests], [request.index for request in requests]
+        self._sampler = Sampler(sampling, indices, prompts, session.device, session.cache.ranks, stops)
+        self._num_padding = 0
+        self._take(session.prefill(*left_pad(prompts, pad_id), chunk))
+
+    @property
+    def live(self) -> list[bool]:
+        """Which of the rows go on."""
+        return [not row.result.has_ended for row in self.rows]
+
+    @property
+    def going(self) -> list[Row]:
+        """The rows that go on."""
+        return [row for row in self.rows if not row.result.has_ended]
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """One token more for each row that goes on, of which there is one; those that have ended with it."""
+        live = self.live
+        self._num_padding += live.count(False)
+        if self._num_padding >= PADDING_STEPS * sum(live):
+            self.drop_ended()
+            live = self.live
+        # A row that has ended and stays is fed padding, which the cache does not store.
+        fed = [token if goes_on else self._pad_id for token, goes_on in zip(self._tokens, live, strict=True)]
+        with nullcontext() if self._trace is None else self._trace.step():
+            logits = self.session.decode(fed, live)
+        return self._take(logits)
+
+    @torch.inference_mode()
+    def join(self, *others: Running) -> None:
+        """Go on with the rows of others too, which are not used afterwards; rows that have ended are dropped. All have
+        rows that go on."""
+        for one in (self, *others):
+            one.drop_ended()
+        self.session.join(*(other.session for other in others))
+        for other in others:
+            self._sampler.join(other._sampler)
+            self.rows, self._tokens = self.rows + other.rows, self._tokens + other._tokens
+
+    @torch.inference_mode()
+    def drop_ended(self) -> None:
+        """Free the memory of the rows that have ended; others must be there."""
+        places = [place for place, goes_on in enumerate(self.live) if goes_on]
+        self._num_padding = 0
+        if len(places) < len(self.rows):
+            self.session.keep_rows(places)
+            self._sampler.keep_rows(places)
+            self.rows, self._tokens = [self.rows[n] for n in places], [self._tokens[n] for n in places]
+
+    def _take(self, logits: Tensor) -> list[Row]:
+        """Pick the next tokens; the rows that end with them."""
+        going = [(place, row) for place, row in enumerate(self.rows) if not row.result.has_ended]
+        self._tokens = tokens = self._sampler.pick(logits)
+        if tokens[0] == STOPPED:
+            self.stopped = True
+            return []
         # The tokens are on the host, so the device has done all that this clock should count.
         now = time.perf_counter()
-        going = [(place, row) for place, row in enumerate(batch) if not row.result.has_ended]
         lost = [(place, row) for place, row in going if tokens[place] == LOST]
-        layers = session.layers_not_finite() if lost else []
+        layers = self.session.layers_not_finite() if lost else []
         for place, row in lost:
             row.lose(layers[place])
         for place, row in going:
-            if tokens[place] != LOST and row.take(tokens[place], eos_ids):
-                row.end(began, first, now, session.row_usage(place))
-        present = [not row.result.has_ended for row in batch]
-        if not any(present):
-            break
-        if 2 * sum(present) <= len(present):
-            places = [place for place, goes_on in enumerate(present) if goes_on]
-            session.keep_rows(places)
-            sampler.keep_rows(places)
-            batch, tokens = [batch[place] for place in places], [tokens[place] for place in places]
-            present = [True] * len(batch)
-        # A finished row that stays is fed padding, which the cache does not store.
-        fed = [token if goes_on else pad_id for token, goes_on in zip(tokens, present, strict=True)]
-        with nullcontext() if trace is None else trace.step():
-            logits = session.decode(fed, present)
-        tokens = sampler.pick(logits)
+            if tokens[place] != LOST and row.take(tokens[place], self._eos_ids, now):
+                row.end(now, self.session.row_usage(place))
+        return [row for _, row in going if row.result.has_ended]
+
+
+def generate(
+    session: Session, requests: Sequence[Request], sampling: SamplingConfig, tokenizer: Any, **options: Any
+) -> list[Generated]:
+    """Run some rows to their end, without others; the results are in the order of the requests.
+
+    Args:
+        options: see `Running`, the other arguments too.
+    """
+    running = Running(session, requests, sampling, tokenizer, **options)
+    rows = list(running.rows)
+    while running.going and not running.stopped:
+        running.step()
     return [row.result for row in rows]

@@ -1,7 +1,7 @@
 """Where results go: one file, or while several replicas work a part file for each, joined at the end.
 
-A part file is named `OUTPUT.part-N`, N the replica (see `engine.parts`). Replica N's first rank appends to it batch by
-batch, so whatever ends a job, finished rows stay; rank 0 joins the parts, in the order of the input, when all replicas
+A part file is named `OUTPUT.part-N`, N the replica (see `engine.parts`). Replica N's first rank appends to it row by
+row, so whatever ends a job, finished rows stay; rank 0 joins the parts, in the order of the input, when all replicas
 are done. What earlier runs of the job have left is joined with them.
 """
 

@@ -1,4 +1,4 @@
-"""Result records: one JSON object a row, written as soon as its batch is done.
+"""Result records: one JSON object a row, written as soon as its row ends.
 
 A field that a row has no value for is null. Times are not among the fields: the same job gives the same records, in one
 go or in many. They are in the summary and, row by row, in a trace.

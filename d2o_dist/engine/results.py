@@ -1,9 +1,9 @@
-"""Results of a run, from the batches to the one file that holds all rows in the order of the input."""
+"""Results of a run, from the rows that end to the one file that holds all rows in the order of the input."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from d2o_dist.comm.agreement import agreed
@@ -67,35 +67,37 @@ class Results:
             self._writer = open_writer(config.output, mesh, quiet=quiet, earlier=earlier.records.values())
 
     def work(
-        self, batches: Sequence[Sequence[Request]], run_batch: Callable[..., list[Record]] | None
+        self,
+        waiting: Sequence[Request],
+        serve: Callable[[Iterator[Request], Callable[[], None]], Iterator[list[Record]]] | None,
     ) -> float:
-        """Run the batches and write their records; the seconds it took.
+        """Run the requests and write their records; the seconds it took.
 
         Args:
-            run_batch: called with a batch, and with what it is to call after each of its steps. None where there are no
-                batches.
+            serve: gives the records of rows as they end; called with the requests that this replica takes, which are
+                its own as soon as it asks for them, and with what to call after each step. None where there are none.
 
         Raises:
             StoppedError: the run was stopped, or could not write; finished rows stay.
-            BatchError: a rank failed and cannot go on with its peers. The rows of its batch are written as failed, so
+            BatchError: a rank failed and cannot go on with its peers. The rows that it ran are written as failed, so
                 that the next run passes them.
         """
         bad = [row for row in self._plan.bad_rows if row.index not in self._finished]
-        queue = WorkQueue(self._mesh, len(batches))
-        total = len(bad) + sum(map(len, batches))
+        queue = WorkQueue(self._mesh, len(waiting))
+        total = len(bad) + len(waiting)
         began = time.perf_counter()
         with self._writer:
             try:
                 if self._mesh.rank == 0:
                     self._on_rows(len(self._finished))
                     self._write(map(error_record, bad), queue)
-                while not (status := self._ends()) and (number := queue.claim()) is not None:
-                    try:
-                        self._write(run_batch(batches[number], queue.beat), queue)
-                    except BatchError as error:
-                        self._write(error.records, queue)
-                        raise
-                if status:
+                try:
+                    for records in serve(self._claimed(queue, waiting), queue.beat) if waiting else ():
+                        self._write(records, queue)
+                except BatchError as error:
+                    self._write(error.records, queue)
+                    raise
+                if status := self._ends():
                     queue.stop(status)
                 status = queue.settle(total, self._config.parallel.timeout, lambda: self._stop.status)
             except KeyboardInterrupt:
@@ -110,6 +112,11 @@ class Results:
         if self._mesh.rank == 0:
             self._on_rows(total - self._shown)
         return wall_s
+
+    def _claimed(self, queue: WorkQueue, waiting: Sequence[Request]) -> Iterator[Request]:
+        """The requests that this replica takes, until the run is to end."""
+        while not self._ends() and (number := queue.claim()) is not None:
+            yield waiting[number]
 
     def _ends(self) -> int:
         """The status to end with, the same on all ranks of the request; 0: they go on."""

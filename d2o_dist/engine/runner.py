@@ -1,12 +1,9 @@
-"""A whole inference run on one rank of any number: the weights are loaded, batches run, results are joined."""
+"""A whole inference run on one rank of any number: the weights are loaded, rows run, results are joined."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
-
-import torch
 
 from d2o_dist.cache.report import CacheReport
 from d2o_dist.comm.agreement import agreed
@@ -14,16 +11,16 @@ from d2o_dist.comm.collectives import Collectives, is_left_alone
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.reasons import peer_reason, tell_peers
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.lock import only_writer
-from d2o_dist.engine.loop import Generated, generate
+from d2o_dist.engine.loop import Generated, Running
 from d2o_dist.engine.output import lock_path
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.plan import InferPlan
 from d2o_dist.engine.records import Record, cut_off_record, error_record, make_record
 from d2o_dist.engine.results import BatchError, Results
 from d2o_dist.engine.resume import Earlier, begin, check_job, find_earlier
+from d2o_dist.engine.scheduler import Room, Scheduler, longest_first
 from d2o_dist.engine.session import Session
 from d2o_dist.engine.stop import Stop
 from d2o_dist.engine.summary import Summary, Times
@@ -34,16 +31,16 @@ from d2o_dist.models import loading
 
 
 class InferRunner:
-    """Runs the requests of a plan, batch after batch. All ranks that hold one request call it together.
+    """Runs requests. All ranks that hold one request call it together.
 
     Args:
-        on_text: called with pieces of text as they come; on_report: with a batch's cache report when it is done.
+        num_rows: of the whole job, finished or not.
+        on_text: called with pieces of text as they come; on_report: with the cache's report when all rows are done.
         log: called with a line about something that went wrong and was dealt with.
         stop: asked at every step whether the run is to end.
-        cut_off: indices of rows that are tried once more (see `records.cut_off_record`).
+        cut_off: indices of rows that are tried once more, each alone (see `records.cut_off_record`).
 
     Attributes:
-        rank_bytes: buffers of the cache on this rank after the prefill of its largest batch.
         times: of the rows that were finished.
     """
 
@@ -53,6 +50,7 @@ class InferRunner:
         model: Any,
         tokenizer: Any,
         mesh: ParallelMesh,
+        num_rows: int,
         *,
         trace: Trace | None = None,
         on_text: Callable[[str], None] | None = None,
@@ -65,19 +63,29 @@ class InferRunner:
         self.model = loading.adapt(model)
         self.tokenizer = tokenizer
         self.mesh = mesh
+        # Few enough that every replica has something to do.
+        self._max_rows = max(1, min(config.max_batch_size, -(-num_rows // mesh.dp)))
+        # Of the job alone: so that a row is computed alike on any number of replicas, and when the job goes on.
+        self._steady = min(config.max_batch_size, num_rows) > 1
         self.parallel = config.parallel if mesh.world_size > 1 else None
         self.eos_ids = loading.eos_ids(self.model, tokenizer)
         self.pad_id = loading.pad_id(tokenizer)
-        self.rank_bytes = 0
         self.times: list[Times] = []
+        self._scheduler: Scheduler | None = None
         self._trace = trace
         self._stop = Stop() if stop is None else stop
-        self._stopped = False
         self._cut_off = cut_off
         self._on_text, self._on_report, self._log = on_text, on_report, log
 
-    def run_batch(self, batch: Sequence[Request], on_step: Callable[[], None] = lambda: None) -> list[Record]:
-        """The records of one batch. If it fails as a whole, its rows are tried one by one. If the run is to end, rows
+    @property
+    def rank_bytes(self) -> int:
+        """Buffers of the largest cache that decoded, on this rank."""
+        return 0 if self._scheduler is None else self._scheduler.rank_bytes
+
+    def serve(
+        self, waiting: Iterator[Request], on_step: Callable[[], None] = lambda: None
+    ) -> Iterator[list[Record]]:
+        """The records of rows as they end. Rows that fail together are tried one by one. If the run is to end, rows
         that were not finished have none.
 
         Where several ranks hold a request only `NotFiniteError` is tried again: the ranks share the variances of
@@ -85,40 +93,38 @@ class InferRunner:
         steps, and would wait for each other. That error is raised, and ends the job.
 
         Args:
-            on_step: called after every token of the batch.
+            waiting: in the order in which they are admitted; on_step: called after every step.
 
         Raises:
             BatchError: only where several ranks hold a request.
         """
-        self._on_step = on_step
-        if self._stopped:
-            return []
-        records, error = self._try(batch)
-        if error is None:
-            return records
-        if len(batch) == 1:
-            return [self._failed(batch[0], error)]
-        self._log(f"a batch of {len(batch)} rows failed ({error}); its rows are tried one by one")
-        return [record for request in batch for record in self.run_batch([request], on_step)]
+        room = Room(self._max_rows, self.config.max_batch_tokens, self.config.d2o, self.model.shape.border)
+        self._scheduler = Scheduler(
+            waiting, self.read, room, alone=self._cut_off, on_failure=self._check_failure, on_step=on_step,
+            log=self._log,
+        )  # fmt: skip
+        for ended in self._scheduler.run():
+            yield [self._record(request, result) for request, result in ended]
+        running = self._scheduler.running
+        if self._on_report is not None and running is not None and not running.stopped:
+            self._on_report(running.session.cache.report())
 
-    def _failed(self, request: Request, error: str) -> Record:
-        self._log(f"row {request.index} ({shown(request.id)}) failed: {error}")
-        return error_record(request, error)
+    def read(self, requests: Sequence[Request]) -> Running:
+        """Read prompts into a session of their own."""
+        counter = None if self._trace is None else self._trace.counter
+        session = Session(
+            self.model, self.config.d2o, self.mesh, self.parallel, counter, decode_graph=self.config.decode_graph,
+            reading=self.config.reading, steady=self._steady,
+        )  # fmt: skip
+        return Running(
+            session, requests, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
+            chunk=self.config.prefill_chunk, on_text=self._on_text, trace=self._trace,
+            stops=lambda: self._stop.status > 0,
+        )  # fmt: skip
 
-    def _try(self, batch: Sequence[Request]) -> tuple[list[Record], str | None]:
-        try:
-            return self._run(batch), None
-        except NotFiniteError as error:
-            message = str(error)
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            if self.mesh.axis("request").size > 1:
-                raise self._give_up(error, message, batch) from error
-        # Out of the except block, so that the traceback lets go of the failed batch's tensors before the next try.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return [], message
+    def _check_failure(self, requests: Sequence[Request], error: Exception) -> None:
+        if self.mesh.axis("request").size > 1 and not isinstance(error, NotFiniteError):
+            raise self._give_up(error, f"{type(error).__name__}: {error}", requests) from error
 
     def _give_up(self, error: Exception, message: str, batch: Sequence[Request]) -> BatchError:
         """Of a rank whose peers are, or will be, left alone."""
@@ -131,30 +137,10 @@ class InferRunner:
         records = [cut_off_record(request, why, batch, request.index in self._cut_off) for request in batch]
         return BatchError(f"the batch of rows {rows} failed: {message}", records)
 
-    def _run(self, batch: Sequence[Request]) -> list[Record]:
-        counter = None if self._trace is None else self._trace.counter
-        session = Session(
-            self.model, self.config.d2o, self.mesh, self.parallel, counter, decode_graph=self.config.decode_graph,
-            reading=self.config.reading,
-        )
-
-        def note_size() -> None:
-            self.rank_bytes = max(self.rank_bytes, session.rank_bytes)
-
-        results = generate(
-            session, batch, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
-            chunk=self.config.prefill_chunk, on_text=self._on_text, on_prefill=note_size, on_step=self._on_step,
-            trace=self._trace, stops=lambda: self._stop.status > 0,
-        )  # fmt: skip
-        ended = [(a, b) for a, b in zip(batch, results, strict=True) if b.has_ended]
-        self._stopped = len(ended) < len(batch)
-        if self._on_report is not None and not self._stopped:
-            self._on_report(session.cache.report())
-        return [self._done(a, b) for a, b in ended]
-
-    def _done(self, request: Request, result: Generated) -> Record:
+    def _record(self, request: Request, result: Generated) -> Record:
         if result.error is not None:
-            return self._failed(request, result.error)
+            self._log(f"row {request.index} ({shown(request.id)}) failed: {result.error}")
+            return error_record(request, result.error)
         self.times.append((result.time_to_first_token_s, result.tokens_per_s))
         if self._trace is not None:
             self._trace.add_row(request.index, *self.times[-1])
@@ -178,7 +164,7 @@ def run(
     same job has finished are not run again.
 
     Args:
-        on_text, on_report, log: see `Runner`; with `on_text` nothing else goes to standard output.
+        on_text, on_report, log: see `InferRunner`; with `on_text` nothing else goes to standard output.
         on_rows: called on the ranks that lead a replica with the number of rows, of all replicas, that were written
             since the last call.
         stop: when it is asked, the run ends after the running step.
@@ -202,40 +188,30 @@ def run(
             earlier = find_earlier(config, plan.num_rows) if goes_on else Earlier()
         known = sorted(earlier.records), earlier.cut_off
         finished, cut_off = Collectives(mesh.axis("world")).broadcast_object(known)
-        batches = _batches(config, plan, mesh.dp, set(finished), set(cut_off))
+        waiting = _waiting(plan, set(finished), set(cut_off))
         trace = None if config.trace is None else Trace(config.trace, mesh)
         stop = Stop() if stop is None else stop
         runner = None
-        if batches:
+        if waiting:
             model = loading.load_model(config, mesh)
             runner = InferRunner(
-                config, model, plan.tokenizer, mesh, trace=trace, on_text=on_text, on_report=on_report, log=log,
-                stop=stop, cut_off=cut_off,
+                config, model, plan.tokenizer, mesh, len(plan.requests), trace=trace, on_text=on_text,
+                on_report=on_report, log=log, stop=stop, cut_off=cut_off,
             )  # fmt: skip
         with agreed(mesh):
             check()  # weights may have taken minutes
             if lock is not None:
                 begin(config.output, plan.job, earlier.goes_on)
         results = Results(config, plan, mesh, stop, earlier, finished, quiet=on_text is not None, on_rows=on_rows)
-        wall_s = results.work(batches, None if runner is None else runner.run_batch)
+        wall_s = results.work(waiting, None if runner is None else runner.serve)
         if trace is not None:
             log(trace.write())
         times, rank_bytes = ([], 0) if runner is None else (runner.times, runner.rank_bytes)
         return results.end(times, rank_bytes, wall_s, log)
 
 
-def _batches(
-    config: InferConfig, plan: InferPlan, replicas: int, finished: Collection[int], alone: Collection[int]
-) -> list[list[Request]]:
-    """Batch by batch, longest first; small enough that every replica has something to do.
+def _waiting(plan: InferPlan, finished: Collection[int], alone: Collection[int]) -> list[Request]:
+    """The requests to run, in the order in which they are admitted. Rows that may end the job come last."""
+    left = [request for request in longest_first(plan.requests) if request.index not in finished]
+    return sorted(left, key=lambda request: request.index in alone)
 
-    Finished rows are taken out of the batches of the whole job, so that the others are computed as they would be. Rows
-    that may end the job come last, each alone.
-    """
-    lengths = [len(request.input_ids) for request in plan.requests]
-    fair = -(-len(lengths) // replicas)
-    places = make_batches(lengths, max(1, min(config.max_batch_size, fair)), config.max_batch_tokens, plan.border)
-    whole = [[plan.requests[place] for place in batch] for batch in places]
-    out = {*finished, *alone}
-    left = [[request for request in batch if request.index not in out] for batch in whole]
-    return [*filter(None, left), *([request] for request in plan.requests if request.index in alone)]

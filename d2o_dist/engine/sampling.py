@@ -120,6 +120,19 @@ class Sampler:
         if self._seen is not None:
             self._seen = self._seen[list(rows)]
 
+    def join(self, other: Sampler) -> None:
+        """Pick for the rows of another sampler of the same configuration too, after those that are here."""
+        if self._generators is not None:
+            self._generators += other._generators
+        if self._seen is not None:
+            width = max(self._seen.shape[1], other._seen.shape[1])
+            self._seen = torch.cat([_widened(one._seen, width) for one in (self, other)])
+
+
+def _widened(seen: Tensor, width: int) -> Tensor:
+    """[B, T] -> [B, width]: each row's first token repeated in front."""
+    return torch.cat([seen[:, :1].expand(-1, width - seen.shape[1]), seen], 1)
+
 
 def _draw(probs: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """One token a row [B] of probabilities [B, V], by the row's own generator; of a row that holds NaN, any.

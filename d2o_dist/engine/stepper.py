@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from d2o_dist.models.base import ModelAdapter
 from d2o_dist.models.cache import ModelCache
@@ -42,13 +43,16 @@ class Stepper:
         recorder: None runs every step by Python.
         required: whether a forward that cannot be recorded is an error. Otherwise steps then run by Python, and a
             warning says why.
+        multiple: the rows of a forward are a multiple of it, with padding after those of the cache.
 
     Attributes:
         num_replayed: steps that were replays.
     """
 
-    def __init__(self, model: ModelAdapter, recorder: Recorder | None, *, required: bool = False) -> None:
-        self._model, self._recorder, self._required = model, recorder, required
+    def __init__(
+        self, model: ModelAdapter, recorder: Recorder | None, *, required: bool = False, multiple: int = 1
+    ) -> None:
+        self._model, self._recorder, self._required, self._multiple = model, recorder, required, multiple
         self._ids: Tensor | None = None
         self._warm: DecodeStep | None = None
         self._replay: Callable[[], Tensor] | None = None
@@ -63,8 +67,8 @@ class Stepper:
         Raises:
             ValueError: the forward cannot be recorded, and must be.
         """
-        step = cache.begin_step(present)
         ids = torch.as_tensor(tokens)[:, None]
+        step = cache.begin_step(present, -len(ids) % self._multiple)
         if self._recorder is None:
             logits = self._run(cache, ids.to(step.positions.device), step)
         else:
@@ -93,7 +97,9 @@ class Stepper:
         return self._replay().clone()
 
     def _run(self, cache: ModelCache, ids: Tensor, step: DecodeStep) -> Tensor:
-        return self._model.forward(ids, step.positions[:, None], cache)
+        rows, padding = len(ids), cache.step_padding
+        ids, positions = (pad(one, (0, 0, 0, padding)) for one in (ids, step.positions[:, None]))
+        return self._model.forward(ids, positions, cache)[:rows]
 
     def _give_up(self, obstacle: str) -> None:
         if self._required:

@@ -23,12 +23,12 @@ class Summary:
         num_earlier: of the first two, those that an earlier run of the job had finished. They count in what is held
             and in the keep ratio, not in tokens and times.
         num_prompt_tokens, num_new_tokens: totals.
-        wall_s: seconds from the first batch to the last; new_tokens_per_s: of all rows together, prefills included.
+        wall_s: seconds from the first row to the last; new_tokens_per_s: of all rows together, prefills included.
         median_time_to_first_token_s, median_tokens_per_s: over rows.
         mean_keep_ratio: achieved, over rows.
         held_bytes, full_bytes: keys and values of all rows, each when it ended, and what full caches would have held.
-        rank_bytes: by rank, the buffers of the cache after the prefill of its largest batch: room to grow, positions
-            and statistics included.
+        rank_bytes: by rank, the buffers of the largest cache that decoded: room to grow, positions and statistics
+            included.
         lost: what happened to files that results were written to, and where the results are; empty if nothing did.
     """
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from d2o_dist.comm import Collectives, ParallelMesh, build_mesh, init_distribute
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.sampling import SamplingConfig
-from d2o_dist.engine.batching import make_batches
 from d2o_dist.engine.encode import Request
-from d2o_dist.engine.loop import generate
+from d2o_dist.engine.loop import Running
+from d2o_dist.engine.scheduler import Room, Scheduler, longest_first
 from d2o_dist.engine.session import Session
 from d2o_dist.engine.startup import check_same_run
 from d2o_dist.eval.continuation import continuation_logits, lost_rows
@@ -51,7 +52,7 @@ class D2OLM(TemplateLM):
             in `InferConfig`.
         preset, keep_ratio, keep_tokens, fields: how the cache is compressed: a preset, a size, and any other fields of
             `D2OConfig`. `preset=full` is the reference.
-        batch_size, max_batch_tokens: prompts generated from together at most.
+        batch_size, max_batch_tokens: rows that run at once, and their tokens, at most (`engine.scheduler.Room`).
         max_gen_toks: tokens generated where a task does not say.
         max_length: longest prompt with its answer; the model's positions by default.
         rolling_segment: tokens of a segment of `loglikelihood_rolling`.
@@ -175,24 +176,27 @@ class D2OLM(TemplateLM):
             ids = (self.tok_encode(context) or [self.prefix_token_id])[max_new - self.max_length :]
             jobs.append((_sampling(arguments), Request(place, place, tuple(ids), max_new, until)))
         answers = [""] * len(jobs)
+        room = Room(self._batch_size, self._max_batch_tokens, self.d2o, self.model.shape.border)
         with self._progress(len(jobs), disable_tqdm) as bar:
             for sampling in dict.fromkeys(each for each, _ in jobs):
                 own = [request for each, request in jobs if each == sampling]
-                lengths = [len(request.input_ids) for request in own]
-                border = self.model.shape.border
-                for places in make_batches(lengths, self._batch_size, self._max_batch_tokens, border):
-                    batch = [own[place] for place in places]
-                    results = generate(
-                        Session(self.model, self.d2o), batch, sampling, self.tokenizer, eos_ids=self._eos_ids,
-                        pad_id=self._pad_id, chunk=self._chunk,
-                    )  # fmt: skip
-                    for request, result in zip(batch, results, strict=True):
+                scheduler = Scheduler(
+                    iter(longest_first(own)), partial(self._read, sampling), room, on_failure=_give_up
+                )  # fmt: skip
+                for ended in scheduler.run():
+                    for request, result in ended:
                         if result.error is not None:
                             raise FloatingPointError(f"request {request.index}: {result.error}")
                         answers[request.index] = result.text
                         self.cache_hook.add_partial("generate_until", requests[request.index].args, result.text)
-                    bar.update(len(batch))
+                    bar.update(len(ended))
         return answers
+
+    def _read(self, sampling: SamplingConfig, requests: Sequence[Request]) -> Running:
+        return Running(
+            Session(self.model, self.d2o), requests, sampling, self.tokenizer, eos_ids=self._eos_ids,
+            pad_id=self._pad_id, chunk=self._chunk,
+        )  # fmt: skip
 
     def _loglikelihood_tokens(
         self,
@@ -287,6 +291,10 @@ def _score(logits: Tensor, tokens: Sequence[int], start: int = 0) -> tuple[float
 def _device(name: str | None, world_size: int) -> str:
     """The device of `InferConfig`. What the harness means if nothing is said is one GPU; ranks have one each."""
     return "cuda" if name == HARNESS_DEVICE and world_size > 1 else name or "auto"
+
+
+def _give_up(requests: Sequence[Request], error: Exception) -> None:
+    raise error
 
 
 def _sampling(arguments: dict[str, Any]) -> SamplingConfig:

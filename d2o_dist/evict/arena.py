@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from d2o_dist.evict.exchange import Exchange, Ranked
 from d2o_dist.evict.judge import MAX_FOUND, Nearest, count_dropped, judge
@@ -26,6 +27,9 @@ from d2o_dist.policy.statistics import COLUMN_SUMS, PEAKS, RATES
 from d2o_dist.slots.arena import Arena
 from d2o_dist.slots.shares import count_held
 from d2o_dist.slots.slots import D2OState, Slots, stats_dtype
+
+# Columns of a matrix product have the same last bits in any width that is a multiple of it.
+_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,16 @@ class ArenaEvictions:
         before = self.arena.units_of_rows(index)
         arena, newest = self.arena.select_rows(index), self.newest[before]
         seen_then = self.seen_then[index.to(self.seen_then.device)]
+        return dataclasses.replace(self, arena=arena, newest=newest, seen_then=seen_then, _tables={})
+
+    def join(self, others: Sequence[ArenaEvictions]) -> ArenaEvictions:
+        """Of the rows of several, one after the other."""
+        everyone = [self, *others]
+        most = max(one.newest.shape[1] for one in everyone)
+        newest = [pad(one.newest, (most - one.newest.shape[1], 0), value=-1) for one in everyone]
+        arenas = [one.arena for one in everyone]
+        seen_then = torch.cat([one.seen_then for one in everyone])
+        arena, newest = self.arena.join(arenas[1:]), Arena.by_unit(arenas, newest)
         return dataclasses.replace(self, arena=arena, newest=newest, seen_then=seen_then, _tables={})
 
     # ---- propose -------------------------------------------------------------------------------------------------
@@ -269,10 +283,10 @@ def nearest_of_set(evicted: Tensor, kept: Tensor, can: Tensor, positions: Tensor
     Args:
         evicted: [B, h, E, D], few; kept: [B, h, C, D]; can: [B, h, C] bool, the targets; positions: [B, h, C] int64.
     """
-    dtype = stats_dtype(kept.dtype)
-    kept, own = kept.to(dtype), unit(evicted)
+    dtype, width = stats_dtype(kept.dtype), kept.shape[-2]
+    kept, own = pad(kept.to(dtype), (0, 0, 0, -width % _MULTIPLE)), unit(evicted)
     norm = kept.norm(dim=-1)
-    cosine = own @ kept.mT / torch.where(norm > 0, norm, 1).unsqueeze(-2)
+    cosine = (own @ kept.mT / torch.where(norm > 0, norm, 1).unsqueeze(-2))[..., :width]
     cosine = cosine.masked_fill(~can.unsqueeze(-2), -torch.inf)
     best = cosine.amax(-1, keepdim=True)
     last = torch.iinfo(torch.int64).max

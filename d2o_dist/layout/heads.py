@@ -143,6 +143,7 @@ class HeadLayout:
             rates=buffers.rates if config.needs_rates else None,
             rate_window=config.statistics.rate_window,
             present=step.present,
+            widths=step.widths,
             total=None if self.ranks.kv_replicas == 1 else self.ranks.sum_replicas,
         )  # fmt: skip
         return out.unsqueeze(2)
@@ -155,9 +156,18 @@ class HeadLayout:
         """Count what an eviction in the arena left."""
         self.store.kv_len = list(kv_len)
 
-    def enter(self, block: Slots, codec: Codec) -> None:
-        """Move the slots into a block of an arena."""
-        self.store.enter(block, codec)
+    @property
+    def widths(self) -> list[int]:
+        """As `HeadBlock.widths`."""
+        return self.store.widths
+
+    def enter(self, block: Slots, codec: Codec, room: Sequence[int]) -> None:
+        """Move the slots into a block of an arena, in which each row has so much room."""
+        self.store.enter(block, codec, room)
+
+    def rebase(self, block: Slots, room: Sequence[int]) -> None:
+        """The slots lie in the block of another arena."""
+        self.store.rebase(block, room)
 
     def leave(self) -> None:
         """Hold the slots in buffers of their own, in order."""

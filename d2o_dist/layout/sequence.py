@@ -237,9 +237,19 @@ class SequenceLayout:
         """Count what an eviction in the arena left, on all ranks together."""
         self.kv_len = list(kv_len)
 
-    def enter(self, block: Slots, codec: Codec) -> None:
+    @property
+    def widths(self) -> list[int]:
+        """As `HeadBlock.widths`; nothing reads them here."""
+        return self.store.widths
+
+    def enter(self, block: Slots, codec: Codec, room: Sequence[int]) -> None:
         """Move the slots into a block of an arena, all of which then count as used."""
-        self.store.enter(block, codec)
+        self.store.enter(block, codec, room)
+        self.store.kv_len = [self.store.capacity] * len(self.kv_len)
+
+    def rebase(self, block: Slots, room: Sequence[int]) -> None:
+        """The slots lie in the block of another arena."""
+        self.store.rebase(block, room)
         self.store.kv_len = [self.store.capacity] * len(self.kv_len)
 
     def leave(self) -> None:
@@ -247,7 +257,7 @@ class SequenceLayout:
         self.store.leave()
 
     def join(self, other: SequenceLayout) -> None:
-        """Hold the rows of another block too. Collectives: two."""
+        """Hold the rows of another block too."""
         self.store.join(other.store)
         self.store.kv_len = [self.store.capacity] * len(self.store.kv_len)
         self.kv_len += other.kv_len

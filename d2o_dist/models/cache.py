@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from d2o_dist.cache.report import CacheReport, make_report
 from d2o_dist.cache.sequence import CompressedCache
@@ -81,6 +82,8 @@ class ModelCache:
         self.layers = [self.view_class(self.compressed, index) for index in range(len(shape.windows))]
         # Tokens of the longest text that a forward had positions for.
         self._longest = 0
+        # Rows of the announced step that are nobody's, after those of the cache.
+        self.step_padding = 0
 
     @property
     def d2o(self) -> D2OConfig:
@@ -103,9 +106,13 @@ class ModelCache:
         border, announced = self.shape.border, self.compressed.step_announced
         if layer == 0 and border is not None and positions is not None and not announced:
             self._check_side(int(positions.max()) + 1)
+        padding = self.step_padding if announced else 0
+        if padding:
+            q, k, v = (tensor[:-padding] for tensor in (q, k, v))
         with torch.no_grad(), without_autocast():
             # Detached: a slot must not keep the graph of the forward that made it alive.
-            return self.compressed.attend(layer, q, k.detach(), v.detach(), scale, mask, positions)
+            out = self.compressed.attend(layer, q, k.detach(), v.detach(), scale, mask, positions)
+        return pad(out, (0, 0, 0, 0, 0, 0, 0, padding)) if padding else out
 
     def _check_side(self, length: int) -> None:
         """Of a forward with positions below `length`: it must be on the side of the model's border that all are on."""
@@ -128,11 +135,16 @@ class ModelCache:
 
     # ---- decode steps that are recorded --------------------------------------------------------------------------
 
-    def begin_step(self, present: Sequence[bool] | None = None) -> DecodeStep:
+    def begin_step(self, present: Sequence[bool] | None = None, padding: int = 0) -> DecodeStep:
         """Announce a decode step; the model's forward, or a replay of one, and `end_step` must follow.
 
         See `CompressedCache.begin_step`. A forward without it is a decode step all the same.
+
+        Args:
+            padding: rows that the forward has beyond those of the cache, after them. They attend to nothing, and
+                nothing of them is kept.
         """
+        self.step_padding = padding
         self._check_side(max(self.compressed.num_seen, default=0) + 1)
         return self.compressed.begin_step(present)
 
@@ -243,13 +255,13 @@ class ModelCache:
         """Keep these rows, in that order, repeated where repeated."""
         self.compressed.select_rows(rows)
 
-    def join(self, other: Self) -> None:
-        """Take in the rows of another cache of the same model and configuration, which must not be used afterwards.
+    def join(self, *others: Self) -> None:
+        """Take in the rows of other caches of the same model and configuration, which must not be used afterwards.
 
-        Both have read their prompts. See `CompressedCache.join`.
+        All have read their prompts. See `CompressedCache.join`.
         """
-        self.compressed.join(other.compressed)
-        self._longest = max(self._longest, other._longest)
+        self.compressed.join(*(other.compressed for other in others))
+        self._longest = max(self._longest, *(other._longest for other in others))
 
     def reset(self) -> None:
         """Forget everything but the configuration."""

@@ -17,6 +17,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.shares import Shares
@@ -201,18 +202,53 @@ class Arena:
 
     def select_rows(self, index: Tensor) -> Arena:
         """An arena of rows `index`, in that order, repeated where repeated."""
-        host = index.tolist()
-        blocks = [Block(b.heads, b.width, tuple(b.room[row] for row in host)) for b in self.blocks]
-        made = Arena(blocks, self.codec, self.start.device)
-        for number in range(len(blocks)):
+        rooms = [tuple(block.room[row] for row in index.tolist()) for block in self.blocks]
+        blocks = [Block(block.heads, max(room), room) for block, room in zip(self.blocks, rooms, strict=True)]
+        made, index = Arena(blocks, self.codec, self.start.device), index.to(self.start.device)
+        for number, block in enumerate(blocks):
             old, new = self.view(number), made.view(number)
             for name in vars(old):
-                getattr(new, name).copy_(getattr(old, name).index_select(0, index.to(self.start.device)))
+                getattr(new, name).copy_(getattr(old, name)[:, :, : block.width].index_select(0, index))
         units = self.units_of_rows(index)
         made.free, made.taken = self.free[units], self.taken[units]
         if self.shares is not None:
             made.shares = Shares(self.shares.held[units], self.shares.rank)
         return made
+
+    def join(self, others: Sequence[Arena]) -> Arena:
+        """An arena of the rows of several, one after the other. Each slot keeps its place in its segment, and each unit
+        the order of its free slots: what becomes of a unit does not depend on when others came."""
+        everyone = [self, *others]
+        blocks = [
+            Block(parts[0].heads, max(part.width for part in parts), sum((part.room for part in parts), ()))
+            for parts in zip(*(arena.blocks for arena in everyone), strict=True)
+        ]
+        made = Arena(blocks, self.codec, self.start.device)
+        for number in range(len(blocks)):
+            new, row = made.view(number), 0
+            for arena in everyone:
+                old = arena.view(number)
+                batch, _, width = old.positions.shape
+                for name in vars(old):
+                    getattr(new, name)[row : row + batch, :, :width] = getattr(old, name)
+                for vectors in (new.keys, new.values):  # nobody's, but read
+                    vectors[row : row + batch, :, width:] = 0
+                row += batch
+        most = max(arena.free.shape[1] for arena in everyone)
+        frees = [pad(arena.free, (0, most - arena.free.shape[1]), value=-1) for arena in everyone]
+        made.free = self.by_unit(everyone, frees)
+        made.taken = self.by_unit(everyone, [arena.taken for arena in everyone])
+        if self.shares is not None:
+            held = self.by_unit(everyone, [arena.shares.held for arena in everyone])
+            made.shares = Shares(held, self.shares.rank)
+        return made
+
+    @staticmethod
+    def by_unit(arenas: Sequence[Arena], tables: Sequence[Tensor]) -> Tensor:
+        """[U, ...] of each arena -> of the arena of all their rows."""
+        numbers = range(len(arenas[0].blocks))
+        both = list(zip(arenas, tables, strict=True))
+        return torch.cat([table[arena.units(number)] for number in numbers for arena, table in both])
 
 
 def _listed(mask: Tensor, width: int) -> Tensor:

@@ -32,6 +32,7 @@ class BlockStep:
         stop: [B] int64, slots in use with it, of blocks that keep their slots in order; None of others.
         present: [B] bool, rows that take a token; None: all of them.
         columns: [>= C] int64, 0, 1, 2 and so on.
+        widths: per row, how many columns of the buffers may be in use.
     """
 
     position: Tensor
@@ -40,6 +41,7 @@ class BlockStep:
     stop: Tensor | None
     present: Tensor | None
     columns: Tensor
+    widths: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class DecodeStep:
             self._present.copy_(torch.tensor(counts))
         self.counts = counts
 
-    def begin(self) -> list[BlockStep]:
-        """The part of each block, which writes and attends before `end`."""
+    def begin(self, widths: Sequence[Sequence[int]]) -> list[BlockStep]:
+        """The part of each block, which writes and attends before `end`; widths: of its rows."""
         if self._present is None:
             position, stop = self._seen, self._held + 1
         else:
@@ -125,7 +127,7 @@ class DecodeStep:
                 live = columns < (slot + (here >= 0)).unsqueeze(-1)
             else:
                 here, slot, live, last = position[:, None], self._held[number][:, None], columns < end[:, None], end
-            steps.append(BlockStep(here, slot, live, last, self._present, self._columns))
+            steps.append(BlockStep(here, slot, live, last, self._present, self._columns, widths[number]))
         return steps
 
     def end(self) -> None:

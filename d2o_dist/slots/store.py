@@ -35,6 +35,8 @@ class SlotStore:
         self._buffers: Slots | None = None
         self.codec: Codec | None = None
         self.expected = 0
+        # Of each row's segment, in an arena.
+        self._room: list[int] = []
 
     @classmethod
     def of(cls, slots: Slots, kv_len: list[int]) -> SlotStore:
@@ -212,18 +214,25 @@ class SlotStore:
             statistic.zero_()
         self.kv_len = list(kv_len)
 
-    def enter(self, block: Slots, codec: Codec) -> None:
-        """Move into a block of an arena [B, Hkv, C, ...], of which the slots become the first ones."""
+    @property
+    def widths(self) -> list[int]:
+        """Of each row, how many columns of the buffers a decode step looks at: in an arena those of its segment, else
+        those in use and one for its token."""
+        return self._room if self.in_arena else [min(held + 1, self.capacity) for held in self.kv_len]
+
+    def enter(self, block: Slots, codec: Codec, room: Sequence[int]) -> None:
+        """Move into a block of an arena [B, Hkv, C, ...], of which the slots become the first ones; room: slots of each
+        row's segments."""
         slots = codec.encode_slots(self.slots)
         width = slots.positions.shape[-1]
         _copy(block, slots, width)
         for vectors in (block.keys, block.values):
             vectors[:, :, width:] = 0
-        self._buffers, self.codec = block, codec
+        self._buffers, self.codec, self._room = block, codec, list(room)
 
-    def rebase(self, block: Slots) -> None:
+    def rebase(self, block: Slots, room: Sequence[int]) -> None:
         """The same slots in the block of another arena."""
-        self._buffers = block
+        self._buffers, self._room = block, list(room)
 
     def leave(self) -> None:
         """Hold the slots in buffers of their own, in order."""
@@ -231,8 +240,11 @@ class SlotStore:
             self._buffers, self.codec = self.slots, None
 
     def join(self, other: SlotStore) -> None:
-        """Hold the rows of another store too, after those that are here; none of both lies in an arena."""
-        assert not self.in_arena and not other.in_arena
+        """Hold the rows of another store too, after those that are here. Slots of an arena are its own to join."""
+        assert self.in_arena == other.in_arena
+        if self.in_arena:
+            self.kv_len = [*self.kv_len, *other.kv_len]
+            return
         capacity = max(self.capacity, other.capacity)
         for store in (self, other):
             store.reserve(capacity)

@@ -66,6 +66,18 @@ def test_model_compares_caches(tmp_path):
     assert held["sdpa"] == held["full"] > 2 * held["d2o"]
 
 
+def test_rows_that_come_and_go_take_fewer_steps(tmp_path):
+    arguments = ["jobs", "--rows", "10", "--prompts", "4", "40", "--answers", "1", "30", "--max-batch-size", "3"]
+    assert run([*arguments, "--dtype", "float64", "--presets", "d2o,full", "--out", str(tmp_path)]) == 0
+    (report,) = tmp_path.glob("*-jobs.json")
+    rows = json.loads(report.read_text())["rows"]
+    assert [(row["cache"], row["rows"]) for row in rows] == [
+        (cache, rows) for cache in ("d2o", "full") for rows in ("fixed batches", "come and go")
+    ]
+    assert all(row["rows of the same tokens"] == "10 of 10" and row["rows at once (most)"] <= 3 for row in rows)
+    assert rows[1]["steps"] < rows[0]["steps"] and rows[3]["steps"] < rows[2]["steps"]
+
+
 def test_model_refuses_to_time_wrong_results(monkeypatch):
     monkeypatch.setattr(model, "GATE_LIMIT", {torch.float32: -1.0})
     with pytest.raises(SystemExit, match="gate is red"):

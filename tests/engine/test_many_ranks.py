@@ -19,7 +19,11 @@ from tests.ranks import RankError, run_ranks
 
 pytestmark = pytest.mark.multirank
 WORDS = "the quick brown fox jumps over the lazy dog and folds the rest into a cache".split()
-ROWS = [{"id": f"r{n}", "prompt": " ".join(WORDS * 3)[: 11 + 17 * n % 150]} for n in range(5)] + [{"id": "bad"}]
+# With limits of their own, so that rows join others that decode.
+ROWS = [
+    {"id": f"r{n}", "prompt": " ".join(WORDS * 3)[: 11 + 17 * n % 150], "max_new_tokens": (8, 3, 7, 2, 8)[n]}
+    for n in range(5)
+] + [{"id": "bad"}]
 
 PATIENCE_S = 150.0  # a token costs several collectives, and each of them a turn on a busy machine
 SHAPES = [(2, 1, 1), (3, 1, 1), (1, 2, 1), (1, 3, 1), (1, 1, 2), (1, 1, 4), (1, 2, 2), (2, 2, 1)]
@@ -136,15 +140,15 @@ def test_refusals_before_any_weight_is_loaded(folder, tmp_path, shape, fields, m
 
 
 def failing_batch(rank, world, values):
-    real = running.generate
+    real = running.InferRunner.read
 
-    def generate(session, requests, *args, **kwargs):
+    def read(self, requests):
         if any(request.id == "r2" for request in requests):
             raise MemoryError("no room")
-        return real(session, requests, *args, **kwargs)
+        return real(self, requests)
 
-    running.generate = generate
-    return whole_run(rank, world, values)
+    with patch.object(running.InferRunner, "read", read):
+        return whole_run(rank, world, values)
 
 
 def test_replicas_alone_with_their_requests_try_rows_again(folder, tmp_path):

@@ -14,7 +14,7 @@ from d2o_dist.comm import build_mesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine import runner as running
-from d2o_dist.engine.loop import generate
+from d2o_dist.engine.loop import Running, generate
 from d2o_dist.engine.plan import prepare
 from d2o_dist.engine.records import to_line
 from d2o_dist.engine.runner import run
@@ -174,20 +174,44 @@ class Spoiler:
         if not self.here:
             yield
             return
-        real_load, real_generate = running.loading.load_model, running.generate
+        real_load, real_read, real_step = running.loading.load_model, running.InferRunner.read, Running.step
+        read_now, decoding = [], []
 
         def load(*args):
             adapter = real_load(*args)
-            self.model = adapter.model
+            module = adapter.model.lm_head if self.where == "lm_head" else adapter.model.model.layers[self.where].mlp
+            module.register_forward_hook(hook)
             return adapter
 
-        def generate(session, requests, sampling, tokenizer, **kwargs):
-            rows = [place for place, each in enumerate(requests) if each.id == "bad"]
-            module = self.model.lm_head if self.where == "lm_head" else self.model.model.layers[self.where].mlp
-            with spoilt(session, module, self.at, row=rows[0]) if rows else nullcontext():
-                return real_generate(session, requests, sampling, tokenizer, **kwargs)
+        def read(runner, requests):
+            read_now[:] = [each.id for each in requests]
+            batch = real_read(runner, requests)
+            read_now.clear()
+            return batch
 
-        with patch.object(running.loading, "load_model", load), patch.object(running, "generate", generate):
+        def step(batch):
+            decoding.append(batch)
+            ended = real_step(batch)
+            decoding.clear()
+            return ended
+
+        def hook(_, args, out):
+            """Of the row, in the prompts that are read or among the rows that decode."""
+            rows = [(name, 1) for name in read_now]
+            if decoding:
+                rows = [(row.request.id, len(row.result.tokens) + 1) for row in decoding[0].rows]
+            place, number = next(((place, new) for place, (name, new) in enumerate(rows) if name == "bad"), (0, 0))
+            if number < self.at:
+                return None
+            out = out.clone()
+            out[place, -1] = torch.nan
+            return out
+
+        with (
+            patch.object(running.loading, "load_model", load),
+            patch.object(running.InferRunner, "read", read),
+            patch.object(Running, "step", step),
+        ):
             yield
 
 

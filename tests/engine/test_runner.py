@@ -12,6 +12,7 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine import plan
 from d2o_dist.engine import runner as running
 from d2o_dist.engine.lock import OutputLock
+from d2o_dist.engine.loop import Running
 from d2o_dist.engine.output import lock_path
 from d2o_dist.engine.plan import prepare
 from d2o_dist.engine.runner import run
@@ -46,6 +47,7 @@ def make_config(folder, tmp_path, rows, **fields) -> InferConfig:
 
 
 ROWS = [{"id": f"r{n}", "prompt": " ".join(WORDS[: 3 + 5 * n % 13])} for n in range(7)]
+MIXED = [{**row, "max_new_tokens": (6, 2, 9, 1, 5, 12, 3)[n]} for n, row in enumerate(ROWS)]
 
 
 def read(tmp_path) -> list[dict]:
@@ -56,7 +58,7 @@ def test_results_are_in_the_order_of_the_input_and_do_not_depend_on_the_batches(
     sampling = {"max_new_tokens": 6, "temperature": 0.9, "seed": 3}
     texts = []
     for size in (3, 1):
-        config = make_config(folder, tmp_path, ROWS, max_batch_size=size, sampling=sampling, overwrite=True)
+        config = make_config(folder, tmp_path, MIXED, max_batch_size=size, sampling=sampling, overwrite=True)
         counts: list[int] = []
         summary = run(config, prepare(config), on_rows=counts.append)
         records = read(tmp_path)
@@ -84,19 +86,26 @@ def test_without_a_good_row_no_weights_are_loaded(folder, tmp_path, monkeypatch)
 
 
 def failing(monkeypatch, decide):
-    """Make `generate` raise what `decide(requests)` returns, if anything."""
-    real = running.generate
+    """Make the reading of prompts raise what `decide(requests)` returns, if anything."""
+    real = running.InferRunner.read
 
-    def generate(session, requests, *args, **kwargs):
+    def read(self, requests):
         if (error := decide(requests)) is not None:
             raise error
-        return real(session, requests, *args, **kwargs)
+        return real(self, requests)
 
-    monkeypatch.setattr(running, "generate", generate)
+    monkeypatch.setattr(running.InferRunner, "read", read)
 
 
 def test_a_failed_batch_is_tried_row_by_row(folder, tmp_path, monkeypatch):
-    failing(monkeypatch, lambda requests: torch.OutOfMemoryError("no room") if len(requests) > 1 else None)
+    real = Running.step
+
+    def step(self):
+        if len(self.going) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return real(self)
+
+    monkeypatch.setattr(Running, "step", step)
     lines: list[str] = []
     config = make_config(folder, tmp_path, ROWS, max_batch_size=4)
     assert run(config, prepare(config), log=lines.append).num_ok == 7
@@ -118,7 +127,7 @@ def test_an_interruption_keeps_what_is_written(folder, tmp_path, monkeypatch):
 
     def decide(requests):
         seen.append(requests)
-        return KeyboardInterrupt() if len(seen) == 3 else None
+        return KeyboardInterrupt() if len(seen) == 5 else None
 
     failing(monkeypatch, decide)
     config = make_config(folder, tmp_path, [*ROWS, {"id": "bad"}], max_batch_size=2)
@@ -133,7 +142,7 @@ def test_what_the_user_did_not_foresee_keeps_what_is_written(folder, tmp_path, m
 
     def decide(requests):
         calls.append(requests)
-        return SystemExit(3) if len(calls) == 2 else None
+        return SystemExit(3) if len(calls) == 5 else None
 
     failing(monkeypatch, decide)
     config = make_config(folder, tmp_path, ROWS, max_batch_size=4)

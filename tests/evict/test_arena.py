@@ -71,7 +71,7 @@ class Twin:
         arena = Arena(blocks, Codec(Exact(), 4, self.dtype), torch.device("cpu"))
         slots = [random_slots(rows, case.heads, 4, self.seed + n, self.dtype) for n, rows in enumerate(case.held)]
         for number, (one, rows) in enumerate(zip(slots, case.held, strict=True)):
-            SlotStore.of(with_ties(one).in_order(), rows).enter(arena.view(number), arena.codec)
+            SlotStore.of(with_ties(one).in_order(), rows).enter(arena.view(number), arena.codec, blocks[number].room)
         free = [block.room[row] - held for block, rows in zip(blocks, case.held, strict=True)
                 for row, held in enumerate(rows)]  # fmt: skip
         arena.settle(max(free))

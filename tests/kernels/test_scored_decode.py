@@ -54,6 +54,26 @@ def test_equals_naive(dtype, heads, parts, absent, apart):
         assert kept["scores"] is None or torch.equal(scores[1], case(heads, dtype, apart)[2][0][1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("heads", HEADS, ids=HEADS_IDS)
+def test_a_row_gets_what_it_gets_alone(dtype, heads):
+    """To the last bit, however wide the widest row is."""
+    (q, k, v, scale), options, (scores, rates, mass) = case(heads, dtype, slots=601)
+    newest, valid = torch.tensor([[20], [0], [599]]), torch.arange(601) <= torch.tensor([[20], [0], [599]])
+    widths, alone = [21, 1, 601], [scores.clone(), rates.clone()]
+    both = dict(scores=scores, rates=rates, log_mass=mass, rate_window=8)
+    out = scored_decode(q, k, v, scale, valid=valid, newest=newest, widths=widths, **both)
+    for row, width in enumerate(widths):
+        here = slice(row, row + 1)
+        own = [tensor[here, :, :width].clone() for tensor in (k, v, mass, *alone)]
+        got = scored_decode(
+            q[here], *own[:2], scale, valid=valid[here, :width], newest=newest[here], widths=[width],
+            scores=own[3], rates=own[4], log_mass=own[2], rate_window=8,
+        )  # fmt: skip
+        assert torch.equal(got[0], out[row])
+        assert torch.equal(own[3], scores[here, :, :width]) and torch.equal(own[4], rates[here, :, :width])
+
+
 def test_probabilities_may_be_completed_by_others():
     """Two holders of one KV head, each with some of its query heads: together they score what one would."""
     (q, k, v, scale), options, (scores, rates, _) = case((8, 2), torch.float64)

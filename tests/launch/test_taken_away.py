@@ -24,20 +24,21 @@ pytestmark = pytest.mark.multirank
 def meddled(rank, world, folder, done, how, target, output, argv) -> tuple[int, str, str]:
     """A run in `folder`, and what is done to its output.
 
-    It is done once the first batch is written; of two ranks rank 0 does it in its first batch, and rank 1 waits for it.
+    It is done once the first rows are written; of two ranks rank 0 does it when it reads its first prompt, and rank 1
+    waits for it.
     """
-    real, batches = InferRunner.run_batch, []
+    real, batches = InferRunner.read, []
 
-    def run_batch(self, batch, *args):
+    def read(self, batch):
         batches.append(batch)
         while rank == 1 and not done.exists():
             time.sleep(0.05)
         if rank == 0 and len(batches) == (2 if world == 1 else 1):
             meddle(how, target)
             done.touch()
-        return real(self, batch, *args)
+        return real(self, batch)
 
-    with chdir(folder), patch.object(InferRunner, "run_batch", run_batch):
+    with chdir(folder), patch.object(InferRunner, "read", read):
         return speak(infer.main, [*FIELDS, "sampling.max_new_tokens=5", "--output", str(output), *argv])
 
 

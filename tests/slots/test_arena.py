@@ -23,7 +23,7 @@ def made(dtype=torch.float64) -> tuple[Arena, list[Slots]]:
     arena, inside = Arena(BLOCKS, codec, torch.device("cpu")), []
     for number, held in enumerate(HELD):
         inside.append(random_slots(held, 2, 3, seed=number, dtype=dtype))
-        SlotStore.of(inside[-1], held).enter(arena.view(number), codec)
+        SlotStore.of(inside[-1], held).enter(arena.view(number), codec, BLOCKS[number].room)
     arena.settle(3)
     return arena, inside
 
@@ -31,6 +31,26 @@ def made(dtype=torch.float64) -> tuple[Arena, list[Slots]]:
 def live(arena: Arena, number: int) -> list[list[list[int]]]:
     """Positions of each row and head of a block, in order."""
     return [[sorted(p for p in head if p >= 0) for head in row] for row in arena.view(number).positions.tolist()]
+
+
+def test_slots_and_free_ones_keep_their_places_when_arenas_join():
+    """Whatever the widths beside them; and tokens then take the slots that they would have taken."""
+    one, other = made()[0], made()[0].select_rows(torch.tensor([1]))
+    for arena, tokens in ((one, [9, -1]), (other, [7])):
+        arena.close(arena.open(torch.tensor(tokens)), None)
+    arena = one.join([other])
+    assert [block.room for block in arena.blocks] == [(5, 5, 5), (7, 4, 4)] and other.blocks[1].width == 4
+    parts = [(own, number, rows) for own, rows in ((one, slice(0, 2)), (other, slice(2, 3))) for number in range(2)]
+    for own, number, rows in parts:
+        old, new = own.view(number), arena.view(number)
+        for name, tensor in vars(old).items():
+            assert torch.equal(getattr(new, name)[rows][:, :, : tensor.shape[2]], tensor)
+        assert (new.positions[rows][:, :, old.positions.shape[2] :] == -1).all()
+    opened = arena.open(torch.tensor([20, 30, 20])), {id(one): one.open(torch.tensor([20, 30]))}
+    opened[1][id(other)] = other.open(torch.tensor([20]))
+    for own, number, rows in parts:
+        slots = opened[0].slot[arena.units(number)].view(3, 2)
+        assert torch.equal(slots[rows].flatten(), opened[1][id(own)].slot[own.units(number)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

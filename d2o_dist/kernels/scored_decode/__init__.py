@@ -3,12 +3,13 @@
 Shapes depend on the buffers alone, and nothing asks the device: the step can be recorded once and replayed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
 from d2o_dist.kernels.registry import Op, Torch, Triton
+from d2o_dist.kernels.scored_decode.cpu import decode_rows
 from d2o_dist.kernels.scored_decode.naive import naive_scored_decode
 from d2o_dist.kernels.update_scores import add_probabilities, update_scores
 
@@ -29,6 +30,7 @@ def scored_decode(
     rates: Tensor | None = None,
     rate_window: int = 32,
     present: Tensor | None = None,
+    widths: Sequence[int] | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """q [B, Hq, D]; k, v [B, Hkv, S, D], finite also where not valid -> output [B, Hq, D] in the dtype of q.
@@ -40,27 +42,35 @@ def scored_decode(
         scores, rates: [B, Hkv, S] in acc dtype, updated in place as `update_scores` says; None: not kept.
         peaks: scores become the larger of themselves and the probabilities, instead of their sum.
         present: [B] bool; rows that take no step get output 0, and their scores and rates stay. None: all take it.
+        widths: per row, how many slots are looked at, the first ones; no other is valid. None: S. On a CPU the row then
+            gets what it gets alone, to the last bit.
         total: what becomes of the probabilities [B, Hkv, S] before they are added: the sum over ranks that hold copies
             of the KV heads. None: they are complete.
     """
     attend = dict(q=q, k=k, v=v, scale=scale, valid=valid, log_mass=log_mass)
+    rows = None if q.device.type != "cpu" else [k.shape[2]] * len(k) if widths is None else widths
     update = dict(scores=scores, rates=rates, newest=newest, rate_window=rate_window, present=present)
     unscored = scores is None and rates is None
     path = _OP.pick(q, k, v, unscored=unscored, peaks=peaks, total=total is not None)
-    out = path(attend, update, peaks=peaks, total=total)
+    out = path(attend, update, peaks=peaks, total=total, widths=rows)
     return out if present is None else out * present[:, None, None]
 
 
-def by_logits(attend: dict, update: dict, *, peaks: bool, total: None) -> Tensor:
+def by_logits(attend: dict, update: dict, *, peaks: bool, total: None, widths: None) -> Tensor:
     """Two kernels, for K is not read again; none of `update_scores` takes maxima."""
     out, lse, logits = decode_with_logits(**attend)
     update_scores(logits, lse, **update)
     return out
 
 
-def by_probabilities(attend: dict, update: dict, *, peaks: bool, total: Callable[[Tensor], Tensor] | None) -> Tensor:
+def by_probabilities(
+    attend: dict, update: dict, *, peaks: bool, total: Callable[[Tensor], Tensor] | None, widths: Sequence[int] | None
+) -> Tensor:
     """PyTorch's operators have the probabilities at hand, and would have to compute them again from the logits."""
-    out, _, probs = decode_attention(**attend, finite=True)
+    if widths is None:
+        out, _, probs = decode_attention(**attend, finite=True)
+    else:
+        out, probs = decode_rows(**attend, widths=widths)
     if update["scores"] is not None or update["rates"] is not None:
         add_probabilities(probs if total is None else total(probs), peaks=peaks, **update)
     return out

@@ -146,6 +146,7 @@ class D2OCache(ModelCache, Cache):
         if layer_idx >= len(self.layers):
             raise ValueError(f"layer {layer_idx} uses the cache, but it was made for {len(self.layers)} layers")
         batch, heads, _, dim = keys.shape
+        batch -= self.step_padding if self.compressed.step_announced else 0
         now, before = {"batch size": batch, "dtype": keys.dtype, "device": keys.device}, self._filled_with
         if before is not None and now != before:
             name = next(name for name in now if now[name] != before[name])
@@ -222,9 +223,9 @@ class D2OCache(ModelCache, Cache):
         if self._filled_with is not None:
             self._filled_with["batch size"] = len(rows)
 
-    def join(self, other: D2OCache) -> None:
-        """Take in the rows of another cache of the same model, which must not be used afterwards."""
-        super().join(other)
+    def join(self, *others: D2OCache) -> None:
+        """Take in the rows of other caches of the same model, which must not be used afterwards."""
+        super().join(*others)
         if self._filled_with is not None:
             self._filled_with["batch size"] = len(self.compressed.num_seen)
 

@@ -1,0 +1,45 @@
+"""Decode attention on a CPU, row by row: each row is computed as if it were alone.
+
+A row of a batch has as many columns as the widest row. Neither a matrix product nor a sum gives the same last bits for
+another width, nor does `exp2` in another place; so each row is cut to its own width first. It costs nothing: softmax in
+one operator saves more than the loop over rows takes, and no padding is computed.
+
+Shape legend: B rows, Hq query heads, Hkv KV heads, G = Hq / Hkv, S slots, D head dim.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2o_dist.kernels.common import acc_dtype, group_size
+
+CONVERTED_ELEMENTS = 1 << 18  # of K or V at a time: 1 MiB in float32
+
+
+@torch.no_grad()
+def decode_rows(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor, log_mass: Tensor | None, widths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """As `scored_decode`: -> (out [B, Hq, D] in q.dtype, probs [B, Hkv, S] in acc dtype, summed over the group)."""
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads, num_slots, acc = k.shape[1], k.shape[2], acc_dtype(q.dtype)
+    group = group_size(num_heads, num_kv_heads)
+    out = torch.zeros(batch, num_kv_heads, group, head_dim, dtype=acc)
+    probs = torch.zeros(batch, num_kv_heads, num_slots, dtype=acc)
+    if q.numel() == 0 or num_slots == 0:
+        return torch.zeros_like(q), probs
+    queries = (q.to(acc) * scale).view(out.shape)
+    valid = (valid.unsqueeze(1) if valid.dim() == 2 else valid).expand(probs.shape)
+    bias = (torch.zeros_like(probs) if log_mass is None else log_mass.to(acc)).masked_fill(~valid, -torch.inf)
+    size = num_slots if k.dtype == acc else max(1, CONVERTED_ELEMENTS // (num_kv_heads * head_dim))
+    for row, width in enumerate(widths):
+        spans = [slice(start, min(start + size, width)) for start in range(0, width, size)]
+        mine = queries[row]
+        parts = [torch.baddbmm(bias[row, :, None, here], mine, k[row, :, here].to(acc).mT) for here in spans]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        weights = logits.softmax(-1)
+        torch.sum(weights, 1, out=probs[row, :, :width])
+        for here in spans:
+            out[row] += torch.bmm(weights[:, :, here], v[row, :, here].to(acc))
+    return out.view(q.shape).to(q.dtype), probs
