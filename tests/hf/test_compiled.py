@@ -26,6 +26,7 @@ def test_a_compiled_model_breaks_where_it_is_told_to_alone_and_computes_the_same
             mask = torch.cat([mask, new], 1)
     breaks = counters["graph_break"]
     assert breaks and all("torch.compiler.disable()" in cause.splitlines()[0] for cause in breaks), breaks
-    # Four a layer: two of the layer, around its attention, and two of that; of a prompt and of a decode step.
-    assert counters["stats"]["unique_graphs"] <= 2 * 4 * 3
+    # A graph ends at the attention of each layer, and the next begins there; of a prompt and of a decode step.
+    print(counters["stats"], breaks)
+    assert counters["stats"]["unique_graphs"] <= 2 * (3 + 1)
     assert all(layer.positions.equal(other.positions) for layer, other in zip(plain.layers, traced.layers, strict=True))
