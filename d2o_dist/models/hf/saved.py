@@ -111,7 +111,10 @@ def load(
             # Copies: what is read may be a view of the file.
             memory = [file.get_tensor(str(number)).to(torch.device("cpu") if on_host else device, copy=True)
                       for number, on_host in enumerate(said["on_host"])]  # fmt: skip
-        put_together(made.compressed, Stored(said["entries"], memory, said["on_host"]))
+        try:
+            put_together(made.compressed, Stored(said["entries"], memory, said["on_host"]))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
     return made, said, modules
 
 
@@ -130,10 +133,10 @@ def _header(path: Path, size: int) -> dict[str, Any]:
 
 @contextmanager
 def _sound(path: Path) -> Iterator[None]:
-    """What goes wrong inside, if it is no ValueError, is the fault of the file."""
+    """What goes wrong inside, if nobody else knows why, is the fault of the file."""
     try:
         yield
-    except (OSError, SafetensorError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
         why = reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is damaged, or no cache: {why}") from error
 
