@@ -16,7 +16,7 @@ NAME = "d2o_dist"
 BESIDE = ("benchmarks", "launch")  # folders of programs: they import the package, and it does not import them
 PACKAGE_ROOT = "<package root>"  # names of d2o_dist/__init__.py: the public face, for those who use the library
 FLOORS: tuple[tuple[str, ...], ...] = (  # lowest first; neighbours on one floor do not import each other
-    ("fields",),
+    ("fields", "files"),
     ("slots",),
     ("policy",),
     ("config",),

@@ -6,6 +6,7 @@ It lives from the end of a prompt to the first chunk of the next turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +40,10 @@ class Decoding:
         self.step: DecodeStep | None = None
         in_arena = config.eviction_interval is not None
         self._arena_evictions = self._evictions(num_seen).in_arena(move) if in_arena else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which are other buffers: the next step of theirs is a new one."""
+        return {**vars(self), "step": None}
 
     def _evictions(self, num_seen: Sequence[int]) -> Evictions:
         full = {index: layer for index, layer in enumerate(self._layers) if isinstance(layer, Layer)}

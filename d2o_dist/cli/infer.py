@@ -19,7 +19,6 @@ from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.launch import Launch, init_distributed, read_environment, tell_launcher, traces_beside
 from d2o_dist.comm.mesh import ParallelMesh, build_mesh
 from d2o_dist.config.infer import InferConfig
-from d2o_dist.engine.kept import reason
 from d2o_dist.engine.plan import InferPlan, prepare
 from d2o_dist.engine.room import memory_comment
 from d2o_dist.engine.runner import run
@@ -28,6 +27,7 @@ from d2o_dist.engine.stop import STATUS_UNWRITTEN, Stop, StoppedError
 from d2o_dist.engine.summary import Summary
 from d2o_dist.fields.io import dump_yaml
 from d2o_dist.fields.overrides import parse_override
+from d2o_dist.files.whole import reason
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 

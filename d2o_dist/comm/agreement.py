@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
@@ -42,9 +42,15 @@ class Fingerprint:
         self.parts[name] = digest, text
 
 
+def agreed(mesh: ParallelMesh) -> AbstractContextManager[Fingerprint]:
+    """A block that all ranks of the world leave in the same way; see `agreed_over`."""
+    return agreed_over(Collectives(mesh.axis("world")))
+
+
 @contextmanager
-def agreed(mesh: ParallelMesh) -> Iterator[Fingerprint]:
-    """A block that all ranks leave in the same way. One exchange at its end; nothing collective may happen inside.
+def agreed_over(ranks: Collectives) -> Iterator[Fingerprint]:
+    """A block that all these ranks leave in the same way. One exchange at its end; nothing collective may happen
+    inside.
 
     Yields:
         a `Fingerprint` to fill with what must be the same everywhere.
@@ -53,17 +59,16 @@ def agreed(mesh: ParallelMesh) -> Iterator[Fingerprint]:
         ValueError: what the block raised, where there is one rank. AgreedError: of the lowest rank that raised one, on
             all ranks; or the fingerprints differ. Other errors are not caught: they end the job.
     """
-    world = Collectives(mesh.axis("world"))
     fingerprint, error = Fingerprint(), None
     try:
         yield fingerprint
     except ValueError as raised:
-        if world.size == 1:
+        if ranks.size == 1:
             raise
         error = raised
-    if world.size == 1:
+    if ranks.size == 1:
         return
-    found = world.all_gather_object((None if error is None else str(error), fingerprint.parts))
+    found = ranks.all_gather_object((None if error is None else str(error), fingerprint.parts))
     for rank, (message, _) in enumerate(found):
         if message is not None:
             # Wrong on rank 0 too, it may be wrong for everyone; otherwise the machine of this rank matters.

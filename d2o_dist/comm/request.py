@@ -10,6 +10,8 @@ Shape legend: B rows, h KV heads (or query heads) at hand, H all of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,19 @@ class RequestRanks:
     def __deepcopy__(self, memo: dict) -> RequestRanks:
         """Itself: a copy of a cache is held by the same ranks, and process groups cannot be copied."""
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of one process; process groups cannot be pickled.
+
+        Raises:
+            ValueError: ranks share the request.
+        """
+        if self.is_shared:
+            raise ValueError(
+                f"a cache that ranks share (tp {self.tp.size}, sp {self.sp.size}) cannot be pickled: use "
+                "cache.save(folder), on all of them"
+            )
+        return vars(self)
 
     @property
     def is_shared(self) -> bool:

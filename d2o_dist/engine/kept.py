@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
+
+from d2o_dist.files.whole import reason, sync_folder
 
 
 class KeptFile:
@@ -122,49 +122,6 @@ class KeptFile:
                 return
             self.path = path
             return
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all, in place of what has its name; nothing else is touched on the way.
-
-    When it returns, the file outlasts a machine that goes down.
-    """
-    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:16]}.new")
-    try:
-        with scratch.open("x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def remove_scratch(path: Path) -> None:
-    """Delete what a process left that was killed in `replace_text`. Only where no other process writes the file."""
-    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.new")
-    for found in path.parent.iterdir():
-        if pattern.fullmatch(found.name):
-            found.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk: a new file is lost without its name."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems on which only files can be
-            raise
-    finally:
-        os.close(number)
-
-
-def reason(error: OSError) -> str:
-    """What the system says, for people: no number, and no path."""
-    return error.strerror or str(error)
 
 
 def _append(file: BinaryIO, lines: Iterable[str]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.engine.kept import reason
+from d2o_dist.files.whole import reason
 
 # How long a file may be empty: another process has made it and not yet written its name.
 _GRACE_S = 1.0

@@ -16,10 +16,10 @@ from pathlib import Path
 from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.engine.kept import reason, replace_text
 from d2o_dist.engine.parts import check_own_parts, holds_records, spare_parts
 from d2o_dist.engine.paths import Named, check_apart
 from d2o_dist.engine.records import Record, RecordWriter, check_file, is_special, read_records, to_line
+from d2o_dist.files.whole import reason, replace_text
 
 
 def check_output(output: str | None, overwrite: bool, replicas: int = 1, inputs: Iterable[Named] = ()) -> None:

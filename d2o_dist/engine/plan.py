@@ -11,7 +11,6 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.cuda_graph import check_graph
 from d2o_dist.engine.encode import BadRow, Request, encode_rows
-from d2o_dist.engine.kept import reason
 from d2o_dist.engine.output import check_shared
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.prompts import read_prompts, repeated_ids
@@ -19,6 +18,7 @@ from d2o_dist.engine.resume import Job, check_job, describe
 from d2o_dist.engine.room import refuse_too_long
 from d2o_dist.engine.trace import check_trace
 from d2o_dist.fields.show import shown
+from d2o_dist.files.whole import reason
 from d2o_dist.models import loading
 from d2o_dist.models.cache import ModelCache
 from d2o_dist.models.device import pick_device

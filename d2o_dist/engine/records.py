@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from d2o_dist.engine.encode import BadRow, Request
-from d2o_dist.engine.kept import KeptFile, reason
+from d2o_dist.engine.kept import KeptFile
 from d2o_dist.engine.loop import Generated
 from d2o_dist.engine.parts import spare_parts
 from d2o_dist.fields.io import to_json
+from d2o_dist.files.whole import reason
 
 FIELDS = (
     "id", "index", "text", "num_prompt_tokens", "num_new_tokens", "finish_reason", "achieved_keep_ratio", "held_bytes",

@@ -12,13 +12,13 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.encode import Request
-from d2o_dist.engine.kept import reason
 from d2o_dist.engine.output import check_parts, check_unchanged, identity, join_files, lock_path, open_writer
 from d2o_dist.engine.plan import InferPlan
 from d2o_dist.engine.records import Record, error_record, read_records
 from d2o_dist.engine.resume import Earlier
 from d2o_dist.engine.stop import STATUS_UNWRITTEN, Stop, StoppedError
 from d2o_dist.engine.summary import Summary, Times, summarise
+from d2o_dist.files.whole import reason
 
 
 class BatchError(RuntimeError):

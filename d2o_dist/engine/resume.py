@@ -16,13 +16,13 @@ from typing import Any
 from d2o_dist.comm.launch import num_restarts
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.encode import BadRow, Request
-from d2o_dist.engine.kept import reason, remove_scratch, replace_text
 from d2o_dist.engine.output import check_output
 from d2o_dist.engine.parts import check_own_parts, holds_records
 from d2o_dist.engine.paths import Named
 from d2o_dist.engine.records import Record, is_cut_off, is_special, read_records
 from d2o_dist.engine.startup import flat
 from d2o_dist.fields.io import to_json
+from d2o_dist.files.whole import reason, remove_scratch, replace_text
 from d2o_dist.models.digest import model_digests, one_digest, tokenizer_digests
 
 Job = dict[str, Any]

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
-from d2o_dist.engine.kept import reason, replace_text
 from d2o_dist.fields.io import to_json
+from d2o_dist.files.whole import reason, replace_text
 
 # The first steps of a process still allocate and choose kernels.
 PROFILED_STEP = 3

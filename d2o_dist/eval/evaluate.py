@@ -13,7 +13,6 @@ from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.queue import WorkQueue
 from d2o_dist.config.eval_tasks import TaskConfig
 from d2o_dist.config.evaluate import EvalConfig
-from d2o_dist.engine.kept import replace_text
 from d2o_dist.engine.lock import only_writer
 from d2o_dist.engine.output import check_shared
 from d2o_dist.engine.paths import inputs_of
@@ -26,6 +25,7 @@ from d2o_dist.eval.runner import EvalRunner, batches, pending
 from d2o_dist.eval.store import LOCK, MERGED, RankFile, Record, check_folder, merge_records, read_records
 from d2o_dist.eval.table import report
 from d2o_dist.fields.io import dump_yaml, to_json
+from d2o_dist.files.whole import replace_text
 from d2o_dist.models import loading
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from d2o_dist.engine.kept import KeptFile, replace_text
+from d2o_dist.engine.kept import KeptFile
 from d2o_dist.engine.parts import holds_records
 from d2o_dist.engine.paths import Named, check_apart
 from d2o_dist.engine.records import to_line
+from d2o_dist.files.whole import replace_text
 
 Record = dict[str, Any]
 MERGED = "predictions.jsonl"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,10 @@ class ArenaEvictions:
     nearest: Nearest
     exchange: Exchange
     _tables: dict[DueBlocks, _Tables] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: tables are made again."""
+        return {**vars(self), "_tables": {}}
 
     def run(self, due: DueBlocks, state: D2OState, seen: Tensor) -> tuple[D2OState, Tensor]:
         """Evict.

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,10 @@ class Arena:
         self.taken = torch.zeros_like(self.start)
         self.shares: Shares | None = None
         self._columns: dict[tuple[int, ...], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: tables of columns are made again."""
+        return {**vars(self), "_columns": {}}
 
     def view(self, number: int) -> Slots:
         """Views of one block: [B, h, C, ...], keys and values as they are stored."""

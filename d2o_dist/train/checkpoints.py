@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from d2o_dist.comm import Collectives
-from d2o_dist.engine.kept import replace_text
 from d2o_dist.fields.io import to_json
+from d2o_dist.files.whole import replace_text
 from d2o_dist.train.manifest import fault, files_in, seal, sync
 
 STATE_FILE = "state.json"

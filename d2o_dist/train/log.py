@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from d2o_dist.engine.kept import replace_text
 from d2o_dist.fields.io import to_json
+from d2o_dist.files.whole import replace_text
 
 LOG_FILE, DROPPED_FILE = "log.jsonl", "log-dropped.jsonl"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch._dynamo import explain
 from torch._dynamo.utils import counters
 
 from d2o_dist import D2OCache
-from tests.models import left_padded, tiny_model
+from tests.models import left_padded, tiny_model, tokens
 from tests.spec import spec
 
 
@@ -29,3 +31,27 @@ def test_a_compiled_model_breaks_where_it_is_told_to_alone_and_computes_the_same
     # Four a layer: two of the layer, around its attention, and two of that; of a prompt and of a decode step.
     assert counters["stats"]["unique_graphs"] <= 2 * 4 * 3
     assert all(layer.positions.equal(other.positions) for layer, other in zip(plain.layers, traced.layers, strict=True))
+
+
+def test_a_layer_has_one_break():
+    ids, mask = left_padded([40, 23])
+    breaks = {}
+    for layers in (2, 4):
+        torch._dynamo.reset()
+        model = tiny_model(num_hidden_layers=layers)
+        cache = D2OCache(config=model.config, d2o=spec(keep_ratio=0.4, min_layer_tokens=1))
+        with torch.no_grad():
+            breaks[layers] = explain(model)(ids, attention_mask=mask, past_key_values=cache).graph_break_count
+    assert breaks[4] - breaks[2] == 2, breaks
+
+
+def test_what_a_compiled_model_hands_to_the_cache_is_checked():
+    """By the attention function: `update` is part of a graph."""
+    model = tiny_model(num_hidden_layers=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    cache = D2OCache(config=model.config)
+    with torch.no_grad():
+        compiled(tokens(2, 20), past_key_values=cache)
+        with pytest.raises(ValueError, match="batch size 2 and is now used with 3"):
+            compiled(tokens(3, 1), past_key_values=cache)

@@ -25,7 +25,7 @@ _OF_SDPA = ("is_causal", "position_bias")
 _IN_THE_MASK = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-# `torch.compile` leaves it out of its graphs: what it does depends on what is held.
+# `torch.compile` leaves it out of its graphs: what it does depends on what is held. The only break of a layer.
 @torch.compiler.disable
 def d2o_attention(
     module: nn.Module,
@@ -52,6 +52,7 @@ def d2o_attention(
     if cache is None:
         check_arguments(kwargs, (*_OF_SDPA, *_IN_THE_MASK), "d2o attention")
         return exact_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs), None
+    cache.check_pending(key)
     check_arguments(kwargs, ("is_causal",), "a D2OCache")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         raise ValueError("a D2OCache does not carry gradients: run the model under torch.no_grad()")

@@ -19,6 +19,7 @@ from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.models.cache import ModelCache
 from d2o_dist.models.hf.attention import CACHE_TAG
+from d2o_dist.models.hf.copies import CopiedCache
 from d2o_dist.models.hf.ended import EndedRows
 from d2o_dist.models.hf.forward import run_model
 from d2o_dist.models.hf.guards import check_attention, text_config
@@ -66,7 +67,7 @@ class D2OLayer(LayerView, CacheLayerMixin):
     prefetch = offload
 
 
-class D2OCache(ModelCache, Cache):
+class D2OCache(CopiedCache, Cache):
     """A KV cache that keeps a fraction of the tokens and folds many of the others into them.
 
     Pass it as `past_key_values` to a model loaded with `attn_implementation="d2o"`. One cache serves one batch, over
@@ -107,6 +108,7 @@ class D2OCache(ModelCache, Cache):
         self._is_true = not is_let_go_of(config)
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._pending: int | None = None
+        self._is_checked = False
         self._filled_with: dict[str, Any] | None = None
 
     def __bool__(self) -> bool:
@@ -115,7 +117,6 @@ class D2OCache(ModelCache, Cache):
 
     # ---- called by the model -------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -130,7 +131,10 @@ class D2OCache(ModelCache, Cache):
                 f"the keys of layer {self._pending} never reached d2o attention: the model was not loaded with "
                 'attn_implementation="d2o", or its attention does not use the attention interface. Make a new cache'
             )
-        self._check_shape(key_states, layer_idx)
+        # A graph of torch.compile would be made anew whenever what is held has another shape: asked outside of it.
+        self._is_checked = not torch.compiler.is_compiling()
+        if self._is_checked:
+            self._check_shape(key_states, layer_idx)
         self._pending = layer_idx
         # An alias, so that the tag is not left on the model's own tensor.
         tagged = key_states.view_as(key_states)
@@ -141,6 +145,11 @@ class D2OCache(ModelCache, Cache):
     def pending_window(self) -> int | None:
         """The window of the layer whose keys were announced; None: full attention, or no such layer."""
         return None if self._pending is None else self.compressed.windows[self._pending]
+
+    def check_pending(self, keys: Tensor) -> None:
+        """Called by d2o attention with the announced keys: as `update`, if it could not ask."""
+        if not self._is_checked and self._pending is not None:
+            self._check_shape(keys, self._pending)
 
     def _check_shape(self, keys: Tensor, layer_idx: int) -> None:
         if layer_idx >= len(self.layers):

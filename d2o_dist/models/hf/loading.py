@@ -19,6 +19,7 @@ from d2o_dist.models.hf.adapter import base_of, merge_adapter
 from d2o_dist.models.hf.checkpoint import check_keys, without_report
 from d2o_dist.models.hf.guards import ATTENTION_NAME
 from d2o_dist.models.hf.model import HFModel
+from d2o_dist.models.hf.quantised import check_package
 from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.models.hf.shard import mark_replicas, shard_model
 from d2o_dist.models.hf.supported import check_supported
@@ -53,10 +54,12 @@ def describe(config: InferConfig) -> ModelShape:
     """The shape of the model on the mesh of `config.parallel`, from its configuration.
 
     Raises:
-        ValueError: there is none; a model that cannot be compressed, or be divided among the tensor ranks.
+        ValueError: there is none; a model that cannot be compressed, or be divided among the tensor ranks; quantised
+            weights whose package is missing.
     """
     model_config = load_config(config)
     check_supported(model_config)
+    check_package(model_config, config.model)
     mark_replicas(model_config, config.parallel)
     return shape_of(model_config)
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from d2o_dist.comm.adapters import to_device_mesh
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.models.hf.guards import text_config
+from d2o_dist.models.hf.quantised import quant_method
 from d2o_dist.models.hf.shape import num_kv_heads
 
 _HEAD_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -48,12 +49,9 @@ def check_not_quantised(config: Any, tp: int) -> None:
     Raises:
         ValueError: names the method of quantisation.
     """
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        fields = quantised if isinstance(quantised, dict) else vars(quantised)
-        raise ValueError(
-            f"tp ({tp}) cannot shard quantised weights (quant_method {fields.get('quant_method')}): use sp instead"
-        )
+    method = quant_method(config)
+    if method is not None:
+        raise ValueError(f"tp ({tp}) cannot shard quantised weights (quant_method {method}): use sp instead")
 
 
 def check_separate_projections(config: Any) -> None:
