@@ -22,6 +22,7 @@ from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.layer import HeadElsewhere, Layer
 from d2o_dist.cache.plans import RowBudgets
 from d2o_dist.cache.sequence import CompressedCache
+from d2o_dist.cache.tiles import Tiles
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
@@ -50,7 +51,7 @@ _CLASSES = {
     for kind in (
         Arena, ArenaEvictions, Block, ByHeads, BySequence, Codec, ColumnSums, Columns, Contiguous, D2OState, Deal,
         Dealing, Decoding, HeadBlock, HeadElsewhere, HeadLayout, LastQueries, Layer, Peaks, Placement, Reading,
-        RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, WindowLayer, Zigzag,
+        RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, Tiles, WindowLayer, Zigzag,
     )
 }  # fmt: skip
 # Named, not stored: a layout's class, and a kernel.
@@ -84,7 +85,7 @@ def take_apart(cache: CompressedCache) -> Stored:
     Raises:
         ValueError: in the middle of a forward or a decode step, or something that is not known here.
     """
-    if cache.in_forward or cache.step_announced or cache.dealing.rows is not None:
+    if cache.in_forward or cache.step_announced or cache.dealing.is_announced:
         raise ValueError("a cache cannot be stored or moved in the middle of a forward or a decode step")
     return _Taker(cache).parts
 
