@@ -21,6 +21,10 @@ class HeadExchange:
         self._restore = deal.restore_index()
         self._parts = [deal.part_index(rank) for rank in range(deal.world)]
 
+    def my_heads(self, tensor: Tensor) -> Tensor:
+        """[B, H, ...] -> [B, h, ...], of what all ranks have."""
+        return self._ranks.my_heads(tensor)
+
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, n, D] of this rank's tokens -> [B, h, T, D]: a row's tokens first, then repeats of its first one."""
         ranks = self._ranks

@@ -102,12 +102,17 @@ def head_variances(
     if COLUMN_SUMS not in config.budget.statistics or config.keeps_everything or not layers:
         return None
     blocks = [layer.blocks[0] for layer in layers]
-    squares = torch.stack([
-        torch.stack([block.squared_deviations(row) for block in blocks], -1) for row in range(len(num_seen))
+    # The mean is 1, for every query gives 1 in all. Where a sink takes a share of it, the mean is measured too.
+    powers = (2, 1) if any(block.has_sinks for block in blocks) else (2,)
+    sums = torch.stack([
+        torch.stack([block.deviations(row, power) for power in powers for block in blocks], -1)
+        for row in range(len(num_seen))
     ])  # fmt: skip
-    squares = blocks[0].layout.add_up(squares)
-    divisors = torch.tensor([max(seen - 1, 1) for seen in num_seen], device=squares.device)
-    return ranks.gather_query_heads(squares / divisors[:, None, None]).transpose(1, 2).contiguous()
+    squares, *shifts = blocks[0].layout.add_up(sums).chunk(len(powers), -1)
+    seen = torch.tensor(num_seen, device=squares.device)[:, None, None]
+    for shift in shifts:
+        squares = (squares - shift.square() / seen.clamp_min(1)).clamp_min(0)
+    return ranks.gather_query_heads(squares / (seen - 1).clamp_min(1)).transpose(1, 2).contiguous()
 
 
 def head_counts(

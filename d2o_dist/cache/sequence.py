@@ -21,6 +21,7 @@ from d2o_dist.cache.plans import RowBudgets, check_gathered, on_full_layers
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import Forward, SecondReading, Step
 from d2o_dist.layout.sequence import SequenceLayout
 from d2o_dist.policy.budget import check_total
@@ -148,14 +149,13 @@ class CompressedCache:
 
     @in_own_mode
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None,
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, mask: Tensor | None,
         positions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Append a chunk to one layer and attend from it. Layers come in order, 0 first.
 
         Args:
-            q: [B, Hq, n, D]; k, v: [B, Hkv, n, D], after RoPE; n = 1 after a prefill is a decode step. Of a chunk that
-                was dealt: this rank's part.
+            q: [B, Hq, n, D]; k, v: [B, Hkv, n, D], of this rank's tokens, after RoPE; n = 1 after a prefill: a step.
             mask: 2D [B, seen + n], 0 marks padding. None: no padding in this chunk.
             positions: [1 or B, n] position ids, to see that they go on where the text ended. Of a chunk that was dealt,
                 and of a step that was announced, neither is read.
@@ -174,7 +174,7 @@ class CompressedCache:
         if layer == 0:
             self._begin(k, mask, positions)
         with self.ranks.counter.phase(self.phase):
-            out = self._forward.attend(layer, self.layers[layer], q, k, v, scale)
+            out = self._forward.attend(layer, self.layers[layer], q, k, v, softmax)
         self._next_layer = layer + 1
         if self._next_layer == len(self.windows):
             self._end()

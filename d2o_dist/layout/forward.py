@@ -15,6 +15,7 @@ from torch import Tensor
 from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.slots.rows import Rows, is_uniform
 from d2o_dist.slots.step import BlockStep
 
@@ -22,7 +23,7 @@ from d2o_dist.slots.step import BlockStep
 class Forward(Protocol):
     """What a forward of any kind can do."""
 
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """Let layer `index` take q [B, Hq, n, D] and k, v [B, Hkv, n, D]; returns [B, Hq, n, D]."""
 
 
@@ -45,11 +46,12 @@ class Chunk:
         """Tokens of each row, on all ranks together."""
         return self.rows.counts
 
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
         if self.exchange is None:
-            return layer.prefill(q, k, v, scale, self)
-        return self.exchange.to_tokens(layer.prefill(*self.exchange.to_heads(q, k, v), scale, self))
+            return layer.prefill(q, k, v, softmax, self)
+        mine = softmax.of_heads(self.exchange.my_heads)
+        return self.exchange.to_tokens(layer.prefill(*self.exchange.to_heads(q, k, v), mine, self))
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ class DealtChunk:
         """[columns] int64 on the host: which tokens of the row, by position, this rank got."""
         return self.num_seen[row] + self.deal.maps[row].indices(self.deal.rank)
 
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
-        return layer.prefill(q, k, v, scale, self)
+        return layer.prefill(q, k, v, softmax, self)
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,12 @@ class SecondReading:
     rows: Rows
     exchange: HeadExchange | None
 
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
         if self.exchange is None:
-            return layer.reread(q, k, v, scale, self.rows)
-        return self.exchange.to_tokens(layer.reread(*self.exchange.to_heads(q, k, v), scale, self.rows))
+            return layer.reread(q, k, v, softmax, self.rows)
+        mine = softmax.of_heads(self.exchange.my_heads)
+        return self.exchange.to_tokens(layer.reread(*self.exchange.to_heads(q, k, v), mine, self.rows))
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,13 @@ class Step:
     layers: list[list[BlockStep]]
     to_heads: RequestRanks | None
 
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
         if self.to_heads is None:
-            return layer.decode(q, k, v, scale, *self.layers[index])
+            return layer.decode(q, k, v, softmax, *self.layers[index])
         mine = (self.to_heads.my_heads(tensor) for tensor in (q, k, v))
-        return self.to_heads.join_heads(layer.decode(*mine, scale, *self.layers[index]))
+        of_mine = softmax.of_heads(self.to_heads.my_heads)
+        return self.to_heads.join_heads(layer.decode(*mine, of_mine, *self.layers[index]))
 
 
 def over_rows(rows: Rows, q: Tensor, attend: Callable[[slice, Tensor], Tensor], *, alike: bool) -> Tensor:

@@ -18,6 +18,7 @@ from d2o_dist.attention.ring import ring_attention
 from d2o_dist.attention.shard import ShardView
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import DealtChunk
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
@@ -76,7 +77,7 @@ class SequenceLayout:
         return [self._past] * len(self.kv_len)
 
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: DealtChunk, reading: Reading, config: D2OConfig
+        self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, chunk: DealtChunk, reading: Reading, config: D2OConfig
     ) -> Tensor:
         """Append this rank's part of a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
         deal, placement = chunk.deal, chunk.placement
@@ -105,10 +106,10 @@ class SequenceLayout:
                 rank=deal.rank,
             )
             part, lse, sums = attend(
-                self.ranks.sp, queries, view, scale, with_sums=reading.sums is not None, sample=config.query_sample
+                self.ranks.sp, queries, view, softmax, with_sums=reading.sums is not None, sample=config.query_sample
             )
             out[rows, :, columns] = part
-            reading.observe(slots, rows, queries, lse, scale, sums, tokens[rows])
+            reading.observe(slots, rows, queries, lse, softmax, sums, tokens[rows])
         return out
 
     def _rings(self, k: Tensor, width: int) -> bool:
@@ -205,13 +206,13 @@ class SequenceLayout:
             self.store.reserve(needed, slack=GROWTH)
             self.store.kv_len = [self.store.capacity] * len(self.kv_len)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: BlockStep, config: D2OConfig) -> Tensor:
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig) -> Tensor:
         """Store one token a row on one rank, attend over all ranks' slots, and score this rank's: [B, Hq, 1, D]."""
         ranks, slots = self.ranks, self.store.buffers
         self.store.put(k, v, step.slot, step.position, masked=True)
         log_mass = slots.log_mass if config.merge.keeps_mass else None
         out, probs = sharded_decode_attention(
-            ranks.sp, q[:, :, 0], *self.store.keys_values, scale, valid=step.live, log_mass=log_mass
+            ranks.sp, q[:, :, 0], *self.store.keys_values, softmax, valid=step.live, log_mass=log_mass
         )
         present = None if step.present is None else step.present[:, None, None]
         if present is not None:

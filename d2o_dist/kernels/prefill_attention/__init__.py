@@ -17,18 +17,18 @@ __all__ = ["cross_attention", "naive_prefill_attention", "prefill_attention"]
 _PREFILL = Op(
     "prefill_attention",
     *flash_attn(causal=True),
-    CudaFlash(cuda_prefill_attention, without={"bias", "window"}),
-    Triton("prefill_attention.triton:triton_prefill_attention", dtypes=HALF),
-    Torch(cpu_prefill_attention, devices=("cpu",), without={"bias"}),
-    Torch(cpu_prefill_attention, devices=("cpu",), without={"window"}, gradient=False),
+    CudaFlash(cuda_prefill_attention, without={"bias", "window", "softcap"}),
+    Triton("prefill_attention.triton:triton_prefill_attention", dtypes=HALF, without={"softcap"}),
+    Torch(cpu_prefill_attention, devices=("cpu",), without={"bias", "softcap"}),
+    Torch(cpu_prefill_attention, devices=("cpu",), without={"window", "softcap"}, gradient=False),
     Torch(blocked_prefill_attention),
 )
 _CROSS = Op(
     "cross_attention",
     *flash_attn(causal=False),
-    CudaFlash(cuda_cross_attention, without={"bias"}),
-    Triton("prefill_attention.triton:triton_cross_attention", dtypes=HALF, needs={"bias"}),
-    Torch(cpu_cross_attention, devices=("cpu",)),
+    CudaFlash(cuda_cross_attention, without={"bias", "softcap"}),
+    Triton("prefill_attention.triton:triton_cross_attention", dtypes=HALF, needs={"bias"}, without={"softcap"}),
+    Torch(cpu_cross_attention, devices=("cpu",), without={"softcap"}),
     Torch(blocked_cross_attention),
 )
 
@@ -42,6 +42,7 @@ def prefill_attention(
     q_start: int = 0,
     window: int | None = None,
     bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of query i over the keys j <= q_start + i; with `window`, also j > q_start + i - window.
 
@@ -49,7 +50,7 @@ def prefill_attention(
     Returns (out [B, Hq, Tq, D] in q.dtype, lse [B, Hq, Tq] acc dtype, the natural log of sum exp(scaled logits)).
 
     bias [B, Hkv, Tk] is added to the logits of a key (log_mass); keys whose bias is -inf are not seen, whatever they
-    hold. A query that sees no key: out 0, lse -inf.
+    hold. A query that sees no key: out 0, lse -inf. softcap bounds the scaled products before the bias is added.
 
     On the flash paths `lse` carries no gradient, so a chunked prompt (q_start > 0) whose merge would need it refuses
     inputs that require grad.
@@ -63,20 +64,21 @@ def prefill_attention(
     if window is not None and window >= k.shape[2]:
         window = None  # it hides nothing
     check_bias(k, bias)
-    path = _PREFILL.pick(q, k, v, window=window is not None, bias=bias is not None)
+    path = _PREFILL.pick(q, k, v, window=window is not None, bias=bias is not None, softcap=softcap is not None)
     if wants_grad(q, k, v) and q_start > 0 and window is None and path is not blocked_prefill_attention:
         raise RuntimeError(f"a chunked prompt (q_start={q_start}) has no gradient: the flash kernels' lse carries none")
-    return path(q, k, v, scale, q_start=q_start, window=window, bias=bias)
+    return path(q, k, v, scale, q_start=q_start, window=window, bias=bias, softcap=softcap)
 
 
 @torch.no_grad()
 def cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Every query over every key: keys that lie before all of the queries, on another rank, say.
 
-    q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D], Tk >= 1; one dtype; bias [B, Hkv, Tk] as in `prefill_attention`. Returns
-    (out [B, Hq, Tq, D] in q.dtype, lse [B, Hq, Tq] acc dtype), for `merge_partials` with other parts. No gradient.
+    q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D], Tk >= 1; one dtype; bias [B, Hkv, Tk] and softcap as in
+    `prefill_attention`. Returns (out [B, Hq, Tq, D] in q.dtype, lse [B, Hq, Tq] acc dtype), for `merge_partials` with
+    other parts. No gradient.
     """
     check_queries_keys(q, k, v)
     check_bias(k, bias)
@@ -84,4 +86,5 @@ def cross_attention(
         raise ValueError("number of keys (0) must be at least 1")
     if q.numel() == 0:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=acc_dtype(q.dtype))
-    return _CROSS.pick(q, k, v, bias=bias is not None)(q, k, v, scale, bias=bias)
+    path = _CROSS.pick(q, k, v, bias=bias is not None, softcap=softcap is not None)
+    return path(q, k, v, scale, bias=bias, softcap=softcap)

@@ -35,7 +35,9 @@ def block_queries(group: int, num_keys: int, head_dim: int) -> int:
 
 
 @torch.no_grad()
-def cpu_scored_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int) -> tuple[Tensor, Tensor, Tensor]:
+def cpu_scored_prefill(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, softcap: None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `scored_prefill_attention`; Tq >= 1."""
     batch, num_heads, num_queries, dim = q.shape
     num_kv_heads, num_keys = k.shape[1], k.shape[2]
