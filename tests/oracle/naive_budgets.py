@@ -17,7 +17,7 @@ def layer_dispersions(column_sums: list[torch.Tensor], method: str, has_sinks: b
     # "Per-head variance F[h] = var_j c[h,j] (unbiased, divisor T-1)". READING: of a single token it is 0. The mean over
     # j is 1, as every row of the attention adds up to 1; of sampled sums "deviations are taken from 1" all the same.
     divisor = max(column_sums[0].shape[1] - 1, 1)
-    # Section 5c: "with sinks rows add up to less, and deviations are taken from the sums' own mean".
+    # "With sinks a query gives less than 1 in all, and deviations are taken from the mean of c over j."
     from_mean = [sums - (sums.mean(dim=1, keepdim=True) if has_sinks else 1) for sums in column_sums]
     head_variances = [deviations.square().sum(dim=1) / divisor for deviations in from_mean]
     if method == "heads_minmax":

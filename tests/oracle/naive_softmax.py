@@ -1,4 +1,4 @@
-"""How the naive oracle turns products of queries and keys into probabilities."""
+"""How the naive oracle turns products into probabilities: docs/algorithm.md, "Soft caps and sinks"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 @dataclass(frozen=True)
 class OracleSoftmax:
     scaling: float
-    softcap: float | None = None  # section 5c: "logits are softcap * tanh(logit / softcap), before log_mass is added"
+    softcap: float | None = None  # "A cap bounds logits before log masses are added."
     sinks: torch.Tensor | None = None  # [Hq]
 
     def probabilities(
@@ -25,6 +25,6 @@ class OracleSoftmax:
         logits = (logits + log_mass).masked_fill(later, -math.inf)
         if self.sinks is None:
             return torch.softmax(logits, dim=-1)
-        # Section 5c: "a sink is one more key, of logit s_h and value 0": its probability is nobody's.
+        # "A sink is one more key of each query head, of logit s_h and value 0. Its share is nobody's."
         sink = self.sinks[head].double().expand(len(logits), 1)
         return torch.softmax(torch.cat([logits, sink], dim=-1), dim=-1)[:, :-1]
