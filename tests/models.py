@@ -16,6 +16,8 @@ from transformers import (
     GraniteSWAForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiMoV2FlashConfig,
+    MiMoV2FlashForCausalLM,
     MinistralConfig,
     MinistralForCausalLM,
     MistralConfig,
@@ -52,7 +54,9 @@ FAMILIES = {
     "llama_mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "mistral_sliding": (
-        MinistralConfig,
+        MiMoV2FlashConfig,
+    MiMoV2FlashForCausalLM,
+    MinistralConfig,
         MinistralForCausalLM,
         {"head_dim": 16, "sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"] * 2},
     ),
@@ -85,6 +89,12 @@ OTHERS = {
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _FULL,
          "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ),
+    "mimo": (
+        MiMoV2FlashConfig,
+        MiMoV2FlashForCausalLM,
+        # Windowed layers have sinks, and twice the KV heads.
+        {"head_dim": 24, "v_head_dim": 16, "layer_types": _FULL, "mlp_layer_types": ["dense"] * 4},
+    ),
     "granite_swa": (GraniteSWAConfig, GraniteSWAForCausalLM, {"layer_types": _FULL}),
 }  # fmt: skip
 
@@ -100,8 +110,9 @@ def tiny_model(family: str = "llama", *, attention: str = "d2o", seed: int = 0, 
     config_class, model_class, extra = {**FAMILIES, **OTHERS}[family]
     torch.manual_seed(seed)
     values = {**_COMMON, **extra, **overrides}
-    if "layer_types" in values:
-        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
+    for name in ("layer_types", "mlp_layer_types"):
+        if name in values:
+            values[name] = values[name][: values["num_hidden_layers"]]
     config = config_class(**values)
     config._attn_implementation, config._experts_implementation = attention, "eager"
     model = model_class(config)

@@ -33,7 +33,7 @@ def allgather_attention(
     num_kv_heads = view.keys.shape[1]
     group = num_heads // num_kv_heads
     dtype = stats_dtype(q.dtype)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
+    out, lse = q.new_empty(*q.shape[:3], view.values.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
     sums = q.new_zeros(batch, num_heads, len(view.order), dtype=dtype) if with_sums else None
     bias = None if view.bias is None else sp.all_gather(view.bias, 2)
     before = view.world * view.past
@@ -47,7 +47,7 @@ def allgather_attention(
         gathered = pending.wait()
         if head + 1 < num_kv_heads:
             pending = ask(head + 1)  # travels while this head is worked on
-        keys, values = gathered.index_select(2, view.order).split(dim, -1)
+        keys, values = gathered.index_select(2, view.order).tensor_split([dim], -1)
         of_head, at = slice(head * group, (head + 1) * group), 0
         own = softmax.of_heads(lambda heads, of_head=of_head: heads[:, of_head])
         for start, stop, part in view.queries(q[:, of_head]):

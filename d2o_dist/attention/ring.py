@@ -52,7 +52,7 @@ def ring_attention(
             keys, values = pending.wait()
     merged = [with_sinks(*one, softmax.sinks) for one in merged]
     dtype = stats_dtype(q.dtype)
-    out = torch.cat([out for out, _ in merged], 2).to(q.dtype) if merged else torch.empty_like(q)
+    out = torch.cat([out for out, _ in merged], 2).to(q.dtype) if merged else q.new_empty(*q.shape[:3], values.shape[3])
     lse = torch.cat([lse for _, lse in merged], 2) if merged else q.new_empty(q.shape[:3], dtype=dtype)
     if not with_sums:
         return out, lse, None

@@ -130,8 +130,9 @@ class Evictions:
                 room = [max(-(-max(room) // world), block.store.capacity)] * len(room)
             free += room if spread else [most - held for most, held in zip(room, block.kv_len, strict=True)]
             segments.append(Block(block.store.shape[0], max(room), tuple(room)))
-        keys = blocks[0].store.buffers.keys
-        arena = Arena(segments, Codec(self.config.storage, keys.shape[-1], keys.dtype), keys.device)
+        keys, values = blocks[0].store.keys_values
+        codec = Codec(self.config.storage, (keys.shape[-1], values.shape[-1]), keys.dtype)
+        arena = Arena(segments, codec, keys.device)
         recent = [max(self.config.split(slots)[1] for slots in block.slot_budgets) for block in blocks]
         newest = [block.layout.newest(most).flatten(0, 1) for block, most in zip(blocks, recent, strict=True)]
         newest = torch.cat([pad(one, (max(1, *recent) - one.shape[1], 0), value=-1) for one in newest])

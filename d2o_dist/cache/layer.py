@@ -139,7 +139,7 @@ class Layer:
     @property
     def token_bytes(self) -> int:
         """Bytes of the key and the value of one token in a head, as a full cache stores them."""
-        return 2 * self.shape[1] * self.dtype.itemsize
+        return self.blocks[0].store.token_size * self.dtype.itemsize
 
     @property
     def num_allocated_bytes(self) -> int:

@@ -112,15 +112,15 @@ class CompressedCache:
 
     # ---- one forward ---------------------------------------------------------------------------------------------
 
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads of a layer of the whole model; 0 before the first token."""
-        shape = self.layers[0].shape if self.layers else None
+    def kv_heads(self, layer: int) -> int:
+        """KV heads of a layer of the whole model, of which layers with windows may have others; 0 before any token."""
+        shape, ranks = self.layers[layer].shape if self.layers else None, self.ranks
         if shape is None:
             return 0
-        whole = self.ranks.deals_tokens and not self.dealing.layout.is_spread
-        heads = sum(self.ranks.kv_sizes) if whole else shape[0]
-        return heads * self.ranks.tp.size // self.ranks.kv_replicas
+        heads = shape[0]
+        if ranks.deals_tokens and not self.dealing.layout.is_spread:
+            heads = heads // ranks.kv_sizes[ranks.sp.rank] * sum(ranks.kv_sizes)
+        return heads * ranks.tp.size // ranks.kv_replicas
 
     @property
     def num_seen_columns(self) -> int:
@@ -330,10 +330,10 @@ class CompressedCache:
                 "cache.reread(model, input_ids) before finalize() or generate()"
             )
         with self.ranks.counter.phase("finalize"):
+            heads = self.kv_heads((*self.full_layers, 0)[0])
             self.plans = compress(
-                self._full(), self.plans, self.config, self._compressed_config, self.num_seen, self.num_kv_heads,
-                self.ranks,
-            )  # fmt: skip
+                self._full(), self.plans, self.config, self._compressed_config, self.num_seen, heads, self.ranks
+            )
             self.phase = "decode"
             if self.ranks.deals_tokens and not self.dealing.layout.is_spread and not self.ranks.by_heads:
                 for layer in self.layers:

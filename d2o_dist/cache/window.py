@@ -75,7 +75,7 @@ class WindowLayer:
             def attend(rows: slice, queries: Tensor) -> Tensor:
                 return self._attend(queries, slots, rows, start[rows.start], softmax)
 
-            out = over_rows(chunk.rows, q, attend, alike=is_uniform(start))
+            out = over_rows(chunk.rows, q, attend, v.shape[3], alike=is_uniform(start))
         self._trim()
         return out
 
@@ -92,11 +92,12 @@ class WindowLayer:
     def _gather(self, k: Tensor, v: Tensor, chunk: DealtChunk) -> list[Tensor]:
         """Keys and values of all ranks' part of a chunk, [B, Hkv, T, D] by token. One collective."""
         everyone = self.ranks.sp.all_gather(torch.cat([k, v], -1), 2)
-        index = chunk.deal.restore_index().to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, 2 * k.shape[3])
-        return list(everyone.gather(2, index).split(k.shape[3], -1))
+        index = chunk.deal.restore_index().to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, everyone.shape[3])
+        return list(everyone.gather(2, index).tensor_split([k.shape[3]], -1))
 
     def _attend_dealt(self, q: Tensor, softmax: Softmax, chunk: DealtChunk, start: list[int]) -> Tensor:
-        out, slots = torch.zeros_like(q), self.store.slots
+        slots = self.store.slots
+        out = q.new_zeros(*q.shape[:3], slots.values.shape[-1])
         for row, one in enumerate(chunk.deal.maps):
             group, at = slice(row, row + 1), chunk.columns(row).start
             for first, stop in one.segments(chunk.deal.rank):
@@ -117,13 +118,13 @@ class WindowLayer:
             ]
             return self._over_keys(queries, *both, softmax, held[row])
 
-        return over_rows(rows, q, attend, alike=rows.batch == 1)
+        return over_rows(rows, q, attend, v.shape[3], alike=rows.batch == 1)
 
     def spread(self, num_seen: Sequence[int]) -> None:
         """Hold all heads of the tensor rank, after a prompt whose slots were held by heads."""
         slots = self.store.slots
         wide = self.ranks.join_heads(torch.cat([slots.keys, slots.values], -1))
-        keys, values = wide.split(slots.keys.shape[-1], -1)
+        keys, values = wide.tensor_split([slots.keys.shape[-1]], -1)
         rest = [tensor[:, :1].expand(-1, keys.shape[1], -1).clone()
                 for tensor in (slots.positions, slots.scores, slots.rates, slots.log_mass)]  # fmt: skip
         self.store.replace(Slots(keys, values, *rest), self.store.kv_len, capacity=self.window + self.SLACK)

@@ -50,8 +50,8 @@ def check_queries_keys(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         raise ValueError(f"head dim of q ({q.shape[3]}) must equal head dim of k ({k.shape[3]})")
     if q.dtype != k.dtype:
         raise ValueError(f"dtype of q ({q.dtype}) must equal dtype of k ({k.dtype})")
-    if v is not None and (v.shape != k.shape or v.dtype != k.dtype):
-        raise ValueError(f"v {tuple(v.shape)} {v.dtype} must match k {tuple(k.shape)} {k.dtype}")
+    if v is not None and (v.shape[:-1] != k.shape[:-1] or v.dtype != k.dtype):
+        raise ValueError(f"v {tuple(v.shape)} {v.dtype} must match k {tuple(k.shape)} {k.dtype} but for its last dim")
     group_size(q.shape[1], k.shape[1])
 
 

@@ -28,7 +28,7 @@ def flash_attn(causal: bool) -> tuple[Implementation, ...]:
         Implementation(
             partial(attend, package, causal), name=f"flash-attn {version}", kind="package", devices=("cuda",),
             dtypes=HALF, head_dims=range(8, 257, 8), capabilities=capabilities, gradient=False, empty=False,
-            without={"bias", "softcap"}, missing=partial(unusable, package),
+            without={"bias", "softcap", "two_dims"}, missing=partial(unusable, package),
         )
         for version, package, capabilities in packages
     )  # fmt: skip

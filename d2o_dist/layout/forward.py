@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
@@ -135,19 +134,22 @@ class Step:
         return self.to_heads.join_heads(layer.decode(*mine, of_mine, *self.layers[index]))
 
 
-def over_rows(rows: Rows, q: Tensor, attend: Callable[[slice, Tensor], Tensor], *, alike: bool) -> Tensor:
+def over_rows(
+    rows: Rows, q: Tensor, attend: Callable[[slice, Tensor], Tensor], dim: int, *, alike: bool
+) -> Tensor:
     """Attend from the tokens of q [B, Hq, n, D]: all rows at once, or one by one where they differ.
 
     Args:
-        attend: from (rows, their queries [b, Hq, m, D]) to [b, Hq, m, D]; alike: whether rows without padding may go at
-            once.
+        attend: from (rows, their queries [b, Hq, m, D]) to [b, Hq, m, dim]; alike: whether rows without padding may go
+            at once.
 
     Returns:
-        [B, Hq, n, D], zeros at padding.
+        [B, Hq, n, dim], zeros at padding.
     """
     if rows.index is None and alike:
         return attend(slice(0, rows.batch), q)
-    out = torch.zeros_like(q)
+    # The layout that a model's output projection reads without a copy.
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dim).transpose(1, 2)
     for row in range(rows.batch):
         if rows.counts[row]:
             rows.put(out, row, attend(slice(row, row + 1), rows.pick(q, row)))

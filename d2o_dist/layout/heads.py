@@ -86,7 +86,7 @@ class HeadLayout:
             reading.observe(slots, rows, queries, lse, softmax, sums, tokens[rows])
             return out
 
-        return over_rows(chunk.rows, q, attend, alike=is_uniform(start) and is_uniform(old))
+        return over_rows(chunk.rows, q, attend, v.shape[3], alike=is_uniform(start) and is_uniform(old))
 
     def reread(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, rows: Rows, reading: Reading) -> Tensor:
         """Attend from a chunk that is not kept, over all slots and causally over itself; note what each slot got.
@@ -104,7 +104,7 @@ class HeadLayout:
             reading.peaks.observe(slots, group, queries, keys, lse, softmax, causal=False)
             return out
 
-        return over_rows(rows, q, attend, alike=is_uniform(kv_len))
+        return over_rows(rows, q, attend, v.shape[3], alike=is_uniform(kv_len))
 
     def last_queries(self, last: LastQueries) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The last queries of each row, as `Reading.close` takes them."""

@@ -91,8 +91,8 @@ class SequenceLayout:
             slots.positions[row, :, start[row] : self.store.kv_len[row]] = here.to(q.device)
         self.kv_len = [old + new for old, new in zip(self.kv_len, deal.counts, strict=True)]
         reading.grow(q, width, deal.counts, tokens)
-        attend = ring_attention if self._rings(k, width) else allgather_attention
-        out = torch.zeros_like(q)
+        attend = ring_attention if self._rings(k, v, width) else allgather_attention
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
         for rows in chunk.groups:
             row = rows.start
             columns = chunk.columns(row)
@@ -112,9 +112,9 @@ class SequenceLayout:
             reading.observe(slots, rows, queries, lse, softmax, sums, tokens[rows])
         return out
 
-    def _rings(self, k: Tensor, width: int) -> bool:
+    def _rings(self, k: Tensor, v: Tensor, width: int) -> bool:
         """Whether keys and values travel around rather than being gathered; a cache moved from heads has no ring."""
-        gathered = self.ranks.sp.size * width * 2 * k.shape[3] * k.element_size()
+        gathered = self.ranks.sp.size * width * (k.shape[3] + v.shape[3]) * k.element_size()
         too_long = self.ranks.may_ring and gathered > RING_FROM_BYTES
         return too_long or self.ranks.parallel.sp_prefill == "ring"
 
@@ -175,7 +175,7 @@ class SequenceLayout:
         """
         sp, slots, kv_len = self.ranks.sp, source.slots, list(source.kv_len)
         width = -(-slots.positions.shape[-1] // sp.size)
-        batch, _, _, dim = slots.keys.shape
+        batch, dim = slots.keys.shape[0], slots.keys.shape[3]
 
         def exchange(tensor: Tensor) -> Tensor:
             """[B, h, S, X] -> [B, Hkv, width, X]; positions are shifted by one, so that what is padded reads -1."""
@@ -184,7 +184,7 @@ class SequenceLayout:
             shapes = [(batch, size, width, tensor.shape[3]) for size in self.ranks.kv_sizes]
             return torch.cat(sp.all_to_all_list(parts, shapes), 1)
 
-        keys, values = exchange(torch.cat([slots.keys, slots.values], -1)).split(dim, -1)
+        keys, values = exchange(torch.cat([slots.keys, slots.values], -1)).tensor_split([dim], -1)
         statistics = exchange(torch.stack([slots.scores, slots.rates, slots.log_mass], -1)).unbind(-1)
         positions = exchange(slots.positions.unsqueeze(-1) + 1).squeeze(-1) - 1
         counts = torch.tensor(kv_len, device=positions.device)[:, None]

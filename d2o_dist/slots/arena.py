@@ -80,8 +80,8 @@ class Arena:
         self._first = [0, *accumulate(sizes)]
         self.num_slots = self._first[-1]
         self.codec, batch = codec, len(self.blocks[0].room)
-        width, dtype = codec.format.stored(codec.head_dim, codec.dtype)
-        wide = unused_slots(1, 1, self.num_slots + 1, torch.zeros(width, dtype=dtype, device=device), codec.dtype)
+        like = [torch.zeros(width, dtype=dtype, device=device) for width, dtype in codec.stored]
+        wide = unused_slots(1, 1, self.num_slots + 1, *like, codec.dtype)
         self.storage = wide.map(lambda tensor: tensor[0, 0])
         starts, rows = [], []
         for first, block in zip(self._first, self.blocks, strict=False):

@@ -1,4 +1,4 @@
-"""Models whose probabilities are no plain softmax of scaled products: soft caps, learned sinks.
+"""Models whose attention is more than a softmax of scaled products: soft caps, learned sinks, values of another dim.
 
 Compressed they are the oracle (`test_oracle_parity`, `test_reread`), and alike on all meshes (`tests/sharded`).
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from d2o_dist import D2OCache
+from tests.cached_families import class_of
+from tests.families import build, tiny_config
 from tests.models import OTHERS, left_padded, tiny_model, tokens, windowed
 from tests.oracle.naive_d2o import use_float64_norms
 from tests.spec import spec
@@ -63,3 +66,13 @@ def test_a_row_of_a_padded_batch_and_a_prompt_in_chunks_are_the_row_alone_and_wh
             count = single.kv_len[0]
             assert layer.kv_len[row] == count
             assert torch.equal(layer.positions[row, :, :count], single.positions[0, :, :count])
+
+
+def test_a_model_that_takes_a_view_of_what_attention_returns():
+    """AFMoE, whose prompt is a single row, read in pieces, in layers with and without windows."""
+    model = build(class_of("afmoe"), tiny_config(CONFIG_MAPPING["afmoe"]), "d2o")
+    ids = tokens(1, 40)
+    found, _ = read(model, ids, torch.ones_like(ids), (13, 39, 40), spec("full"))
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids).logits, rtol=1e-9, atol=1e-9)

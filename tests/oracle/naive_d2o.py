@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import inspect
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ def use_float64_norms(model: torch.nn.Module) -> torch.nn.Module:
 class OracleSession:
     """One sequence going through a Llama-type model: `feed` tokens in any order of prompts, chunks and decode steps.
 
-    It may have sinks and experts (gpt-oss), or soft caps and norms behind its parts (Gemma 2).
+    It may have sinks and experts (gpt-oss), soft caps and norms behind its parts (Gemma 2), or values of another dim
+    than keys (MiMo).
     """
 
     def __init__(self, model: torch.nn.Module, config: OracleConfig) -> None:
@@ -58,8 +60,8 @@ class OracleSession:
         first = self.decoder.layers[0].self_attn
         self.head_dim = first.head_dim
         num_heads = first.q_proj.out_features // self.head_dim
-        num_kv_heads = first.k_proj.out_features // self.head_dim
-        self.cache = OracleCache(config, len(self.decoder.layers), num_heads, num_kv_heads)
+        self.num_kv_heads = first.k_proj.out_features // self.head_dim
+        self.cache = OracleCache(config, len(self.decoder.layers), num_heads, self.num_kv_heads)
         self.apply_rotary = importlib.import_module(type(self.decoder).__module__).apply_rotary_pos_emb
         for layer in self.decoder.layers:
             if getattr(layer.self_attn, "sliding_window", None) is not None:
@@ -84,13 +86,16 @@ class OracleSession:
             cache.num_seen_tokens += 1
         hidden = self.decoder.embed_tokens(torch.tensor([token_ids]))
         position_ids = torch.arange(start, start + len(token_ids))[None]
-        cos, sin = self.decoder.rotary_emb(hidden, position_ids)
+        rotary = self.decoder.rotary_emb
+        has_kinds = "layer_type" in inspect.signature(rotary.forward).parameters
+        cos, sin = rotary(hidden, position_ids, *(["full_attention"] if has_kinds else []))
         for index, layer in enumerate(self.decoder.layers):
             attention = layer.self_attn
             normed = layer.input_layernorm(hidden)
             queries = self._heads(attention.q_proj(normed), getattr(attention, "q_norm", None))
             keys = self._heads(attention.k_proj(normed), getattr(attention, "k_norm", None))
-            values = self._heads(attention.v_proj(normed), None)
+            values = attention.v_proj(normed).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+            values = values * getattr(attention, "v_scale", 1)
             queries, keys = self.apply_rotary(queries, keys, cos, sin)
             step = cache.decode_step if decoding else cache.reread_chunk if again else cache.prefill_chunk
             softmax = OracleSoftmax(

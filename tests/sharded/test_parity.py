@@ -159,15 +159,15 @@ def test_families(family, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
-def test_soft_caps_and_sinks(family, layout):
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mimo"])
+def test_soft_caps_sinks_and_short_values(family, layout):
     """A sink is in the denominator once, whoever has the slots, and each rank has those of its heads."""
     one = Play(family=family, lengths=(90, 71), turn=(20, 31), model=windowed(family), **_SUMS_AND_RATES)
     check(one, ParallelConfig(sp=2, **LAYOUTS[layout]))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "granite_swa"])
-def test_soft_caps_and_sinks_of_tensor_ranks(family):
+@pytest.mark.parametrize("family", ["gemma2", "granite_swa", "mimo"])
+def test_soft_caps_sinks_and_short_values_of_tensor_ranks(family):
     one = Play(family=family, lengths=(61, 40), model=windowed(family), **_SUMS_AND_RATES)
     check(one, ParallelConfig(tp=2, tp_engine="transformers"))
 

@@ -18,7 +18,7 @@ def naive_decode_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_attention`: q [B, Hq, D], k, v [B, Hkv, S, D] -> (out [B, Hq, D], lse [B, Hq], probs [B, Hkv, S])."""
     acc, group = acc_dtype(q.dtype), q.shape[1] // k.shape[1]
-    out = torch.zeros(q.shape, dtype=acc, device=q.device)
+    out = torch.zeros(*q.shape[:2], v.shape[3], dtype=acc, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
     probs = torch.zeros(k.shape[:3], dtype=acc, device=q.device)
     for b in range(q.shape[0]):

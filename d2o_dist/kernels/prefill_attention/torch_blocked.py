@@ -15,7 +15,7 @@ def blocked_prefill_attention(
 ) -> tuple[Tensor, Tensor]:
     """As `prefill_attention`. No T x T tensor: [B, Hq, block, keys seen by the block] at a time."""
     if q.numel() == 0:
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=acc_dtype(q.dtype))
+        return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=acc_dtype(q.dtype))
     return _attend(q, k, v, scale, q_start, window, bias, softcap)
 
 

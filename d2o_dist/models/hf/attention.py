@@ -69,7 +69,8 @@ def d2o_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out = cache.attend(module, query, key, value, softmax, padding, kwargs.get("position_ids"))
-    return out.transpose(1, 2), None
+    # Some models take a view of it.
+    return out.transpose(1, 2).contiguous(), None
 
 
 def softmax_of(query: Tensor, scaling: float | None, kwargs: dict[str, Any], rank: int = 0) -> Softmax:
@@ -162,13 +163,13 @@ def exact_attention(
                 raise ValueError("d2o attention does not support position_bias beside softcap or s_aux")
             if mask is None and query.shape[2] > 1 and is_causal(module, kwargs):
                 mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-            return dense_attention(query, key, value, mask, softmax, dropout).transpose(1, 2)
+            return dense_attention(query, key, value, mask, softmax, dropout).transpose(1, 2).contiguous()
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(q, k, v, softmax, dropout, window)
 
-    return by_document(attend, query, key, value, documents).transpose(1, 2)
+    return by_document(attend, query, key, value, documents).transpose(1, 2).contiguous()
 
 
 def causal_attention(

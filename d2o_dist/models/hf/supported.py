@@ -20,7 +20,6 @@ _BY_FIELD = {
 }
 # What configurations do not tell, by their type.
 _BY_TYPE = {
-    "mimo_v2_flash": "keys and values of different head dims",
     "bigbird_pegasus": "causal masks in modules that say they are not causal",
     "diffllama": "differential attention",
     "doge": "a mask for each head",
