@@ -13,6 +13,7 @@ from benchmarks.roofline import Work, decode_work, merge_work, nearest_work, pre
 from benchmarks.timing import captured
 from d2o_dist.attention.prefill import chunk_attention
 from d2o_dist.attention.sampled import naive_prompt_column_sums, prompt_column_sums
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits, naive_decode_with_logits
 from d2o_dist.kernels.merge_into import merge_into, naive_merge_into
@@ -92,7 +93,7 @@ def prefill_group(shape: Shape) -> Group:
             ),
             "with lse": lambda: prefill_attention(q, k, v, shape.scale),
             "with column sums": lambda: scored_prefill_attention(q, k, v, shape.scale),
-            STRIDED: lambda: chunk_attention(q, k, v, shape.scale, with_sums=True, sample=SAMPLE),
+            STRIDED: lambda: chunk_attention(q, k, v, Softmax(shape.scale), with_sums=True, sample=SAMPLE),
             "column sums alone": lambda: column_sums(q, k, lse, shape.scale),
         },
         "SDPA",
@@ -113,8 +114,8 @@ def prefill_gate(shape: Shape) -> Result:
     result = Result()
     found = scored_prefill_attention(q, k, v, shape.scale)
     want = naive_scored_prefill_attention(*wide, shape.scale)
-    sampled = prompt_column_sums(q, k, prefill_attention(q, k, v, shape.scale)[1], shape.scale, SAMPLE)
-    want_sampled = naive_prompt_column_sums(*wide[:2], want[1], shape.scale, SAMPLE)
+    sampled = prompt_column_sums(q, k, prefill_attention(q, k, v, shape.scale)[1], Softmax(shape.scale), SAMPLE)
+    want_sampled = naive_prompt_column_sums(*wide[:2], want[1], Softmax(shape.scale), SAMPLE)
     limits = (out_limit(shape.dtype), lse_limit(shape), *(lse_limit(shape) * 4,) * 2)
     names = ("out", "lse", "sums", "strided sums")
     for name, got, expected, limit in zip(names, (*found, sampled), (*want, want_sampled), limits, strict=True):

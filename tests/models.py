@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    GraniteSWAConfig,
+    GraniteSWAForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiMoV2FlashConfig,
+    MiMoV2FlashForCausalLM,
     MinistralConfig,
     MinistralForCausalLM,
     MistralConfig,
@@ -38,6 +48,7 @@ _COMMON = dict(
     eos_token_id=None,
 )
 
+_FULL = ["full_attention"] * 4
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama_mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
@@ -57,17 +68,52 @@ FAMILIES = {
     ),
 }
 
+# Those whose attention is more than a softmax of scaled products: `tests/hf/test_softmaxes.py`. Layers without windows,
+# as the oracle wants them; `windowed` is what they have in earnest.
+OTHERS = {
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        # A cap that bends most logits.
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0, "layer_types": _FULL},
+    ),
+    "gpt_oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _FULL,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "mimo": (
+        MiMoV2FlashConfig,
+        MiMoV2FlashForCausalLM,
+        # Windowed layers have sinks, and twice the KV heads.
+        {"head_dim": 24, "v_head_dim": 16, "layer_types": _FULL, "mlp_layer_types": ["dense"] * 4},
+    ),
+    "granite_swa": (GraniteSWAConfig, GraniteSWAForCausalLM, {"layer_types": _FULL}),
+}  # fmt: skip
+
+
+def windowed(family: str) -> dict[str, Any]:
+    """Overrides of `tiny_model`: every other layer of the family has a window."""
+    assert family in OTHERS
+    return {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
 
 def tiny_model(family: str = "llama", *, attention: str = "d2o", seed: int = 0, **overrides) -> PreTrainedModel:
     """A random model of `family` in float64, in evaluation mode. The same seed gives the same weights."""
-    config_class, model_class, extra = FAMILIES[family]
+    config_class, model_class, extra = {**FAMILIES, **OTHERS}[family]
     torch.manual_seed(seed)
     values = {**_COMMON, **extra, **overrides}
-    if "layer_types" in values:
-        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
+    for name in ("layer_types", "mlp_layer_types"):
+        if name in values:
+            values[name] = values[name][: values["num_hidden_layers"]]
     config = config_class(**values)
-    config._attn_implementation = attention
-    return model_class(config).double().eval()
+    config._attn_implementation, config._experts_implementation = attention, "eager"
+    model = model_class(config)
+    for module in model.modules():
+        if getattr(module, "sinks", None) is not None:
+            module.sinks.data += 2.0  # a share that shows
+    return model.double().eval()
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:

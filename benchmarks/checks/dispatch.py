@@ -7,6 +7,7 @@ from torch import Tensor
 
 from benchmarks.checks.common import OUT_LIMITS, STATISTICS_LIMIT, Check, Result, normal, using
 from d2o_dist.attention.sampled import prompt_column_sums
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.column_peaks import column_peaks
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
@@ -83,7 +84,8 @@ def _cross_attention(device: str) -> tuple[Tensor, ...]:
 def _sampled_column_sums(device: str) -> tuple[Tensor, ...]:
     q, k, v = _prompt(device, past=0, queries=90)
     lse = prefill_attention(q, k, v, 0.2)[1]
-    return tuple(prompt_column_sums(q, k, lse, 0.2, QuerySample(*sample)) for sample in ((8, 20), (7, 0), (100, 3)))
+    samples = (8, 20), (7, 0), (100, 3)
+    return tuple(prompt_column_sums(q, k, lse, Softmax(0.2), QuerySample(*sample)) for sample in samples)
 
 
 def _decode_attention(device: str) -> tuple[Tensor, ...]:

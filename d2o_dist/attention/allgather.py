@@ -12,12 +12,13 @@ from torch import Tensor
 from d2o_dist.attention.prefill import chunk_attention
 from d2o_dist.attention.shard import ShardView
 from d2o_dist.comm.collectives import Collectives, Pending
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.policy.statistics import QuerySample
 from d2o_dist.slots.slots import stats_dtype
 
 
 def allgather_attention(
-    sp: Collectives, q: Tensor, view: ShardView, scale: float, *, with_sums: bool, sample: QuerySample | None
+    sp: Collectives, q: Tensor, view: ShardView, softmax: Softmax, *, with_sums: bool, sample: QuerySample | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output and lse of this rank's queries, column sums of this rank's slots over the queries of all ranks.
 
@@ -32,7 +33,7 @@ def allgather_attention(
     num_kv_heads = view.keys.shape[1]
     group = num_heads // num_kv_heads
     dtype = stats_dtype(q.dtype)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
+    out, lse = q.new_empty(*q.shape[:3], view.values.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
     sums = q.new_zeros(batch, num_heads, len(view.order), dtype=dtype) if with_sums else None
     bias = None if view.bias is None else sp.all_gather(view.bias, 2)
     before = view.world * view.past
@@ -46,15 +47,16 @@ def allgather_attention(
         gathered = pending.wait()
         if head + 1 < num_kv_heads:
             pending = ask(head + 1)  # travels while this head is worked on
-        keys, values = gathered.index_select(2, view.order).split(dim, -1)
+        keys, values = gathered.index_select(2, view.order).tensor_split([dim], -1)
         of_head, at = slice(head * group, (head + 1) * group), 0
+        own = softmax.of_heads(lambda heads, of_head=of_head: heads[:, of_head])
         for start, stop, part in view.queries(q[:, of_head]):
             seen, here = before + stop, slice(at, at + stop - start)
             log_mass = None
             if bias is not None:
                 log_mass = torch.cat([bias[:, head : head + 1], bias.new_zeros(batch, 1, stop)], 2)
             result = chunk_attention(
-                part, keys[:, :, :seen], values[:, :, :seen], scale,
+                part, keys[:, :, :seen], values[:, :, :seen], own,
                 with_sums=with_sums, sample=sample, num_old=before, log_mass=log_mass,
             )  # fmt: skip
             out[:, of_head, here], lse[:, of_head, here] = result[0], result[1]

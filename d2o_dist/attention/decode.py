@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from d2o_dist.comm.collectives import Collectives
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.decode_attention import decode_with_logits
-from d2o_dist.kernels.lse import merge_partials
+from d2o_dist.kernels.lse import merge_partials, with_sinks
 from d2o_dist.kernels.update_scores import slot_probabilities
 
 
 def sharded_decode_attention(
-    sp: Collectives, q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor, log_mass: Tensor | None
+    sp: Collectives, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, valid: Tensor, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query a row over the slots of all ranks.
 
@@ -27,8 +28,9 @@ def sharded_decode_attention(
         output [B, Hq, D] in the dtype of q, the same bits on all ranks, and the probabilities of this rank's slots,
         [B, Hkv, C] in the statistics' dtype, summed over the group: over all ranks they add up to G.
     """
-    out, lse, logits = decode_with_logits(q, k, v, scale, valid=valid, log_mass=log_mass)
+    out, lse, logits = decode_with_logits(q, k, v, **softmax.logits, valid=valid, log_mass=log_mass)
     packed = sp.all_gather(torch.cat([out.to(lse.dtype), lse.unsqueeze(-1)], -1).unsqueeze(0), 0)
     merged, total = merge_partials(packed[..., :-1].unbind(0), packed[..., -1].unbind(0))
+    merged, total = with_sinks(merged, total, softmax.sinks)
     # With the lse of all ranks each knows what its own slots got: no second exchange.
     return merged.to(q.dtype), slot_probabilities(logits, total, k.shape[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from d2o_dist.comm.deal import Deal
 from d2o_dist.comm.request import RequestRanks
@@ -21,17 +22,24 @@ class HeadExchange:
         self._restore = deal.restore_index()
         self._parts = [deal.part_index(rank) for rank in range(deal.world)]
 
+    def my_heads(self, tensor: Tensor) -> Tensor:
+        """[B, H, ...] -> [B, h, ...], of what all ranks have."""
+        return self._ranks.my_heads(tensor)
+
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, n, D] of this rank's tokens -> [B, h, T, D]: a row's tokens first, then repeats of its first one."""
         ranks = self._ranks
         sizes = [ranks.sizes(tensor.shape[1]) for tensor in (q, k, v)]
-        split = [tensor.split(size, 1) for tensor, size in zip((q, k, v), sizes, strict=True)]
+        batch, _, width, dim = q.shape
+        # Of values that are shorter zeros travel too, of those that are longer the others bring zeros.
+        wide = max(dim, v.shape[3])
+        even = [pad(tensor, (0, wide - tensor.shape[3])) for tensor in (q, k, v)]
+        split = [tensor.split(size, 1) for tensor, size in zip(even, sizes, strict=True)]
         packed = [torch.cat(parts, 1) for parts in zip(*split, strict=True)]
         mine = [size[ranks.sp.rank] for size in sizes]
-        batch, _, width, dim = q.shape
-        arrived = ranks.sp.all_to_all_list(packed, [(batch, sum(mine), width, dim)] * ranks.sp.size)
-        heads = _take(torch.cat(arrived, 2), self._restore)
-        return heads.split(mine, 1)
+        arrived = ranks.sp.all_to_all_list(packed, [(batch, sum(mine), width, wide)] * ranks.sp.size)
+        heads = _take(torch.cat(arrived, 2), self._restore).split(mine, 1)
+        return tuple(one[..., : tensor.shape[3]] for one, tensor in zip(heads, (q, k, v), strict=True))
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """[B, h, T, D] of this rank's query heads -> [B, H, n, D] of its tokens; what is in padding means nothing."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.column_peaks import column_peaks
 
 
@@ -16,7 +17,7 @@ def partial_peaks(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    scale: float,
+    softmax: Softmax,
     *,
     q_start: int = 0,
     bias: Tensor | None = None,
@@ -32,4 +33,6 @@ def partial_peaks(
     """
     queries, first = ranks.heads_of_replicas(q)
     lse, _ = ranks.heads_of_replicas(lse.unsqueeze(-1))
-    return column_peaks(queries, k, lse.squeeze(-1), scale, q_start=q_start + first, bias=bias, causal=causal)
+    return column_peaks(
+        queries, k, lse.squeeze(-1), **softmax.logits, q_start=q_start + first, bias=bias, causal=causal
+    )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from d2o_dist.attention.sampled import sampled_column_sums
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.core.statistics import group_sum
 from d2o_dist.kernels.column_sums import column_sums
-from d2o_dist.kernels.lse import merge_partials
+from d2o_dist.kernels.lse import merge_partials, with_sinks
 from d2o_dist.kernels.prefill_attention import cross_attention, prefill_attention
 from d2o_dist.kernels.scored_prefill import scored_prefill_attention
 from d2o_dist.policy.statistics import QuerySample
@@ -22,7 +23,7 @@ def chunk_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
+    softmax: Softmax,
     *,
     with_sums: bool,
     sample: QuerySample | None = None,
@@ -41,22 +42,24 @@ def chunk_attention(
         output [B, Hq, n, D], lse [B, Hq, n], column sums [B, Hq, S] or None.
     """
     past = k.shape[2] - q.shape[2]
-    if log_mass is None and with_sums and sample is None:
-        return scored_prefill_attention(q, k, v, scale, q_start=past)
-    out, lse = prefill_attention(q, k, v, scale, q_start=past, bias=log_mass)
+    if log_mass is None and with_sums and sample is None and softmax.sinks is None:
+        return scored_prefill_attention(q, k, v, **softmax.logits, q_start=past)
+    out, lse = prefill_attention(q, k, v, **softmax.logits, q_start=past, bias=log_mass)
+    out, lse = with_sinks(out, lse, softmax.sinks)
     if not with_sums:
         return out, lse, None
     if sample is None:
-        return out, lse, column_sums(q, k, lse, scale, q_start=past, bias=log_mass)
+        return out, lse, column_sums(q, k, lse, **softmax.logits, q_start=past, bias=log_mass)
     start = past - num_old
     sums = sampled_column_sums(
-        q, k, lse, scale, sample, start=start, num_old=num_old, tokens=torch.arange(start), with_own=True, bias=log_mass
-    )
+        q, k, lse, softmax, sample,
+        start=start, num_old=num_old, tokens=torch.arange(start), with_own=True, bias=log_mass,
+    )  # fmt: skip
     return out, lse, sums
 
 
 def reread_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, softmax: Softmax
 ) -> tuple[Tensor, Tensor]:
     """A chunk that is not kept: every query over all slots, and causally over the chunk itself.
 
@@ -66,12 +69,13 @@ def reread_attention(
     Returns:
         output [B, Hq, n, D] in the dtype of q, lse [B, Hq, n].
     """
-    before, itself = cross_attention(q, keys, values, scale), prefill_attention(q, k, v, scale)
-    out, lse = merge_partials([before[0], itself[0]], [before[1], itself[1]])
+    before = cross_attention(q, keys, values, **softmax.logits)
+    itself = prefill_attention(q, k, v, **softmax.logits)
+    out, lse = with_sinks(*merge_partials(*zip(before, itself, strict=True)), softmax.sinks)
     return out.to(q.dtype), lse
 
 
-def prompt_rates(q: Tensor, lse: Tensor, k: Tensor, scale: float, *, log_mass: Tensor | None = None) -> Tensor:
+def prompt_rates(q: Tensor, lse: Tensor, k: Tensor, softmax: Softmax, *, log_mass: Tensor | None = None) -> Tensor:
     """Mean attention each slot got from the last queries of the prompt, summed over the group.
 
     Args:
@@ -81,5 +85,5 @@ def prompt_rates(q: Tensor, lse: Tensor, k: Tensor, scale: float, *, log_mass: T
         [B, Hkv, S].
     """
     window = q.shape[2]
-    sums = column_sums(q, k, lse, scale, q_start=k.shape[2] - window, bias=log_mass)
+    sums = column_sums(q, k, lse, **softmax.logits, q_start=k.shape[2] - window, bias=log_mass)
     return group_sum(sums, k.shape[1]) / window

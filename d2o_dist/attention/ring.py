@@ -10,19 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2o_dist.attention.prefill import chunk_attention
 from d2o_dist.attention.sampled import sampled_column_sums
 from d2o_dist.attention.shard import ShardView
 from d2o_dist.comm.collectives import Collectives
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.column_sums import column_sums
-from d2o_dist.kernels.lse import merge_partials
-from d2o_dist.kernels.prefill_attention import cross_attention
+from d2o_dist.kernels.lse import merge_partials, with_sinks
+from d2o_dist.kernels.prefill_attention import cross_attention, prefill_attention
 from d2o_dist.policy.statistics import QuerySample
 from d2o_dist.slots.slots import stats_dtype
 
 
 def ring_attention(
-    sp: Collectives, q: Tensor, view: ShardView, scale: float, *, with_sums: bool, sample: QuerySample | None
+    sp: Collectives, q: Tensor, view: ShardView, softmax: Softmax, *, with_sums: bool, sample: QuerySample | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output and lse of this rank's queries, column sums of this rank's slots over the queries of all ranks.
 
@@ -44,19 +44,20 @@ def ring_attention(
             bias = None if biases is None else biases[source]
             seen = _visible(view, source, start, stop)
             if seen:
-                result = _attend(part, keys[:, :, :seen], values[:, :, :seen], bias, scale, source == sp.rank)
+                result = _attend(part, keys[:, :, :seen], values[:, :, :seen], bias, softmax, source == sp.rank)
                 # Merged as it comes: what is held does not grow with the number of ranks.
                 before = merged[number]
                 merged[number] = result if before is None else merge_partials(*zip(before, result, strict=True))
         if pending is not None:
             keys, values = pending.wait()
+    merged = [with_sinks(*one, softmax.sinks) for one in merged]
     dtype = stats_dtype(q.dtype)
-    out = torch.cat([out for out, _ in merged], 2).to(q.dtype) if merged else torch.empty_like(q)
+    out = torch.cat([out for out, _ in merged], 2).to(q.dtype) if merged else q.new_empty(*q.shape[:3], values.shape[3])
     lse = torch.cat([lse for _, lse in merged], 2) if merged else q.new_empty(q.shape[:3], dtype=dtype)
     if not with_sums:
         return out, lse, None
     sums = q.new_zeros(*q.shape[:2], view.width, dtype=dtype)
-    return out, lse, _second_trip(sp, queries, [lse for _, lse in merged], view, biases, sums, scale, sample)
+    return out, lse, _second_trip(sp, queries, [lse for _, lse in merged], view, biases, sums, softmax, sample)
 
 
 def _visible(view: ShardView, source: int, start: int, stop: int) -> int:
@@ -71,15 +72,15 @@ def _visible(view: ShardView, source: int, start: int, stop: int) -> int:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, is_own: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax: Softmax, is_own: bool
 ) -> tuple[Tensor, Tensor]:
     """One part: output in the statistics' dtype, and lse."""
     if bias is not None:
         bias = _widened(bias, k.shape[2])
     if is_own:
-        out, lse, _ = chunk_attention(q, k, v, scale, with_sums=False, log_mass=bias)
+        out, lse = prefill_attention(q, k, v, **softmax.logits, q_start=k.shape[2] - q.shape[2], bias=bias)
     else:
-        out, lse = cross_attention(q, k, v, scale, bias=bias)
+        out, lse = cross_attention(q, k, v, **softmax.logits, bias=bias)
     return out.to(lse.dtype), lse
 
 
@@ -95,7 +96,7 @@ def _second_trip(
     view: ShardView,
     biases: Tensor | None,
     sums: Tensor,
-    scale: float,
+    softmax: Softmax,
     sample: QuerySample | None,
 ) -> Tensor:
     """[b, Hq, W]: the sums of this rank's slots, 0 at first, after they have been with every rank."""
@@ -112,12 +113,13 @@ def _second_trip(
             if sample is None:
                 wide = None if bias is None else _widened(bias, seen)
                 sums[:, :, :seen] += column_sums(
-                    part, keys[:, :, :seen], lse, scale, q_start=seen - part.shape[2], bias=wide, causal=is_own
-                )
+                    part, keys[:, :, :seen], lse, **softmax.logits,
+                    q_start=seen - part.shape[2], bias=wide, causal=is_own,
+                )  # fmt: skip
                 continue
             tokens = view.tokens[source]
             sums[:, :, :seen] += sampled_column_sums(
-                part, keys[:, :, :seen], lse, scale, sample,
+                part, keys[:, :, :seen], lse, softmax, sample,
                 start=start, num_old=view.past, tokens=tokens[tokens < start], with_own=is_own, bias=bias,
             )  # fmt: skip
         sums = sp.ring_shift([sums]).wait()[0]

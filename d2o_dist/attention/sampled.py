@@ -14,7 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.column_sums import column_sums
+from d2o_dist.kernels.common import capped
 from d2o_dist.policy.statistics import QuerySample
 
 
@@ -22,7 +24,7 @@ def sampled_column_sums(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    scale: float,
+    softmax: Softmax,
     sample: QuerySample,
     *,
     start: int,
@@ -49,21 +51,21 @@ def sampled_column_sums(
     if far:
         if bias is not None:
             bias = torch.cat([bias[:, :, :num_old], bias.new_zeros(*bias.shape[:2], far - num_old)], 2)
-        sums[:, :, :far] = column_sums(q, k[:, :, :far], lse, scale, causal=False, bias=bias, **strided)
+        sums[:, :, :far] = column_sums(q, k[:, :, :far], lse, **softmax.logits, causal=False, bias=bias, **strided)
         sums[:, :, :far] *= stride
     if close:
         keys, distance = k[:, :, far:before], start + torch.arange(q.shape[2])[:, None] - tokens[-close:]
         first = slice((-1 - start) % stride, None, stride)
-        sampled = pair_sums(q[:, :, first], keys, lse[:, :, first], scale, distance[first] < near)
+        sampled = pair_sums(q[:, :, first], keys, lse[:, :, first], softmax, distance[first] < near)
         first = slice(near - 1)  # later queries are near none of them
-        exact = pair_sums(q[:, :, first], keys, lse[:, :, first], scale, distance[first] >= near)
+        exact = pair_sums(q[:, :, first], keys, lse[:, :, first], softmax, distance[first] >= near)
         sums[:, :, far:before] = sampled * stride + exact
     if with_own:
         own = k[:, :, before:]
-        sums[:, :, before:] = column_sums(q, own, lse, scale, q_start=-near, **strided)
+        sums[:, :, before:] = column_sums(q, own, lse, **softmax.logits, q_start=-near, **strided)
         sums[:, :, before:] *= stride
         if near:
-            sums[:, :, before:] += column_sums(q, own, lse, scale, window=near)
+            sums[:, :, before:] += column_sums(q, own, lse, **softmax.logits, window=near)
     return sums
 
 
@@ -71,7 +73,7 @@ def rest_sums(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    scale: float,
+    softmax: Softmax,
     sample: QuerySample,
     *,
     query_tokens: Tensor,
@@ -89,11 +91,11 @@ def rest_sums(
     """
     close = int((key_tokens > query_tokens[0] - sample.near).sum())
     near = query_tokens[:, None] - key_tokens[len(key_tokens) - close :] < sample.near
-    return last_query_sums(q, k, lse, scale, bias=bias, num_before=k.shape[2] - close, hidden=near)
+    return last_query_sums(q, k, lse, softmax, bias=bias, num_before=k.shape[2] - close, hidden=near)
 
 
 def last_query_sums(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, *, bias: Tensor | None, num_before: int, hidden: Tensor
+    q: Tensor, k: Tensor, lse: Tensor, softmax: Softmax, *, bias: Tensor | None, num_before: int, hidden: Tensor
 ) -> Tensor:
     """Column sums of a few queries at the end of a prompt: [B, Hq, S].
 
@@ -105,19 +107,19 @@ def last_query_sums(
     sums = torch.zeros(*q.shape[:2], k.shape[2], dtype=lse.dtype, device=q.device)
     if num_before:
         bias = None if bias is None else bias[:, :, :num_before]
-        sums[:, :, :num_before] = column_sums(q, k[:, :, :num_before], lse, scale, bias=bias, causal=False)
-    sums[:, :, num_before:] = pair_sums(q, k[:, :, num_before:], lse, scale, hidden)
+        sums[:, :, :num_before] = column_sums(q, k[:, :, :num_before], lse, **softmax.logits, bias=bias, causal=False)
+    sums[:, :, num_before:] = pair_sums(q, k[:, :, num_before:], lse, softmax, hidden)
     return sums
 
 
-def pair_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float, hidden: Tensor) -> Tensor:
+def pair_sums(q: Tensor, k: Tensor, lse: Tensor, softmax: Softmax, hidden: Tensor) -> Tensor:
     """Column sums over the pairs that are not `hidden` [n, S], by a dense matrix: [B, Hq, S]."""
     keys = k.to(lse.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
-    probs = (q.to(lse.dtype) @ keys.mT * scale - lse.unsqueeze(-1)).exp()
+    probs = (capped(q.to(lse.dtype) @ keys.mT * softmax.scale, softmax.softcap) - lse.unsqueeze(-1)).exp()
     return probs.masked_fill(hidden.to(q.device), 0).sum(2)
 
 
-def naive_prompt_column_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float, sample: QuerySample) -> Tensor:
+def naive_prompt_column_sums(q: Tensor, k: Tensor, lse: Tensor, softmax: Softmax, sample: QuerySample) -> Tensor:
     """The oracle of `prompt_column_sums`: the dense matrix of probabilities, times how often each pair counts."""
     length, device = q.shape[2], q.device
     query = torch.arange(length, device=device)
@@ -125,20 +127,20 @@ def naive_prompt_column_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float, sa
     rest = query >= length - length % sample.stride
     times = torch.where(rest, 1, ((query + 1) % sample.stride == 0) * sample.stride)[:, None]
     times = torch.where(distance < sample.near, 1, times).masked_fill(distance < 0, 0)
-    logits = q.to(lse.dtype) @ k.to(lse.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
-    probs = (logits - lse.unsqueeze(-1)).exp().masked_fill(distance < 0, 0)
+    logits = q.to(lse.dtype) @ k.to(lse.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1).mT * softmax.scale
+    probs = (capped(logits, softmax.softcap) - lse.unsqueeze(-1)).exp().masked_fill(distance < 0, 0)
     return (probs * times).sum(2)
 
 
-def prompt_column_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float, sample: QuerySample | None) -> Tensor:
+def prompt_column_sums(q: Tensor, k: Tensor, lse: Tensor, softmax: Softmax, sample: QuerySample | None) -> Tensor:
     """Column sums of a whole prompt, exact (`sample` None) or estimated: q, k and lse of T tokens -> [B, Hq, T]."""
     if sample is None:
-        return column_sums(q, k, lse, scale)
+        return column_sums(q, k, lse, **softmax.logits)
     tokens = torch.arange(q.shape[2], device=q.device)
-    sums = sampled_column_sums(q, k, lse, scale, sample, start=0, num_old=0, tokens=tokens[:0].cpu(), with_own=True)
+    sums = sampled_column_sums(q, k, lse, softmax, sample, start=0, num_old=0, tokens=tokens[:0].cpu(), with_own=True)
     last = slice(len(tokens) - len(tokens) % sample.stride, None)
     if last.start < len(tokens):
         sums += rest_sums(
-            q[:, :, last], k, lse[:, :, last], scale, sample, query_tokens=tokens[last], key_tokens=tokens
+            q[:, :, last], k, lse[:, :, last], softmax, sample, query_tokens=tokens[last], key_tokens=tokens
         )
     return sums

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.evict.prompt import Order
 from d2o_dist.layout.forward import Chunk, DealtChunk
 from d2o_dist.layout.heads import HeadLayout
@@ -64,18 +65,28 @@ class HeadBlock:
         self.layout.leave()
         self._reading = Reading(self.config, self.layout.ranks, self.layout.begin(expected), first=self._first)
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk | DealtChunk) -> Tensor:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, chunk: Chunk | DealtChunk) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
-        return self.layout.prefill(q, k, v, scale, chunk, self._reading, self.config)
+        return self.layout.prefill(q, k, v, softmax, chunk, self._reading, self.config)
 
-    def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows) -> Tensor:
+    def reread(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, rows: Rows) -> Tensor:
         """Attend from a chunk that is not kept, and note what each slot got; the same shape, zeros at padding."""
-        return self.layout.reread(q, k, v, scale, rows, self._reading)
+        return self.layout.reread(q, k, v, softmax, rows, self._reading)
 
-    def squared_deviations(self) -> Tensor:
-        """[B, Hq] sum of the squared deviations of each row's column sums here, of the first prefill."""
-        sums = self._reading.sums
-        return torch.stack([sums.squared_deviations(row, held) for row, held in enumerate(self.store.kv_len)])
+    @property
+    def has_sinks(self) -> bool:
+        """Whether the model has learned sinks here, known from the first chunk of a prompt on."""
+        return self._reading.has_sinks
+
+    def deviations(self) -> Tensor:
+        """[B, Hq, P] sums of the deviations of each row's column sums here from 1, of the first prefill: of their
+        squares, and with learned sinks of themselves too.
+
+        The mean is 1, for every query gives 1 in all. Where a sink takes a share of it, it is measured.
+        """
+        sums, powers = self._reading.sums, (2, 1) if self.has_sinks else (2,)
+        rows = [[sums.deviations(row, held, power) for power in powers] for row, held in enumerate(self.store.kv_len)]
+        return torch.stack([torch.stack(row, -1) for row in rows])
 
     def complete_statistics(self) -> None:
         """The last chunk was read: measure what needs the last queries."""
@@ -100,12 +111,12 @@ class HeadBlock:
         """Before a decode step of a block that is in no arena."""
         self.layout.make_room()
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: BlockStep) -> Tensor:
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep) -> Tensor:
         """Store one token a row, attend over all slots, and score them: [B, Hq, 1, D].
 
         On the device only; `advance` counts the tokens on the host.
         """
-        return self.layout.decode(q, k, v, scale, step, self.config)
+        return self.layout.decode(q, k, v, softmax, step, self.config)
 
     @property
     def widths(self) -> list[int]:

@@ -62,7 +62,7 @@ class Compression:
         self._config, self._counted = config, counted
         self._num_seen, self._num_kv_heads = list(num_seen), num_kv_heads
         self._is_first = plans is None
-        self._squares: list[Tensor] = []
+        self._deviations: list[Tensor] = []
         self._num_done = 0
         self._aims: list[RowBudgets] | None = None
         self.move: Move | None = None
@@ -140,15 +140,15 @@ class Compression:
         evicted = set(range(len(self._layers))) - self._counted.budget.protected(len(self._layers))
         budgets = [[plan.slots[n * units + unit] for plan in self._plans] for n in sorted(evicted) for unit in here]
         heads = [block.store.shape[0] for block in layer.blocks] * len(evicted)
-        keys = layer.blocks[0].store.buffers.keys
-        return Move(budgets, heads, self._config, keys, self._ranks) if budgets else None
+        like = layer.blocks[0].store.keys_values
+        return Move(budgets, heads, self._config, like, self._ranks) if budgets else None
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
     def _close(self, layer: Layer) -> None:
         """Free what only the reading needs."""
         if self._is_first and measures_layers(self._config):
-            self._squares.append(layer.blocks[0].squared_deviations())
+            self._deviations.append(layer.blocks[0].deviations())
         layer.finish_prefill()
 
     def _part(self, layer: Layer) -> None:
@@ -172,11 +172,11 @@ class Compression:
         device = layer.blocks[0].store.buffers.positions.device
         units = self._num_kv_heads if self._config.budget.per_head else 1
         if plans is None and measures_layers(self._config):
-            squares = self._squares[:count]
-            if squares:
-                variances = head_variances(squares, layer, self._num_seen, self._ranks)
+            measured = self._deviations[:count]
+            if measured:
+                variances = head_variances(measured, layer, self._num_seen, self._ranks)
                 mean = variances.log().mean(1, keepdim=True).exp()
-                variances = torch.cat([variances, mean.expand(-1, total - len(squares), -1)], 1)
+                variances = torch.cat([variances, mean.expand(-1, total - len(measured), -1)], 1)
             else:
                 variances = torch.ones(len(self._num_seen), total, units, device=device)
         config = self._counted if factor == 1 else self._counted.replace(**self._counted.size.times(factor))

@@ -54,9 +54,10 @@ class Dealing:
 
     def num_kv_heads(self, held: int) -> int:
         """KV heads of a layer of the whole model, of which `held` are on this rank."""
-        whole = self.ranks.deals_tokens and not self.layout.is_spread
-        heads = sum(self.ranks.kv_sizes) if whole else held
-        return heads * self.ranks.tp.size // self.ranks.kv_replicas
+        ranks = self.ranks
+        if ranks.deals_tokens and not self.layout.is_spread:
+            held = held // ranks.kv_sizes[ranks.sp.rank] * sum(ranks.kv_sizes)
+        return held * ranks.tp.size // ranks.kv_replicas
 
     def deal(self, mask: Tensor, batch: int, *, more: bool = False) -> Deal:
         """Announce a chunk; see `CompressedCache.deal`. batch: rows of the cache; 0: none yet."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from d2o_dist.cache.block import HeadBlock
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import Chunk, DealtChunk
 from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.slots import D2OState, Slots
@@ -138,7 +139,7 @@ class Layer:
     @property
     def token_bytes(self) -> int:
         """Bytes of the key and the value of one token in a head, as a full cache stores them."""
-        return 2 * self.shape[1] * self.dtype.itemsize
+        return self.blocks[0].store.token_size * self.dtype.itemsize
 
     @property
     def num_allocated_bytes(self) -> int:
@@ -164,26 +165,30 @@ class Layer:
 
     # ---- attention -------------------------------------------------------------------------------------------------
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk | DealtChunk) -> Tensor:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, chunk: Chunk | DealtChunk) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
         for head in self.elsewhere:
             head.advance(chunk.counts)
-        return self._over_blocks(lambda block, *qkv: block.prefill(*qkv, scale, chunk), q, k, v)
+        return self._over_blocks(lambda block, *given: block.prefill(*given, chunk), q, k, v, softmax)
 
-    def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows) -> Tensor:
+    def reread(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, rows: Rows) -> Tensor:
         """Attend from a chunk that is not kept, and note what each slot got; the same shape, zeros at padding."""
-        return self._over_blocks(lambda block, *qkv: block.reread(*qkv, scale, rows), q, k, v)
+        return self._over_blocks(lambda block, *given: block.reread(*given, rows), q, k, v, softmax)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, *steps: BlockStep) -> Tensor:
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *steps: BlockStep) -> Tensor:
         """Store one token a row, attend over all slots, and score them: [B, Hq, 1, D]; a step for each block."""
         step = iter(steps)
-        return self._over_blocks(lambda block, *qkv: block.decode(*qkv, scale, next(step)), q, k, v)
+        return self._over_blocks(lambda block, *given: block.decode(*given, next(step)), q, k, v, softmax)
 
-    def _over_blocks(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _over_blocks(
+        self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, softmax: Softmax
+    ) -> Tensor:
         """Each block with its heads, one after the other."""
         if len(self.blocks) == 1:
-            return attend(self.blocks[0], q, k, v)
-        heads = zip(self.blocks, q.chunk(len(self.blocks), 1), k.split(1, 1), v.split(1, 1), strict=True)
+            return attend(self.blocks[0], q, k, v, softmax)
+        count = len(self.blocks)
+        own = [softmax.of_heads(lambda heads, number=number: heads.chunk(count, 1)[number]) for number in range(count)]
+        heads = zip(self.blocks, q.chunk(count, 1), k.split(1, 1), v.split(1, 1), own, strict=True)
         return torch.cat([attend(*of_head) for of_head in heads], 1)
 
     def advance(self, counts: Sequence[int]) -> bool:

@@ -23,13 +23,13 @@ class Move:
 
     Args:
         budgets: per block the slots of each row; heads: KV heads of each block.
-        keys: [.., D] of some block, before the move.
+        like: keys and values [.., D] of some block, before the move.
         least: slots of a segment that a block needs at least, where its slots are spread over ranks.
     """
 
     def __init__(
-        self, budgets: Sequence[Sequence[int]], heads: Sequence[int], config: D2OConfig, keys: Tensor,
-        ranks: RequestRanks, least: Sequence[int] | None = None,
+        self, budgets: Sequence[Sequence[int]], heads: Sequence[int], config: D2OConfig,
+        like: tuple[Tensor, Tensor], ranks: RequestRanks, least: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self._config, self._ranks, self._is_spread = config, ranks, least is not None
         rooms = [[slots + config.eviction_interval for slots in rows] for rows in budgets]
@@ -37,7 +37,8 @@ class Move:
             parts = [max(-(-max(room) // ranks.sp.size), most) for room, most in zip(rooms, least, strict=True)]
             rooms = [[part] * len(room) for part, room in zip(parts, rooms, strict=True)]
         blocks = [Block(count, max(room), tuple(room)) for count, room in zip(heads, rooms, strict=True)]
-        self._arena = Arena(blocks, Codec(config.storage, keys.shape[-1], keys.dtype), keys.device)
+        codec = Codec(config.storage, tuple(one.shape[-1] for one in like), like[0].dtype)
+        self._arena = Arena(blocks, codec, like[0].device)
         self._recent = [max(config.split(slots)[1] for slots in rows) for rows in budgets]
         self._moved: list[HeadBlock] = []
         self._newest: list[Tensor] = []
@@ -49,7 +50,7 @@ class Move:
         spread = blocks[0].layout.is_spread
         return cls(
             [block.slot_budgets for block in blocks], [block.store.shape[0] for block in blocks], config,
-            blocks[0].store.buffers.keys, ranks, [block.store.capacity for block in blocks] if spread else None,
+            blocks[0].store.keys_values, ranks, [block.store.capacity for block in blocks] if spread else None,
         )  # fmt: skip
 
     def enter(self, block: HeadBlock) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.layer import Layer
@@ -104,16 +105,21 @@ def known_before(config: D2OConfig) -> bool:
     return config.keeps_everything or not (measures_layers(config) or config.budget.by_ranking)
 
 
-def head_variances(squares: Sequence[Tensor], layer: Layer, num_seen: Sequence[int], ranks: RequestRanks) -> Tensor:
+def head_variances(sums: Sequence[Tensor], layer: Layer, num_seen: Sequence[int], ranks: RequestRanks) -> Tensor:
     """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers.
 
     Args:
-        squares: L tensors [B, h], of `HeadBlock.squared_deviations` at the end of the first prefill.
+        sums: L tensors [B, h, P], of `HeadBlock.deviations` at the end of the first prefill.
         layer: one of those that are compressed; num_seen: tokens seen by each row.
     """
-    everywhere = layer.blocks[0].layout.add_up(torch.stack(list(squares), -1))
-    divisors = torch.tensor([max(seen - 1, 1) for seen in num_seen], device=everywhere.device)
-    return ranks.gather_query_heads(everywhere / divisors[:, None, None]).transpose(1, 2).contiguous()
+    powers = max(one.shape[-1] for one in sums)
+    # Layers without sinks have the mean.
+    whole = torch.stack([pad(one, (0, powers - one.shape[-1])) for one in sums], -1)
+    squares, *shifts = layer.blocks[0].layout.add_up(whole).unbind(2)
+    seen = torch.tensor(num_seen, device=squares.device)[:, None, None]
+    for shift in shifts:
+        squares = (squares - shift.square() / seen.clamp_min(1)).clamp_min(0)
+    return ranks.gather_query_heads(squares / (seen - 1).clamp_min(1)).transpose(1, 2).contiguous()
 
 
 def head_counts(

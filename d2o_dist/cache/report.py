@@ -162,8 +162,9 @@ def make_report(cache: CompressedCache) -> CacheReport:
 def _layer_report(cache: CompressedCache, index: int) -> LayerReport:
     layer = cache.layers[index]
     kv_len, seen = list(layer.mean_kv_len), cache.num_seen
-    per_token = cache.num_kv_heads * layer.token_bytes
-    num_bytes = round(cache.num_kv_heads * layer.slot_bytes * sum(kv_len))
+    heads = cache.kv_heads(index)
+    per_token = heads * layer.token_bytes
+    num_bytes = round(heads * layer.slot_bytes * sum(kv_len))
     if isinstance(layer, WindowLayer):
         kept = [min(count, layer.window - 1) for count in seen]
         return LayerReport(

@@ -22,6 +22,7 @@ from d2o_dist.cache.tiles import Tiles
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import Forward, SecondReading, Step
 from d2o_dist.layout.sequence import SequenceLayout
 from d2o_dist.policy.budget import check_total
@@ -106,10 +107,9 @@ class CompressedCache:
 
     # ---- one forward ---------------------------------------------------------------------------------------------
 
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads of a layer of the whole model; 0 before the first token."""
-        shape = self.layers[0].shape if self.layers else None
+    def kv_heads(self, layer: int) -> int:
+        """KV heads of a layer of the whole model, of which layers with windows may have others; 0 before any token."""
+        shape = self.layers[layer].shape if self.layers else None
         return 0 if shape is None else self.dealing.num_kv_heads(shape[0])
 
     @property
@@ -158,14 +158,13 @@ class CompressedCache:
 
     @in_own_mode
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None,
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, mask: Tensor | None,
         positions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Append a chunk to one layer and attend from it. Layers come in order, 0 first.
 
         Args:
-            q: [B, Hq, n, D]; k, v: [B, Hkv, n, D], after RoPE; n = 1 after a prefill is a decode step. Of a chunk that
-                was dealt: this rank's part.
+            q: [B, Hq, n, D]; k, v: [B, Hkv, n, D], of this rank's tokens, after RoPE; n = 1 after a prefill: a step.
             mask: 2D [B, seen + n], 0 marks padding. None: no padding in this chunk.
             positions: [1 or B, n] position ids, to see that they go on where the text ended. Of a chunk that was dealt,
                 and of a step that was announced, neither is read.
@@ -178,7 +177,7 @@ class CompressedCache:
         """
         forward = self._tiles.take(layer, lambda: self._begin(k, mask, positions))
         with self.ranks.counter.phase(self.phase):
-            out = forward.attend(layer, self.layers[layer], q, k, v, scale)
+            out = forward.attend(layer, self.layers[layer], q, k, v, softmax)
         if layer == 0 and self._tiles.counts_at_once:
             self._count(forward)
         if self._tiles.done():
@@ -254,8 +253,9 @@ class CompressedCache:
 
     def _compress(self) -> Compression:
         full = {index: self.layers[index] for index in self.full_layers}
+        heads, config = self.kv_heads((*self.full_layers, 0)[0]), self.config
         return Compression(
-            full, self.plans, self.config, self._compressed_config, self.num_seen, self.num_kv_heads, self.ranks
+            full, self.plans, config, self._compressed_config, self.num_seen, heads, self.ranks
         )
 
     # ---- one decode step -----------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.evict.arena import ArenaEvictions
 from d2o_dist.evict.exchange import ByHeads, BySequence
 from d2o_dist.kernels.nearest_kept import nearest_kept
@@ -51,7 +52,7 @@ _CLASSES = {
     for kind in (
         Arena, ArenaEvictions, Block, ByHeads, BySequence, Codec, ColumnSums, Columns, Contiguous, D2OState, Deal,
         Dealing, Decoding, HeadBlock, HeadElsewhere, HeadLayout, LastQueries, Layer, Peaks, Placement, Reading,
-        RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, Tiles, WindowLayer, Zigzag,
+        RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, Softmax, Tiles, WindowLayer, Zigzag,
     )
 }  # fmt: skip
 # Named, not stored: a layout's class, and a kernel.

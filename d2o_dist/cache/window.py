@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
+from d2o_dist.kernels.lse import with_sinks
 from d2o_dist.kernels.prefill_attention import prefill_attention
 from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.layout.forward import Chunk, DealtChunk, over_rows
@@ -60,46 +62,51 @@ class WindowLayer:
     def begin_prefill(self, expected: int) -> None:
         """Nothing to settle: a window has no past but its slots."""
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk | DealtChunk) -> Tensor:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, chunk: Chunk | DealtChunk) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
         start = list(self.store.kv_len)
         if isinstance(chunk, DealtChunk):
             self.store.append(*self._gather(k, v, chunk), Rows.first(chunk.counts), chunk.num_seen)
-            out = self._attend_dealt(q, scale, chunk, start)
+            out = self._attend_dealt(q, softmax, chunk, start)
         else:
             self.store.append(k, v, chunk.rows, chunk.num_seen)
             slots = self.store.slots
 
             def attend(rows: slice, queries: Tensor) -> Tensor:
-                return self._attend(queries, slots, rows, start[rows.start], scale)
+                return self._attend(queries, slots, rows, start[rows.start], softmax)
 
-            out = over_rows(chunk.rows, q, attend, alike=is_uniform(start))
+            out = over_rows(chunk.rows, q, attend, v.shape[3], alike=is_uniform(start))
         self._trim()
         return out
 
-    def _attend(self, q: Tensor, slots: Slots, rows: slice, first: int, scale: float) -> Tensor:
+    def _attend(self, q: Tensor, slots: Slots, rows: slice, first: int, softmax: Softmax) -> Tensor:
         """From the queries of slots [first, first + n) of a group of rows."""
         here = slice(0, first + q.shape[2])
         keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
-        return prefill_attention(q, keys, values, scale, q_start=first, window=self.window)[0]
+        return self._over_keys(q, keys, values, softmax, first)
+
+    def _over_keys(self, q: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, q_start: int) -> Tensor:
+        out, lse = prefill_attention(q, keys, values, **softmax.logits, q_start=q_start, window=self.window)
+        return with_sinks(out, lse, softmax.sinks)[0]
 
     def _gather(self, k: Tensor, v: Tensor, chunk: DealtChunk) -> list[Tensor]:
         """Keys and values of all ranks' part of a chunk, [B, Hkv, T, D] by token. One collective."""
         everyone = self.ranks.sp.all_gather(torch.cat([k, v], -1), 2)
-        index = chunk.deal.restore_index().to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, 2 * k.shape[3])
-        return list(everyone.gather(2, index).split(k.shape[3], -1))
+        index = chunk.deal.restore_index().to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, everyone.shape[3])
+        return list(everyone.gather(2, index).tensor_split([k.shape[3]], -1))
 
-    def _attend_dealt(self, q: Tensor, scale: float, chunk: DealtChunk, start: list[int]) -> Tensor:
-        out, slots = torch.zeros_like(q), self.store.slots
+    def _attend_dealt(self, q: Tensor, softmax: Softmax, chunk: DealtChunk, start: list[int]) -> Tensor:
+        slots = self.store.slots
+        out = q.new_zeros(*q.shape[:3], slots.values.shape[-1])
         for row, one in enumerate(chunk.deal.maps):
             group, at = slice(row, row + 1), chunk.columns(row).start
             for first, stop in one.segments(chunk.deal.rank):
                 here = slice(at, at + stop - first)
-                out[group, :, here] = self._attend(q[group, :, here], slots, group, start[row] + first, scale)
+                out[group, :, here] = self._attend(q[group, :, here], slots, group, start[row] + first, softmax)
                 at = here.stop
         return out
 
-    def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows) -> Tensor:
+    def reread(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, rows: Rows) -> Tensor:
         """Attend from a chunk that is not kept; [B, Hq, n, D] -> the same shape, zeros at padding."""
         slots, held = self.store.slots, self.store.kv_len
 
@@ -109,15 +116,15 @@ class WindowLayer:
                 torch.cat([old[group, :, : held[row]], rows.pick(new, row)], 2)
                 for old, new in ((slots.keys, k), (slots.values, v))
             ]
-            return prefill_attention(queries, *both, scale, q_start=held[row], window=self.window)[0]
+            return self._over_keys(queries, *both, softmax, held[row])
 
-        return over_rows(rows, q, attend, alike=rows.batch == 1)
+        return over_rows(rows, q, attend, v.shape[3], alike=rows.batch == 1)
 
     def spread(self, num_seen: Sequence[int]) -> None:
         """Hold all heads of the tensor rank, after a prompt whose slots were held by heads."""
         slots = self.store.slots
         wide = self.ranks.join_heads(torch.cat([slots.keys, slots.values], -1))
-        keys, values = wide.split(slots.keys.shape[-1], -1)
+        keys, values = wide.tensor_split([slots.keys.shape[-1]], -1)
         rest = [tensor[:, :1].expand(-1, keys.shape[1], -1).clone()
                 for tensor in (slots.positions, slots.scores, slots.rates, slots.log_mass)]  # fmt: skip
         self.store.replace(Slots(keys, values, *rest), self.store.kv_len, capacity=self.window + self.SLACK)
@@ -127,14 +134,14 @@ class WindowLayer:
         needed, most = max(self.kv_len) + 1, self.window + self.SLACK
         self.store.reserve(needed, slack=max(0, min(GROWTH, most - needed)))
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: BlockStep) -> Tensor:
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep) -> Tensor:
         """Store one token a row and attend over the window: [B, Hq, 1, D]. As `Layer.decode`."""
         buffers, capacity = self.store.buffers, self.store.capacity
         self.store.put(k, v, step.slot, step.position)
         valid = step.live & (step.columns[:capacity] >= (step.stop - self.window)[:, None])
         out = scored_decode(
-            q[:, :, 0], buffers.keys, buffers.values, scale, valid=valid, newest=step.slot, present=step.present,
-            widths=step.widths,
+            q[:, :, 0], buffers.keys, buffers.values, **softmax.logits, sinks=softmax.sinks,
+            valid=valid, newest=step.slot, present=step.present, widths=step.widths,
         )  # fmt: skip
         return out.unsqueeze(2)
 

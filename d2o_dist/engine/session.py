@@ -156,7 +156,7 @@ class Session:
         held_tokens = seen_tokens = held_bytes = full_bytes = 0
         compressed = self.cache.compressed
         for index, window in enumerate(compressed.windows):
-            layer, heads = compressed.layers[index], compressed.num_kv_heads
+            layer, heads = compressed.layers[index], compressed.kv_heads(index)
             held, token_bytes = layer.mean_kv_len[row], heads * layer.token_bytes
             held_bytes += round(held * heads * layer.slot_bytes)
             if window is None:

@@ -183,7 +183,7 @@ class BySequence:
         if self.ranks.parallel.merge_scope == "global":
             # One holder each, the others add zeros: the sum is exact in any dtype.
             both = self.ranks.sp.all_reduce(both)
-        keys, values = both.split(victims.keys.shape[-1], -1)
+        keys, values = both.tensor_split([victims.keys.shape[-1]], -1)
         rates = victims.rates if picked.rates is None else picked.rates.view(shape)
         return victims.replace(keys=keys, values=values, positions=picked.positions.view(shape), rates=rates)
 

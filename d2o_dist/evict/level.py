@@ -49,14 +49,14 @@ def move_slots(
         kept: [B, H, S, ...] this rank's slots, by position, from slot 0 on.
         positions, owner, taker: [B, H, K] of all ranks' slots, by position; valid: [B, 1 or H, K] bool.
     """
-    batch, heads, _, dim = kept.keys.shape
+    batch, heads, dims = *kept.keys.shape[:2], [kept.keys.shape[-1], kept.values.shape[-1]]
     valid = valid.expand_as(owner)
     mine, to_me = (owner == sp.rank) & valid, (taker == sp.rank) & valid
     column = mine.cumsum(-1) - 1
     place = to_me.cumsum(-1) - 1
     wide = torch.cat([kept.keys, kept.values], -1)
     narrow = torch.stack([kept.scores, kept.rates, kept.log_mass], -1)
-    new_wide = wide.new_zeros(batch, heads, capacity, 2 * dim)
+    new_wide = wide.new_zeros(batch, heads, capacity, sum(dims))
     new_narrow = narrow.new_zeros(batch, heads, capacity, 3)
     new_positions = torch.full((batch, heads, capacity), -1, dtype=torch.int64, device=owner.device)
 
@@ -68,7 +68,7 @@ def move_slots(
         leaving = [entries(sp.rank, target) for target in range(sp.size)]
         rows = [(b, h, column[b, h, s]) for b, h, s in leaving]
         counts = [len(arriving[source][0]) for source in range(sp.size)]
-        wides = sp.all_to_all_list([wide[row] for row in rows], [(count, 2 * dim) for count in counts])
+        wides = sp.all_to_all_list([wide[row] for row in rows], [(count, sum(dims)) for count in counts])
         narrows = sp.all_to_all_list([narrow[row] for row in rows], [(count, 3) for count in counts])
     else:
         b, h, s = arriving[sp.rank]
@@ -80,4 +80,4 @@ def move_slots(
             new_narrow[b, h, place[b, h, s]] = narrows[source]
             new_positions[b, h, place[b, h, s]] = positions[b, h, s]
     assert new_narrow.dtype == stats_dtype(kept.keys.dtype)
-    return Slots(*new_wide.split(dim, -1), new_positions, *new_narrow.unbind(-1))
+    return Slots(*new_wide.split(dims, -1), new_positions, *new_narrow.unbind(-1))

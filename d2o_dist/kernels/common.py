@@ -13,6 +13,21 @@ LN_2 = 0.6931471805599453
 acc_dtype = stats_dtype
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap); None: the logits themselves."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def capped_product(queries: Tensor, keys: Tensor, head_dim: int, softcap: float, out: Tensor | None = None) -> Tensor:
+    """Logits in units of log2, of vectors whose columns from `head_dim` on hold what is added after the cap.
+
+    queries [..., n, X], the first columns scaled by scale / softcap, the others by log2(e); keys [..., S, X].
+    """
+    logits = torch.matmul(queries[..., :head_dim], keys[..., :head_dim].mT, out=out)
+    logits.tanh_().mul_(softcap * LOG2_E)
+    return logits.add_(queries[..., head_dim:] @ keys[..., head_dim:].mT)
+
+
 def wants_grad(*tensors: Tensor) -> bool:
     """Whether autograd would have to see this call."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -35,8 +50,8 @@ def check_queries_keys(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         raise ValueError(f"head dim of q ({q.shape[3]}) must equal head dim of k ({k.shape[3]})")
     if q.dtype != k.dtype:
         raise ValueError(f"dtype of q ({q.dtype}) must equal dtype of k ({k.dtype})")
-    if v is not None and (v.shape != k.shape or v.dtype != k.dtype):
-        raise ValueError(f"v {tuple(v.shape)} {v.dtype} must match k {tuple(k.shape)} {k.dtype}")
+    if v is not None and (v.shape[:-1] != k.shape[:-1] or v.dtype != k.dtype):
+        raise ValueError(f"v {tuple(v.shape)} {v.dtype} must match k {tuple(k.shape)} {k.dtype} but for its last dim")
     group_size(q.shape[1], k.shape[1])
 
 

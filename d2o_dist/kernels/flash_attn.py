@@ -28,7 +28,7 @@ def flash_attn(causal: bool) -> tuple[Implementation, ...]:
         Implementation(
             partial(attend, package, causal), name=f"flash-attn {version}", kind="package", devices=("cuda",),
             dtypes=HALF, head_dims=range(8, 257, 8), capabilities=capabilities, gradient=False, empty=False,
-            without={"bias"}, missing=partial(unusable, package),
+            without={"bias", "softcap", "two_dims"}, missing=partial(unusable, package),
         )
         for version, package, capabilities in packages
     )  # fmt: skip
@@ -53,7 +53,7 @@ def unusable(name: str) -> str:
 
 def attend(
     package: str, causal: bool, q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int = 0,
-    window: int | None = None, bias: None = None,
+    window: int | None = None, bias: None = None, softcap: None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D] -> out [B, Hq, Tq, D], lse [B, Hq, Tq] float32, contiguous.
 

@@ -1,4 +1,4 @@
-"""Merging attention parts that were computed over disjoint sets of keys."""
+"""Merging attention parts that were computed over disjoint sets of keys, of which a learned sink is one."""
 
 from collections.abc import Sequence
 
@@ -26,3 +26,15 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
         # `where` and not a product: an empty part may hold NaN, and 0 * NaN is NaN. A NaN share is no empty part.
         merged += torch.where(share == 0, torch.zeros_like(merged), share * out.to(merged.dtype))
     return merged.to(outs[0].dtype), top + torch.log(total)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention whose queries also see a key of logit `sinks` and value zero: the merge with a part that is that key.
+
+    out [B, Hq, ..., D], lse [B, Hq, ...] over all other keys of all ranks; sinks [1, Hq], or None: there is none.
+    Returns both, in the same dtypes.
+    """
+    if sinks is None:
+        return out, lse
+    total = torch.logaddexp(lse, sinks.to(lse.dtype).reshape(1, -1, *[1] * (lse.dim() - 2)))
+    return (out * torch.exp(lse - total).unsqueeze(-1)).to(out.dtype), total

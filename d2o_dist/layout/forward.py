@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.slots.rows import Rows, is_uniform
 from d2o_dist.slots.step import BlockStep
 
@@ -22,7 +22,7 @@ from d2o_dist.slots.step import BlockStep
 class Forward(Protocol):
     """What a forward of any kind can do."""
 
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """Let layer `index` take q [B, Hq, n, D] and k, v [B, Hkv, n, D]; returns [B, Hq, n, D]."""
 
 
@@ -45,11 +45,12 @@ class Chunk:
         """Tokens of each row, on all ranks together."""
         return self.rows.counts
 
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
         if self.exchange is None:
-            return layer.prefill(q, k, v, scale, self)
-        return self.exchange.to_tokens(layer.prefill(*self.exchange.to_heads(q, k, v), scale, self))
+            return layer.prefill(q, k, v, softmax, self)
+        mine = softmax.of_heads(self.exchange.my_heads)
+        return self.exchange.to_tokens(layer.prefill(*self.exchange.to_heads(q, k, v), mine, self))
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class DealtChunk:
         """[columns] int64 on the host: which tokens of the row, by position, this rank got."""
         return self.num_seen[row] + self.deal.maps[row].indices(self.deal.rank)
 
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
-        return layer.prefill(q, k, v, scale, self)
+        return layer.prefill(q, k, v, softmax, self)
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,12 @@ class SecondReading:
     rows: Rows
     exchange: HeadExchange | None
 
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
         if self.exchange is None:
-            return layer.reread(q, k, v, scale, self.rows)
-        return self.exchange.to_tokens(layer.reread(*self.exchange.to_heads(q, k, v), scale, self.rows))
+            return layer.reread(q, k, v, softmax, self.rows)
+        mine = softmax.of_heads(self.exchange.my_heads)
+        return self.exchange.to_tokens(layer.reread(*self.exchange.to_heads(q, k, v), mine, self.rows))
 
 
 @dataclass(frozen=True)
@@ -123,27 +125,31 @@ class Step:
     layers: list[list[BlockStep]]
     to_heads: RequestRanks | None
 
-    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
         if self.to_heads is None:
-            return layer.decode(q, k, v, scale, *self.layers[index])
+            return layer.decode(q, k, v, softmax, *self.layers[index])
         mine = (self.to_heads.my_heads(tensor) for tensor in (q, k, v))
-        return self.to_heads.join_heads(layer.decode(*mine, scale, *self.layers[index]))
+        of_mine = softmax.of_heads(self.to_heads.my_heads)
+        return self.to_heads.join_heads(layer.decode(*mine, of_mine, *self.layers[index]))
 
 
-def over_rows(rows: Rows, q: Tensor, attend: Callable[[slice, Tensor], Tensor], *, alike: bool) -> Tensor:
+def over_rows(
+    rows: Rows, q: Tensor, attend: Callable[[slice, Tensor], Tensor], dim: int, *, alike: bool
+) -> Tensor:
     """Attend from the tokens of q [B, Hq, n, D]: all rows at once, or one by one where they differ.
 
     Args:
-        attend: from (rows, their queries [b, Hq, m, D]) to [b, Hq, m, D]; alike: whether rows without padding may go at
-            once.
+        attend: from (rows, their queries [b, Hq, m, D]) to [b, Hq, m, dim]; alike: whether rows without padding may go
+            at once.
 
     Returns:
-        [B, Hq, n, D], zeros at padding.
+        [B, Hq, n, dim], zeros at padding.
     """
     if rows.index is None and alike:
         return attend(slice(0, rows.batch), q)
-    out = torch.zeros_like(q)
+    # The layout that a model's output projection reads without a copy.
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dim).transpose(1, 2)
     for row in range(rows.batch):
         if rows.counts[row]:
             rows.put(out, row, attend(slice(row, row + 1), rows.pick(q, row)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2o_dist.attention.prefill import chunk_attention, reread_attention
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.layout.forward import Chunk, over_rows
 from d2o_dist.policy.config import D2OConfig
@@ -59,7 +60,7 @@ class HeadLayout:
         return list(self.store.kv_len)
 
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Chunk, reading: Reading, config: D2OConfig
+        self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, chunk: Chunk, reading: Reading, config: D2OConfig
     ) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
         start, old = list(self.store.kv_len), reading.num_old
@@ -76,18 +77,18 @@ class HeadLayout:
             keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
             mass = slots.log_mass[rows, :, here] if reading.has_mass else None
             out, lse, sums = chunk_attention(
-                queries, keys, values, scale,
+                queries, keys, values, softmax,
                 with_sums=reading.sums is not None, sample=config.query_sample, num_old=old[row], log_mass=mass,
             )  # fmt: skip
             if reading.peaks.wanted:
                 # A later turn, or what follows the second reading before anything is compressed.
-                reading.peaks.observe(slots, rows, queries, keys, lse, scale, q_start=start[row], bias=mass)
-            reading.observe(slots, rows, queries, lse, scale, sums, tokens[rows])
+                reading.peaks.observe(slots, rows, queries, keys, lse, softmax, q_start=start[row], bias=mass)
+            reading.observe(slots, rows, queries, lse, softmax, sums, tokens[rows])
             return out
 
-        return over_rows(chunk.rows, q, attend, alike=is_uniform(start) and is_uniform(old))
+        return over_rows(chunk.rows, q, attend, v.shape[3], alike=is_uniform(start) and is_uniform(old))
 
-    def reread(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Rows, reading: Reading) -> Tensor:
+    def reread(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, rows: Rows, reading: Reading) -> Tensor:
         """Attend from a chunk that is not kept, over all slots and causally over itself; note what each slot got.
 
         [B, Hq, n, D] -> the same shape, zeros at padding.
@@ -99,11 +100,11 @@ class HeadLayout:
             row, here = group.start, slice(0, kv_len[group.start])
             own = [tensor[group] if rows.index is None else rows.pick(tensor, row) for tensor in (k, v)]
             keys, values = slots.keys[group, :, here], slots.values[group, :, here]
-            out, lse = reread_attention(queries, *own, keys, values, scale)
-            reading.peaks.observe(slots, group, queries, keys, lse, scale, causal=False)
+            out, lse = reread_attention(queries, *own, keys, values, softmax)
+            reading.peaks.observe(slots, group, queries, keys, lse, softmax, causal=False)
             return out
 
-        return over_rows(rows, q, attend, alike=is_uniform(kv_len))
+        return over_rows(rows, q, attend, v.shape[3], alike=is_uniform(kv_len))
 
     def last_queries(self, last: LastQueries) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The last queries of each row, as `Reading.close` takes them."""
@@ -129,12 +130,12 @@ class HeadLayout:
         """Before a step of slots that grow."""
         self.store.reserve(max(self.kv_len) + 1, slack=GROWTH)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: BlockStep, config: D2OConfig) -> Tensor:
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig) -> Tensor:
         """Store one token a row, attend over all slots, and score them by what they got: [B, Hq, 1, D]."""
         buffers = self.store.buffers
         self.store.put(k, v, step.slot, step.position)
         out = scored_decode(
-            q[:, :, 0], *self.store.keys_values, scale,
+            q[:, :, 0], *self.store.keys_values, **softmax.logits, sinks=softmax.sinks,
             valid=step.live,
             newest=step.slot,
             log_mass=buffers.log_mass if config.merge.keeps_mass else None,

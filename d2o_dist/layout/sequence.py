@@ -18,6 +18,7 @@ from d2o_dist.attention.ring import ring_attention
 from d2o_dist.attention.shard import ShardView
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import DealtChunk
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
@@ -76,7 +77,7 @@ class SequenceLayout:
         return [self._past] * len(self.kv_len)
 
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: DealtChunk, reading: Reading, config: D2OConfig
+        self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, chunk: DealtChunk, reading: Reading, config: D2OConfig
     ) -> Tensor:
         """Append this rank's part of a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
         deal, placement = chunk.deal, chunk.placement
@@ -90,8 +91,8 @@ class SequenceLayout:
             slots.positions[row, :, start[row] : self.store.kv_len[row]] = here.to(q.device)
         self.kv_len = [old + new for old, new in zip(self.kv_len, deal.counts, strict=True)]
         reading.grow(q, width, deal.counts, tokens)
-        attend = ring_attention if self._rings(k, width) else allgather_attention
-        out = torch.zeros_like(q)
+        attend = ring_attention if self._rings(k, v, width) else allgather_attention
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
         for rows in chunk.groups:
             row = rows.start
             columns = chunk.columns(row)
@@ -105,15 +106,15 @@ class SequenceLayout:
                 rank=deal.rank,
             )
             part, lse, sums = attend(
-                self.ranks.sp, queries, view, scale, with_sums=reading.sums is not None, sample=config.query_sample
+                self.ranks.sp, queries, view, softmax, with_sums=reading.sums is not None, sample=config.query_sample
             )
             out[rows, :, columns] = part
-            reading.observe(slots, rows, queries, lse, scale, sums, tokens[rows])
+            reading.observe(slots, rows, queries, lse, softmax, sums, tokens[rows])
         return out
 
-    def _rings(self, k: Tensor, width: int) -> bool:
+    def _rings(self, k: Tensor, v: Tensor, width: int) -> bool:
         """Whether keys and values travel around rather than being gathered; a cache moved from heads has no ring."""
-        gathered = self.ranks.sp.size * width * 2 * k.shape[3] * k.element_size()
+        gathered = self.ranks.sp.size * width * (k.shape[3] + v.shape[3]) * k.element_size()
         too_long = self.ranks.may_ring and gathered > RING_FROM_BYTES
         return too_long or self.ranks.parallel.sp_prefill == "ring"
 
@@ -175,7 +176,7 @@ class SequenceLayout:
         """
         sp, slots, kv_len = self.ranks.sp, source.slots, list(source.kv_len)
         width = -(-slots.positions.shape[-1] // sp.size)
-        batch, _, _, dim = slots.keys.shape
+        batch, dim = slots.keys.shape[0], slots.keys.shape[3]
 
         def exchange(tensor: Tensor) -> Tensor:
             """[B, h, S, X] -> [B, Hkv, width, X]; positions are shifted by one, so that what is padded reads -1."""
@@ -184,7 +185,7 @@ class SequenceLayout:
             shapes = [(batch, size, width, tensor.shape[3]) for size in self.ranks.kv_sizes]
             return torch.cat(sp.all_to_all_list(parts, shapes), 1)
 
-        keys, values = exchange(torch.cat([slots.keys, slots.values], -1)).split(dim, -1)
+        keys, values = exchange(torch.cat([slots.keys, slots.values], -1)).tensor_split([dim], -1)
         statistics = exchange(torch.stack([slots.scores, slots.rates, slots.log_mass], -1)).unbind(-1)
         positions = exchange(slots.positions.unsqueeze(-1) + 1).squeeze(-1) - 1
         counts = torch.tensor(kv_len, device=positions.device)[:, None]
@@ -206,13 +207,13 @@ class SequenceLayout:
             self.store.reserve(needed, slack=GROWTH)
             self.store.kv_len = [self.store.capacity] * len(self.kv_len)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: BlockStep, config: D2OConfig) -> Tensor:
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig) -> Tensor:
         """Store one token a row on one rank, attend over all ranks' slots, and score this rank's: [B, Hq, 1, D]."""
         ranks, slots = self.ranks, self.store.buffers
         self.store.put(k, v, step.slot, step.position, masked=True)
         log_mass = slots.log_mass if config.merge.keeps_mass else None
         out, probs = sharded_decode_attention(
-            ranks.sp, q[:, :, 0], *self.store.keys_values, scale, valid=step.live, log_mass=log_mass
+            ranks.sp, q[:, :, 0], *self.store.keys_values, softmax, valid=step.live, log_mass=log_mass
         )
         present = None if step.present is None else step.present[:, None, None]
         if present is not None:

@@ -19,6 +19,7 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.autocast import without_autocast
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.models.layer import LayerView
 from d2o_dist.models.shape import BORDER, ModelShape, check_side
 from d2o_dist.policy.config import D2OConfig
@@ -95,7 +96,7 @@ class ModelCache:
         return f"{type(self).__name__}(seen={seen}, phase={phase}, layers={self.layers})"
 
     def attend_layer(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None,
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, mask: Tensor | None,
         positions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `CompressedCache.attend`.
@@ -111,7 +112,7 @@ class ModelCache:
             q, k, v = (tensor[:-padding] for tensor in (q, k, v))
         with torch.no_grad(), without_autocast():
             # Detached: a slot must not keep the graph of the forward that made it alive.
-            out = self.compressed.attend(layer, q, k.detach(), v.detach(), scale, mask, positions)
+            out = self.compressed.attend(layer, q, k.detach(), v.detach(), softmax, mask, positions)
         return pad(out, (0, 0, 0, 0, 0, 0, 0, padding)) if padding else out
 
     def _check_side(self, length: int) -> None:

@@ -82,9 +82,8 @@ class Arena:
         self._first = [0, *accumulate(sizes)]
         self.num_slots = self._first[-1]
         self.codec, batch = codec, len(self.blocks[0].room)
-        width, dtype = codec.format.stored(codec.head_dim, codec.dtype)
-        like = torch.zeros(width, dtype=dtype, device=device)
-        wide = unused_slots(1, 1, self.num_slots + 1, like, codec.dtype, is_empty=True)
+        like = [torch.zeros(width, dtype=dtype, device=device) for width, dtype in codec.stored]
+        wide = unused_slots(1, 1, self.num_slots + 1, *like, codec.dtype, is_empty=True)
         self.storage = wide.map(lambda tensor: tensor[0, 0])
         for vectors in (self.storage.keys, self.storage.values):
             vectors[self.num_slots] = 0

@@ -13,14 +13,15 @@ from d2o_dist.slots.slots import Slots
 
 @dataclass(frozen=True)
 class Codec:
-    """A format for vectors of `head_dim` elements of `dtype`.
+    """A format for keys and values of `dtype`.
 
     Attributes:
         format: a `policy.storage.StorageFormat`.
+        head_dims: elements of a key, and of a value.
     """
 
     format: Any
-    head_dim: int
+    head_dims: tuple[int, int]
     dtype: torch.dtype
 
     def encode(self, vectors: Tensor) -> Tensor:
@@ -42,5 +43,9 @@ class Codec:
     @property
     def num_bytes(self) -> int:
         """Bytes of the key and the value of one slot, as they are stored."""
-        size, dtype = self.format.stored(self.head_dim, self.dtype)
-        return 2 * size * dtype.itemsize
+        return sum(size * dtype.itemsize for size, dtype in self.stored)
+
+    @property
+    def stored(self) -> list[tuple[int, torch.dtype]]:
+        """How many elements, and of which dtype, a key and a value become."""
+        return [self.format.stored(dim, self.dtype) for dim in self.head_dims]

@@ -1,6 +1,6 @@
 """The three values that compression works on: what a layer holds, what it may hold, what it remembers.
 
-Shape legend: B rows, Hkv key/value heads, S slots, D head dim.
+Shape legend: B rows, Hkv key/value heads, S slots, D head dim of keys, Dv of values (the same in most models).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Slots:
 
     Attributes:
         keys: [B, Hkv, S, D], after RoPE, in the cache's dtype.
-        values: [B, Hkv, S, D].
+        values: [B, Hkv, S, Dv].
         positions: [B, Hkv, S] int64, index of the token in its own row, -1 on an unused slot.
         scores: [B, Hkv, S] float32 (float64 for a float64 cache): attention received, summed over the group; added up
             over queries, or with the score rule `reread` the most that any one query gave.
@@ -79,22 +79,21 @@ class Slots:
 
 
 def unused_slots(
-    batch: int, heads: int, capacity: int, like: Tensor, dtype: torch.dtype | None = None, *, is_empty: bool = False
-) -> Slots:
-    """Slots that hold nothing: [B, Hkv, capacity, ...] in the dtype, device and last dim of `like`.
+    batch: int, heads: int, capacity: int, keys: Tensor, values: Tensor, dtype: torch.dtype | None = None, *,
+    is_empty: bool = False,
+) -> Slots:  # fmt: skip
+    """Slots that hold nothing: [B, Hkv, capacity, ...] in the dtype, device and last dims of these keys and values.
 
     Args:
         dtype: of the cache, where keys and values are stored in another one.
         is_empty: keys and values are not made zero, but will be written by whoever fills the slots, or makes them zero
             then: on a CPU memory that was not touched is not taken.
     """
-    make = torch.empty if is_empty else torch.zeros
-    keys, values = (
-        make(batch, heads, capacity, like.shape[-1], dtype=like.dtype, device=like.device) for _ in range(2)
-    )
-    positions = torch.full((batch, heads, capacity), -1, dtype=torch.int64, device=like.device)
-    statistics = torch.zeros(3, batch, heads, capacity, dtype=stats_dtype(dtype or like.dtype), device=like.device)
-    return Slots(keys, values, positions, *statistics.unbind(0))
+    shape = batch, heads, capacity
+    both = [(one.new_empty if is_empty else one.new_zeros)(*shape, one.shape[-1]) for one in (keys, values)]
+    positions = torch.full(shape, -1, dtype=torch.int64, device=keys.device)
+    statistics = torch.zeros(3, *shape, dtype=stats_dtype(dtype or keys.dtype), device=keys.device)
+    return Slots(*both, positions, *statistics.unbind(0))
 
 
 def compact(mask: Tensor, width: int) -> Tensor:

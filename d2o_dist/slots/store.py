@@ -58,11 +58,19 @@ class SlotStore:
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """(Hkv, D); None before the first token."""
+        """(Hkv, D of keys); None before the first token."""
         if self._buffers is None:
             return None
         heads, _, dim = self._buffers.keys.shape[1:]
-        return heads, dim if self.codec is None else self.codec.head_dim
+        return heads, dim if self.codec is None else self.codec.head_dims[0]
+
+    @property
+    def token_size(self) -> int | None:
+        """Elements of the key and the value of one token; None before the first token."""
+        if self._buffers is None:
+            return None
+        both = (self._buffers.keys, self._buffers.values)
+        return sum(one.shape[-1] for one in both) if self.codec is None else sum(self.codec.head_dims)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -76,7 +84,7 @@ class SlotStore:
         """Bytes of the key and the value of one slot, as they are stored; None before the first token."""
         if self._buffers is None:
             return None
-        return 2 * self.shape[1] * self.dtype.itemsize if self.codec is None else self.codec.num_bytes
+        return self.token_size * self.dtype.itemsize if self.codec is None else self.codec.num_bytes
 
     @property
     def capacity(self) -> int:
@@ -129,7 +137,7 @@ class SlotStore:
             self._adopt(keys, values, num_seen)
             return
         # Chunks of unknown number: moved now and then, not at each.
-        self.reserve(room, like=keys, slack=0 if self._buffers is None or self.expected else room // 4)
+        self.reserve(room, like=(keys, values), slack=0 if self._buffers is None or self.expected else room // 4)
         buffers = self._buffers
         uniform = rows.index is None and min(start) == max(start) and min(num_seen) == max(num_seen)
         groups = [(slice(None), 0)] if uniform else [(slice(row, row + 1), row) for row in range(rows.batch)]
@@ -182,19 +190,18 @@ class SlotStore:
         zeros = torch.zeros(3, batch, heads, count, dtype=stats_dtype(keys.dtype), device=keys.device)
         self._buffers = Slots(_alone(keys), _alone(values), positions, *zeros.unbind(0))
 
-    def reserve(self, capacity: int, *, like: Tensor | None = None, slack: int = 0) -> None:
+    def reserve(self, capacity: int, *, like: tuple[Tensor, Tensor] | None = None, slack: int = 0) -> None:
         """Make room for `capacity` slots a row, and `slack` more if the buffers must move."""
         if self._buffers is not None and capacity <= self.capacity:
             return
         capacity += slack
         if self._buffers is None:
             assert like is not None
-            batch, heads, _, dim = like.shape
-            self._buffers = unused_slots(batch, heads, capacity, like)
+            self._buffers = unused_slots(*like[0].shape[:2], capacity, *like)
             return
         old = self._buffers
-        batch, heads, width, dim = old.keys.shape
-        grown = unused_slots(batch, heads, capacity, old.keys)
+        batch, heads, width, _ = old.keys.shape
+        grown = unused_slots(batch, heads, capacity, old.keys, old.values)
         _copy(grown, old, width)
         self._buffers = grown
 
@@ -203,9 +210,9 @@ class SlotStore:
 
         Slots that are views of the buffers lie where they belong.
         """
-        batch, heads, width, dim = slots.keys.shape
+        batch, heads, width, _ = slots.keys.shape
         if capacity is not None:
-            self._buffers = unused_slots(batch, heads, max(capacity, width), slots.keys)
+            self._buffers = unused_slots(batch, heads, max(capacity, width), slots.keys, slots.values)
         if slots.keys.data_ptr() != self._buffers.keys.data_ptr():
             _copy(self._buffers, slots, width)
         free = self._buffers.map(lambda tensor: tensor[:, :, width:])

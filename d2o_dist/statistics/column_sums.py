@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d2o_dist.comm.request import RequestRanks
-from d2o_dist.core.statistics import group_sum, squared_deviations
+from d2o_dist.core.statistics import group_sum
 from d2o_dist.slots.slots import Slots, stats_dtype
 
 
@@ -45,9 +45,9 @@ class ColumnSums:
         if self._sums is not None:
             self._sums[rows, :, :width] += sums
 
-    def squared_deviations(self, row: int, count: int) -> Tensor:
-        """[Hq] sum of the squared deviations of a row's first `count` sums from their mean."""
-        return squared_deviations(self._sums[row, :, :count])
+    def deviations(self, row: int, count: int, power: int) -> Tensor:
+        """[Hq] sum of the deviations of a row's first `count` sums from 1, to this power."""
+        return (self._sums[row, :, :count] - 1).pow(power).sum(-1)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Rows in this order, repeated where repeated."""

@@ -6,11 +6,13 @@ Shape legend: B rows, b rows of a group, Hq query heads, n queries, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from d2o_dist.comm.collectives import Collectives
+from d2o_dist.core.softmax import Softmax
 
 
 class LastQueries:
@@ -18,11 +20,11 @@ class LastQueries:
 
     Attributes:
         queries, lse, tokens: B tensors each, [Hq, <= size, D], [Hq, <= size] and [<= size] int64, oldest first.
-        scale: of their logits.
+        softmax: what makes their logits; sinks are in the lse.
     """
 
-    def __init__(self, batch: int, size: int, q: Tensor, lse: Tensor, scale: float) -> None:
-        self.size, self.scale = size, scale
+    def __init__(self, batch: int, size: int, q: Tensor, lse: Tensor, softmax: Softmax) -> None:
+        self.size, self.softmax = size, replace(softmax, sinks=None)
         self.queries: list[Tensor] = [q.new_empty(q.shape[1], 0, q.shape[3])] * batch
         self.lse: list[Tensor] = [lse[0, :, :0]] * batch
         self.tokens: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * batch

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from d2o_dist.attention.peaks import partial_peaks
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.slots.slots import Slots
 
 
@@ -46,12 +47,12 @@ class Peaks:
             self._peaks = pad(self._peaks, (0, width - self._peaks.shape[-1]))
 
     def observe(
-        self, slots: Slots, rows: slice, q: Tensor, keys: Tensor, lse: Tensor, scale: float, *,
+        self, slots: Slots, rows: slice, q: Tensor, keys: Tensor, lse: Tensor, softmax: Softmax, *,
         q_start: int = 0, bias: Tensor | None = None, causal: bool = True,
     ) -> None:  # fmt: skip
         """What the queries q [b, Hq, n, D] of a group of rows gave to its first slots, those of keys [b, Hkv, s, D]."""
         peaks = (slots.scores if self.in_scores else self._peaks)[rows, :, : keys.shape[2]]
-        found = partial_peaks(self._ranks, q, keys, lse, scale, q_start=q_start, bias=bias, causal=causal)
+        found = partial_peaks(self._ranks, q, keys, lse, softmax, q_start=q_start, bias=bias, causal=causal)
         torch.maximum(peaks, found, out=peaks)
 
     def close(self, slots: Slots) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2o_dist.attention.sampled import last_query_sums, rest_sums
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.core.statistics import RATE_FLOOR, group_sum
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.slots import Slots
@@ -31,6 +32,7 @@ class Reading:
         tokens: which of them lie here, after the old slots: B tensors int64 on the host, ascending, counted from
             anywhere.
         sums, peaks, last: the statistics; None: no rule asks for them.
+        has_sinks: whether a sink took a share of the attention.
     """
 
     def __init__(self, config: D2OConfig, ranks: RequestRanks, num_old: Sequence[int], *, first: bool) -> None:
@@ -42,6 +44,7 @@ class Reading:
         wanted = config.needs_column_sums and not self.peaks.in_scores
         self.sums = ColumnSums(ranks, by_query_head=first) if wanted else None
         self.last: LastQueries | None = None
+        self.has_sinks = False
 
     @property
     def has_mass(self) -> bool:
@@ -61,7 +64,7 @@ class Reading:
         self.peaks.grow(width)
 
     def observe(
-        self, slots: Slots, rows: slice, q: Tensor, lse: Tensor, scale: float, sums: Tensor | None,
+        self, slots: Slots, rows: slice, q: Tensor, lse: Tensor, softmax: Softmax, sums: Tensor | None,
         tokens: Sequence[Tensor],
     ) -> None:  # fmt: skip
         """A group of rows has attended.
@@ -69,12 +72,13 @@ class Reading:
         Args:
             q: [b, Hq, n, D]; lse: [b, Hq, n]; sums: [b, Hq, <= S]; tokens: b of [n], which tokens the queries are.
         """
+        self.has_sinks = softmax.sinks is not None
         if sums is not None:
             self.sums.observe(slots, rows, sums)
         size, batch = self._config.num_last_queries, len(self.num_read)
         if size:
             if self.last is None:
-                self.last = LastQueries(batch, size, q, lse, scale)
+                self.last = LastQueries(batch, size, q, lse, softmax)
             self.last.add(range(*rows.indices(batch)), q, lse, tokens)
 
     def close(self, slots: Slots, kv_len: Sequence[int], last: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -84,7 +88,7 @@ class Reading:
             kv_len: slots of each row here, unused old ones (of position -1) included.
             last: per row the last queries of all ranks: queries, lse and tokens, as `LastQueries` has them.
         """
-        config, scale = self._config, self.last.scale
+        config, softmax = self._config, self.last.softmax
         for row, (queries, lse, at) in enumerate(last):
             if not len(at):
                 continue
@@ -97,7 +101,7 @@ class Reading:
                 # The queries are tokens of this prefill, and so are the slots that may lie after one of them.
                 newest = int((tokens >= at[part][0]).sum())
                 rates = last_query_sums(
-                    queries[:, :, part], keys, lse[:, :, part], scale, bias=bias, num_before=count - newest,
+                    queries[:, :, part], keys, lse[:, :, part], softmax, bias=bias, num_before=count - newest,
                     hidden=tokens[len(tokens) - newest :] > at[part][:, None],
                 )  # fmt: skip
                 rates = self._ranks.sum_replicas(group_sum(rates, keys.shape[1]) / len(at[part])) + RATE_FLOOR
@@ -106,7 +110,7 @@ class Reading:
             rest = 0 if sample is None or self.sums is None else self.num_read[row] % sample.stride
             if rest:
                 sums = rest_sums(
-                    queries[:, :, -rest:], keys, lse[:, :, -rest:], scale, sample,
+                    queries[:, :, -rest:], keys, lse[:, :, -rest:], softmax, sample,
                     query_tokens=at[-rest:], key_tokens=tokens, bias=bias,
                 )  # fmt: skip
                 self.sums.observe(slots, here, sums)

@@ -18,6 +18,7 @@ from torch import Tensor
 from d2o_dist.attention.prefill import prompt_rates
 from d2o_dist.attention.sampled import prompt_column_sums
 from d2o_dist.core.autocast import without_autocast
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.core.statistics import RATE_FLOOR, column_sum_variance, group_sum
 from d2o_dist.kernels.prefill_attention import prefill_attention
 from d2o_dist.models.hf.packed import by_document
@@ -108,11 +109,11 @@ class PromptPass:
         scores = rates = torch.zeros(k.shape[:3], dtype=stats_dtype(k.dtype), device=k.device)
         variances = None
         if config.needs_column_sums:
-            sums = prompt_column_sums(q, k, lse, scale, config.query_sample)
+            sums = prompt_column_sums(q, k, lse, Softmax(scale), config.query_sample)
             scores, variances = group_sum(sums, heads), column_sum_variance(sums)
         if config.needs_rates:
             last = slice(-config.statistics.rate_window, None)
-            rates = prompt_rates(q[:, :, last], lse[:, :, last], k, scale) + RATE_FLOOR
+            rates = prompt_rates(q[:, :, last], lse[:, :, last], k, Softmax(scale)) + RATE_FLOOR
         return PromptLayer(k, v, None, scores, rates, variances)
 
 

@@ -104,7 +104,7 @@ def test_replays_are_the_steps_of_python(family, preset, batch):
     assert taped._stepper.num_replayed == steps - 1
     assert (taped._stepper._recorder.num_warm, taped._stepper._recorder.num_recorded) == (1, 1)
     if preset != "full":
-        heads = plain.cache.compressed.num_kv_heads
+        heads = plain.cache.compressed.kv_heads(0)
         gone = sum(layer.num_merged + layer.num_dropped for layer in plain.cache.report().layers)
         held = sum(sum(layer.mean_kv_len) for layer in plain.cache.layers)
         assert gone == heads * (4 * sum(plain.cache.compressed.num_seen) - held), "evictions took place"

@@ -68,7 +68,7 @@ class Twin:
             Block(case.heads, max(rooms), tuple(rooms))
             for rooms in ([budget + case.interval for budget in rows] for rows in case.budgets)
         ]
-        arena = Arena(blocks, Codec(Exact(), 4, self.dtype), torch.device("cpu"))
+        arena = Arena(blocks, Codec(Exact(), (4, 4), self.dtype), torch.device("cpu"))
         slots = [random_slots(rows, case.heads, 4, self.seed + n, self.dtype) for n, rows in enumerate(case.held)]
         for number, (one, rows) in enumerate(zip(slots, case.held, strict=True)):
             SlotStore.of(with_ties(one).in_order(), rows).enter(arena.view(number), arena.codec, blocks[number].room)

@@ -129,18 +129,20 @@ def test_budgets_the_model_cannot_have_are_refused_before_any_forward():
         D2OCache(config=config, d2o={"keep_ratio": 0.2})
 
 
-def test_softcap_sinks_and_unknown_arguments_are_refused_with_a_cache_and_without():
+def test_unknown_arguments_are_refused_with_a_cache_and_without():
     from d2o_dist.models.hf.attention import d2o_attention
 
     q = torch.randn(1, 4, 5, 8)
     module = torch.nn.Identity()
-    for name, value in {"softcap": 30.0, "s_aux": torch.zeros(4), "sinks": torch.zeros(4), "something": 0}.items():
+    for name, value in {"sinks": torch.zeros(4), "something": 0}.items():
         with pytest.raises(ValueError, match=f"attention has {name} "):
             d2o_attention(module, q, q, q, None, **{name: value})
+    with pytest.raises(ValueError, match="position_bias beside softcap or s_aux"):
+        d2o_attention(module, q, q, q, None, softcap=30.0, position_bias=torch.zeros(1))
     with pytest.raises(ValueError, match=r"takes a mask \[B, 1, n, S\], not one of shape \(1, 5\)"):
         d2o_attention(module, q, q, q, torch.ones(1, 5))
     model = tiny_model()
-    for name, value in {"softcap": 30.0, "position_bias": torch.zeros(1), "cu_seq_lens_q": torch.zeros(2)}.items():
+    for name, value in {"position_bias": torch.zeros(1), "cu_seq_lens_q": torch.zeros(2)}.items():
         cache = D2OCache(config=model.config)
         with pytest.raises(ValueError, match=f"attention has {name} .*a D2OCache"), torch.no_grad():
             model(tokens(1, 9), past_key_values=cache, **{name: value})

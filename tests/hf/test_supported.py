@@ -19,8 +19,6 @@ CAUSES = {
     "qwen3_next": r"layers other than .* \(layer 0 is of type 'linear_attention'\)",
     "llama4": "layers other than .*'chunked_attention'",
     "gemma3n": "layers that share keys and values",
-    "gpt_oss": "learned attention sinks",
-    "gemma2": r"soft-capped attention \(attn_logit_softcapping 50.0\)",
     "mllama": "cross attention",
     "xlnet": "a cache of its own kind",
     "reformer": "a cache of its own kind",

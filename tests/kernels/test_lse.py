@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from d2o_dist.attention.prefill import chunk_attention, reread_attention
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.decode_attention import decode_attention
 from d2o_dist.kernels.lse import merge_partials
 from d2o_dist.kernels.prefill_attention import naive_prefill_attention
@@ -66,8 +67,8 @@ def test_attention_passes_on_what_is_not_finite(kind, what, dtype):
         if kind == "decode":
             return decode_attention(q[:, :, 0], k, v, 0.25)[0]
         if kind == "reread":
-            return reread_attention(q, k[:, :, -3:], v[:, :, -3:], k[:, :, :-3], v[:, :, :-3], 0.25)[0]
-        return chunk_attention(q, k, v, 0.25, with_sums=False)[0]
+            return reread_attention(q, k[:, :, -3:], v[:, :, -3:], k[:, :, :-3], v[:, :, :-3], Softmax(0.25))[0]
+        return chunk_attention(q, k, v, Softmax(0.25), with_sums=False)[0]
 
     want = attend(k, v)
     bad = {"keys": k, "values": v}[what].clone()

@@ -12,12 +12,14 @@ MINMAX_EPSILON = 1e-6  # section 1: "+1e-6 in the denominator"
 PYRAMID_BETA = 20
 
 
-def layer_dispersions(column_sums: list[torch.Tensor], method: str) -> list[float]:
+def layer_dispersions(column_sums: list[torch.Tensor], method: str, has_sinks: bool = False) -> list[float]:
     """`F_l` of every layer, from its column sums [Hq, T]."""
     # "Per-head variance F[h] = var_j c[h,j] (unbiased, divisor T-1)". READING: of a single token it is 0. The mean over
     # j is 1, as every row of the attention adds up to 1; of sampled sums "deviations are taken from 1" all the same.
     divisor = max(column_sums[0].shape[1] - 1, 1)
-    head_variances = [(sums - 1).square().sum(dim=1) / divisor for sums in column_sums]
+    # "With sinks a query gives less than 1 in all, and deviations are taken from the mean of c over j."
+    from_mean = [sums - (sums.mean(dim=1, keepdim=True) if has_sinks else 1) for sums in column_sums]
+    head_variances = [deviations.square().sum(dim=1) / divisor for deviations in from_mean]
     if method == "heads_minmax":
         # "min-max normalise F[h] across the heads of the layer (+1e-6 in the denominator), then mean over heads".
         return [float(((f - f.min()) / (f.max() - f.min() + MINMAX_EPSILON)).mean()) for f in head_variances]
@@ -38,7 +40,7 @@ def layer_dispersions(column_sums: list[torch.Tensor], method: str) -> list[floa
     return [(x - centre) / deviation if deviation > 0 else 0.0 for x in logs]
 
 
-def layer_log_weights(config: OracleConfig, column_sums: list[torch.Tensor]) -> list[float]:
+def layer_log_weights(config: OracleConfig, column_sums: list[torch.Tensor], has_sinks: bool = False) -> list[float]:
     """`log w_l` up to a constant. In logarithms, because `raw` underflows and the shares only need proportions."""
     num_layers = len(column_sums)
     if config.allocation == "uniform":
@@ -51,7 +53,7 @@ def layer_log_weights(config: OracleConfig, column_sums: list[torch.Tensor]) -> 
         first, last = 2 - 1 / PYRAMID_BETA, 1 / PYRAMID_BETA
         return [math.log(first + (last - first) * layer / (num_layers - 1)) for layer in range(num_layers)]
     # "w = softmax_l(-F_l)", with dispersion_sign for the minus and `temperature` dividing the exponent.
-    dispersions = layer_dispersions(column_sums, config.dispersion)
+    dispersions = layer_dispersions(column_sums, config.dispersion, has_sinks)
     return [config.dispersion_sign * f / config.temperature for f in dispersions]
 
 

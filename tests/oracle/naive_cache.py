@@ -10,6 +10,7 @@ import torch
 from .naive_budgets import layer_log_weights, layer_slots, protected_set
 from .naive_config import OracleConfig, floor
 from .naive_slots import Eviction, Slot, merge_into, nearest_targets, snapshot
+from .naive_softmax import OracleSoftmax
 
 RATE_EPSILON = 1e-9  # section 4b: "plus 1e-9"
 MIXED_MIN_AGE = 32  # section 3: "a / max(tokens seen - position, 32)"
@@ -26,7 +27,7 @@ class OracleCache:
                       for part in ([[head] for head in heads] if config.budget_per == "head" else [heads])]  # fmt: skip
         protected = protected_set(config, num_layers)
         self.protected = {unit for unit, (layer, _) in enumerate(self.units) if layer in protected}
-        self.reread_done = False
+        self.reread_done = self.has_sinks = False
         self.slots: list[list[list[Slot]]] = [[[] for _ in range(num_kv_heads)] for _ in range(num_layers)]
         self.thresholds: list[float | None] = [None] * len(self.units)
         self.budgets: list[tuple[int, int]] | None = None  # (N_l, M_l) of each unit
@@ -56,9 +57,10 @@ class OracleCache:
                 self.slots[layer][head].append(Slot(keys[head, i].clone(), values[head, i].clone(), position))
 
     def _attend(
-        self, layer: int, queries: torch.Tensor, positions: list[int], scaling: float
+        self, layer: int, queries: torch.Tensor, positions: list[int], softmax: OracleSoftmax
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Outputs [Hq, n, D] and, per query head, the probabilities [n, live slots]."""
+        self.has_sinks = softmax.sinks is not None
         outputs, probabilities = [], []
         for head, slots in enumerate(self.slots[layer]):
             keys = torch.stack([s.key for s in slots])
@@ -66,9 +68,7 @@ class OracleCache:
             log_mass = torch.tensor([s.log_mass for s in slots], dtype=torch.float64)
             later = torch.tensor([s.position for s in slots]) > torch.tensor(positions)[:, None]
             for h in self._group(head):
-                # "Attention adds log_mass_j to the logit of slot j, everywhere".
-                logits = queries[h] @ keys.T * scaling + log_mass
-                p = torch.softmax(logits.masked_fill(later, -math.inf), dim=-1)
+                p = softmax.probabilities(h, queries[h] @ keys.T, log_mass, later)
                 outputs.append(p @ values)
                 probabilities.append(p)
         return torch.stack(outputs), probabilities
@@ -79,13 +79,13 @@ class OracleCache:
     # -- prefill: sections 1 and 5 ------------------------------------------------------------------------------------
 
     def prefill_chunk(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, softmax: OracleSoftmax
     ) -> torch.Tensor:
         """One layer of one chunk: of the first prefill (section 1), or of a later turn, whose "queries attend the live
         slots and each other, causally; every live slot's score grows by the column sums" (section 5)."""
         positions = list(range(self.num_seen_tokens, self.num_seen_tokens + queries.shape[1]))
         self._append(layer, keys, values, positions)
-        outputs, probabilities = self._attend(layer, queries, positions, scaling)
+        outputs, probabilities = self._attend(layer, queries, positions, softmax)
         for h, attention in enumerate(probabilities):
             # "c[h,j] = sum_i A[h,i,j]".
             rows = list(attention)
@@ -106,13 +106,13 @@ class OracleCache:
             slot.score = max(slot.score, peak)
 
     def reread_chunk(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, softmax: OracleSoftmax
     ) -> torch.Tensor:
         """One layer of one chunk of the second reading: appended, attended, scored, and taken away again."""
         count = len(self.slots[layer][0])
         positions = list(range(self.num_seen_tokens, self.num_seen_tokens + queries.shape[1]))
         self._append(layer, keys, values, positions)
-        outputs, probabilities = self._attend(layer, queries, positions, scaling)
+        outputs, probabilities = self._attend(layer, queries, positions, softmax)
         self.reread_done = True
         for head in range(self.num_kv_heads):
             self._raise_peaks(layer, head, sum(probabilities[h] for h in self._group(head)))
@@ -227,7 +227,7 @@ class OracleCache:
         if config.allocation != "ranked":
             per_unit = [[self.column_sums[layer][h] for head in heads for h in self._group(head)]
                         for layer, heads in self.units]  # fmt: skip
-            return layer_log_weights(config, [torch.stack(sums) for sums in per_unit])
+            return layer_log_weights(config, [torch.stack(sums) for sums in per_unit], self.has_sinks)
         everything = []
         for unit, (layer, heads) in enumerate(self.units):
             for head in heads:
@@ -241,14 +241,14 @@ class OracleCache:
     # -- decode: section 5 --------------------------------------------------------------------------------------------
 
     def decode_step(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, softmax: OracleSoftmax
     ) -> torch.Tensor:
         """One layer of one decode step. The caller has run `finalize`, and counted the new token in num_seen_tokens."""
         config = self.config
         position = self.num_seen_tokens - 1
         # "1. Append (k_t, v_t) with position t, score 0. 2. Attend over all live slots."
         self._append(layer, keys, values, [position])
-        outputs, probabilities = self._attend(layer, queries, [position], scaling)
+        outputs, probabilities = self._attend(layer, queries, [position], softmax)
         for head in range(self.num_kv_heads):
             group_probabilities = sum(probabilities[h][0] for h in self._group(head)).tolist()
             for slot, p in zip(self.slots[layer][head], group_probabilities, strict=True):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import inspect
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 from .naive_cache import OracleCache
 from .naive_config import PRESETS, OracleConfig
 from .naive_slots import Eviction
+from .naive_softmax import OracleSoftmax
 
 __all__ = ["PRESETS", "OracleConfig", "OracleResult", "OracleSession", "one_thread", "run_oracle", "use_float64_norms"]
 
@@ -35,14 +37,21 @@ def use_float64_norms(model: torch.nn.Module) -> torch.nn.Module:
     def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
+    def around_one(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:  # Gemma's
+        return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = types.MethodType(forward, module)
+            module.forward = types.MethodType(around_one if hasattr(module, "eps") else forward, module)
     return model
 
 
 class OracleSession:
-    """One sequence going through a Llama-type model: `feed` tokens in any order of prompts, chunks and decode steps."""
+    """One sequence going through a Llama-type model: `feed` tokens in any order of prompts, chunks and decode steps.
+
+    It may have sinks and experts (gpt-oss), soft caps and norms behind its parts (Gemma 2), or values of another dim
+    than keys (MiMo).
+    """
 
     def __init__(self, model: torch.nn.Module, config: OracleConfig) -> None:
         if model.dtype != torch.float64:
@@ -51,8 +60,8 @@ class OracleSession:
         first = self.decoder.layers[0].self_attn
         self.head_dim = first.head_dim
         num_heads = first.q_proj.out_features // self.head_dim
-        num_kv_heads = first.k_proj.out_features // self.head_dim
-        self.cache = OracleCache(config, len(self.decoder.layers), num_heads, num_kv_heads)
+        self.num_kv_heads = first.k_proj.out_features // self.head_dim
+        self.cache = OracleCache(config, len(self.decoder.layers), num_heads, self.num_kv_heads)
         self.apply_rotary = importlib.import_module(type(self.decoder).__module__).apply_rotary_pos_emb
         for layer in self.decoder.layers:
             if getattr(layer.self_attn, "sliding_window", None) is not None:
@@ -77,21 +86,39 @@ class OracleSession:
             cache.num_seen_tokens += 1
         hidden = self.decoder.embed_tokens(torch.tensor([token_ids]))
         position_ids = torch.arange(start, start + len(token_ids))[None]
-        cos, sin = self.decoder.rotary_emb(hidden, position_ids)
+        rotary = self.decoder.rotary_emb
+        has_kinds = "layer_type" in inspect.signature(rotary.forward).parameters
+        cos, sin = rotary(hidden, position_ids, *(["full_attention"] if has_kinds else []))
         for index, layer in enumerate(self.decoder.layers):
             attention = layer.self_attn
             normed = layer.input_layernorm(hidden)
             queries = self._heads(attention.q_proj(normed), getattr(attention, "q_norm", None))
             keys = self._heads(attention.k_proj(normed), getattr(attention, "k_norm", None))
-            values = self._heads(attention.v_proj(normed), None)
+            values = attention.v_proj(normed).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+            values = values * getattr(attention, "v_scale", 1)
             queries, keys = self.apply_rotary(queries, keys, cos, sin)
             step = cache.decode_step if decoding else cache.reread_chunk if again else cache.prefill_chunk
-            outputs = step(index, queries[0], keys[0], values[0], attention.scaling)  # [Hq, n, D]
-            hidden = hidden + attention.o_proj(outputs.transpose(0, 1).reshape(1, len(token_ids), -1))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            softmax = OracleSoftmax(
+                attention.scaling, getattr(attention, "attn_logit_softcapping", None), getattr(attention, "sinks", None)
+            )
+            outputs = step(index, queries[0], keys[0], values[0], softmax)  # [Hq, n, D]
+            hidden = self._after_attention(
+                layer, hidden, attention.o_proj(outputs.transpose(0, 1).reshape(1, len(token_ids), -1))
+            )
         if not decoding and not again:
             cache.finish_prefill_chunk(len(token_ids))
-        return self.model.lm_head(self.decoder.norm(hidden))[0]
+        logits = self.model.lm_head(self.decoder.norm(hidden))[0]
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def _after_attention(self, layer: torch.nn.Module, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """What a layer makes of its input and of what its attention adds."""
+        if not hasattr(layer, "pre_feedforward_layernorm"):
+            hidden = hidden + mixed
+            added = layer.mlp(layer.post_attention_layernorm(hidden))
+            return hidden + (added[0] if isinstance(added, tuple) else added)  # experts say too how they were chosen
+        hidden = hidden + layer.post_attention_layernorm(mixed)
+        return hidden + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
 
     def _heads(self, x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
         x = x.view(1, x.shape[1], -1, self.head_dim)

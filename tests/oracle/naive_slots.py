@@ -85,8 +85,9 @@ def snapshot(layers_of_heads: list[list[list[Slot]]]) -> list[dict[str, torch.Te
     [Hkv, S] float64. A head that holds less than another ends in slots of position -1 with zeros."""
     entries = []
     for heads in layers_of_heads:
-        width, none = max(len(slots) for slots in heads), torch.zeros_like(heads[0][0].key)
-        heads = [slots + [Slot(none, none, -1)] * (width - len(slots)) for slots in heads]
+        width, first = max(len(slots) for slots in heads), heads[0][0]
+        none = Slot(torch.zeros_like(first.key), torch.zeros_like(first.value), -1)
+        heads = [slots + [none] * (width - len(slots)) for slots in heads]
         entry = {
             "positions": torch.tensor([[s.position for s in slots] for slots in heads]),
             "keys": torch.stack([torch.stack([s.key for s in slots]) for slots in heads]),

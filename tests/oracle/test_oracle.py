@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from .naive_cache import OracleCache
 from .naive_d2o import PRESETS, OracleConfig, OracleSession, one_thread, run_oracle, use_float64_norms
 from .naive_slots import Slot
+from .naive_softmax import OracleSoftmax
 from .published_step import PublishedStep
 
 SIZES = {
@@ -269,11 +270,11 @@ def test_mass_merge_keeps_the_output():
     keys = [[1.0, 1.0], [0.0, 2.0], [0.0, 2.0], [1.0, 0.1], [-1.0, 0.0]]
     query = torch.tensor([[[0.3, 0.7]]], dtype=torch.float64)
     cache = hand_cache(config, keys, [0, 5, 1, 0, 0], [0.0] * 5, (2, 2))
-    before, probabilities = cache._attend(0, query, [5], 1.0)
+    before, probabilities = cache._attend(0, query, [5], OracleSoftmax(1.0))
     for i, slot in enumerate(cache.slots[0][0]):
         slot.rate = float(probabilities[0][0, i])
     cache.evict(0, pooled=True)
-    assert torch.allclose(cache._attend(0, query, [5], 1.0)[0], before)
+    assert torch.allclose(cache._attend(0, query, [5], OracleSoftmax(1.0))[0], before)
 
 
 def test_tail_targets_are_the_lowest_ranked(model):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from d2o_dist.config.parallel import ParallelConfig
+from tests.models import windowed
 from tests.ranks import run_ranks
 from tests.sharded.play import Play, assert_same, on_rank, play
 from tests.spec import PRESETS
@@ -21,6 +22,7 @@ LAYOUTS = {
 }
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4}
 LAYERS = {"gemma3": 4}  # as the layer types of its tiny model
+_SUMS_AND_RATES = {"preset": "paper_minmax", "d2o": {"selection": "mixed", "merge": "mass"}, "steps": 18}
 _wanted: dict[str, dict] = {}
 
 
@@ -154,6 +156,20 @@ def test_prompts_shorter_than_the_ranks(lengths, layout):
 def test_families(family, layout):
     one = Play(family=family, lengths=(90, 71), turn=(20, 31), steps=18, layers=LAYERS.get(family, Play.layers))
     check(one, ParallelConfig(sp=2, **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mimo"])
+def test_soft_caps_sinks_and_short_values(family, layout):
+    """A sink is in the denominator once, whoever has the slots, and each rank has those of its heads."""
+    one = Play(family=family, lengths=(90, 71), turn=(20, 31), model=windowed(family), **_SUMS_AND_RATES)
+    check(one, ParallelConfig(sp=2, **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite_swa", "mimo"])
+def test_soft_caps_sinks_and_short_values_of_tensor_ranks(family):
+    one = Play(family=family, lengths=(61, 40), model=windowed(family), **_SUMS_AND_RATES)
+    check(one, ParallelConfig(tp=2, tp_engine="transformers"))
 
 
 def test_heads_that_the_ranks_do_not_divide():

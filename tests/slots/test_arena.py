@@ -19,7 +19,7 @@ HELD = [[3, 2], [5, 1]]
 
 def made(dtype=torch.float64) -> tuple[Arena, list[Slots]]:
     """An arena, and what was put into each of its blocks."""
-    codec = Codec(Exact(), 3, dtype)
+    codec = Codec(Exact(), (3, 3), dtype)
     arena, inside = Arena(BLOCKS, codec, torch.device("cpu")), []
     for number, held in enumerate(HELD):
         inside.append(random_slots(held, 2, 3, seed=number, dtype=dtype))

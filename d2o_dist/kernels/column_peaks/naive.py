@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import acc_dtype
+from d2o_dist.kernels.common import acc_dtype, capped
 
 
 def naive_column_peaks(
@@ -14,6 +14,7 @@ def naive_column_peaks(
     *,
     q_start: int = 0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     causal: bool = True,
 ) -> Tensor:
     """As `column_peaks`: q [B, Hq, Tq, D], k [B, Hkv, Tk, D], lse [B, Hq, Tq] -> [B, Hkv, Tk]."""
@@ -25,7 +26,7 @@ def naive_column_peaks(
         for g in range(k.shape[1]):
             received = torch.zeros(q.shape[2], k.shape[2], dtype=acc, device=q.device)
             for h in range(g * group, (g + 1) * group):
-                logits = q[b, h].to(acc) @ k[b, g].to(acc).T * scale
+                logits = capped(q[b, h].to(acc) @ k[b, g].to(acc).T * scale, softcap)
                 live = torch.isfinite(lse[b, h])[:, None]
                 if causal:
                     live = live & (key <= query)

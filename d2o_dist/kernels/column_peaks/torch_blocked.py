@@ -7,7 +7,7 @@ query heads of a KV head lie side by side in it, are added up, and the maximum i
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import LOG2_E, acc_dtype, group_size
+from d2o_dist.kernels.common import LOG2_E, acc_dtype, capped_product, group_size
 
 # Queries of a block, and logits of a block on a CPU (1 MiB in float32, within the caches) and elsewhere.
 _QUERIES = 256
@@ -23,6 +23,7 @@ def blocked_column_peaks(
     *,
     q_start: int,
     bias: Tensor | None,
+    softcap: float | None = None,
     causal: bool,
     num_queries: int = _QUERIES,
     num_logits: int | None = None,
@@ -40,12 +41,13 @@ def blocked_column_peaks(
     if num_logits is None:
         num_logits = _CPU_LOGITS if q.device.type == "cpu" else _OTHER_LOGITS
     keys = _extended_keys(k, bias, acc)
+    factor = scale * LOG2_E if softcap is None else scale / softcap
     grouped, dead = q.unflatten(1, (num_kv_heads, group)), ~torch.isfinite(lse.unflatten(1, (num_kv_heads, group)))
     for i0 in range(0, q.shape[2], num_queries):
         i1 = min(i0 + num_queries, q.shape[2])
         queries = q.new_empty(batch, num_kv_heads, group, i1 - i0, keys.shape[-1], dtype=acc)
         here = dead[..., i0:i1]
-        queries[..., :dim] = (grouped[..., i0:i1, :].to(acc) * (scale * LOG2_E)).masked_fill(here.unsqueeze(-1), 0)
+        queries[..., :dim] = (grouped[..., i0:i1, :].to(acc) * factor).masked_fill(here.unsqueeze(-1), 0)
         rows = lse.unflatten(1, (num_kv_heads, group))[..., i0:i1].to(acc)
         queries[..., dim] = (rows * -LOG2_E).masked_fill(here, -torch.inf)
         queries[..., dim + 1 :] = 1
@@ -53,7 +55,9 @@ def blocked_column_peaks(
         width = max(1, num_logits // (batch * num_kv_heads * group * (i1 - i0)))
         for j0 in range(0, end, width):
             j1 = min(j0 + width, end)
-            received = (queries @ keys[:, :, None, j0:j1].mT).exp2_().sum(2)
+            some = keys[:, :, None, j0:j1]
+            logits = queries @ some.mT if softcap is None else capped_product(queries, some, dim, softcap)
+            received = logits.exp2_().sum(2)
             if causal and j1 - 1 > q_start + i0:
                 received.tril_(q_start + i0 - j0)
             torch.maximum(peaks[..., j0:j1], received.amax(2), out=peaks[..., j0:j1])

@@ -86,7 +86,8 @@ def _column_peaks_kernel(
 
 @torch.no_grad()
 def triton_column_peaks(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, *, q_start: int, bias: Tensor | None, causal: bool
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, *, q_start: int, bias: Tensor | None, causal: bool,
+    softcap: None = None,
 ) -> Tensor:
     """As `blocked_column_peaks`. float32, bfloat16 or float16; D <= 256."""
     q, k = rows_contiguous(q), rows_contiguous(k)

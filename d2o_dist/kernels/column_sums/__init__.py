@@ -9,7 +9,8 @@ from d2o_dist.kernels.registry import Op, Torch, Triton
 
 __all__ = ["column_sums", "naive_column_sums"]
 
-_OP = Op("column_sums", Triton("column_sums.triton:triton_column_sums"), Torch(blocked_column_sums))
+_OP = Op("column_sums", Triton("column_sums.triton:triton_column_sums", without={"softcap"}),
+         Torch(blocked_column_sums))  # fmt: skip
 
 
 def column_sums(
@@ -21,6 +22,7 @@ def column_sums(
     q_start: int = 0,
     k_start: int = 0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     causal: bool = True,
     window: int | None = None,
     num_last: int | None = None,
@@ -31,11 +33,11 @@ def column_sums(
 
     q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; lse [B, Hq, Tq] natural log, of the whole attention (keys of other shards and
     `bias` included). Query i has index q_start + i, key j has k_start + j; either may be below 0. bias [B, Hkv, Tk] is
-    added to the logits of a key (log_mass). causal: key index <= query index. window (needs causal): also key index >
-    query index - window, and must be the window of the lse. num_last: only the last so many queries (all if there are
-    fewer). query_stride: only queries i for which stride_start + i is one less than a multiple of it, so that chunks
-    and shards of a prompt choose as the whole does; their plain sum, not scaled up. stride_start: q_start if not given.
-    At most one of num_last and query_stride.
+    added to the logits of a key (log_mass), after softcap has bounded the scaled products. causal: key index <= query
+    index. window (needs causal): also key index > query index - window, and must be the window of the lse. num_last:
+    only the last so many queries (all if there are fewer). query_stride: only queries i for which stride_start + i is
+    one less than a multiple of it, so that chunks and shards of a prompt choose as the whole does; their plain sum, not
+    scaled up. stride_start: q_start if not given. At most one of num_last and query_stride.
 
     Rows whose lse is infinite (no key, or padding) and keys whose bias is -inf contribute 0, whatever their q or k
     hold. Not differentiable: scores are statistics. Working memory is bounded (about 32 MiB on a CPU), whatever T.
@@ -55,6 +57,7 @@ def column_sums(
             raise ValueError(f"query_stride ({query_stride}) must be at least 1 and excludes num_last ({num_last})")
         first = (-1 - (q_start if stride_start is None else stride_start)) % query_stride
         q, lse, q_start = q[:, :, first::query_stride], lse[:, :, first::query_stride], q_start + first
-    return _OP.pick(q, k)(
-        q, k, lse, scale, q_start=q_start, k_start=k_start, q_step=query_stride, bias=bias, causal=causal, window=window
-    )
+    return _OP.pick(q, k, softcap=softcap is not None)(
+        q, k, lse, scale,
+        q_start=q_start, k_start=k_start, q_step=query_stride, bias=bias, softcap=softcap, causal=causal, window=window,
+    )  # fmt: skip

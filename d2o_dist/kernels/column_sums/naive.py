@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import acc_dtype
+from d2o_dist.kernels.common import acc_dtype, capped
 
 
 def naive_column_sums(
@@ -15,6 +15,7 @@ def naive_column_sums(
     q_start: int = 0,
     k_start: int = 0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     causal: bool = True,
     window: int | None = None,
     num_last: int | None = None,
@@ -35,7 +36,7 @@ def naive_column_sums(
     sums = torch.zeros(*q.shape[:2], k.shape[2], dtype=acc, device=q.device)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
-            logits = q[b, h].to(acc) @ k[b, h // group].to(acc).T * scale
+            logits = capped(q[b, h].to(acc) @ k[b, h // group].to(acc).T * scale, softcap)
             live = seen & torch.isfinite(lse[b, h])[:, None]
             if bias is not None:
                 logits = logits + bias[b, h // group].to(acc)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import LOG2_E, acc_dtype, group_size
+from d2o_dist.kernels.common import LOG2_E, acc_dtype, capped_product, group_size
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def blocked_column_sums(
     k_start: int,
     q_step: int = 1,
     bias: Tensor | None,
+    softcap: float | None = None,
     causal: bool,
     window: int | None,
     blocks: Blocks | None = None,
@@ -88,6 +89,7 @@ def blocked_column_sums(
                 None if bias is None else bias[row, kv],
                 sums[row].unflatten(0, (-1, group))[kv],
                 scale,
+                softcap,
                 q_start - k_start,
                 q_step,
                 causal,
@@ -124,6 +126,7 @@ def _sum_heads(
     bias: Tensor | None,
     sums: Tensor,
     scale: float,
+    softcap: float | None,
     shift: int,
     step: int,
     causal: bool,
@@ -135,8 +138,9 @@ def _sum_heads(
 
     Query i sees key j <= i * step + shift.
     """
-    heads, group, num_queries, _ = q.shape
+    heads, group, num_queries, head_dim = q.shape
     num_keys = k.shape[1]
+    factor = scale * LOG2_E if softcap is None else scale / softcap
     for first in range(0, num_keys, blocks.converted_keys):
         end = min(first + blocks.converted_keys, num_keys)
         # Queries that see some key of [first, end).
@@ -147,14 +151,18 @@ def _sum_heads(
         keys = _extended_keys(k[:, first:end], None if bias is None else bias[:, first:end], scratch)
         for i0 in range(query_begin, query_end, blocks.queries):
             i1 = min(i0 + blocks.queries, query_end)
-            queries = _extended_queries(q[:, :, i0:i1], lse[:, :, i0:i1], scale, scratch)
+            queries = _extended_queries(q[:, :, i0:i1], lse[:, :, i0:i1], factor, scratch)
             low, high = i0 * step + shift, (i1 - 1) * step + shift  # what the first and the last query see
             key_begin = first if window is None else max(first, low - window + 1)
             key_end = min(end, high + 1) if causal else end
             for j0 in range(key_begin, key_end, blocks.keys):
                 j1 = min(j0 + blocks.keys, key_end)
                 logits = scratch.cut(scratch.logits, heads, group * (i1 - i0), j1 - j0)
-                torch.bmm(queries, keys[:, j0 - first : j1 - first].mT, out=logits)
+                here = keys[:, j0 - first : j1 - first]
+                if softcap is None:
+                    torch.bmm(queries, here.mT, out=logits)
+                else:
+                    capped_product(queries, here, head_dim, softcap, out=logits)
                 probs = logits.exp2_().view(heads, group, i1 - i0, j1 - j0)
                 # Hidden pairs are zeroed after exp2, by assignment: their values (even inf or NaN) never matter.
                 if causal and j1 - 1 > low:
@@ -201,12 +209,12 @@ def _extended_keys(k: Tensor, bias: Tensor | None, scratch: _Scratch) -> Tensor:
     return keys
 
 
-def _extended_queries(q: Tensor, lse: Tensor, scale: float, scratch: _Scratch) -> Tensor:
-    """[q * scale, -lse] * log2(e), then 1 if there is a bias: [n, G * queries, width]. Dead rows give exp2(-inf)."""
+def _extended_queries(q: Tensor, lse: Tensor, factor: float, scratch: _Scratch) -> Tensor:
+    """[q * factor, -lse * log2(e)], then 1 if there is a bias: [n, G * queries, width]. Dead rows give exp2(-inf)."""
     heads, group, num_queries, head_dim = q.shape
     queries = scratch.cut(scratch.queries, heads, group, num_queries, scratch.width)
     dead = ~torch.isfinite(lse)
-    queries[..., :head_dim].copy_(q).mul_(scale * LOG2_E).masked_fill_(dead.unsqueeze(-1), 0)
+    queries[..., :head_dim].copy_(q).mul_(factor).masked_fill_(dead.unsqueeze(-1), 0)
     queries[..., head_dim].copy_(lse).mul_(-LOG2_E).masked_fill_(dead, -torch.inf)
     queries[..., head_dim + 1 :] = 1
     return queries.view(heads, group * num_queries, scratch.width)

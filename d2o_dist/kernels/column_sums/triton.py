@@ -133,6 +133,7 @@ def triton_column_sums(
     k_start: int,
     q_step: int,
     bias: Tensor | None,
+    softcap: None = None,
     causal: bool,
     window: int | None,
 ) -> Tensor:

@@ -9,10 +9,17 @@ from d2o_dist.kernels.registry import Op, Torch, Triton
 
 __all__ = ["decode_attention", "decode_with_logits", "naive_decode_attention", "naive_decode_with_logits"]
 
-_PROBABILITIES = Op("decode_attention", Triton("decode_attention.triton:triton_decode_with_probabilities"),
-                    Torch(blocked_decode_attention))  # fmt: skip
-_LOGITS = Op("decode_with_logits", Triton("decode_attention.triton:triton_decode_attention"),
-             Torch(blocked_decode_with_logits))  # fmt: skip
+_PLAIN = {"softcap", "two_dims"}  # what our kernels cannot do
+_PROBABILITIES = Op(
+    "decode_attention",
+    Triton("decode_attention.triton:triton_decode_with_probabilities", without=_PLAIN),
+    Torch(blocked_decode_attention),
+)
+_LOGITS = Op(
+    "decode_with_logits",
+    Triton("decode_attention.triton:triton_decode_attention", without=_PLAIN),
+    Torch(blocked_decode_with_logits),
+)
 
 
 def decode_attention(
@@ -23,17 +30,20 @@ def decode_attention(
     *,
     valid: Tensor | None = None,
     log_mass: Tensor | None = None,
+    softcap: float | None = None,
     finite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, Hq, D]; k, v [B, Hkv, S, D]; valid [B, S] or [B, Hkv, S] bool; log_mass [B, Hkv, S], added to the logits.
+    """q [B, Hq, D]; k [B, Hkv, S, D], v [B, Hkv, S, Dv]; valid [B, S] or [B, Hkv, S] bool; log_mass [B, Hkv, S], added
+    to the logits, after softcap has bounded them.
 
-    Returns (out [B, Hq, D] in q.dtype, lse [B, Hq] acc dtype, natural log, log_mass included, probs [B, Hkv, S] acc
+    Returns (out [B, Hq, Dv] in q.dtype, lse [B, Hq] acc dtype, natural log, log_mass included, probs [B, Hkv, S] acc
     dtype: the slot's probabilities summed over the G query heads of the group).
     Invalid slots have probability 0 whatever they hold. No valid slot: out 0, lse -inf, probs 0. `finite`: the caller
     vouches that the values of invalid slots are finite numbers, and nothing looks whether they are.
     """
     valid = _checked_valid(q, k, v, valid, log_mass)
-    return _PROBABILITIES.pick(q, k, v)(q, k, v, scale, valid=valid, log_mass=log_mass, finite=finite)
+    path = _PROBABILITIES.pick(q, k, v, softcap=softcap is not None, two_dims=k.shape[3] != v.shape[3])
+    return path(q, k, v, scale, valid=valid, log_mass=log_mass, softcap=softcap, finite=finite)
 
 
 def decode_with_logits(
@@ -44,6 +54,7 @@ def decode_with_logits(
     *,
     valid: Tensor | None = None,
     log_mass: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_attention`, but the third is the logits [B, Hq, S]: acc dtype, log_mass included, -inf where invalid.
 
@@ -51,7 +62,8 @@ def decode_with_logits(
     the merged lse to `update_scores`. Also one kernel less where scores are updated in place anyway.
     """
     valid = _checked_valid(q, k, v, valid, log_mass)
-    return _LOGITS.pick(q, k, v)(q, k, v, scale, valid=valid, log_mass=log_mass)
+    path = _LOGITS.pick(q, k, v, softcap=softcap is not None, two_dims=k.shape[3] != v.shape[3])
+    return path(q, k, v, scale, valid=valid, log_mass=log_mass, softcap=softcap)
 
 
 def _checked_valid(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import acc_dtype
+from d2o_dist.kernels.common import acc_dtype, capped
 
 
 def naive_decode_attention(
@@ -14,10 +14,11 @@ def naive_decode_attention(
     *,
     valid: Tensor | None = None,
     log_mass: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_attention`: q [B, Hq, D], k, v [B, Hkv, S, D] -> (out [B, Hq, D], lse [B, Hq], probs [B, Hkv, S])."""
     acc, group = acc_dtype(q.dtype), q.shape[1] // k.shape[1]
-    out = torch.zeros(q.shape, dtype=acc, device=q.device)
+    out = torch.zeros(*q.shape[:2], v.shape[3], dtype=acc, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
     probs = torch.zeros(k.shape[:3], dtype=acc, device=q.device)
     for b in range(q.shape[0]):
@@ -29,7 +30,7 @@ def naive_decode_attention(
             slots = live.nonzero().squeeze(1)
             if len(slots) == 0:
                 continue
-            logits = k[b, g, slots].to(acc) @ q[b, h].to(acc) * scale
+            logits = capped(k[b, g, slots].to(acc) @ q[b, h].to(acc) * scale, softcap)
             if log_mass is not None:
                 logits = logits + log_mass[b, g, slots].to(acc)
             lse[b, h] = logits.logsumexp(0)
@@ -47,6 +48,7 @@ def naive_decode_with_logits(
     *,
     valid: Tensor | None = None,
     log_mass: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_with_logits`: -> (out [B, Hq, D], lse [B, Hq], logits [B, Hq, S])."""
     acc, group = acc_dtype(q.dtype), q.shape[1] // k.shape[1]
@@ -54,10 +56,11 @@ def naive_decode_with_logits(
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             g = h // group
-            row = k[b, g].to(acc) @ q[b, h].to(acc) * scale
+            row = capped(k[b, g].to(acc) @ q[b, h].to(acc) * scale, softcap)
             if log_mass is not None:
                 row = row + log_mass[b, g].to(acc)
             if valid is not None:
                 row = row.masked_fill(~(valid[b] if valid.dim() == 2 else valid[b, g]), -torch.inf)
             logits[b, h] = row
-    return *naive_decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass)[:2], logits
+    out, lse, _ = naive_decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass, softcap=softcap)
+    return out, lse, logits

@@ -21,23 +21,26 @@ def blocked_decode_attention(
     *,
     valid: Tensor | None,
     log_mass: Tensor | None,
+    softcap: float | None = None,
     finite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_attention`, valid [B, Hkv, S]: -> (out [B, Hq, D], lse [B, Hq], probs [B, Hkv, S])."""
-    out, lse, _, probs = _attend(q, k, v, scale, valid, log_mass, finite)
+    out, lse, _, probs = _attend(q, k, v, scale, valid, log_mass, softcap, finite)
     return out, lse, probs.sum(2)
 
 
 def blocked_decode_with_logits(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_with_logits`, valid [B, Hkv, S]: -> (out [B, Hq, D], lse [B, Hq], logits [B, Hq, S])."""
-    out, lse, logits, _ = _attend(q, k, v, scale, valid, log_mass, finite=False)
+    out, lse, logits, _ = _attend(q, k, v, scale, valid, log_mass, softcap, finite=False)
     return out, lse, (logits * LN_2).flatten(1, 2)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | None, log_mass: Tensor | None, finite: bool
+    q: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | None, log_mass: Tensor | None,
+    softcap: float | None, finite: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, Hq, D], lse [B, Hq], logits in units of log2 and probabilities [B, Hkv, G, S]."""
     batch, num_heads, head_dim = q.shape
@@ -46,15 +49,18 @@ def _attend(
     if q.numel() == 0 or num_slots == 0:
         lse = torch.full((batch, num_heads), -torch.inf, dtype=acc, device=q.device)
         nothing = torch.zeros(batch, num_kv_heads, group, num_slots, dtype=acc, device=q.device)
-        return torch.zeros_like(q), lse, nothing, nothing
-    queries = (q.to(acc) * (scale * LOG2_E)).view(batch, num_kv_heads, group, head_dim)
+        return q.new_zeros(batch, num_heads, v.shape[3]), lse, nothing, nothing
+    factor = scale * LOG2_E if softcap is None else scale / softcap
+    queries = (q.to(acc) * factor).view(batch, num_kv_heads, group, head_dim)
     spans = _spans(k, acc)
     scratch = None
     if k.dtype != acc and not wants_grad(q, k, v):
         # One buffer for all blocks: allocating each anew takes longer than converting it.
-        scratch = k.new_empty(*k.shape[:2], spans[0][1], head_dim, dtype=acc)
+        scratch = k.new_empty(*k.shape[:2], spans[0][1], max(head_dim, v.shape[3]), dtype=acc)
     parts = [queries @ _converted(k[:, :, a:b], acc, scratch).mT for a, b in spans]
     logits = parts[0] if len(parts) == 1 else torch.cat(parts, 3)  # [B, Hkv, G, S], in units of log2
+    if softcap is not None:
+        logits = logits.tanh() * (softcap * LOG2_E)
     if log_mass is not None:
         logits = logits + (log_mass.to(acc) * LOG2_E).unsqueeze(2)
     if valid is not None:
@@ -66,7 +72,7 @@ def _attend(
     lse = (top + torch.log2(total)).squeeze(-1) * LN_2
     probs = weights / torch.where(total == 0, torch.ones_like(total), total)
     out = _weighted_values(probs, v, None if finite else valid, spans, scratch)
-    return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, num_heads), logits, probs
+    return out.reshape(batch, num_heads, -1).to(q.dtype), lse.reshape(batch, num_heads), logits, probs
 
 
 def _spans(k: Tensor, acc: torch.dtype) -> list[tuple[int, int]]:
@@ -77,8 +83,8 @@ def _spans(k: Tensor, acc: torch.dtype) -> list[tuple[int, int]]:
 
 
 def _converted(x: Tensor, acc: torch.dtype, scratch: Tensor | None) -> Tensor:
-    """x [B, Hkv, n, D] in acc dtype: in `scratch` [B, Hkv, >= n, D], or as autograd can follow it."""
-    return x.to(acc) if scratch is None else scratch[:, :, : x.shape[2]].copy_(x)
+    """x [B, Hkv, n, D] in acc dtype: in `scratch` [B, Hkv, >= n, >= D], or as autograd can follow it."""
+    return x.to(acc) if scratch is None else scratch[:, :, : x.shape[2], : x.shape[3]].copy_(x)
 
 
 def _weighted_values(

@@ -135,7 +135,8 @@ def _merge_splits_kernel(
 
 @torch.no_grad()
 def triton_decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None,
+    softcap: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_with_logits`, valid [B, Hkv, S]: -> (out [B, Hq, D], lse [B, Hq], logits [B, Hq, S])."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
@@ -180,7 +181,8 @@ def triton_decode_attention(
 
 
 def triton_decode_with_probabilities(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None, finite: bool
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None, finite: bool,
+    softcap: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_attention`, valid [B, Hkv, S]. Invalid slots are never read, finite or not."""
     out, lse, logits = triton_decode_attention(q, k, v, scale, valid=valid, log_mass=log_mass)

@@ -17,7 +17,8 @@ MIN_WINDOW_BLOCK, MAX_WINDOW_BLOCK = 128, 1024  # queries a block of the windowe
 
 
 def cpu_prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None, bias: Tensor | None = None,
+    softcap: None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `prefill_attention`, on the CPU; a window, if any, is shorter than the keys, and there is no bias with it."""
     if q.shape[2] == 0 or q.shape[0] == 0:
@@ -35,7 +36,7 @@ def cpu_prefill_attention(
 
 
 def cpu_cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None, softcap: None = None
 ) -> tuple[Tensor, Tensor]:
     """As `cross_attention`, on the CPU; Tq and Tk at least 1."""
     out, lse = _attend(q, k, v, scale, causal=False, bias=bias)

@@ -16,7 +16,7 @@ CudaFlash = partial(
 
 
 def cuda_prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: None, bias: None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: None, bias: None, softcap: None
 ) -> tuple[Tensor, Tensor]:
     """As `prefill_attention`."""
     out, lse = _flash(q, k[:, :, q_start:], v[:, :, q_start:], scale, causal=True)
@@ -26,7 +26,9 @@ def cuda_prefill_attention(
     return out, lse.contiguous()
 
 
-def cuda_cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: None) -> tuple[Tensor, Tensor]:
+def cuda_cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: None, softcap: None
+) -> tuple[Tensor, Tensor]:
     """As `cross_attention`."""
     out, lse = _flash(q, k, v, scale, causal=False)
     return out, lse.contiguous()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import acc_dtype
+from d2o_dist.kernels.common import acc_dtype, capped
 
 
 def naive_prefill_attention(
@@ -15,11 +15,12 @@ def naive_prefill_attention(
     q_start: int = 0,
     window: int | None = None,
     bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `prefill_attention`: q [B, Hq, Tq, D], k, v [B, Hkv, Tk, D] -> (out in q.dtype, lse [B, Hq, Tq])."""
     acc, group = acc_dtype(q.dtype), q.shape[1] // k.shape[1]
     keys, values = (x.to(acc).repeat_interleave(group, dim=1) for x in (k, v))
-    logits = q.to(acc) @ keys.mT * scale
+    logits = capped(q.to(acc) @ keys.mT * scale, softcap)
     query = torch.arange(q.shape[2], device=q.device)[:, None] + q_start
     key = torch.arange(k.shape[2], device=q.device)[None, :]
     hidden = key > query

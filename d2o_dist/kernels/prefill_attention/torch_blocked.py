@@ -3,30 +3,32 @@
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import acc_dtype, group_size
+from d2o_dist.kernels.common import acc_dtype, capped, group_size
 
 LOGIT_BYTES = 64 << 20  # one block of logits; a row of 16 queries is the least, so a very long T may take more
 MIN_BLOCK, MAX_BLOCK = 16, 1024
 
 
 def blocked_prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None, bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `prefill_attention`. No T x T tensor: [B, Hq, block, keys seen by the block] at a time."""
     if q.numel() == 0:
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=acc_dtype(q.dtype))
-    return _attend(q, k, v, scale, q_start, window, bias)
+        return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=acc_dtype(q.dtype))
+    return _attend(q, k, v, scale, q_start, window, bias, softcap)
 
 
 def blocked_cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `cross_attention`: blocks of queries over all keys."""
-    return _attend(q, k, v, scale, None, None, bias)
+    return _attend(q, k, v, scale, None, None, bias, softcap)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, q_start: int | None, window: int | None, bias: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, q_start: int | None, window: int | None, bias: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """q_start None: every query sees all keys."""
     batch, num_heads, num_queries, head_dim = q.shape
@@ -46,7 +48,7 @@ def _attend(
         end_key = k.shape[2] if q_start is None else q_start + stop
         first_key = 0 if window is None else max(0, q_start + start - window + 1)
         queries = q[:, :, start:stop].to(acc).mul(scale).reshape(batch, num_kv_heads, -1, head_dim)
-        logits = queries @ k[:, :, first_key:end_key].to(acc).mT  # [B, Hkv, G * rows, keys]
+        logits = capped(queries @ k[:, :, first_key:end_key].to(acc).mT, softcap)  # [B, Hkv, G * rows, keys]
         logits = logits.unflatten(2, (group, stop - start))
         if bias is not None:
             logits = logits + bias[:, :, None, None, first_key:end_key]

@@ -147,7 +147,8 @@ def _prefill_attention_kernel(
 
 @torch.no_grad()
 def triton_prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, window: int | None, bias: Tensor | None = None,
+    softcap: None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `prefill_attention`: float32, bfloat16 or float16; D <= 256. No gradient."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
@@ -176,7 +177,7 @@ def triton_prefill_attention(
 
 
 def triton_cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None, softcap: None = None
 ) -> tuple[Tensor, Tensor]:
     """As `cross_attention`: as if all queries came after all keys."""
     return triton_prefill_attention(q, k, v, scale, q_start=k.shape[2] - 1, window=None, bias=bias)

@@ -16,6 +16,8 @@ def naive_scored_decode(
     valid: Tensor,
     newest: Tensor,
     log_mass: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scores: Tensor | None = None,
     peaks: bool = False,
     rates: Tensor | None = None,
@@ -23,7 +25,10 @@ def naive_scored_decode(
     present: Tensor | None = None,
 ) -> Tensor:
     """As `scored_decode`."""
-    out, lse, logits = naive_decode_with_logits(q, k, v, scale, valid=valid, log_mass=log_mass)
+    out, lse, logits = naive_decode_with_logits(q, k, v, scale, valid=valid, log_mass=log_mass, softcap=softcap)
+    if sinks is not None:
+        out = (out.to(lse.dtype) * torch.sigmoid(lse - sinks)[..., None]).to(q.dtype)
+        lse = torch.log(lse.exp() + sinks.to(lse.dtype).exp())
     if scores is not None or rates is not None:
         before = None if scores is None else scores.clone()
         naive_update_scores(logits, lse, scores, rates, newest=newest, rate_window=rate_window, present=present)

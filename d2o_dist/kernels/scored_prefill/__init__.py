@@ -13,13 +13,13 @@ __all__ = ["naive_scored_prefill_attention", "scored_prefill_attention"]
 
 
 def scored_prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int = 0
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int = 0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, Hq, Tq, D] in the dtype of q, lse [B, Hq, Tq] and column sums [B, Hq, Tk] in acc dtype.
 
-    q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D] with Tk = q_start + Tq; query i sees keys j <= q_start + i. On a CPU one
-    fused pass; elsewhere `prefill_attention`, then `column_sums`. Working memory is bounded by a block of 128 rows
-    a thread (or 16 MiB) of Tk logits. Not differentiable.
+    q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D] with Tk = q_start + Tq; query i sees keys j <= q_start + i; softcap bounds
+    the scaled products. On a CPU one fused pass, but with a softcap; elsewhere `prefill_attention`, then `column_sums`.
+    Working memory is bounded by a block of 128 rows a thread (or 16 MiB) of Tk logits. Not differentiable.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -27,12 +27,15 @@ def scored_prefill_attention(
     check_queries_keys(q, k, v)
     if k.shape[2] != q_start + q.shape[2]:
         raise ValueError(f"k has {k.shape[2]} keys, but q_start ({q_start}) + Tq ({q.shape[2]}) is another number")
-    return _OP.pick(q)(q, k, v, scale, q_start=q_start)
+    return _OP.pick(q, softcap=softcap is not None)(q, k, v, scale, q_start=q_start, softcap=softcap)
 
 
-def two_passes(q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = prefill_attention(q, k, v, scale, q_start=q_start)
-    return out, lse, column_sums(q, k, lse, scale, q_start=q_start)
+def two_passes(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = prefill_attention(q, k, v, scale, q_start=q_start, softcap=softcap)
+    return out, lse, column_sums(q, k, lse, scale, q_start=q_start, softcap=softcap)
 
 
-_OP = Op("scored_prefill", Torch(cpu_scored_prefill, devices=("cpu",), empty=False), Torch(two_passes))
+_OP = Op("scored_prefill", Torch(cpu_scored_prefill, devices=("cpu",), empty=False, without={"softcap"}),
+         Torch(two_passes))  # fmt: skip

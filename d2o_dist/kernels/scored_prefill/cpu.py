@@ -35,13 +35,15 @@ def block_queries(group: int, num_keys: int, head_dim: int) -> int:
 
 
 @torch.no_grad()
-def cpu_scored_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int) -> tuple[Tensor, Tensor, Tensor]:
+def cpu_scored_prefill(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start: int, softcap: None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `scored_prefill_attention`; Tq >= 1."""
     batch, num_heads, num_queries, dim = q.shape
     num_kv_heads, num_keys = k.shape[1], k.shape[2]
     group, dtype = group_size(num_heads, num_kv_heads), acc_dtype(q.dtype)
     # The layout that a model's output projection reads without a copy.
-    out = q.new_empty(batch, num_queries, num_heads, dim).transpose(1, 2)
+    out = q.new_empty(batch, num_queries, num_heads, v.shape[3]).transpose(1, 2)
     lse = torch.empty(batch, num_heads, num_queries, dtype=dtype)
     sums = torch.zeros(batch, num_heads, num_keys, dtype=dtype)
     # One KV head a thread: a batched matmul over heads runs without a barrier inside.
@@ -86,7 +88,7 @@ def cpu_scored_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, *, q_start
                     weight.view(-1, 1, count), probs.view(-1, count, seen)
                 ).squeeze(1)
                 result *= weight.unsqueeze(-1)
-                out[row, of_kv, part] = result.view(-1, count, dim).to(q.dtype)
+                out[row, of_kv, part] = result.view(-1, count, v.shape[3]).to(q.dtype)
                 lse[row, of_kv, part] = ((bound + total.log2()) * LN_2).view(-1, count)
     return out, lse, sums
 

@@ -13,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from d2o_dist.core.softmax import Softmax
+from d2o_dist.models.hf.dense import dense_attention
 from d2o_dist.models.hf.guards import ATTENTION_NAME, check_arguments
 from d2o_dist.models.hf.masks import LazyMask, make_mask
 from d2o_dist.models.hf.packed import by_document, document_lengths, lengths_of
@@ -21,6 +23,8 @@ from d2o_dist.models.hf.packed import by_document, document_lengths, lengths_of
 CACHE_TAG = "d2o_cache"
 # What sdpa computes with, besides queries, keys, values, mask, dropout and scale.
 _OF_SDPA = ("is_causal", "position_bias")
+# What changes the softmax: bounds of logits, learned sinks.
+_OF_SOFTMAX = ("softcap", "s_aux")
 # What sdpa leaves alone, rightly: its mask says it.
 _IN_THE_MASK = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -40,8 +44,8 @@ def d2o_attention(
     """The attention function that transformers calls: query [B, Hq, n, D] -> (output [B, n, Hq, D], None).
 
     Raises:
-        ValueError: arguments that neither `sdpa` nor a cache can honour, such as soft-capped logits or learned sinks.
-            With a cache also: gradients, dropout, and attention that is not causal.
+        ValueError: arguments that would be dropped. With a cache also: gradients, dropout, and attention that is not
+            causal.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -50,23 +54,37 @@ def d2o_attention(
         )
     cache = getattr(key, CACHE_TAG, None)
     if cache is None:
-        check_arguments(kwargs, (*_OF_SDPA, *_IN_THE_MASK), "d2o attention")
+        check_arguments(kwargs, (*_OF_SDPA, *_IN_THE_MASK, *_OF_SOFTMAX), "d2o attention")
         return exact_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs), None
     cache.check_pending(key)
-    check_arguments(kwargs, ("is_causal",), "a D2OCache")
+    check_arguments(kwargs, ("is_causal", *_OF_SOFTMAX), "a D2OCache")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         raise ValueError("a D2OCache does not carry gradients: run the model under torch.no_grad()")
     if dropout:
         raise ValueError(f"attention dropout ({dropout}) cannot be used with a compressed cache: call model.eval()")
     padding = padding_of(attention_mask, cache.pending_window)
     check_causal(module, kwargs, "a D2OCache attends causally")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softmax = softmax_of(query, scaling, kwargs, cache.ranks.tp.rank)
     if torch.is_autocast_enabled(query.device.type):
         # Positions are added in float32 there, so that queries and keys are no longer what values are.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    out = cache.attend(module, query, key, value, scale, padding, kwargs.get("position_ids"))
-    return out.transpose(1, 2).contiguous(), None  # some models make a view of it
+    out = cache.attend(module, query, key, value, softmax, padding, kwargs.get("position_ids"))
+    # Some models take a view of it.
+    return out.transpose(1, 2).contiguous(), None
+
+
+def softmax_of(query: Tensor, scaling: float | None, kwargs: dict[str, Any], rank: int = 0) -> Softmax:
+    """The softmax that a model's arguments ask for, of the heads of query [B, Hq, n, D].
+
+    Args:
+        rank: of this process among the tensor ranks, for engines that leave sinks whole where they cut heads.
+    """
+    sinks, heads = kwargs.get("s_aux"), query.shape[1]
+    if sinks is not None:
+        sinks = sinks.reshape(1, -1)
+        sinks = sinks if sinks.shape[1] == heads else sinks.narrow(1, rank * heads, heads)
+    return Softmax(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), sinks)
 
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -123,6 +141,7 @@ def exact_attention(
         ValueError: a 2D mask, which no mask function of transformers makes for this attention; a causal mask for a
             module that is not.
     """
+    softmax = softmax_of(query, scaling, kwargs)
     documents = window = None
     if isinstance(mask, LazyMask):
         if not mask.may_be_changed and mask.pattern is not None and mask.pattern.documents is not None:
@@ -136,20 +155,26 @@ def exact_attention(
             documents = [[key.shape[2]]] * query.shape[0]
     if documents is None or kwargs.get("position_bias") is not None:
         if isinstance(mask, LazyMask):
-            mask = mask.of("sdpa")
+            mask = mask.of("sdpa" if softmax.is_plain else "eager")
             # Some models say so themselves where there is a mask: without one they would not.
             if mask is None and query.shape[2] > 1:
                 check_causal(module, kwargs, "the model's mask is causal")
+        if not softmax.is_plain:
+            if kwargs.get("position_bias") is not None:
+                raise ValueError("d2o attention does not support position_bias beside softcap or s_aux")
+            if mask is None and query.shape[2] > 1 and is_causal(module, kwargs):
+                mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            return dense_attention(query, key, value, mask, softmax, dropout).transpose(1, 2).contiguous()
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(q, k, v, scaling, dropout, window)
+        return causal_attention(q, k, v, softmax, dropout, window)
 
-    return by_document(attend, query, key, value, documents).transpose(1, 2)
+    return by_document(attend, query, key, value, documents).transpose(1, 2).contiguous()
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, dropout: float, window: int | None
 ) -> Tensor:
     """Exact causal attention of n queries to their n keys: [B, Hq, n, D].
 
@@ -157,12 +182,15 @@ def causal_attention(
         window: keys a query sees, itself included, or None.
     """
     length, mask = query.shape[2], None
-    if window is not None and window < length:
+    if not softmax.is_plain or (window is not None and window < length):
         place = torch.arange(length, device=query.device)
-        mask = (place <= place[:, None]) & (place > place[:, None] - window)
+        mask = (place <= place[:, None]) & (place > place[:, None] - (window or length))
+    if not softmax.is_plain:
+        return dense_attention(query, key, value, mask, softmax, dropout)
     return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=True
-    )
+        query, key, value,
+        attn_mask=mask, is_causal=mask is None, scale=softmax.scale, dropout_p=dropout, enable_gqa=True,
+    )  # fmt: skip
 
 
 def register() -> None:

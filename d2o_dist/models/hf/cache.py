@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.models.cache import ModelCache
 from d2o_dist.models.hf.attention import CACHE_TAG
 from d2o_dist.models.hf.copies import CopiedCache
@@ -173,7 +174,7 @@ class D2OCache(CopiedCache, Cache):
             )
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, mask: Tensor | None,
         positions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Called by d2o attention: store the announced keys and values, and attend: [B, Hq, n, D].
@@ -187,7 +188,7 @@ class D2OCache(CopiedCache, Cache):
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
-        return self.attend_layer(layer, query, key, value, scale, mask, positions)
+        return self.attend_layer(layer, query, key, value, softmax, mask, positions)
 
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded, not run, and broken off."""

@@ -16,12 +16,10 @@ _BY_FIELD = {
     "cross_attention_layers": "cross attention",
     "index_topk": "sparse attention",
     "kv_lora_rank": "latent attention",
-    "attn_logit_softcapping": "soft-capped attention",
     "num_kv_shared_layers": "layers that share keys and values",
 }
 # What configurations do not tell, by their type.
 _BY_TYPE = {
-    **dict.fromkeys(("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "learned attention sinks"),
     "bigbird_pegasus": "causal masks in modules that say they are not causal",
     "diffllama": "differential attention",
     "doge": "a mask for each head",

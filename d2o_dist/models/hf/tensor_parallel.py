@@ -76,12 +76,20 @@ def repeat_kv_heads(model: nn.Module, replicas: int) -> None:
 
     Weights and biases of all `k_proj` and `v_proj`; norms per head (Qwen3) are shared by all heads as they are. The
     configuration is changed too: `num_key_value_heads` counts the copies.
+
+    Raises:
+        ValueError: a layer with another number of KV heads.
     """
     config = text_config(model.config)
     old = num_kv_heads(config)
     for module in model.modules():
         if not all(isinstance(getattr(module, name, None), nn.Linear) for name in _HEAD_PROJECTIONS):
             continue
+        own = config.num_attention_heads // getattr(module, "num_key_value_groups", config.num_attention_heads // old)
+        if own != old:
+            raise ValueError(
+                f"num_key_value_heads ({old}) are fewer than tensor ranks, and a layer has {own} KV heads: use sp"
+            )
         for projection in (module.k_proj, module.v_proj):
             for name, parameter in list(projection.named_parameters(recurse=False)):
                 heads = parameter.data.unflatten(0, (old, -1)).repeat_interleave(replicas, 0).flatten(0, 1)

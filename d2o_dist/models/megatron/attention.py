@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.models.cache import ModelCache
 
 
@@ -44,7 +45,7 @@ class _OverCache:
         super().__init__(config, layer_number, attn_mask_type, *args, softmax_scale=softmax_scale, **kwargs)
         self.layer = layer_number - 1
         self.is_causal = attn_mask_type == AttnMaskType.causal
-        self._scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        self._softmax = Softmax(config.kv_channels**-0.5 if softmax_scale is None else softmax_scale)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """query [n, B, Hq, D], key and value [n, B, Hkv, D] -> [n, B, Hq x D]."""
@@ -52,7 +53,7 @@ class _OverCache:
             return super().forward(query, key, value, *args, **kwargs)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         cache, mask, positions = self.running
-        return cache.attend_layer(self.layer, q, k, v, self._scale, mask, positions).permute(2, 0, 1, 3).flatten(2)
+        return cache.attend_layer(self.layer, q, k, v, self._softmax, mask, positions).permute(2, 0, 1, 3).flatten(2)
 
 
 class LocalCoreAttention(_OverCache, DotProductAttention):
