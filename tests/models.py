@@ -54,9 +54,7 @@ FAMILIES = {
     "llama_mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "mistral_sliding": (
-        MiMoV2FlashConfig,
-    MiMoV2FlashForCausalLM,
-    MinistralConfig,
+        MinistralConfig,
         MinistralForCausalLM,
         {"head_dim": 16, "sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"] * 2},
     ),
@@ -65,11 +63,7 @@ FAMILIES = {
     "phi3": (Phi3Config, Phi3ForCausalLM, {}),
     "gemma3": (
         Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
-        Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
+        Gemma3ForCausalLM,
         {"head_dim": 16, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
 }
