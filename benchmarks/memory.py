@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from d2o_dist.cache.sequence import CompressedCache
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.policy.config import D2OConfig
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3-8B
@@ -30,7 +31,7 @@ def run_layer(length: int) -> float:
     shapes = [(1, count, length, HEAD_DIM) for count in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
     cache = CompressedCache(D2OConfig(keep_ratio=0.2, budget={"min_layer_tokens": 32}), [None])
-    cache.attend(0, q, k, v, HEAD_DIM**-0.5, None)
+    cache.attend(0, q, k, v, Softmax(HEAD_DIM**-0.5), None)
     total = cache.layers[0].slots.scores.double().sum().item()
     cache.finalize()
     assert length < 100 or cache.layers[0].kv_len == [length // 5]

@@ -9,6 +9,7 @@ from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.comm import ParallelMesh, TrafficCounter, build_mesh
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.core.softmax import Softmax
 from tests.ranks import run_ranks
 from tests.spec import spec
 
@@ -44,7 +45,7 @@ def run(preset: str, shape, rank: int, world: int, ranks: RequestRanks | None, r
         for layer in range(LAYERS):
             length = 61 if step == 0 else 1
             q, k, v = heads(num_heads, length), heads(num_kv_heads, length), heads(num_kv_heads, length)
-            outs.append(cache.attend(layer, q * (1 + layer), k + 0.5, v, 0.35, mask if step == 0 else None)[:, :, -1])
+            outs.append(cache.attend(layer, q * (1 + layer), k + 0.5, v, Softmax(0.35), mask if step == 0 else None)[:, :, -1])
     slots = [layer.slots for layer in cache.layers]
     return {
         "positions": [one.positions for one in slots],
