@@ -98,7 +98,7 @@ class InferRunner:
         Raises:
             BatchError: only where several ranks hold a request.
         """
-        room = Room(self._max_rows, self.config.max_batch_tokens, self.config.d2o, self.model.shape.border)
+        room = Room(self._max_rows, self.config.max_batch_tokens, self.model.shape.border)
         self._scheduler = Scheduler(
             waiting, self.read, room, alone=self._cut_off, on_failure=self._check_failure, on_step=on_step,
             log=self._log,
