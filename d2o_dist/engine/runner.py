@@ -212,6 +212,7 @@ def run(
 
 def _waiting(plan: InferPlan, finished: Collection[int], alone: Collection[int]) -> list[Request]:
     """The requests to run, in the order in which they are admitted. Rows that may end the job come last."""
-    left = [request for request in longest_first(plan.requests) if request.index not in finished]
-    return sorted(left, key=lambda request: request.index in alone)
+    out = {*finished, *alone}
+    left = [request for request in longest_first(plan.requests) if request.index not in out]
+    return [*left, *(request for request in plan.requests if request.index in alone)]
 
