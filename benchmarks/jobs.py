@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for preset in args.presets.split(","):
         d2o = D2OConfig.preset(preset, **({} if preset == "full" else {"keep_ratio": args.keep_ratio}))
-        room = Room(args.max_batch_size, args.max_batch_tokens, d2o)
+        room = Room(args.max_batch_size, args.max_batch_tokens)
 
         def read(group: Sequence[Request], steady: bool = False, d2o: D2OConfig = d2o) -> Running:
             session = Session(model, d2o, steady=steady)

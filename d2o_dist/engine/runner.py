@@ -98,7 +98,7 @@ class InferRunner:
         Raises:
             BatchError: only where several ranks hold a request.
         """
-        room = Room(self._max_rows, self.config.max_batch_tokens, self.config.d2o, self.model.shape.border)
+        room = Room(self._max_rows, self.config.max_batch_tokens, self.model.shape.border)
         self._scheduler = Scheduler(
             waiting, self.read, room, alone=self._cut_off, on_failure=self._check_failure, on_step=on_step,
             log=self._log,
@@ -212,6 +212,7 @@ def run(
 
 def _waiting(plan: InferPlan, finished: Collection[int], alone: Collection[int]) -> list[Request]:
     """The requests to run, in the order in which they are admitted. Rows that may end the job come last."""
-    left = [request for request in longest_first(plan.requests) if request.index not in finished]
-    return sorted(left, key=lambda request: request.index in alone)
+    out = {*finished, *alone}
+    left = [request for request in longest_first(plan.requests) if request.index not in out]
+    return [*left, *(request for request in plan.requests if request.index in alone)]
 

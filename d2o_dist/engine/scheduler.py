@@ -16,7 +16,6 @@ import torch
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import Generated, Row, Running
 from d2o_dist.evict.budgets import NotFiniteError
-from d2o_dist.policy.config import D2OConfig
 
 Ended = tuple[Request, Generated]
 
@@ -25,40 +24,42 @@ Ended = tuple[Request, Generated]
 FREE_STEPS = 1
 
 
+# By layer, or by head of each layer, the slots that there are for a row.
+Kept = list[float]
+
+
 @dataclass(frozen=True)
 class Room:
     """How much runs at once.
 
-    Tokens are counted as they take memory, rows that decode each as the widest of them. A prompt that is read counts
-    with all its tokens, and a row that decodes with what it keeps at most, new tokens included. The limit holds for
-    both together while a prompt is read beside rows that decode, and for what all of them keep afterwards.
+    Tokens are counted as they take memory: a prompt that is read with all of them, a row that decodes with the slots
+    that it keeps at most, which are known when it was read, in each layer as the widest of the rows. The limit holds
+    for both together while a prompt is read, and for what all rows keep that decode together.
 
     Attributes:
         rows, tokens: at most.
         border: rows of up to so many tokens and longer ones do not run together; None: all may.
-        d2o: says what a row keeps.
     """
 
     rows: int
     tokens: int
-    d2o: D2OConfig
     border: int | None = None
 
-    def fits(self, running: Sequence[Request], new: Request) -> bool:
-        """Whether a prompt can be read beside rows that run. Where there are none it always can: a row beyond the limit
-        runs alone."""
-        if not running:
+    def reads(self, kept: Sequence[Kept], beside: Sequence[Request], new: Request) -> bool:
+        """Whether a prompt can be read beside rows that keep so much. Where there are none it always can."""
+        if not beside:
             return True
-        everyone = [*running, new]
-        if len(everyone) > self.rows:
-            return False
-        if self.border is not None and len({len(each.input_ids) > self.border for each in everyone}) > 1:
-            return False
-        kept = max(map(self._kept, running))
-        return max(len(running) * kept + len(new.input_ids), len(everyone) * max(kept, self._kept(new))) <= self.tokens
+        sides = {self.border is not None and len(each.input_ids) > self.border for each in (*beside, new)}
+        return len(beside) < self.rows and len(sides) == 1 and _size(kept) + len(new.input_ids) <= self.tokens
 
-    def _kept(self, request: Request) -> int:
-        return self.d2o.most_kept(len(request.input_ids), request.max_new_tokens)
+    def holds(self, kept: Sequence[Kept]) -> bool:
+        """Whether rows can decode together. One always can: a row beyond the limit runs alone."""
+        return len(kept) <= 1 or _size(kept) <= self.tokens
+
+
+def _size(kept: Sequence[Kept]) -> float:
+    """Tokens of rows that lie side by side, in a layer in the mean."""
+    return len(kept) * sum(map(max, zip(*kept, strict=True))) / max(1, len(kept[0])) if kept else 0
 
 
 def longest_first(requests: Iterable[Request]) -> list[Request]:
@@ -101,6 +102,9 @@ class Scheduler:
         self._waiting, self._read, self._room, self._alone = waiting, read, room, alone
         self._on_failure, self._on_step, self._log = on_failure, on_step, log
         self._next: Request | None = None
+        # Prompts that were read, and wait for room to join; what each request keeps that was read.
+        self._arrived: list[Running] = []
+        self._kept: dict[int, Kept] = {}
         # Requests to try again, alone.
         self._again: list[Request] = []
         # Whether nobody joins those that run.
@@ -111,7 +115,7 @@ class Scheduler:
 
     def run(self) -> Iterator[list[Ended]]:
         """What has ended, as it ends; until all have, or a rank wants to end the run."""
-        while not self._stopped and (self._going or self._again or self._peek() is not None):
+        while not self._stopped and (self._everyone or self._again or self._peek() is not None):
             self._advance()
             self._on_step()
             ended, self._ended = self._ended, []
@@ -122,6 +126,10 @@ class Scheduler:
     def _going(self) -> list[Request]:
         return [] if self.running is None else [row.request for row in self.running.going]
 
+    @property
+    def _everyone(self) -> list[Request]:
+        return [*self._going, *(row.request for read in self._arrived for row in read.going)]
+
     def _peek(self) -> Request | None:
         if self._next is None:
             self._next = next(self._waiting, None)
@@ -129,33 +137,45 @@ class Scheduler:
 
     def _advance(self) -> None:
         """Read what is admitted, and decode a step."""
-        going = self._going
-        admitted = self._admit(going)
-        if admitted and not going:
-            self.running = None  # its memory goes before more is taken
-        arrived: list[Running] = []
-        for request in admitted:
-            beside = [*going, *(row.request for read in arrived for row in read.going)]
-            read = self._try([request], beside, self._read, [request])
-            if read is not None and self._note(read, read.rows) and read.going:
-                arrived.append(read)
-        if self._stopped:
-            return
-        if arrived:
-            stake = [*going, *(row.request for read in arrived for row in read.going)]
-            self._try(stake, stake, self._join, arrived)
+        self._join_arrived()
+        opens = self._opens()
+        # What waits for room is the next to join.
+        while opens and not self._waits and (request := self._admit()) is not None:
+            read = self._try([request], self._everyone, self._read, [request])
+            if read is None:
+                continue
+            if not self._note(read, read.rows):
+                return
+            if read.going:
+                self._kept[request.index] = read.session.most_kept(0, len(request.input_ids) + request.max_new_tokens)
+                self._arrived.append(read)
+        self._join_arrived()
         if going := self._going:
             ended = self._try(going, going, self.running.step)
             if ended is not None:
                 self._note(self.running, ended)
 
+    @property
+    def _waits(self) -> bool:
+        """Whether there is no room for all that were read."""
+        return bool(self._arrived) and not self._room.holds([self._kept[each.index] for each in self._everyone])
+
+    def _join_arrived(self) -> None:
+        """Let those join that there is room for."""
+        going, arrived = self._going, self._arrived
+        if not arrived:
+            return
+        count = len(arrived) - self._waits  # only the last one may wait
+        self._arrived, joining = arrived[count:], arrived[:count]
+        if joining:
+            stake = [*going, *(row.request for read in joining for row in read.going)]
+            self._try(stake, stake, self._join, joining)
+
     def _join(self, arrived: list[Running]) -> None:
-        if self._going:
+        if not self._going:
+            self.running = arrived.pop(0)
+        if arrived:
             self.running.join(*arrived)
-        else:
-            self.running = arrived[0]
-            if len(arrived) > 1:
-                self.running.join(*arrived[1:])
         self.rank_bytes = max(self.rank_bytes, self.running.session.rank_bytes)
 
     def _note(self, running: Running, rows: Iterable[Row]) -> bool:
@@ -164,30 +184,37 @@ class Scheduler:
         self._stopped = self._stopped or running.stopped
         return not self._stopped
 
-    def _admit(self, going: Sequence[Request]) -> list[Request]:
-        """The prompts to read now."""
+    def _opens(self) -> bool:
+        """Whether prompts may be read now, if there is room for them."""
+        going = self._everyone
+        if not self._going:
+            self.running = None  # its memory goes before more is taken
         if not going:
             self._closed = False
         if self._closed or (self._again and going):
-            return []
-        if self._again:
-            self._closed = True
-            return [self._again.pop(0)]
+            return False
         self._num_free += self._room.rows - len(going)
-        if self._num_free < FREE_STEPS * len(going):
-            return []
-        admitted: list[Request] = []
-        while not self._closed and (new := self._peek()) is not None:
-            alone = new.index in self._alone
-            beside = [*going, *admitted]
-            if (alone and beside) or not self._room.fits(beside, new):
-                break
-            self._closed = alone
-            admitted.append(new)
-            self._next = None
-        if admitted:
-            self._num_free = 0
-        return admitted
+        return self._num_free >= FREE_STEPS * len(going)
+
+    def _admit(self) -> Request | None:
+        """The next prompt to read."""
+        beside = self._everyone
+        if self._again:
+            if beside:
+                return None
+            self._closed = True
+            return self._again.pop(0)
+        new = None if self._closed else self._peek()
+        if new is None or (alone := new.index in self._alone) and beside:
+            return None
+        if not self._room.reads([self._kept[each.index] for each in beside], beside, new):
+            return None
+        if self.running is not None:
+            held = [*beside, *(row.request for row in self.running.rows if row.result.has_ended)]
+            if not self._room.reads([self._kept[each.index] for each in held], beside, new):
+                self.running.drop_ended()
+        self._closed, self._next, self._num_free = alone, None, 0
+        return new
 
     def _try(self, stake: Sequence[Request], beside: Sequence[Request], call: Callable[..., Any], *args: Any) -> Any:
         """What a call gives; None if it failed.

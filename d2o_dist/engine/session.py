@@ -166,6 +166,18 @@ class Session:
                 full_bytes += min(seen, window - 1) * token_bytes
         return RowUsage(held_tokens / seen_tokens if seen_tokens else 1.0, held_bytes, full_bytes)
 
+    def most_kept(self, row: int, num_tokens: int) -> list[float]:
+        """Slots that each compressed layer has for a row while it decodes; of each head, if heads have budgets.
+
+        Args:
+            num_tokens: of its prompt and of its answer, at most: what a layer holds that is never evicted.
+        """
+        compressed = self.cache.compressed
+        interval = compressed.config.eviction_interval
+        layers = [compressed.layers[index] for index in compressed.full_layers]
+        budgets = [one.slot_budgets for layer in layers for one in layer.budgeted]
+        return [num_tokens if slots is None or interval is None else slots[row] + interval for slots in budgets]
+
     def layers_not_finite(self) -> list[int | None]:
         """By row, the first layer whose keys or values are not finite; None where all are. Every rank of the request
         calls it. It waits for the device: for rows that have failed."""

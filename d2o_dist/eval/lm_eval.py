@@ -176,7 +176,7 @@ class D2OLM(TemplateLM):
             ids = (self.tok_encode(context) or [self.prefix_token_id])[max_new - self.max_length :]
             jobs.append((_sampling(arguments), Request(place, place, tuple(ids), max_new, until)))
         answers = [""] * len(jobs)
-        room = Room(self._batch_size, self._max_batch_tokens, self.d2o, self.model.shape.border)
+        room = Room(self._batch_size, self._max_batch_tokens, self.model.shape.border)
         with self._progress(len(jobs), disable_tqdm) as bar:
             for sampling in dict.fromkeys(each for each, _ in jobs):
                 own = [request for each, request in jobs if each == sampling]
@@ -194,8 +194,8 @@ class D2OLM(TemplateLM):
 
     def _read(self, sampling: SamplingConfig, requests: Sequence[Request]) -> Running:
         return Running(
-            Session(self.model, self.d2o), requests, sampling, self.tokenizer, eos_ids=self._eos_ids,
-            pad_id=self._pad_id, chunk=self._chunk,
+            Session(self.model, self.d2o, steady=self._batch_size > 1), requests, sampling, self.tokenizer,
+            eos_ids=self._eos_ids, pad_id=self._pad_id, chunk=self._chunk,
         )  # fmt: skip
 
     def _loglikelihood_tokens(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,21 +140,6 @@ class D2OConfig:
     def size(self) -> Size:
         """How much is kept."""
         return Size(self.keep_ratio, self.keep_tokens)
-
-    def most_kept(self, num_prompt: int, num_new: int) -> int:
-        """Slots that a row holds in a compressed layer while it decodes, at most, in the mean over the layers.
-
-        Args:
-            num_prompt: tokens of its prompt; num_new: that follow at most.
-        """
-        rule, everything = self.budget, num_prompt + num_new
-        if self.keeps_everything or (rule.protected_layers and not rule.exact_total):
-            return everything
-        total = self.keep_tokens or math.ceil(self.keep_ratio * num_prompt)
-        # What layers get that are below the minimum comes on top of the total.
-        minimum = max(rule.min_layer_tokens, math.ceil(rule.min_layer_ratio * num_prompt))
-        grows = num_new if rule.protected_layers or self.eviction_interval is None else self.eviction_interval
-        return min(everything, total + minimum + grows)
 
     def needs(self, statistic: str) -> bool:
         """Whether a rule reads a statistic of attention; if not, it is never measured."""

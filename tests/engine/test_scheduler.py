@@ -26,9 +26,18 @@ REQUESTS = [
 ]
 
 
+def allocated(session) -> float:
+    """Slots of all rows that there is room for, or that are held where rooms grow, in a layer in the mean."""
+    cache = session.cache.compressed
+    blocks = [(layer.blocks, block.store) for layer in map(cache.layers.__getitem__, cache.full_layers)
+              for block in layer.blocks]  # fmt: skip
+    sizes = [(store.capacity if store.in_arena else max(store.kv_len)) / len(of_layer) for of_layer, store in blocks]
+    return sum(sizes) * len(cache.num_seen) / len(cache.full_layers)
+
+
 class Watch:
     """Runs requests, and notes what happens: ("read", indices) and ("step", indices of the rows that go on); in `sizes`
-    for each step the slots of its rows in a layer, in the mean, each row as the fullest.
+    for steps of which no row has ended the slots that there are for them.
 
     Args:
         before: called before each reading or step with its note.
@@ -38,11 +47,12 @@ class Watch:
         self.model, self.d2o, self.sampling = model, d2o, sampling or SamplingConfig()
         self.notes: list[tuple[str, list[int]]] = []
         self.beside: list[list[int]] = []  # rows that went on, of each reading
+        self.held: list[float] = []  # slots of the rows that were read before each reading, and have not ended
         self.sizes: list[float] = []
         self.log: list[str] = []
         self.spoilt: tuple[int, int] | None = None
         self._before = before
-        room = Room(rows, most_tokens, d2o, **options)
+        room = Room(rows, most_tokens, **options)
         self.scheduler = Scheduler(iter(longest_first(REQUESTS)), self._read, room, log=self.log.append)
 
     def _note(self, what, requests):
@@ -52,6 +62,8 @@ class Watch:
     def _read(self, group):
         going = [] if self.scheduler.running is None else self.scheduler.running.going
         self.beside.append([row.request.index for row in going])
+        read = [*([self.scheduler.running] if going else []), *self.scheduler._arrived]
+        self.held.append(sum(allocated(each.session) for each in read))
         self._note("read", group)
         watch = self
 
@@ -66,11 +78,9 @@ class Watch:
 
             def step(self):
                 watch._note("step", [row.request for row in self.going])
-                ended = super().step()
-                compressed = self.session.cache.compressed
-                held = zip(*(compressed.layers[index].mean_kv_len for index in compressed.full_layers), strict=True)
-                watch.sizes.append(max((sum(row) / len(row) for row in held), default=0) * len(self.rows))
-                return ended
+                if len(self.going) == len(self.rows):
+                    watch.sizes.append(allocated(self.session))
+                return super().step()
 
         return Watched(Session(self.model, self.d2o), group, self.sampling, Numbers())
 
@@ -138,7 +148,7 @@ def test_logits_are_those_of_the_row_alone_to_the_last_bit(family, preset, dtype
 
     for rows in (1, 3, 8):
         seen.append({})
-        scheduler = Scheduler(iter(longest_first(REQUESTS)), read, Room(rows, 10**6, PRESETS[preset]))
+        scheduler = Scheduler(iter(longest_first(REQUESTS)), read, Room(rows, 10**6))
         assert all(result.error is None for some in scheduler.run() for _, result in some)
     for row, alone in seen[0].items():
         assert len(alone) == LIMITS[row]
@@ -169,16 +179,14 @@ def test_rows_run_as_soon_as_there_is_a_place():
 
 @pytest.mark.parametrize("preset", ["d2o", "full", "reread"])
 def test_the_limit_of_tokens_holds(preset):
-    """For what is held, and for prompts that are read beside it."""
+    """For what is held, as memory is allocated, and for prompts that are read beside it."""
     limit, d2o = 100, PRESETS[preset]
     watch = Watch(tiny_model(num_hidden_layers=2), d2o, rows=8, most_tokens=limit)
     watch.check(watch.run())
     assert max(watch.sizes) <= limit
-    kept = [d2o.most_kept(length, new) for length, new in zip(LENGTHS, LIMITS, strict=True)]
     readings = [group for kind, group in watch.notes if kind == "read"]
-    for group, going in zip(readings, watch.beside, strict=True):
-        read = len(group) * max(LENGTHS[index] for index in group)
-        assert read + len(going) * max((kept[index] for index in going), default=0) <= limit
+    for (row,), going, held in zip(readings, watch.beside, watch.held, strict=True):
+        assert not going or LENGTHS[row] + held <= limit
     assert watch.joined >= 1
 
 
@@ -216,7 +224,9 @@ def test_no_row_keeps_more_than_is_counted(config):
         while running.going:
             running.step()
             held = [layer.mean_kv_len[0] for layer in session.cache.compressed.layers]
-            assert sum(held) / len(held) <= config.most_kept(len(each.input_ids), each.max_new_tokens)
+            kept = session.most_kept(0, len(each.input_ids) + each.max_new_tokens)
+            heads = len(kept) // len(held)
+            assert all(one <= sum(kept[n * heads :][:heads]) / heads for n, one in enumerate(held))
 
 
 def failing(*bad, at="read", error=MemoryError):
