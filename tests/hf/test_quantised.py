@@ -66,7 +66,10 @@ MAKE = {
     "torchao": torchao,
     "bitsandbytes": lambda folder: saved_by_transformers(folder, BitsAndBytesConfig(load_in_8bit=True)),
     "bitsandbytes 4": lambda folder: saved_by_transformers(
-        folder, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        folder, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    ),
+    "bitsandbytes 4 nested": lambda folder: saved_by_transformers(
+        folder, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     ),
     "compressed_tensors": lambda folder: rewritten(folder, COMPRESSED, to_int8),
     "fp8": lambda folder: rewritten(folder, FP8, to_fp8),
@@ -82,16 +85,18 @@ def test_it_loads_and_runs(kind, tmp_path):
     MAKE[kind](folder)
     config = InferConfig(model=str(folder), device="cpu")
     assert describe(config).num_heads == 4
-    model, ids = load_model(config).model, tokens(2, 40)
+    (model, other), ids = (load_model(config).model for _ in range(2)), tokens(2, 40)
     cache = D2OCache(config=model.config, d2o=spec(keep_ratio=0.4, min_layer_tokens=1))
     whole = D2OCache(config=model.config, d2o=D2OConfig.preset("full"))
     with torch.no_grad():
         found = model(ids, past_key_values=whole).logits
         model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=20)
+        if kind == "compressed_tensors":
+            other(ids, use_cache=False)  # the first forward makes ordinary weights of them
         cache.save(tmp_path / "cache")
-        assert D2OCache.load(tmp_path / "cache", model).get_seq_length() == cache.get_seq_length()
+        assert D2OCache.load(tmp_path / "cache", other).get_seq_length() == cache.get_seq_length()
         model.set_attn_implementation("sdpa")
-        torch.testing.assert_close(found, model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
     assert cache.report().achieved_keep_ratio < 0.8
 
 

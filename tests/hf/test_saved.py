@@ -7,6 +7,8 @@ import gc
 import io
 import json
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +183,13 @@ def test_files_that_are_missing_torn_or_something_else(kept):
         D2OCache.load(folder / "nowhere", model)
 
 
+def rewrite(path: Path, change: Callable[[dict], object]) -> None:
+    with safe_open(path, "pt") as file:
+        said, tensors = json.loads(file.metadata()["d2o_cache"]), {name: file.get_tensor(name) for name in file.keys()}
+    change(said)
+    save_file(tensors, path, metadata={"d2o_cache": json.dumps(said)})
+
+
 def first(said: dict, name: str) -> dict:
     return next(entry[2] for entry in said["entries"] if entry[:2] == ["object", name])
 
@@ -202,11 +211,7 @@ def named(said: dict, other: str) -> None:
 def test_a_file_that_says_something_else(kept, change, message):
     """Nothing that it names is called but what a cache is made of."""
     model, folder = kept
-    path = folder / "cache.safetensors"
-    with safe_open(path, "pt") as file:
-        said, tensors = json.loads(file.metadata()["d2o_cache"]), {name: file.get_tensor(name) for name in file.keys()}
-    change(said)
-    save_file(tensors, path, metadata={"d2o_cache": json.dumps(said)})
+    rewrite(folder / "cache.safetensors", change)
     with pytest.raises(ValueError, match=message):
         D2OCache.load(folder, model)
 
@@ -311,3 +316,31 @@ def test_ranks_save_a_file_each(options, name, tmp_path):
         D2OCache.load(tmp_path, model)
     with pytest.raises(ValueError, match="holds a cache that 2 ranks saved: save this one to another folder"):
         read(model, CONFIGS["full"], *left_padded([40])).save(tmp_path)
+
+
+@torch.no_grad()
+def refused_on_ranks(rank: int, world: int, folder: str) -> None:
+    model = tiny_model(num_hidden_layers=2)
+    mesh, other = build_mesh(1, 2, 1), build_mesh(1, 1, 2)
+    cache = D2OCache(model.config, CONFIGS["default"], mesh)
+    model(**cache.deal(tokens(1, 40)), past_key_values=cache)
+    cache.save(folder)
+    assert D2OCache.load(folder, model, mesh).get_seq_length() == 40
+    with pytest.raises(ValueError, match="saved by ranks of tp 1 and sp 2, and these have tp 2 and sp 1"):
+        D2OCache.load(folder, model, other)
+    with pytest.raises(ValueError, match="saved by ranks with sp_prefill ulysses, and these have ring"):
+        D2OCache.load(folder, model, mesh, ParallelConfig(sp=2, sp_prefill="ring"))
+    mine = Path(folder) / f"cache-{rank + 1}-of-2.safetensors"
+    if rank:
+        rewrite(mine, lambda said: said.update(save="another"))
+    with pytest.raises(ValueError, match="rank 1 differs from rank 0 in when its part of the cache was saved"):
+        D2OCache.load(folder, model, mesh)
+    if rank:
+        mine.unlink()
+    with pytest.raises(ValueError, match="rank 1: no cache was saved in .* by 2 ranks: no cache-2-of-2.safetensors"):
+        D2OCache.load(folder, model, mesh)
+
+
+@pytest.mark.multirank
+def test_what_fails_on_one_rank_is_raised_on_all(tmp_path):
+    run_ranks(2, refused_on_ranks, str(tmp_path))

@@ -18,8 +18,8 @@ _ELEMENTS = 64
 # Fields that change nothing in what the decoder computes.
 _FREE = frozenset({
     "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id",
-    "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+    "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "quantization_config",
+    "return_dict", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
 
 
@@ -78,7 +78,8 @@ def find_modules(model: nn.Module, said: Mapping[str, Any], where: str) -> list[
 def _digest(module: nn.Module) -> tuple[str, str]:
     """The dtype of a module's first weight, and a digest of some elements of all of them."""
     digest, dtype = hashlib.sha256(), ""
-    for name, value in module.state_dict().items():
+    # Not `state_dict`: some libraries of quantised weights lay them out otherwise when it is asked for.
+    for name, value in module.named_parameters():
         for tensor in _plain(value):
             flat = tensor.detach().reshape(-1)
             dtype = dtype or str(flat.dtype).removeprefix("torch.")
@@ -88,11 +89,22 @@ def _digest(module: nn.Module) -> tuple[str, str]:
     return dtype, digest.hexdigest()[:16]
 
 
-def _plain(value: Any) -> Iterator[Tensor]:
+def _scales(state: Any) -> Tensor:
+    """[n] the scales of a weight of bitsandbytes in 4 bits, ascending, of which the first forward on a CPU changes the
+    order, the dtype and that of the weight's own bits."""
+    scales = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    return scales.flatten().to(torch.bfloat16).sort().values
+
+
+def _plain(value: Tensor) -> Iterator[Tensor]:
     """The ordinary tensors that a weight is made of: this rank's shard, the parts of a quantised one."""
-    if not isinstance(value, Tensor):
-        return
-    if hasattr(value, "to_local"):
+    if getattr(value, "quant_state", None) is not None:
+        yield _scales(value.quant_state)
+    elif hasattr(value, "to_local"):
         yield from _plain(value.to_local())
     elif hasattr(value, "__tensor_flatten__"):
         for name in value.__tensor_flatten__()[0]:
