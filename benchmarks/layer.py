@@ -10,6 +10,7 @@ from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.evictions import Evictions
 from d2o_dist.cache.layer import Layer
 from d2o_dist.comm.request import RequestRanks
+from d2o_dist.core.softmax import Softmax
 from d2o_dist.evict.budgets import eviction_budget
 from d2o_dist.evict.exchange import ByHeads
 from d2o_dist.evict.merge import merge_evicted
@@ -60,7 +61,7 @@ class DecodeLayer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A step without its end: it can be captured, and repeated, since the next one writes the same slot."""
         (step,) = self._step.begin([self.block.widths])
-        return self.block.decode(q, k, v, q.shape[-1] ** -0.5, step)
+        return self.block.decode(q, k, v, Softmax(q.shape[-1] ** -0.5), step)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token: q [1, Hq, 1, D], k and v [1, Hkv, 1, D] -> [1, Hq, 1, D]. An eviction where one is due."""

@@ -45,7 +45,8 @@ def run(preset: str, shape, rank: int, world: int, ranks: RequestRanks | None, r
         for layer in range(LAYERS):
             length = 61 if step == 0 else 1
             q, k, v = heads(num_heads, length), heads(num_kv_heads, length), heads(num_kv_heads, length)
-            outs.append(cache.attend(layer, q * (1 + layer), k + 0.5, v, Softmax(0.35), mask if step == 0 else None)[:, :, -1])
+            now = mask if step == 0 else None
+            outs.append(cache.attend(layer, q * (1 + layer), k + 0.5, v, Softmax(0.35), now)[:, :, -1])
     slots = [layer.slots for layer in cache.layers]
     return {
         "positions": [one.positions for one in slots],
