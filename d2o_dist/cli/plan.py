@@ -16,6 +16,7 @@ import torch
 
 from d2o_dist.cli.voice import parse_once, quiet_unless
 from d2o_dist.config.infer import InferConfig
+from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.fields.io import build, dump_yaml
 from d2o_dist.fields.overrides import parse_override
 from d2o_dist.plan import table
@@ -94,6 +95,13 @@ def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
     )  # fmt: skip
 
 
+def _parallel(config: InferConfig) -> ParallelConfig:
+    """What all meshes share. Megatron cuts what transformers' plan cuts, whatever engine the run names."""
+    if config.model_kind == "transformers":
+        return config.parallel
+    return dataclasses.replace(config.parallel, tp_engine="transformers")
+
+
 def configuration(config: InferConfig, job: Job, plan: MeshPlan) -> InferConfig:
     """The configuration of the run on this mesh."""
     share = plan.share
@@ -126,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read_config(args)
         job = make_job(args, config)
-        plans, refused = plan_all(job, config.parallel, args.aim)
+        plans, refused = plan_all(job, _parallel(config), args.aim)
         if not plans:
             raise ValueError(f"no mesh of {job.num_gpus} GPUs is legal: {table.refusals(refused)}")
         fits = plans[0].fits

@@ -49,7 +49,8 @@ class EvalConfig:
     """One evaluation.
 
     Attributes:
-        model, tokenizer, dtype, device, trust_remote_code, trust_pickled_weights, revision: as in `InferConfig`.
+        model, model_kind, tokenizer, dtype, device, trust_remote_code, trust_pickled_weights, revision: as in
+            `InferConfig`.
         output: folder of the results. Rows that it holds already are not run again.
         tasks: what is evaluated: mappings with a `kind` (needle, ruler, longbench, jsonl, perplexity, fidelity) and
             fields.
@@ -79,6 +80,7 @@ class EvalConfig:
     min_layer_tokens: int | None = None
     reference: str | None = None
     question: str = "visible"
+    model_kind: str = InferConfig.model_kind
     tokenizer: str | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -137,8 +139,8 @@ class EvalConfig:
 
     def infer(self) -> InferConfig:
         """What the engine needs to load model and tokenizer."""
-        names = ("model", "tokenizer", "dtype", "device", "trust_remote_code", "trust_pickled_weights", "revision",
-                 "chat_template", "system_prompt", "max_prompt_tokens", "max_prompt_bytes", "prefill_chunk",
+        names = ("model", "model_kind", "tokenizer", "dtype", "device", "trust_remote_code", "trust_pickled_weights",
+                 "revision", "chat_template", "system_prompt", "max_prompt_tokens", "max_prompt_bytes", "prefill_chunk",
                  "parallel")  # fmt: skip
         return InferConfig(**{name: getattr(self, name) for name in names})
 

@@ -17,6 +17,7 @@ from d2o_dist.fields.overrides import apply_overrides
 from d2o_dist.fields.show import clip, shown
 from d2o_dist.policy.config import D2OConfig
 
+MODEL_KINDS = ("transformers", "megatron")
 DTYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 CHAT_TEMPLATES = ("auto", "never", "always")
 READINGS = ("auto", "whole", "layerwise", "stream")
@@ -31,8 +32,10 @@ class InferConfig:
     """One inference run.
 
     Attributes:
-        model: folder or hub name of a Hugging Face causal language model.
-        tokenizer: folder or hub name; the model's own when null.
+        model: folder or hub name of a Hugging Face causal language model; of `model_kind: megatron`, the folder of a
+            distributed checkpoint with its `megatron.yaml`.
+        model_kind: which library the model is of: `transformers` or `megatron`.
+        tokenizer: folder or hub name; the model's own when null. A Megatron checkpoint has none.
         dtype: of weights and cache; `auto` is what the checkpoint was saved in, but float32 for a half-precision
             one on a CPU (where half precision is slower by far).
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`; of several ranks each takes its own GPU.
@@ -70,6 +73,7 @@ class InferConfig:
     """
 
     model: str
+    model_kind: str = "transformers"
     tokenizer: str | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -102,6 +106,9 @@ class InferConfig:
         check_string("model", self.model)
         for name in ("tokenizer", "prompts", "prompt", "output", "system_prompt", "trace", "revision"):
             check_string(name, getattr(self, name), optional=True)
+        check_choice("model_kind", self.model_kind, MODEL_KINDS)
+        if self.model_kind == "megatron" and self.tokenizer is None:
+            raise ValueError("tokenizer is missing: a Megatron checkpoint has none, so name a folder or a hub model")
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("chat_template", self.chat_template, CHAT_TEMPLATES)
         check_choice("decode_graph", self.decode_graph, DECODE_GRAPHS)

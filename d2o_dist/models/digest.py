@@ -16,6 +16,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from d2o_dist.models.hf.adapter import base_of
+from d2o_dist.models.megatron_files import is_megatron, megatron_paths
 
 # Files up to this size are read whole; of larger ones blocks, in places that follow from the header or the size.
 _WHOLE_BYTES, _BLOCK_BYTES, _NUM_BLOCKS = 64 * 2**20, 1024, 512
@@ -56,7 +57,9 @@ def one_digest(value: Any) -> str:
 
 
 def model_paths(folder: Path) -> list[Path]:
-    """The files of a folder that transformers makes a model from: configuration, weights, code."""
+    """The files of a folder that a model is made from: configuration or arguments, weights, code."""
+    if is_megatron(folder):
+        return megatron_paths(folder)
     named = _read_json(folder / "config.json").get("transformers_weights")
     names = [named] if isinstance(named, str) else _WEIGHTS
     weights = [name for name in names if (folder / name).is_file()][:1]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from importlib import metadata
+from pathlib import Path
 from typing import Any
-
-import transformers
 
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.models.base import ModelAdapter
 from d2o_dist.models.hf import loading as hf
 from d2o_dist.models.hf.model import HFModel
+from d2o_dist.models.megatron_files import is_megatron
 from d2o_dist.models.shape import ModelShape
 
 load_tokenizer, quiet = hf.load_tokenizer, hf.quiet
@@ -22,12 +24,12 @@ def describe(config: InferConfig) -> ModelShape:
     Raises:
         ValueError: there is no such model, or it cannot be compressed or be divided among the tensor ranks.
     """
-    return hf.describe(config)
+    return _library(config).describe(config)
 
 
-def versions() -> list[tuple[str, str]]:
-    """Name and version of each library that models come from."""
-    return [("transformers", transformers.__version__)]
+def versions() -> list[tuple[str, str | None]]:
+    """Name and version of each library that models come from; None: it is not installed."""
+    return [(name, _version(name)) for name in ("transformers", "megatron-core")]
 
 
 def load_model(config: InferConfig, mesh: ParallelMesh | None = None) -> ModelAdapter:
@@ -40,7 +42,7 @@ def load_model(config: InferConfig, mesh: ParallelMesh | None = None) -> ModelAd
         ValueError: the weights, or some of their keys, are missing or do not fit the configuration, on this rank or
             another.
     """
-    return hf.load_model(config, ParallelMesh.local() if mesh is None else mesh)
+    return _library(config).load_model(config, ParallelMesh.local() if mesh is None else mesh)
 
 
 def adapt(model: Any) -> ModelAdapter:
@@ -62,3 +64,34 @@ def pad_id(tokenizer: Any) -> int:
 def eos_ids(model: ModelAdapter, tokenizer: Any) -> frozenset[int]:
     """Ids that end a text: the model's and the tokenizer's."""
     return model.eos_ids | {i for i in [tokenizer.eos_token_id] if i is not None}
+
+
+def megatron_library() -> Any:
+    """The module that loads Megatron's models, imported when it is needed: it takes seconds.
+
+    Raises:
+        ValueError: megatron-core is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of optional packages that are not there
+            from d2o_dist.models.megatron import loading
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a Megatron model needs megatron-core ({error}): pip install 'd2o_dist[megatron]'") from error
+    return loading
+
+
+def _library(config: InferConfig) -> Any:
+    """The module that describes and loads the model."""
+    if config.model_kind == "transformers":
+        if is_megatron(Path(config.model).expanduser()):
+            raise ValueError(f"model folder {config.model} holds a Megatron checkpoint: set model_kind=megatron")
+        return hf
+    return megatron_library()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -140,11 +140,10 @@ def prompt_memory(
 
 
 def weight_bytes(model: ModelSize, share: Share, dtype: torch.dtype) -> int:
-    """Of one rank. DeepSpeed's AutoTP cuts the layers' matrices, transformers' plan the embeddings too."""
+    """Of one rank. DeepSpeed's AutoTP cuts the layers' matrices, transformers' plan embeddings and experts too."""
     cut = model.matrices + model.kv_matrices * share.copies
-    cuts_embeddings = share.parallel.tp_engine == "transformers"
-    embeddings = model.embeddings // share.tp if cuts_embeddings else model.embeddings
-    return (cut // share.tp + embeddings + model.others) * dtype.itemsize
+    more = (model.embeddings + model.experts) // share.cuts_of_more
+    return (cut // share.tp + more + model.others) * dtype.itemsize
 
 
 def slots_of_layers(model: ModelSize, d2o: D2OConfig, tokens: int) -> list[int | None]:
@@ -234,4 +233,6 @@ def _forward_bytes(
         attention += 3 * tokens * 2 * dim * item  # a head as gathered and in order, and the next on its way
         attention += 3 * share.query_heads * tokens * stat if d2o.needs_column_sums else 0
     mlp = 3 * n * model.mlp // share.tp * item
+    # A token's copy for each of its experts, what it gives back, and the three tensors of the MLP between.
+    mlp += n * model.experts_per_token * (2 * model.hidden + 3 * model.expert_mlp // share.cuts_of_more) * item
     return batch * (always + max(attention, mlp))

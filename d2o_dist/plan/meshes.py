@@ -44,6 +44,11 @@ class Share:
         return self.parallel.sp
 
     @property
+    def cuts_of_more(self) -> int:
+        """Into how many parts embeddings and experts are cut: DeepSpeed's AutoTP leaves them whole on every rank."""
+        return self.tp if self.parallel.tp_engine == "transformers" else 1
+
+    @property
     def reads_by_heads(self) -> bool:
         """Whether a prompt's slots lie on this rank for all tokens of some heads, not some tokens of all."""
         return self.parallel.sp_prefill == "ulysses"

@@ -87,14 +87,17 @@ def times_of(traffic: PlannedTraffic, gpu: Gpu, gpus_per_node: int, assume: Assu
     model, share, batch, tokens = traffic.model, traffic.share, traffic.batch, traffic.tokens
     ranks, flops = share.tp * share.sp, gpu.tflops * 1e12
     readings = 2 if traffic.d2o.needs_reread else 1
-    products = 2 * (model.matrices + model.kv_matrices * share.copies) * batch * tokens * readings
+    here = (model.matrices + model.kv_matrices * share.copies) / share.tp + model.experts_of(1) / share.cuts_of_more
+    products = 2 * here / share.sp * batch * tokens * readings
     memory = prompt_memory(model, traffic.d2o, share, tokens, batch, dtype=traffic.dtype)
-    # Of the embeddings the output head is read; of another table for the input, a row a token.
-    all_read = dataclasses.replace(model, embeddings=model.vocab * model.hidden)
+    # Of the embeddings the output head is read; of another table for the input, a row a token. Of the experts those
+    # that the batch's tokens chose.
+    experts = round(model.experts_of(batch))
+    all_read = dataclasses.replace(model, embeddings=model.vocab * model.hidden, experts=experts)
     read = weight_bytes(all_read, share, traffic.dtype) + memory.kept
     links = _Links(gpu, gpus_per_node, assume, {"tp": share.tp, "sp": ranks, "request": ranks})
     return Times(
-        prompt_weights=products / ranks / (flops * assume.matmul),
+        prompt_weights=products / (flops * assume.matmul),
         prompt_attention=attention_flops(traffic) / ranks / (flops * assume.attention),
         prompt_links=links.seconds(traffic.prompt()),
         token_memory=read / (gpu.bandwidth_gb_s * 1e9 * assume.memory),

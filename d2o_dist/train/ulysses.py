@@ -48,10 +48,11 @@ class GradientExchange:
 
     Args:
         comm: over the ranks that share the tokens, which lie in rank order and in equal shards.
+        tensor: over the ranks that share the heads of a model, in their order; None: all heads are here.
     """
 
-    def __init__(self, comm: Collectives) -> None:
-        self.comm = comm
+    def __init__(self, comm: Collectives, tensor: Collectives | None = None) -> None:
+        self.comm, self.tensor = comm, tensor
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, Hq, n, D], k and v [B, Hkv, n, D] -> all T tokens of Hq / sp and Hkv / sp heads, in one exchange.
@@ -76,4 +77,5 @@ class GradientExchange:
 
     def gather_heads(self, reports: Tensor) -> Tensor:
         """[B, h, X] of the heads at hand -> [B, H, X] of all, in the order of the heads; without gradients."""
-        return self.comm.all_gather(reports, 1)
+        found = self.comm.all_gather(reports, 1)
+        return found if self.tensor is None else self.tensor.all_gather(found, 1)

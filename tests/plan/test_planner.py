@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.plan.gpus import find_gpu
@@ -24,7 +24,8 @@ LEAN = D2OConfig.preset("lean", keep_ratio=0.2)
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("llama-3-8b", 8030261248), ("llama-3-70b", 70553706496), ("qwen2.5-7b", 7615616512), ("qwen3-8b", 8190735360)],
+    [("llama-3-8b", 8030261248), ("llama-3-70b", 70553706496), ("qwen2.5-7b", 7615616512), ("qwen3-8b", 8190735360),
+     ("mixtral-8x7b", 46702792704), ("qwen3-30b-a3b", 30532122624)],
 )
 def test_known_models_have_their_parameters(name, parameters):
     assert size_of(known_config(name)).num_parameters == parameters
@@ -41,13 +42,46 @@ def test_the_shape_of_a_configuration_is_that_of_its_model():
     assert shape.windows == (24, None, 24, None) and shape.num_full_layers == 2
 
 
-def test_models_with_experts_are_refused():
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 48, "moe_intermediate_size": 32},
+    "qwen3_moe": {"num_experts": 4, "mlp_only_layers": [0], "moe_intermediate_size": 32, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_stored_and_some_are_read(family):
+    """Beside a real model: all its parameters, and those that one token goes through."""
     config = AutoConfig.for_model(
-        "mixtral", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=96, num_local_experts=4,
+        family, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=96, num_experts_per_tok=1, **EXPERTS[family],
     )  # fmt: skip
-    with pytest.raises(ValueError, match="mixtral: models with experts cannot be planned"):
-        size_of(config)
+    shape = size_of(config)
+    parameters = {name: value.numel() for name, value in AutoModelForCausalLM.from_config(config).named_parameters()}
+    experts = sum(size for name, size in parameters.items() if ".experts." in name)
+    assert shape.num_parameters == sum(parameters.values()) and shape.experts == experts > 0
+    assert shape.num_active_parameters == sum(parameters.values()) - experts * 3 // 4
+    assert [shape.experts_of(tokens) / experts for tokens in (1, 2, 1000)] == pytest.approx([0.25, 1 - 0.75**2, 1])
+    width = {"mixtral": 96, "qwen2_moe": 32, "qwen3_moe": 32}[family]
+    assert (shape.expert_mlp, shape.mlp) == (width, {"mixtral": 0, "qwen2_moe": 48, "qwen3_moe": 96}[family])
+
+
+def test_a_rank_holds_all_experts_or_its_part_and_a_token_reads_some(job):
+    """3 matrices of 4096 x 14336 in each of 8 experts and 32 layers; two of the eight are read for one row."""
+    mixtral = size_of(known_config("mixtral-8x7b"))
+    assert mixtral.experts == 32 * 8 * 3 * 4096 * 14336
+    weights = {}
+    for engine in ("deepspeed", "transformers"):
+        share = share_of(mixtral, LEAN, ParallelConfig(tp=4, tp_engine=engine))
+        weights[engine] = prompt_memory(mixtral, LEAN, share, 4096).weights
+    assert weights["deepspeed"] > 2 * mixtral.experts > 3 * weights["transformers"]
+    (one,), _ = plan_all(dataclasses.replace(job, model=mixtral, num_gpus=1), ParallelConfig(), "latency")
+    (eight,), _ = plan_all(dataclasses.replace(job, model=mixtral, num_gpus=1, batch=8), ParallelConfig(), "latency")
+    bandwidth = H100.bandwidth_gb_s * 1e9 * 0.6
+    read = [plan.times.token_memory * bandwidth - plan.memory.kept for plan in (one, eight)]
+    held = 2 * (mixtral.num_parameters - mixtral.experts - 32000 * 4096)
+    assert read[0] == pytest.approx(held + 2 * mixtral.experts / 4, rel=1e-6)
+    assert read[1] == pytest.approx(held + 2 * mixtral.experts * (1 - 0.75**8), rel=1e-6)
 
 
 def test_a_file_adds_gpus_and_goes_before_the_table(tmp_path):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# How many names an error shows of each kind.
-_SHOWN = 3
+from d2o_dist.models.unfit import refuse_keys
+
 _LOGGER = "transformers.modeling_utils"
 _REPORT = "LOAD REPORT"
 
@@ -24,21 +24,12 @@ def check_keys(name: str, found: Mapping[str, Any]) -> None:
     Raises:
         ValueError: keys are missing, unexpected or of another shape; it names some of each kind and says how many.
     """
-    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    other = [
-        f"{key}: {list(stored)} in the file, {list(wanted)} in the model"
-        for key, stored, wanted in sorted(found["mismatched_keys"])
-    ]
-    kinds = [(missing, "missing"), (unexpected, "unexpected"), (other, "of another shape")]
-    wrong = [f"{len(keys)} {'is' if len(keys) == 1 else 'are'} {kind} ({_some(keys)})" for keys, kind in kinds if keys]
-    if wrong:
-        raise ValueError(f"the weights of {name} do not fit its config.json: of their keys {', '.join(wrong)}")
-
-
-def _some(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more
+    refuse_keys(
+        f"the weights of {name} do not fit its config.json",
+        missing=found["missing_keys"],
+        unexpected=found["unexpected_keys"],
+        other=found["mismatched_keys"],
+    )
 
 
 @contextmanager

@@ -6,37 +6,49 @@ Shape legend: B rows, n columns of a forward, Hq query heads and Hkv KV heads of
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.models.cache import ModelCache
 
 
+class Forward(Protocol):
+    """How the layers of a running forward attend."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """q [B, Hq, n, D], k and v [B, Hkv, n, D], after RoPE -> [B, Hq, n, D]."""
+
+
 class CacheForward(NamedTuple):
-    """What a running forward attends over: the cache, its mask [B, seen + n] or None, and position ids [B, n]."""
+    """A forward over a cache: its mask [B, seen + n] or None, and position ids [B, n]."""
 
     cache: ModelCache
     mask: Tensor | None
     positions: Tensor
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """See `Forward`; the cache knows the windows."""
+        return self.cache.attend_layer(layer, q, k, v, Softmax(scale), self.mask, self.positions)
+
 
 class _OverCache:
-    """A core attention that asks the cache of the running forward, if there is one.
+    """A core attention that asks the running forward, if there is one.
 
     Megatron's inference contexts are not used: its static one keeps whole keys and values of its own before core
     attention is called, and its dynamic engine does not call core attention.
 
     Attributes:
-        running: set by `MegatronModel` while a forward runs.
+        running: set while a forward of ours runs; window: keys that a query sees, itself included; None: all.
     """
 
-    running: CacheForward | None = None
+    running: Forward | None = None
 
     def __init__(
         self, config: Any, layer_number: int, attn_mask_type: AttnMaskType, *args: Any,
@@ -45,15 +57,16 @@ class _OverCache:
         super().__init__(config, layer_number, attn_mask_type, *args, softmax_scale=softmax_scale, **kwargs)
         self.layer = layer_number - 1
         self.is_causal = attn_mask_type == AttnMaskType.causal
-        self._softmax = Softmax(config.kv_channels**-0.5 if softmax_scale is None else softmax_scale)
+        self.window = _window(config, layer_number)
+        self._scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """query [n, B, Hq, D], key and value [n, B, Hkv, D] -> [n, B, Hq x D]."""
         if self.running is None:
             return super().forward(query, key, value, *args, **kwargs)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        cache, mask, positions = self.running
-        return cache.attend_layer(self.layer, q, k, v, self._softmax, mask, positions).permute(2, 0, 1, 3).flatten(2)
+        out = self.running.attend(self.layer, q, k, v, self._scale, self.window)
+        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 class LocalCoreAttention(_OverCache, DotProductAttention):
@@ -90,6 +103,13 @@ if HAVE_TE:
     _SERVED[TEDotProductAttention] = TECoreAttention
 
 
+def _window(config: Any, layer_number: int) -> int | None:
+    skip = getattr(config, "window_attn_skip_freq", None)
+    if not is_layer_window_attention(config.window_size, skip, layer_number) or config.window_size[0] < 0:
+        return None
+    return config.window_size[0] + 1
+
+
 def with_cache(spec: Any) -> Any:
     """A copy of the spec of a layer (or of a block of layers) whose core attention can serve a `ModelCache`.
 
@@ -97,7 +117,8 @@ def with_cache(spec: Any) -> Any:
         ValueError: a core attention of another kind, such as latent or linear attention.
     """
     spec = copy.deepcopy(spec)
-    for layer in [spec] if isinstance(spec, ModuleSpec) else spec.layer_specs:
+    layers = [spec] if isinstance(spec, ModuleSpec) else spec.layer_specs
+    for layer in {id(layer): layer for layer in layers}.values():  # layers that are alike may be one object
         inner = getattr(layer.submodules.self_attention, "submodules", None)
         found = getattr(inner, "core_attention", None)
         if found not in _SERVED:

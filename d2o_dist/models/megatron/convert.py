@@ -13,19 +13,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import silu
 
 from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.models.hf.shape import shape_of
-from d2o_dist.models.megatron.attention import with_cache
+from d2o_dist.models.megatron.build import build_gpt
+from d2o_dist.models.megatron.families import arguments_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# The rule of Llama 3, as Megatron has it fixed.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Megatron's name, where it is cut over tensor ranks, and Hugging Face's names.
 _OUTER = (
     ("embedding.word_embeddings.weight", "vocabulary", ("model.embed_tokens.weight",)),
@@ -49,67 +43,12 @@ _CUT = {"vocabulary": 0, "qkv": 0, "columns": 1, "gate": 1}
 
 
 def make_gpt(config: Any, **fields: Any) -> GPTModel:
-    """A `GPTModel` of the shape of a Hugging Face configuration, for the sizes that `parallel_state` has.
-
-    It starts with random weights, on the CPU, and uses no fused kernels.
-
-    Args:
-        fields: of `TransformerConfig`, in place of those that follow from the configuration.
+    """A `GPTModel` of the shape of a Hugging Face configuration; see `build_gpt`.
 
     Raises:
-        ValueError: a family, a rotary embedding, biases or sliding windows that are not converted.
+        ValueError: see `arguments_of`.
     """
-    shape, tp = shape_of(config), parallel_state.get_tensor_model_parallel_world_size()
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"model_type ({config.model_type}) must be one of {', '.join(FAMILIES)}")
-    windows = set(shape.windows) - {None}
-    if len(windows) > 1:
-        raise ValueError(f"sliding windows of several sizes ({sorted(windows)}) are not converted")
-    rope = dict(config.rope_parameters)
-    scaled = rope.get("rope_type", "default") == "llama3"
-    if rope.get("rope_type", "default") != "default" and not (
-        scaled and all(rope.get(name) == value for name, value in _LLAMA3.items())
-    ):
-        raise ValueError(f"rope_parameters ({rope}) must be of rope_type default, or llama3 with {_LLAMA3}")
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(config, name, False):
-            raise ValueError(f"{name} (True) is not converted: only biases of queries, keys and values are")
-    made = TransformerConfig(**{
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": shape.num_heads,
-        "num_query_groups": shape.num_kv_heads,
-        "kv_channels": shape.head_dim,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.rms_norm_eps,
-        "qk_layernorm": config.model_type == "qwen3",
-        "gated_linear_unit": True,
-        "activation_func": silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": config.model_type == "qwen2",
-        "window_size": (windows.pop() - 1, 0) if windows else None,
-        "window_attn_skip_freq": [int(window is not None) for window in shape.windows],
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "tensor_model_parallel_size": tp,
-        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
-        "use_cpu_initialization": True,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
-        **fields,
-    })  # fmt: skip
-    spec = get_gpt_layer_local_spec(qk_layernorm=made.qk_layernorm, normalization=made.normalization)
-    return GPTModel(
-        made, with_cache(spec), vocab_size=-(-config.vocab_size // tp) * tp,
-        max_sequence_length=config.max_position_embeddings, position_embedding_type="rope",
-        rotary_base=rope["rope_theta"], rope_scaling=scaled, rope_scaling_factor=rope.get("factor", 8.0),
-        share_embeddings_and_output_weights=config.tie_word_embeddings,
-    ).to(made.params_dtype)  # fmt: skip
+    return build_gpt(arguments_of(config), **fields)
 
 
 def load_hf(model: GPTModel, weights: Mapping[str, Tensor]) -> None:

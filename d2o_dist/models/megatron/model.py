@@ -5,22 +5,23 @@ Shape legend: B rows, n columns of a forward, V vocabulary, R dimensions of a he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from torch import Tensor
 
-from d2o_dist.comm.mesh import ParallelMesh
+from d2o_dist.comm.collectives import Collectives
+from d2o_dist.comm.mesh import Axis, ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.models.base import ModelAdapter
 from d2o_dist.models.cache import ModelCache
-from d2o_dist.models.megatron.attention import CacheForward
+from d2o_dist.models.megatron.attention import CacheForward, Forward
+from d2o_dist.models.megatron.ranks import check_sizes
 from d2o_dist.models.shape import ModelShape
 from d2o_dist.policy.config import D2OConfig
 
@@ -33,19 +34,20 @@ class MegatronModel(ModelAdapter):
     Args:
         model: the model, or what wraps it (`Float16Module`, `DistributedDataParallel`).
         vocab_size: ids that are tokens; those that Megatron added to divide the vocabulary are never chosen.
+        eos_ids: ids that it ends texts with.
 
     Raises:
         ValueError: pipeline stages; a model with attention that a cache cannot serve, or of another spec.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None) -> None:
+    def __init__(self, model: Any, vocab_size: int | None = None, eos_ids: Iterable[int] = ()) -> None:
         while hasattr(model, "module"):
             model = model.module
         self.model = model
-        self._cores = _check(model)
+        self._cores = check_served(model)
         config, tp = model.config, parallel_state.get_tensor_model_parallel_world_size()
         self.shape = ModelShape(
-            windows=tuple(_window(config, core) for core in self._cores),
+            windows=tuple(core.window for core in self._cores),
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_query_groups,
             head_dim=config.kv_channels,
@@ -53,12 +55,19 @@ class MegatronModel(ModelAdapter):
             vocab_size=model.vocab_size if vocab_size is None else vocab_size,
             max_positions=model.max_sequence_length,
         )
-        self._frequencies = _frequencies(model, self.device)
+        self._eos_ids = frozenset(eos_ids)
+        self._frequencies = frequencies(model, self.device)
+        self._tp = tensor_ranks()
 
     @property
     def device(self) -> torch.device:
         """See `ModelAdapter`."""
         return self.model.embedding.word_embeddings.weight.device
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """See `ModelAdapter`."""
+        return self._eos_ids
 
     def make_cache(
         self,
@@ -72,14 +81,7 @@ class MegatronModel(ModelAdapter):
         Raises:
             ValueError: it has other sizes.
         """
-        tp = parallel_state.get_tensor_model_parallel_world_size()
-        cp = parallel_state.get_context_parallel_world_size()
-        found = (1, 1) if mesh is None else (mesh.tp, mesh.sp)
-        if found != (tp, cp):
-            raise ValueError(
-                f"tp ({found[0]}) and sp ({found[1]}) of the mesh must be tensor_model_parallel_size ({tp}) and "
-                f"context_parallel_size ({cp}): take the mesh of from_megatron(parallel_state)"
-            )
+        check_sizes(mesh)
         return ModelCache(self.shape, d2o, mesh, parallel, counter)
 
     @torch.no_grad()
@@ -93,31 +95,49 @@ class MegatronModel(ModelAdapter):
         if positions is None:
             seen = torch.tensor(cache.compressed.num_seen or [0] * len(ids), device=ids.device)
             positions = seen[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        turned = None
-        if self._frequencies is not None:
-            turned = positions.T[:, :, None, None].float() * self._frequencies
-        with self._running(CacheForward(cache, mask, positions)):
-            hidden = model.embedding(input_ids=ids, position_ids=positions)
-            hidden = model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=turned)
+        hidden = hidden_states(model, CacheForward(cache, mask, positions), ids, positions, self._frequencies)
         tied = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
         hidden = hidden if all_logits else hidden[-1:]
-        logits, _ = model.output_layer(hidden, weight=tied, runtime_gather_output=True)
-        logits = logits.transpose(0, 1)[..., : self.shape.vocab_size]
+        logits, _ = model.output_layer(hidden, weight=tied, runtime_gather_output=False)
+        # Megatron gathers them into a tensor on a GPU, without asking whether there is one.
+        logits = self._tp.all_gather(logits.contiguous(), -1).transpose(0, 1)[..., : self.shape.vocab_size]
         return logits if all_logits else logits[:, -1]
 
-    @contextmanager
-    def _running(self, forward: CacheForward) -> Iterator[None]:
-        for core in self._cores:
-            core.running = forward
-        try:
-            yield
-        finally:
-            for core in self._cores:
-                core.running = None
+
+def hidden_states(
+    model: Any, forward: Forward, ids: Tensor, positions: Tensor, turns: Tensor | None
+) -> Tensor:
+    """Those that the output layer takes, [n, B, H].
+
+    Args:
+        forward: how layers attend.
+        ids, positions: [B, n] int64; turns: of `frequencies`.
+    """
+    turned = None if turns is None else positions.T[:, :, None, None].float() * turns
+    cores = [layer.self_attention.core_attention for layer in model.decoder.layers]
+    for core in cores:
+        core.running = forward
+    try:
+        hidden = model.embedding(input_ids=ids, position_ids=positions)
+        return model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=turned)
+    finally:
+        for core in cores:
+            core.running = None
 
 
-def _check(model: Any) -> list[Any]:
-    """The core attention of each layer; see `MegatronModel`."""
+def tensor_ranks() -> Collectives:
+    """Over Megatron's tensor group."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return Collectives(Axis("tp", group.rank(), ranks, group if len(ranks) > 1 else None))
+
+
+def check_served(model: Any) -> list[Any]:
+    """The core attention of each layer.
+
+    Raises:
+        ValueError: see `MegatronModel`.
+    """
     config, stages = model.config, parallel_state.get_pipeline_model_parallel_world_size()
     if stages > 1:
         raise ValueError(
@@ -140,22 +160,14 @@ def _check(model: Any) -> list[Any]:
     return cores
 
 
-def _window(config: Any, core: Any) -> int | None:
-    """Keys that a query of the layer sees, itself included; None: all before it."""
-    skip = getattr(config, "window_attn_skip_freq", None)
-    if not is_layer_window_attention(config.window_size, skip, core.layer + 1) or config.window_size[0] < 0:
-        return None
-    return config.window_size[0] + 1
-
-
-def _frequencies(model: Any, device: torch.device) -> Tensor | None:
+def frequencies(model: Any, device: torch.device) -> Tensor | None:
     """[R] float32: by how much each dimension of a head is turned a position; None for models that turn nothing."""
     rotary = getattr(model, "rotary_pos_emb", None)
     if rotary is None:
         return None
-    # Megatron moves its frequencies to the GPU of this rank, without asking whether there is one.
-    on_cpu = patch.object(torch.cuda, "current_device", lambda: device) if device.type == "cpu" else nullcontext()
-    with on_cpu:
+    if isinstance(rotary, YarnRotaryEmbedding):
         # The angles of positions 0 and 1, of all ranks: context ranks would otherwise get a part.
-        angles = rotary(2, packed_seq=True)
-    return (angles[0] if isinstance(angles, tuple) else angles)[1, 0, 0].to(device)
+        return rotary(2, packed_seq=True)[0][1, 0, 0].to(device)
+    # Called, it would move its frequencies to a GPU, without asking whether there is one.
+    angles = rotary.get_freqs_non_repeated(2)[1].to(device)
+    return angles.repeat_interleave(2) if rotary.rotary_interleaved else torch.cat([angles, angles])
