@@ -79,7 +79,7 @@ class CompressedCache:
         # Of the running forward: its tokens among the columns of the batch, and where they end if that is known.
         self._rows: Rows | None = None
         self._last_positions: list[int] | None = None
-        self._left_out: frozenset[int] = frozenset()
+        self.left_out: frozenset[int] = frozenset()
         self._decoding: Decoding | None = None
         self.step_announced = False
         self.in_inference = False
@@ -144,7 +144,7 @@ class CompressedCache:
     def leave_out(self, rows: Collection[int]) -> None:
         """Let the next forward take no token of these rows, if it is a decode step: whatever its mask and position ids
         say of them, they are fed padding."""
-        self._left_out = frozenset(rows)
+        self.left_out = frozenset(rows)
 
     @in_own_mode
     def attend(
@@ -183,7 +183,7 @@ class CompressedCache:
     def _begin(self, k: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
         """Settle the phase and the kind of this forward."""
         batch, _, length, _ = k.shape
-        left_out, self._left_out = self._left_out, frozenset()
+        left_out, self.left_out = self.left_out, frozenset()
         announced = self.dealing.rows is not None
         is_chunk = length > 1 or not self.num_seen_columns or self._rereading or announced
         deal, dealt_rows = self.dealing.take(batch, length, is_chunk=is_chunk)

@@ -161,8 +161,8 @@ class Session:
 
     @property
     def rank_bytes(self) -> int:
-        """Bytes of all buffers of the cache on this rank: room to grow, positions and statistics included."""
-        return sum(layer.num_allocated_bytes for layer in self.cache.compressed.layers)
+        """Bytes of all buffers of the cache on this rank: room to grow, positions, statistics and states included."""
+        return sum(layer.num_allocated_bytes for layer in self.cache.compressed.layers) + self.cache.state_bytes
 
     def _now(self) -> float:
         """Seconds, after all work on the device is done."""

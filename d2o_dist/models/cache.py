@@ -38,7 +38,7 @@ class ModelCache:
 
     Attributes:
         compressed: the layers and what they hold.
-        layers: a view of each layer.
+        layers: a view of each layer with attention.
 
     Raises:
         ValueError: no layer would be compressed, a budget that this model's layers cannot have, or heads that the ranks
@@ -237,7 +237,12 @@ class ModelCache:
 
     def report(self) -> CacheReport:
         """What was asked for, what is held, layer by layer; `print(cache.report())` is a table."""
-        return make_report(self.compressed)
+        return make_report(self.compressed, self.state_bytes)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of this rank: what layers keep that hold no tokens."""
+        return 0
 
 
 def _mask_of(ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ Shape legend: B rows, Hkv key/value heads, n tokens of a chunk, D head dim.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,15 @@ from d2o_dist.models.cache import ModelCache
 from d2o_dist.models.hf.attention import CACHE_TAG
 from d2o_dist.models.hf.ended import EndedRows
 from d2o_dist.models.hf.forward import run_model
-from d2o_dist.models.hf.guards import check_attention, text_config
+from d2o_dist.models.hf.guards import check_attention, layer_types, state_counts, text_config
+from d2o_dist.models.hf.masks import Width
 from d2o_dist.models.hf.rope import is_let_go_of
 from d2o_dist.models.hf.shape import shape_of
-from d2o_dist.models.hf.supported import check_supported
+from d2o_dist.models.hf.states import States, check_padding
+from d2o_dist.models.hf.supported import ATTENTION, check_supported
 from d2o_dist.models.layer import LayerView
 from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.step import DecodeStep
 
 
 class D2OLayer(LayerView, CacheLayerMixin):
@@ -100,11 +103,18 @@ class D2OCache(ModelCache, Cache):
         self.model_config = text_config(config)
         check_attention(self.model_config)
         ModelCache.__init__(self, shape_of(config), d2o, mesh, parallel, counter)
-        Cache.__init__(self, layers=self.layers)
+        self.states = States(state_counts(self.model_config))
+        attends = [index for index, kind in enumerate(layer_types(self.model_config)) if kind in ATTENTION]
+        # What the model calls a layer -> its number among those that attend.
+        self._numbers = {index: number for number, index in enumerate(attends)}
+        views = dict(zip(attends, self.layers, strict=True))
+        Cache.__init__(self, layers=[views.get(index, other) for index, other in enumerate(self.states.layers)])
         self._is_true = not is_let_go_of(config)
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._pending: int | None = None
         self._filled_with: dict[str, Any] | None = None
+        # Whether states were settled for the next forward, and whether the forwards are a second reading.
+        self._begun = self._reads_again = False
 
     def __bool__(self) -> bool:
         """False for models whose `generate` asks `if past_key_values` only to let go of the cache; True for others."""
@@ -127,8 +137,14 @@ class D2OCache(ModelCache, Cache):
                 f"the keys of layer {self._pending} never reached d2o attention: the model was not loaded with "
                 'attn_implementation="d2o", or its attention does not use the attention interface. Make a new cache'
             )
+        if layer_idx not in self._numbers:
+            raise ValueError(
+                f"layer {layer_idx} brings keys, but the cache was made for {len(self.layers)} layers, of which "
+                f"{len(self._numbers)} have attention"
+            )
+        number = self._numbers[layer_idx]
         self._check_shape(key_states, layer_idx)
-        self._pending = layer_idx
+        self._pending = number
         # An alias, so that the tag is not left on the model's own tensor.
         tagged = key_states.view_as(key_states)
         setattr(tagged, CACHE_TAG, self)
@@ -139,18 +155,42 @@ class D2OCache(ModelCache, Cache):
         """The window of the layer whose keys were announced; None: full attention, or no such layer."""
         return None if self._pending is None else self.compressed.windows[self._pending]
 
-    def _check_shape(self, keys: Tensor, layer_idx: int) -> None:
-        if layer_idx >= len(self.layers):
-            raise ValueError(f"layer {layer_idx} uses the cache, but it was made for {len(self.layers)} layers")
-        batch, heads, _, dim = keys.shape
-        now, before = {"batch size": batch, "dtype": keys.dtype, "device": keys.device}, self._filled_with
-        if before is not None and now != before:
-            name = next(name for name in now if now[name] != before[name])
+    def begin_forward(self, batch: int, length: int, mask: Tensor | None) -> None:
+        """Called when the model makes its masks, before any layer: settle what becomes of states of rows that are padded.
+
+        Args:
+            length: n columns; mask: [B, seen + n] bool, False marks padding; None: no padding.
+
+        Raises:
+            ValueError: another batch size than the cache has; padding after a row's tokens.
+        """
+        if not self.states or self._reads_again or self.compressed.step_announced:
+            return
+        self.states.put_back()
+        self._begun, seen = True, self.compressed.num_seen
+        self._check_filled({"batch size": batch})
+        is_step = length == 1 and self.compressed.num_seen_columns
+        if is_step:
+            padded = set() if mask is None else set((~mask[:, -1]).nonzero().flatten().tolist())
+            self.states.keep(sorted(padded | self.compressed.left_out))
+        elif mask is not None:
+            check_padding(mask[:, -length:], seen)
+
+    def _check_filled(self, now: dict[str, Any]) -> None:
+        before = self._filled_with or {}
+        for name in now.keys() & before.keys():
+            if now[name] == before[name]:
+                continue
             raise ValueError(
                 f"the cache was filled with {name} {before[name]} and is now used with {now[name]}: the model or "
                 "the batch changed, or layers lie on several devices (device_map), which a D2OCache cannot serve. "
                 "Make a new cache (or select rows with batch_select_indices)"
             )
+
+    def _check_shape(self, keys: Tensor, layer_idx: int) -> None:
+        batch, heads, _, dim = keys.shape
+        now = {"batch size": batch, "dtype": keys.dtype, "device": keys.device}
+        self._check_filled(now)
         self._filled_with = now
         held = self.layers[layer_idx].shape
         if held is not None and not self.ranks.deals_tokens and held != (heads, dim):
@@ -171,15 +211,58 @@ class D2OCache(ModelCache, Cache):
         layer, self._pending = self._pending, None
         if layer is None:
             raise ValueError("d2o attention met keys of this cache that were not announced by update()")
+        if layer == 0 and self.states and not (self._begun or self._reads_again or self.compressed.step_announced):
+            raise ValueError(
+                "the model's masks are not made by transformers, so that rows with padding are not known before layers "
+                "that keep a state: leave the attention mask 2D"
+            )
+        self._begun = False
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
         return self.attend_layer(layer, query, key, value, scale, mask, positions)
 
+    # Layers that keep a state ask for it, and hand it on, themselves.
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """See transformers."""
+        return self.states.get_conv_state(*args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See transformers."""
+        return self.states.update_conv_state(*args, **kwargs)
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """See transformers."""
+        return self.states.get_recurrent_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See transformers."""
+        return self.states.update_recurrent_state(*args, **kwargs)
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        """See transformers."""
+        return self.states.has_previous_state(*args, **kwargs)
+
+    # ---- decode steps that are announced -------------------------------------------------------------------------
+
+    def begin_step(self, present: Sequence[bool] | None = None) -> DecodeStep:
+        """See `ModelCache`."""
+        step = super().begin_step(present)
+        self.states.put_back()
+        self.states.keep([row for row, here in enumerate(present or ()) if not here])
+        return step
+
+    def end_step(self) -> None:
+        """See `ModelCache`."""
+        super().end_step()
+        self.states.put_back()
+
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded, not run, and broken off."""
         self._pending = None
         super().abandon_step()
+        self.states.put_back()
 
     # ---- called by whoever runs the model ------------------------------------------------------------------------
 
@@ -193,6 +276,36 @@ class D2OCache(ModelCache, Cache):
         """Read the prompts a second time, by the model that has read them; see `read_again`."""
         self.read_again(partial(run_model, model), input_ids, attention_mask, chunk=chunk)
 
+    def read_again(
+        self, forward: Callable[[Tensor, Tensor, Any], Any], ids: Tensor, mask: Tensor | None = None, *,
+        chunk: int | None = None,
+    ) -> None:  # fmt: skip
+        """See `ModelCache`. Layers that keep a state begin each forward with that of the whole prompt.
+
+        Raises:
+            ValueError: also, with such layers, prompts of different lengths.
+        """
+        if not self.states:
+            return super().read_again(forward, ids, mask, chunk=chunk)
+        seen = self.compressed.num_seen
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"prompts of {seen} tokens cannot be read a second time together by a model with layers that keep a "
+                "state: read those of one length, or one prompt at a time"
+            )
+
+        def kept(*args: Any) -> None:
+            self.states.keep(range(len(seen)))
+            forward(*args)
+            self.states.put_back()
+
+        self.states.put_back()
+        self._reads_again = True
+        try:
+            super().read_again(kept, ids, mask, chunk=chunk)
+        finally:
+            self._reads_again = False
+
     # ---- what generate asks --------------------------------------------------------------------------------------
 
     @torch.compiler.disable
@@ -203,7 +316,9 @@ class D2OCache(ModelCache, Cache):
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the mask over everything seen."""
-        return self.compressed.num_seen_columns + query_length, 0
+        width = Width(self.compressed.num_seen_columns + query_length)
+        width.cache = self
+        return width, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows `beam_idx`, in that order (beam search)."""
@@ -216,12 +331,14 @@ class D2OCache(ModelCache, Cache):
     def select_rows(self, rows: Tensor) -> None:
         """Keep these rows, in that order, repeated where repeated."""
         super().select_rows(rows)
+        self.states.select_rows(rows)
         if self._filled_with is not None:
             self._filled_with["batch size"] = len(rows)
 
     def join(self, other: D2OCache) -> None:
         """Take in the rows of another cache of the same model, which must not be used afterwards."""
         super().join(other)
+        self.states.join(other.states)
         if self._filled_with is not None:
             self._filled_with["batch size"] = len(self.compressed.num_seen)
 
@@ -233,8 +350,15 @@ class D2OCache(ModelCache, Cache):
     def reset(self) -> None:
         """Forget everything but the configuration."""
         super().reset()
+        self.states.reset()
+        self._begun = False
         self._modules.clear()
         self._pending = self._filled_with = None
+
+    @property
+    def state_bytes(self) -> int:
+        """Of this rank: what layers of linear attention, Mamba and convolution keep."""
+        return self.states.num_bytes
 
     def ended_rows(self, eos_token_id: int | Sequence[int], pad_token_id: int) -> EndedRows:
         """For `generate(..., stopping_criteria=[cache.ended_rows(eos, pad)])` of a batch that goes on to a next turn.

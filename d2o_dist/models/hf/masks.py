@@ -124,6 +124,16 @@ class LazyMask(Tensor):
         return func(*args, **kwargs)
 
 
+class Width(int):
+    """A number of keys, with the cache that said it: the first that a cache hears of a forward's padding.
+
+    Attributes:
+        cache: has a method `begin_forward`.
+    """
+
+    cache: Any = None
+
+
 @torch.compiler.disable
 def make_mask(**arguments: Any) -> Tensor | None:
     """The mask function that transformers calls: a `LazyMask`, or None where `eager` attention gets none.
@@ -133,6 +143,10 @@ def make_mask(**arguments: Any) -> Tensor | None:
     """
     arguments.setdefault("mask_function", masking_utils.causal_mask_function)
     made = {}
+    cache = getattr(arguments["kv_length"], "cache", None)
+    if cache is not None:
+        arguments["kv_length"] = int(arguments["kv_length"])
+        cache.begin_forward(arguments["batch_size"], arguments["q_length"], arguments.get("attention_mask"))
     if arguments.get("allow_is_bidirectional_skip"):
         made["sdpa"] = masking_utils.sdpa_mask(**arguments)
         if made["sdpa"] is None:

@@ -8,6 +8,11 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Types of layers that attend, those with a window, those that keep a state of the text, and those that keep nothing.
+WINDOWED = (SLIDING, "hybrid_sliding")
+ATTENTION = (FULL, "hybrid", *WINDOWED)
+STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+NOTHING = ("moe", "mlp")
 _INSTEAD = "use transformers' own cache, and its attention \"sdpa\" or \"eager\""
 # Fields that say so where they are set.
 _BY_FIELD = {
@@ -18,6 +23,12 @@ _BY_FIELD = {
     "kv_lora_rank": "latent attention",
     "attn_logit_softcapping": "soft-capped attention",
     "num_kv_shared_layers": "layers that share keys and values",
+}
+# What types of layers say.
+_BY_LAYER = {
+    "indexed_attention": "sparse attention",
+    "chunked_attention": "chunked attention",
+    "reference_sliding_attention": "windows that keep the prompt",
 }
 # What configurations do not tell, by their type.
 _BY_TYPE = {
@@ -30,7 +41,9 @@ _BY_TYPE = {
     "git": "attention beside transformers' attention interface",
     "jetmoe": "experts in its attention",
     "moshi": "a sliding window that its masks do not have",
-    **dict.fromkeys(("reformer", "xlnet"), "a cache of its own kind"),
+    **dict.fromkeys(("minimax", "reformer", "xlnet"), "a cache of its own kind"),
+    "recurrent_gemma": "states outside its cache",
+    **dict.fromkeys(("inkling_text", "inkling2_text"), "biases of relative positions in its attention"),
 }
 
 
@@ -67,9 +80,12 @@ def _cause(config: Any) -> str | None:
         return "no attention layers that its configuration tells of (num_attention_heads)"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "tokens that attend to later ones (use_bidirectional_attention)"
-    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in (FULL, SLIDING):
-            return f"layers other than {FULL} and {SLIDING} (layer {index} is of type {kind!r})"
+    types = getattr(config, "layer_types", None) or (FULL,)
+    for index, kind in enumerate(types):
+        if kind not in (*ATTENTION, *STATE, *NOTHING):
+            return f"{_BY_LAYER.get(kind, 'layers of a kind that is not known')} (layer {index} is of type {kind!r})"
+    if not set(ATTENTION) & set(types):
+        return f"no layer with attention ({len(types)} layers)"
     known = MODEL_MAPPING.get(type(config), None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     for model in known if isinstance(known, (tuple, list)) else [known]:
         uses_interface = getattr(model, "_can_set_attn_implementation", None)
