@@ -8,6 +8,7 @@ Allocations are those of PyTorch's profiler, so they are exact and the same ever
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -20,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import markdown_table
+from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
-from d2o_dist.models.hf import D2OCache
-from d2o_dist.plan.memory import prompt_memory
+from d2o_dist.plan.memory import READINGS, prompt_memory
 from d2o_dist.plan.meshes import share_of
 from d2o_dist.plan.model_size import size_of
 from d2o_dist.policy.config import D2OConfig
@@ -50,18 +51,23 @@ def measured_peaks(
     chunk: int | None = None,
     mesh: ParallelMesh | None = None,
     parallel: ParallelConfig | None = None,
+    *,
+    reading: str = "whole",
 ) -> tuple[int, int]:
-    """Most bytes at once while a prompt is read, and from there to its end; the model's own are not counted."""
-    ids = torch.randint(2, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
-    finalize, compressing = D2OCache.finalize, "compressing"
+    """Most bytes at once while a prompt is read, and from there to its end; the model's own are not counted.
 
-    def marked(cache: D2OCache) -> None:
+    Where a prompt is read layer by layer, all but the move into the arena is reading.
+    """
+    ids = torch.randint(2, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    finalize, compressing = CompressedCache.finalize, "compressing"
+
+    def marked(cache: CompressedCache) -> None:
         with torch.profiler.record_function(compressing):
             finalize(cache)
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        session = Session(model, d2o, mesh, parallel)
-        with patch.object(D2OCache, "finalize", marked):
+        session = Session(model, d2o, mesh, parallel, reading=reading)
+        with patch.object(CompressedCache, "finalize", marked):
             session.prefill(ids, torch.ones_like(ids), chunk)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -84,13 +90,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model, rows = small_model(), []
     shape = size_of(model.config)
-    for preset in args.presets:
+    for preset, reading in itertools.product(args.presets, READINGS):
         d2o = D2OConfig.preset(preset)
+        if reading == "layerwise" and d2o.needs_reread:
+            continue
         for chunk in (None, args.length // 8):
-            found = measured_peaks(model, d2o, args.length, chunk)
+            found = measured_peaks(model, d2o, args.length, chunk, reading=reading)
             share = share_of(shape, d2o, ParallelConfig())
-            plan = prompt_memory(shape, d2o, share, args.length, dtype=torch.float32, chunk=chunk)
-            row: dict[str, object] = {"preset": preset, "chunk": chunk or "-"}
+            plan = prompt_memory(shape, d2o, share, args.length, dtype=torch.float32, chunk=chunk, reading=reading)
+            row: dict[str, object] = {"preset": preset, "reading": reading, "chunk": chunk or "-"}
             for name, mine, real in zip(
                 ("reading", "compressing"), (plan.reading_peak, plan.compressing_peak), found, strict=True
             ):

@@ -44,23 +44,25 @@ CHANGES: dict[str, dict[str, Any]] = {
     # A window is for all layers or for none.
     **dict.fromkeys(("mistral", "mistral3", "idefics2"), {"sliding_window": None}),
     **dict.fromkeys("glm46v glm4v glm4v_moe glm_ocr glmga qwen2_vl qwen2_5_vl qwen2_5_omni_thinker".split(), _MROPE),
-    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "num_hidden_layers": 2},
+    "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
     "chameleon": {"vocabulary_map": {"<image>": 97}},
     "dbrx": {"rope_theta": 1e4, "clip_qkv": 8.0},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 4},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
     "ministral": {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    "nemotron_h": {"chunk_size": 16},
     "nemotron_h_omni": {
+        "chunk_size": 16,
         "projector_hidden_size": 32, "vision_config": {"video_temporal_patch_size": 2, "max_img_size": 16}
     },
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), {"text_config": {"vocab_size": VOCABULARY}}),
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from d2o_dist.evict.prompt import Order
 from d2o_dist.layout.forward import Chunk, DealtChunk
 from d2o_dist.layout.heads import HeadLayout
 from d2o_dist.layout.sequence import SequenceLayout
@@ -27,12 +29,16 @@ class HeadBlock:
         layout: where the slots lie among the ranks of the request.
         slot_budgets: per row the slots `S_l` it is evicted to; None before finalize and for a protected layer.
         state: threshold and counts.
+        slot_aims: per row what it will be trimmed to, as far as is known; None: it will not be.
+        order: by which a prompt's slots that are here are trimmed once more; None: they are not.
     """
 
     def __init__(self, config: D2OConfig, layout: HeadLayout | SequenceLayout) -> None:
         self.config, self.layout = config, layout
         self.slot_budgets: list[int] | None = None
         self.state = D2OState()
+        self.slot_aims: list[int] | None = None
+        self.order: Order | None = None
         self._reading: Reading | None = None
         self._first = True
 
@@ -66,9 +72,10 @@ class HeadBlock:
         """Attend from a chunk that is not kept, and note what each slot got; the same shape, zeros at padding."""
         return self.layout.reread(q, k, v, scale, rows, self._reading)
 
-    def squared_deviations(self, row: int) -> Tensor:
-        """[Hq] sum of the squared deviations of the row's column sums here, of the first prefill."""
-        return self._reading.sums.squared_deviations(row, self.store.kv_len[row])
+    def squared_deviations(self) -> Tensor:
+        """[B, Hq] sum of the squared deviations of each row's column sums here, of the first prefill."""
+        sums = self._reading.sums
+        return torch.stack([sums.squared_deviations(row, held) for row, held in enumerate(self.store.kv_len)])
 
     def complete_statistics(self) -> None:
         """The last chunk was read: measure what needs the last queries."""

@@ -10,13 +10,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from d2o_dist.attention.exchange import HeadExchange
+from d2o_dist.cache.block import HeadBlock
+from d2o_dist.cache.layer import Layer
+from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
 from d2o_dist.layout.forward import Chunk, DealtChunk, SecondReading
 from d2o_dist.layout.heads import HeadLayout
 from d2o_dist.layout.sequence import SequenceLayout
+from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.rows import Rows
+from d2o_dist.slots.store import SlotStore
 
 
 class Dealing:
@@ -24,7 +29,7 @@ class Dealing:
 
     Attributes:
         layout: of blocks of heads, now: by heads, or every rank has some slots of every head.
-        latest: the chunk that was dealt last, if any; rows: its tokens, until the forward of it begins.
+        latest: the chunk that was dealt last, if any.
     """
 
     def __init__(self, ranks: RequestRanks) -> None:
@@ -32,10 +37,28 @@ class Dealing:
         spread = ranks.deals_tokens and ranks.parallel.sp_prefill != "ulysses"
         self.layout: type[HeadLayout] | type[SequenceLayout] = SequenceLayout if spread else HeadLayout
         self.latest: Deal | None = None
-        self.rows: Rows | None = None
+        # What was dealt, and whose forwards, or tiles of one, have not begun.
+        self._announced: list[tuple[Deal, Rows]] = []
         self._placement: Placement | None = None
 
-    def deal(self, mask: Tensor, batch: int) -> Deal:
+    @property
+    def is_announced(self) -> bool:
+        """Whether a chunk was dealt whose forward has not begun."""
+        return bool(self._announced)
+
+    def make_layer(self, config: D2OConfig, window: int | None, batch: int) -> Layer | WindowLayer:
+        """An empty layer of `batch` rows, with a sliding window or (None) compressed."""
+        if window is None:
+            return Layer(HeadBlock(config, self.layout(self.ranks, SlotStore(batch))))
+        return WindowLayer(batch, window, self.ranks)
+
+    def num_kv_heads(self, held: int) -> int:
+        """KV heads of a layer of the whole model, of which `held` are on this rank."""
+        whole = self.ranks.deals_tokens and not self.layout.is_spread
+        heads = sum(self.ranks.kv_sizes) if whole else held
+        return heads * self.ranks.tp.size // self.ranks.kv_replicas
+
+    def deal(self, mask: Tensor, batch: int, *, more: bool = False) -> Deal:
         """Announce a chunk; see `CompressedCache.deal`. batch: rows of the cache; 0: none yet."""
         rows = Rows.of(*mask.shape, mask)
         counts = rows.counts
@@ -44,7 +67,8 @@ class Dealing:
         if not counts or max(counts) < 1:
             raise ValueError(f"a chunk must have a token, but its rows have {list(counts)}")
         rule = Zigzag if self.layout.is_spread else Contiguous
-        self.latest, self.rows = Deal.of(counts, rule, self.ranks.sp.size, self.ranks.sp.rank), rows
+        self.latest = Deal.of(counts, rule, self.ranks.sp.size, self.ranks.sp.rank)
+        self._announced = [*(self._announced if more else ()), (self.latest, rows)]
         return self.latest
 
     def take(self, batch: int, length: int, *, is_chunk: bool) -> tuple[Deal | None, Rows | None]:
@@ -53,7 +77,7 @@ class Dealing:
         Raises:
             ValueError: a chunk that must be dealt was not, or the forward has another shape.
         """
-        deal, rows, self.rows = None if self.rows is None else self.latest, self.rows, None
+        deal, rows = self._announced.pop(0) if self._announced else (None, None)
         if deal is None and self.ranks.deals_tokens and is_chunk:
             raise ValueError(
                 f"a chunk of {length} columns was not dealt: with sp ({self.ranks.sp.size}) every rank takes a part of "
@@ -84,7 +108,7 @@ class Dealing:
         exchange = None
         if deal is not None and self.ranks.deals_tokens:
             if self.layout.is_spread:
-                self._placement.add(deal)
+                self._placement = self._placement.with_chunk(deal)
                 return DealtChunk(deal, self._placement, rows, num_seen)
             rows, exchange = Rows.first(deal.counts), HeadExchange(self.ranks, deal)
         return SecondReading(rows, exchange) if rereads else Chunk(rows, num_seen, exchange)

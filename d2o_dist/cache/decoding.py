@@ -12,6 +12,7 @@ from torch import Tensor
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.evictions import Evictions
 from d2o_dist.cache.layer import Layer
+from d2o_dist.cache.moving import Move
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.policy.config import D2OConfig
@@ -23,18 +24,20 @@ class Decoding:
 
     Args:
         layers: of the model, in order; num_seen: tokens seen by each row.
+        move: into the arena, where the layers have moved already.
 
     Attributes:
         step: what steps read and advance on the device; None before the first one, and after rows were selected.
     """
 
     def __init__(
-        self, layers: Sequence[Layer | WindowLayer], config: D2OConfig, ranks: RequestRanks, num_seen: Sequence[int]
-    ) -> None:
+        self, layers: Sequence[Layer | WindowLayer], config: D2OConfig, ranks: RequestRanks, num_seen: Sequence[int],
+        move: Move | None = None,
+    ) -> None:  # fmt: skip
         self._layers, self._config, self._ranks = list(layers), config, ranks
         self.step: DecodeStep | None = None
         in_arena = config.eviction_interval is not None
-        self._arena_evictions = self._evictions(num_seen).in_arena() if in_arena else None
+        self._arena_evictions = self._evictions(num_seen).in_arena(move) if in_arena else None
 
     def _evictions(self, num_seen: Sequence[int]) -> Evictions:
         full = {index: layer for index, layer in enumerate(self._layers) if isinstance(layer, Layer)}

@@ -8,28 +8,28 @@ Shape legend: B rows, M newest slots.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.layer import Layer
+from d2o_dist.cache.moving import Move
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.evict.agree import check_agreement
 from d2o_dist.evict.arena import ArenaEvictions, DueBlocks
 from d2o_dist.evict.budgets import eviction_budget, rows_due
-from d2o_dist.evict.exchange import ByHeads, BySequence
+from d2o_dist.evict.exchange import ByHeads
 from d2o_dist.evict.merge import merge_evicted
-from d2o_dist.evict.prompt import Whole, evict_ordered
+from d2o_dist.evict.prompt import Order, PromptSlots, Whole, evict_by, with_gain
 from d2o_dist.evict.prompt_shards import Shards
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy.config import D2OConfig
-from d2o_dist.slots.arena import Arena, Block
-from d2o_dist.slots.codec import Codec
+from d2o_dist.slots.arena import Arena
 from d2o_dist.slots.slots import D2OState, LayerBudget, Slots, last_of
 
 
@@ -63,43 +63,52 @@ class Evictions:
 
     # ---- the end of a prompt ---------------------------------------------------------------------------------------
 
-    def at_prompt_end(self) -> None:
-        """Evict every block to its budget."""
+    def at_prompt_end(self, *, is_last: bool = True) -> None:
+        """Evict every block to its budget; is_last: whether the budgets stay, or are trimmed once more."""
         for index, layer in self.layers.items():
             for block in layer.blocks:
                 if not block.layout.is_spread:
                     if block.slot_budgets is not None:
-                        self._evict_heads(index, block)
+                        self._evict_heads(index, block, is_last)
                 elif block.slot_budgets is None:
-                    block.layout.settle_whole()
+                    if is_last:
+                        block.layout.settle_whole()
                 else:
-                    self._evict_spread(index, block)
+                    self._evict_spread(index, block, is_last)
         self._end_of_heads(1)
 
-    def _evict_heads(self, index: int, block: HeadBlock) -> None:
+    def _step(
+        self, held: PromptSlots, block: HeadBlock, budget: LayerBudget | None, is_last: bool
+    ) -> Slots:
+        """What an eviction of a block leaves here, of slots that rank as at its first one."""
+        order = block.order
+        if order is None:
+            seen = torch.tensor(self.num_seen, device=block.store.buffers.positions.device)
+            order = Order.of(held, self.config, seen, finalize=True)
+        left, block.state, order = evict_by(
+            held, order, budget or _all_of(block), block.state, self.config, nearest=nearest_kept
+        )
+        block.order = None if is_last else order
+        return with_gain(left, held, order) if is_last else left
+
+    def _evict_heads(self, index: int, block: HeadBlock, is_last: bool) -> None:
         """Of a block of which all slots are here. Collectives: one, if anything is merged; one more between copies of
         KV heads."""
         slots = block.store.slots
         budget, kv_len = self._budget_of(block)
         if budget is None and self._others_may_ask([self.layers[index]], 1):
             self._join(torch.uint8)
-        left, block.state = evict_ordered(
-            Whole(slots, self._by_heads, merge_evicted), budget or _all_of(block), block.state, self.config,
-            seen=self._seen_on(slots), nearest=nearest_kept,
-        )  # fmt: skip
+        left = self._step(Whole(slots, self._by_heads, merge_evicted), block, budget, is_last)
         block.store.hold(left, kv_len)
         if budget is not None and not self._per_head:
             self._check({index: [left.positions]})
 
-    def _evict_spread(self, index: int, block: HeadBlock) -> None:
+    def _evict_spread(self, index: int, block: HeadBlock, is_last: bool) -> None:
         """Of a block of which every rank has some slots; makes the shards of its heads level, whether any row is due or
         not."""
         held = Shards(block.layout.slots, self.ranks)
         budget, kv_len = self._budget_of(block)
-        left, block.state = evict_ordered(
-            held, budget or _all_of(block), block.state, self.config, seen=self._seen_on(held.slots),
-            nearest=nearest_kept,
-        )  # fmt: skip
+        left = self._step(held, block, budget, is_last)
         room = max(*block.slot_budgets, *kv_len) + (self.config.eviction_interval or 0)
         slots, counts, positions = held.level(left, room)
         most = max(self.config.split(slots)[1] for slots in block.slot_budgets)
@@ -110,39 +119,31 @@ class Evictions:
         """Of the rows that are due when a prompt ends, None if none is; and what each holds afterwards."""
         device = block.store.buffers.positions.device
         due = eviction_budget(block.slot_budgets, block.kv_len, self.config, device)
-        return (None, block.kv_len) if due is None else due
-
-    def _seen_on(self, slots: Slots) -> Tensor:
-        return torch.tensor(self.num_seen, device=slots.positions.device)
+        if due is None:
+            return None, block.kv_len
+        if block.slot_aims is None:
+            return due
+        heavy, recent = torch.tensor([self.config.split(slots) for slots in block.slot_aims], device=device).T
+        return dataclasses.replace(due[0], aim=LayerBudget(heavy, recent)), due[1]
 
     # ---- while decoding --------------------------------------------------------------------------------------------
 
-    def in_arena(self) -> ArenaEvictions | None:
-        """Move every block that has a budget into one arena, where it stays while decoding; None if there is none."""
+    def in_arena(self, move: Move | None) -> ArenaEvictions | None:
+        """Move every block that has a budget into one arena, where it stays while decoding; None if there is none.
+
+        Args:
+            move: that all of them have taken part in already.
+        """
         blocks = [block for _, block in self._budgeted]
         if not blocks:
             return None
-        spread, interval, world = blocks[0].layout.is_spread, self.config.eviction_interval, self.ranks.sp.size
-        segments, free = [], []
-        for block in blocks:
-            room = [max(slots, held) + interval for slots, held in zip(block.slot_budgets, block.kv_len, strict=True)]
-            if spread:
-                room = [max(-(-max(room) // world), block.store.capacity)] * len(room)
-            free += room if spread else [most - held for most, held in zip(room, block.kv_len, strict=True)]
-            segments.append(Block(block.store.shape[0], max(room), tuple(room)))
-        keys = blocks[0].store.buffers.keys
-        arena = Arena(segments, Codec(self.config.storage, keys.shape[-1], keys.dtype), keys.device)
-        recent = [max(self.config.split(slots)[1] for slots in block.slot_budgets) for block in blocks]
-        newest = [block.layout.newest(most).flatten(0, 1) for block, most in zip(blocks, recent, strict=True)]
-        newest = torch.cat([pad(one, (max(1, *recent) - one.shape[1], 0), value=-1) for one in newest])
-        for number, block in enumerate(blocks):
-            block.layout.enter(arena.view(number), arena.codec)
-        shares = torch.cat([block.layout.shares.held.flatten(0, 1) for block in blocks]) if spread else None
-        arena.settle(max(free), shares, self.ranks.sp.rank)
-        self.hold_shares(arena)
-        exchange = BySequence(self.ranks) if spread else self._by_heads
-        seen = torch.tensor(self.num_seen, device=arena.start.device)
-        return ArenaEvictions(arena, self.config, newest, seen, nearest_kept, exchange)
+        if move is None:
+            move = Move.of(blocks, self.config, self.ranks)
+            for block in blocks:
+                move.enter(block)
+        evictions = move.end(self.num_seen, self._by_heads)
+        self.hold_shares(evictions.arena)
+        return evictions
 
     def hold_shares(self, arena: Arena) -> None:
         """Let spread blocks count in the arena's table, of which each has a part."""

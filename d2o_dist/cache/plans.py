@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.layer import Layer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.select import ranking_rates
@@ -22,12 +23,17 @@ from d2o_dist.policy.statistics import COLUMN_SUMS
 
 @dataclass
 class RowBudgets:
-    """What one row's budgets derive from: set at its first finalize, read again at later ones."""
+    """What one row's budgets derive from: set at its first finalize, read again at later ones.
+
+    Attributes:
+        num_short: slots that layers lack, for they had been evicted to fewer before all shares were known.
+    """
 
     log_weights: list[float]
     dispersions: list[float]
     num_tokens: int
     slots: list[int] = field(default_factory=list)
+    num_short: int = 0
 
     def copy(self) -> RowBudgets:
         """One whose slots may change."""
@@ -88,26 +94,26 @@ def _queries(config: D2OConfig) -> str:
     return "all queries" if sample is None else f"one query in {sample.stride} (all within {sample.near} tokens)"
 
 
-def head_variances(
-    layers: Collection[Layer], config: D2OConfig, num_seen: Sequence[int], ranks: RequestRanks
-) -> Tensor | None:
+def measures_layers(config: D2OConfig) -> bool:
+    """Whether budgets depend on the variance of attention in all layers."""
+    return COLUMN_SUMS in config.budget.statistics and not config.keeps_everything
+
+
+def known_before(config: D2OConfig) -> bool:
+    """Whether budgets follow from the number of tokens alone."""
+    return config.keeps_everything or not (measures_layers(config) or config.budget.by_ranking)
+
+
+def head_variances(squares: Sequence[Tensor], layer: Layer, num_seen: Sequence[int], ranks: RequestRanks) -> Tensor:
     """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers.
 
-    None where no budget depends on them.
-
     Args:
-        layers: those that are compressed, at the end of their first prefill.
-        num_seen: tokens seen by each row.
+        squares: L tensors [B, h], of `HeadBlock.squared_deviations` at the end of the first prefill.
+        layer: one of those that are compressed; num_seen: tokens seen by each row.
     """
-    if COLUMN_SUMS not in config.budget.statistics or config.keeps_everything or not layers:
-        return None
-    blocks = [layer.blocks[0] for layer in layers]
-    squares = torch.stack([
-        torch.stack([block.squared_deviations(row) for block in blocks], -1) for row in range(len(num_seen))
-    ])  # fmt: skip
-    squares = blocks[0].layout.add_up(squares)
-    divisors = torch.tensor([max(seen - 1, 1) for seen in num_seen], device=squares.device)
-    return ranks.gather_query_heads(squares / divisors[:, None, None]).transpose(1, 2).contiguous()
+    everywhere = layer.blocks[0].layout.add_up(torch.stack(list(squares), -1))
+    divisors = torch.tensor([max(seen - 1, 1) for seen in num_seen], device=everywhere.device)
+    return ranks.gather_query_heads(everywhere / divisors[:, None, None]).transpose(1, 2).contiguous()
 
 
 def head_counts(
@@ -135,32 +141,27 @@ def head_counts(
     return highest_of_heads(rankings, live, num_seen, num_kv_heads, config, ranks, spread=spread)
 
 
-def set_budgets(
-    layers: Collection[Layer],
+def plan_budgets(
     plans: list[RowBudgets] | None,
     variances: Tensor | None,
     highest: Tensor | None,
     config: D2OConfig,
+    shape: tuple[int, int],
     num_seen: Sequence[int],
     ranks: RequestRanks,
+    device: torch.device,
 ) -> list[RowBudgets]:
-    """Give every layer, or each of its heads where these have budgets of their own, the slots of each row. Heads of
-    other ranks too: the first rank's numbers are sent to all.
+    """The plan of each row: slots of every layer, or of each of its heads where these have budgets of their own. Heads
+    of other ranks too: the first rank's numbers are sent to all.
 
     Args:
-        layers: those that are compressed, their prefill finished.
-        plans: of an earlier finalize, whose weights stay; None at the first.
-        variances, highest: of `head_variances` and `head_counts`, at the first finalize.
-        config: with `protected_layers` counted among `layers`.
+        plans: of an earlier prompt, whose weights stay; None at the first.
+        variances, highest: of `head_variances` and `head_counts`, at the first prompt.
+        config: with `protected_layers` counted among the layers that are compressed.
+        shape: compressed layers, at least one, and budgets of each.
         num_seen: tokens seen by each row.
-
-    Returns:
-        The plan of each row.
     """
-    if not layers:
-        return []
-    budgeted = [one for layer in layers for one in layer.budgeted]
-    config, count = on_units(config, len(budgeted) // len(layers)), len(budgeted)
+    config, count = on_units(config, shape[1]), shape[0] * shape[1]
     if plans is None:
         plans = []
         for row, num_tokens in enumerate(num_seen):
@@ -173,11 +174,28 @@ def set_budgets(
         plan.slots = row_slots(plan.log_weights, num_tokens, plan.slots or None, config)
         plan.num_tokens = num_tokens
     if ranks.is_shared:
-        _take_first(plans, ranks, next(iter(layers)).blocks[0].store.buffers.positions.device)
-    protected = config.budget.protected(count)
-    for index, one in enumerate(budgeted):
-        one.slot_budgets = None if index in protected else [plan.slots[index] for plan in plans]
+        _take_first(plans, ranks, device)
     return plans
+
+
+def assign_budgets(
+    layers: Collection[Layer], first: int, plans: Sequence[RowBudgets], config: D2OConfig,
+    aims: Sequence[RowBudgets] | None = None,
+) -> None:  # fmt: skip
+    """Give layers, or each of their heads, the slots of each row.
+
+    Args:
+        layers: compressed ones that follow each other; first: which of all the first of them is.
+        config: as for `plan_budgets`.
+        aims: the plans that they are expected to be trimmed to; None: they are not trimmed.
+    """
+    for number, layer in enumerate(layers, first):
+        per_layer = len(layer.budgeted)
+        protected = config.budget.protected(len(plans[0].slots) // per_layer)
+        for unit, one in enumerate(layer.budgeted, number * per_layer):
+            one.slot_budgets = None if number in protected else [plan.slots[unit] for plan in plans]
+            if isinstance(one, HeadBlock):
+                one.slot_aims = None if aims is None else [aim.slots[unit] for aim in aims]
 
 
 def _take_first(plans: Sequence[RowBudgets], ranks: RequestRanks, device: torch.device) -> None:

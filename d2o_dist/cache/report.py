@@ -53,8 +53,10 @@ class CacheReport:
             whole request, however many ranks share it.
         allocated_bytes: all buffers of this rank: room to grow, positions, statistics and states included.
         num_seen_tokens: per row, padding not counted.
-        state_bytes: of this rank, what layers keep that hold no tokens (linear attention, Mamba, convolutions). It is in
-            no ratio, and in neither `held_bytes` nor `full_bytes`.
+        state_bytes: of this rank, what layers keep that hold no tokens (linear attention, Mamba, convolutions); in no
+            ratio, and in neither `held_bytes` nor `full_bytes`.
+        num_short_slots: per row, slots that layers lack of their budgets, for they were evicted before all shares were
+            known (`reading: layerwise`).
     """
 
     phase: str
@@ -64,6 +66,7 @@ class CacheReport:
     full_bytes: int
     allocated_bytes: int
     num_seen_tokens: list[int]
+    num_short_slots: list[int]
     layers: list[LayerReport]
     state_bytes: int = 0
 
@@ -89,6 +92,9 @@ class CacheReport:
             f"{'layer':>5} {'kind':<10} {'heavy':>9} {'recent':>9} {'held':>9} {'dispersion':>10} {'threshold':>9} "
             f"{'merged':>8} {'dropped':>8} {'MiB':>8}",
         ]
+        if any(self.num_short_slots):
+            short = _brief(self.num_short_slots)
+            lines.insert(2, f"slots that layers lack, evicted before all shares were known: {short}")
         for layer in self.layers:
             lines.append(
                 f"{layer.layer:>5} {layer.kind:<10} {_brief(layer.num_heavy):>9} {_brief(layer.num_recent):>9} "
@@ -152,6 +158,7 @@ def make_report(cache: CompressedCache, state_bytes: int = 0) -> CacheReport:
         full_bytes=sum(report.full_bytes for report in reports),
         allocated_bytes=sum(layer.num_allocated_bytes for layer in cache.layers) + state_bytes,
         num_seen_tokens=list(cache.num_seen),
+        num_short_slots=[plan.num_short for plan in cache.plans or []],
         layers=reports,
         state_bytes=state_bytes,
     )

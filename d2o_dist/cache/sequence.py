@@ -10,14 +10,15 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.columns import Columns
-from d2o_dist.cache.compress import compress
+from d2o_dist.cache.compress import Compression
 from d2o_dist.cache.dealing import Dealing
 from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layer import Layer
+from d2o_dist.cache.misuse import check_first_prefill, check_joinable, check_rows, check_step
 from d2o_dist.cache.plans import RowBudgets, check_gathered, on_full_layers
+from d2o_dist.cache.tiles import Tiles
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal
 from d2o_dist.comm.request import RequestRanks
@@ -27,7 +28,6 @@ from d2o_dist.policy.budget import check_total
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.step import DecodeStep
-from d2o_dist.slots.store import SlotStore
 
 
 class CompressedCache:
@@ -43,7 +43,7 @@ class CompressedCache:
         columns: what was seen of the batch, padding included: what a padded batch's masks and ids are indexed by.
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
         num_reread: tokens of each row that were read a second time; reread_chunk: in forwards of so many; None: none.
-        expected: tokens of the fullest row of the prompt or turn that comes next, for room; 0: not known.
+        reads_layerwise: whether every prefill forward is a whole prompt or turn, and compressed layer by layer.
         dealing: how the chunks of a prompt are spread over ranks.
         step_announced: whether the next forward is a decode step that was announced.
         in_inference: whether it was ever used in `torch.inference_mode`.
@@ -60,6 +60,7 @@ class CompressedCache:
         self._compressed_config = on_full_layers(config, windows)
         check_total(self._compressed_config.budget, config.size, len(self.full_layers))
         self.ranks.parallel.check_rules(config)
+        self.reads_layerwise = False
         self.reset()
 
     def reset(self) -> None:
@@ -68,14 +69,14 @@ class CompressedCache:
         self.num_seen: list[int] = []
         self.num_reread: list[int] = []
         self.reread_chunk: int | None = None
-        self.expected = 0
+        self._expected = 0
         self._rereading = False
         self.columns = Columns(0)
         self.phase = "prefill"
         self.plans: list[RowBudgets] | None = None
-        self._next_layer = 0
         self.dealing = Dealing(self.ranks)
-        self._forward: Forward | None = None
+        self._tiles = Tiles()
+        self._compression: Compression | None = None
         # Of the running forward: its tokens among the columns of the batch, and where they end if that is known.
         self._rows: Rows | None = None
         self._last_positions: list[int] | None = None
@@ -94,20 +95,14 @@ class CompressedCache:
         Raises:
             ValueError: the first prefill is over or has not begun, or did not gather what `config` needs.
         """
-        self._check_first_prefill("only a cache in its first prefill can change its configuration")
+        check_first_prefill(self, "only a cache in its first prefill can change its configuration")
         check_gathered(config, self.config, reread_chunk=self.reread_chunk)
         compressed = on_full_layers(config, self.windows)
         check_total(compressed.budget, config.size, len(self.full_layers))
         self.ranks.parallel.check_rules(config)
         self.config, self._compressed_config = config, compressed
-        for layer in self._full().values():
-            layer.blocks[0].adopt(config)
-
-    def _check_first_prefill(self, rule: str) -> None:
-        if self.phase != "prefill" or self.plans is not None or not self.num_seen_columns or self.in_forward:
-            raise ValueError(
-                f"{rule}; this cache is in phase {self.phase} and has seen {self.num_seen_columns} tokens"
-            )
+        for index in self.full_layers:
+            self.layers[index].blocks[0].adopt(config)
 
     # ---- one forward ---------------------------------------------------------------------------------------------
 
@@ -115,11 +110,7 @@ class CompressedCache:
     def num_kv_heads(self) -> int:
         """KV heads of a layer of the whole model; 0 before the first token."""
         shape = self.layers[0].shape if self.layers else None
-        if shape is None:
-            return 0
-        whole = self.ranks.deals_tokens and not self.dealing.layout.is_spread
-        heads = sum(self.ranks.kv_sizes) if whole else shape[0]
-        return heads * self.ranks.tp.size // self.ranks.kv_replicas
+        return 0 if shape is None else self.dealing.num_kv_heads(shape[0])
 
     @property
     def num_seen_columns(self) -> int:
@@ -129,17 +120,36 @@ class CompressedCache:
     @property
     def in_forward(self) -> bool:
         """Whether a forward has begun and not reached its last layer."""
-        return self._next_layer != 0
+        return self._tiles.has_begun
 
-    def deal(self, mask: Tensor) -> Deal:
+    def announce(self, expected: int, num_tiles: int = 1, *, is_layerwise: bool = False) -> None:
+        """Say what comes next: a prompt, or a later turn.
+
+        Args:
+            expected: tokens of its fullest row, for room; 0: not known.
+            num_tiles: tiles in which its forward goes through each layer.
+            is_layerwise: whether the forward is all of it, and each layer is compressed as soon as it has read it.
+
+        Raises:
+            ValueError: it cannot be compressed layer by layer.
+        """
+        assert not self.in_forward
+        if is_layerwise:
+            self.config.check_layerwise()
+        self._expected, self._tiles = expected, Tiles(num_tiles, is_layerwise=is_layerwise)
+
+    def deal(self, mask: Tensor, *, more: bool = False) -> Deal:
         """Announce the next forward: a chunk, of which mask [B, n] has zeros in padding, spread over sequence ranks.
 
         The forward then takes this rank's part: [B, H, deal.width, D], each row's tokens in its last columns.
 
+        Args:
+            more: this is the next tile of a forward of which others were dealt.
+
         Raises:
             ValueError: rows other than those of this batch, or no token at all.
         """
-        return self.dealing.deal(mask, len(self.num_seen) if self.layers else 0)
+        return self.dealing.deal(mask, len(self.num_seen) if self.layers else 0, more=more)
 
     def leave_out(self, rows: Collection[int]) -> None:
         """Let the next forward take no token of these rows, if it is a decode step: whatever its mask and position ids
@@ -166,30 +176,27 @@ class CompressedCache:
         Raises:
             ValueError: a layer out of order; a mask or positions that contradict what was seen (see `Columns`).
         """
-        if layer != self._next_layer:
-            raise ValueError(
-                f"layer {layer} attends, but layer {self._next_layer} was expected: a forward was broken off, or the "
-                "model's layers do not all use this cache. Make a new cache"
-            )
-        if layer == 0:
-            self._begin(k, mask, positions)
+        forward = self._tiles.take(layer, lambda: self._begin(k, mask, positions))
         with self.ranks.counter.phase(self.phase):
-            out = self._forward.attend(layer, self.layers[layer], q, k, v, scale)
-        self._next_layer = layer + 1
-        if self._next_layer == len(self.windows):
-            self._end()
+            out = forward.attend(layer, self.layers[layer], q, k, v, scale)
+        if layer == 0 and self._tiles.counts_at_once:
+            self._count(forward)
+        if self._tiles.done():
+            self._end_layer(layer)
         return out
 
-    def _begin(self, k: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
-        """Settle the phase and the kind of this forward."""
+    def _begin(self, k: Tensor, mask: Tensor | None, positions: Tensor | None) -> Forward:
+        """Settle the phase and the kind of this forward, or of its next tile."""
         batch, _, length, _ = k.shape
         left_out, self.left_out = self.left_out, frozenset()
-        announced = self.dealing.rows is not None
-        is_chunk = length > 1 or not self.num_seen_columns or self._rereading or announced
+        is_chunk = length > 1 or not self.num_seen_columns or self._rereading or self.dealing.is_announced
+        is_chunk = is_chunk or self._tiles.counts_at_once
+        if mask is not None and self._tiles.count > 1:  # that of the whole prompt
+            mask = mask[:, : self.num_seen_columns + length]
         deal, dealt_rows = self.dealing.take(batch, length, is_chunk=is_chunk)
         if not self.layers:
             self.num_seen, self.columns = [0] * batch, Columns(batch)
-            self.layers = [self._make_layer(window, batch) for window in self.windows]
+            self.layers = [self.dealing.make_layer(self.config, window, batch) for window in self.windows]
         self._last_positions = None
         if deal is not None:
             self._rows, rows = dealt_rows, Rows.of(batch, length, deal.mask())
@@ -205,40 +212,51 @@ class CompressedCache:
             if not self.step_announced:
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
             to_heads = self.ranks.deals_tokens and not self.dealing.layout.is_spread
-            self._forward = Step(self._decoding.begin(), self.ranks if to_heads else None)
-            return
+            return Step(self._decoding.begin(), self.ranks if to_heads else None)
         if self.step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
         if not self._rereading:
-            self._begin_prefill(batch)
-        self._forward = self.dealing.forward(deal, rows, self.num_seen, rereads=self._rereading)
+            if self.dealing.begin_prefill(batch):  # the first chunk of a prompt or of a later turn
+                for one in self.layers:
+                    one.begin_prefill(self._expected)
+                self._expected = 0
+            self._decoding, self.phase = None, "prefill"
+            self._tiles.is_layerwise |= self.reads_layerwise
+        return self.dealing.forward(deal, rows, self.num_seen, rereads=self._rereading)
 
-    def _make_layer(self, window: int | None, batch: int) -> Layer | WindowLayer:
-        if window is None:
-            return Layer(HeadBlock(self.config, self.dealing.layout(self.ranks, SlotStore(batch))))
-        return WindowLayer(batch, window, self.ranks)
-
-    def _begin_prefill(self, batch: int) -> None:
-        """The first chunk of a prompt or of a later turn comes."""
-        if self.dealing.begin_prefill(batch):
-            for layer in self.layers:
-                layer.begin_prefill(self.expected)
-            self.expected = 0
-        self._decoding = None
-        self.phase = "prefill"
-
-    def _end(self) -> None:
-        """After the last layer: count the tokens, and evict what is due."""
-        forward, self._forward, self._next_layer = self._forward, None, 0
+    def _end_layer(self, layer: int) -> None:
+        """After the last tile of a layer: compress it, if that is to be; after the last layer count the tokens, and
+        evict what is due."""
+        if self._tiles.is_layerwise:
+            self._compression = self._compression or self._compress()
+            if self.windows[layer] is None:
+                with self.ranks.counter.phase("finalize"):
+                    self._compression.of_layer(layer)
+        if layer + 1 < len(self.windows):
+            return
+        tiles, self._tiles = self._tiles, Tiles()
+        (*_, forward) = tiles.forwards
         if isinstance(forward, Step):
             self._decoding.step.end()
             if not self.step_announced:
                 self._close_step()
-        elif isinstance(forward, SecondReading):
+        elif not tiles.counts_at_once:
+            self._count(forward)
+        if tiles.is_layerwise:
+            self.finalize()
+
+    def _count(self, forward: Forward) -> None:
+        if isinstance(forward, SecondReading):
             self.num_reread = _added(self.num_reread, forward.rows.counts)
         else:
             self.num_seen = _added(self.num_seen, forward.counts)
             self.columns.add(self._rows, self._last_positions)
+
+    def _compress(self) -> Compression:
+        full = {index: self.layers[index] for index in self.full_layers}
+        return Compression(
+            full, self.plans, self.config, self._compressed_config, self.num_seen, self.num_kv_heads, self.ranks
+        )
 
     # ---- one decode step -----------------------------------------------------------------------------------------
 
@@ -253,14 +271,9 @@ class CompressedCache:
             present: rows that take a token; None: all of them. Masks of the forward are not read.
 
         Raises:
-            ValueError: nothing was read yet, other rows than the cache has, or another step is open.
+            ValueError: see `check_step`.
         """
-        if self.in_forward or self.step_announced:
-            raise ValueError("a decode step was announced in the middle of another forward or step")
-        if not self.num_seen_columns:
-            raise ValueError("a decode step was announced before any token was seen")
-        if present is not None and len(present) != len(self.num_seen):
-            raise ValueError(f"a step of {len(present)} rows was announced, but the cache has {len(self.num_seen)}")
+        check_step(self, present)
         step = self._open_step(present)
         self.step_announced, self._last_positions = True, None
         return step
@@ -274,7 +287,7 @@ class CompressedCache:
 
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded and not run, as far as it came."""
-        self.step_announced, self._next_layer, self._forward = False, 0, None
+        self.step_announced, self._tiles = False, Tiles()
 
     def _open_step(self, present: Sequence[bool] | None) -> DecodeStep:
         self.finalize()
@@ -297,7 +310,7 @@ class CompressedCache:
         Raises:
             ValueError: the first prefill is over or has not begun; the prompt was not read by heads (`sp_prefill`).
         """
-        self._check_first_prefill("a prompt is read a second time after the first and before it is compressed")
+        check_first_prefill(self, "a prompt is read a second time after the first and before it is compressed")
         if self.dealing.layout.is_spread:
             raise ValueError(
                 f"sp_prefill ({self.ranks.parallel.sp_prefill}) must be ulysses to read a prompt a second time with sp "
@@ -330,21 +343,16 @@ class CompressedCache:
                 "cache.reread(model, input_ids) before finalize() or generate()"
             )
         with self.ranks.counter.phase("finalize"):
-            self.plans = compress(
-                self._full(), self.plans, self.config, self._compressed_config, self.num_seen, self.num_kv_heads,
-                self.ranks,
-            )  # fmt: skip
+            layerwise, self._compression = self._compression, None
+            self.plans = self._compress().at_once() if layerwise is None else layerwise.end()
             self.phase = "decode"
             if self.ranks.deals_tokens and not self.dealing.layout.is_spread and not self.ranks.by_heads:
                 for layer in self.layers:
                     layer.spread(self.num_seen)
                 self.dealing.layout = SequenceLayout
-            self._decoding = Decoding(self.layers, self.config, self.ranks, self.num_seen)
+            move = None if layerwise is None else layerwise.move
+            self._decoding = Decoding(self.layers, self.config, self.ranks, self.num_seen, move)
         self.dealing.end_prefill()
-
-    def _full(self) -> dict[int, Layer]:
-        """The layers that are compressed, by their index in the model."""
-        return {index: self.layers[index] for index in self.full_layers}
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
@@ -355,15 +363,9 @@ class CompressedCache:
         Each reads its own prompt; while decoding they share a step. All slots are moved to a new arena.
 
         Raises:
-            ValueError: one of them is not decoding, or they are of another model, configuration or mesh.
+            ValueError: see `check_joinable`.
         """
-        mine, theirs = ((one.config, one.windows, one.ranks.parallel) for one in (self, other))
-        decodes = self._decoding is not None and other._decoding is not None
-        if mine != theirs or not decodes or self.step_announced or self.in_forward:
-            raise ValueError(
-                "only caches of one model, configuration and mesh can be joined, which have read their prompts and are "
-                f"between two steps: they are in phase {self.phase} and {other.phase}"
-            )
+        check_joinable(self, other)
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.join(theirs)
         self.columns.join(other.columns)
@@ -378,11 +380,7 @@ class CompressedCache:
         host = index.tolist()
         if not self.layers:
             return
-        if not host:
-            raise ValueError(f"no row was selected of the cache's {len(self.num_seen)}: others need a new cache")
-        for row in host:
-            if not 0 <= row < len(self.num_seen):
-                raise ValueError(f"row {row} was selected, but the cache has {len(self.num_seen)} rows")
+        check_rows(host, len(self.num_seen))
         for layer in self.layers:
             layer.select_rows(index)
         if self._decoding is not None:

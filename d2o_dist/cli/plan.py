@@ -20,6 +20,7 @@ from d2o_dist.fields.io import build, dump_yaml
 from d2o_dist.fields.overrides import parse_override
 from d2o_dist.plan import table
 from d2o_dist.plan.gpus import find_gpu
+from d2o_dist.plan.memory import reading_of
 from d2o_dist.plan.model_size import config_of, known_models, size_of
 from d2o_dist.plan.planner import AIMS, Job, MeshPlan, plan_all
 from d2o_dist.plan.seconds import Assumptions
@@ -88,8 +89,8 @@ def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
         )
     return Job(
         model=model, d2o=config.d2o, gpu=find_gpu(args.gpu, args.gpu_file), tokens=args.context, new_tokens=new_tokens,
-        batch=args.batch, chunk=config.prefill_chunk, dtype=dtype, num_gpus=args.gpus,
-        gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
+        batch=args.batch, chunk=config.prefill_chunk, reading=reading_of(config.reading, config.d2o), dtype=dtype,
+        num_gpus=args.gpus, gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
     )  # fmt: skip
 
 

@@ -98,11 +98,13 @@ class Placement:
         self.counts = [[0] * world for _ in range(batch)]
         self._owner = [torch.zeros(0, dtype=torch.int64)] * batch
 
-    def add(self, deal: Deal) -> None:
-        """The tokens of one more chunk."""
+    def with_chunk(self, deal: Deal) -> Placement:
+        """With the tokens of one more chunk; forwards of earlier ones keep this one."""
+        after = Placement(0, deal.world)
         for row, one in enumerate(deal.maps):
-            self._owner[row] = torch.cat([self._owner[row], one.owner(torch.arange(one.length))])
-            self.counts[row] = [old + new for old, new in zip(self.counts[row], deal.shards[row], strict=True)]
+            after._owner.append(torch.cat([self._owner[row], one.owner(torch.arange(one.length))]))
+            after.counts.append([old + new for old, new in zip(self.counts[row], deal.shards[row], strict=True)])
+        return after
 
     @property
     def width(self) -> int:

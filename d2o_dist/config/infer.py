@@ -19,6 +19,7 @@ from d2o_dist.policy.config import D2OConfig
 
 DTYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 CHAT_TEMPLATES = ("auto", "never", "always")
+READINGS = ("auto", "whole", "layerwise")
 DECODE_GRAPHS = ("auto", "always", "never")
 TRUNCATIONS = ("error", "middle", "left")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -50,7 +51,10 @@ class InferConfig:
         system_prompt: system message of chats that bring none.
         max_batch_size: rows of one batch at most.
         max_batch_tokens: prompt tokens of one batch at most, padding included; a longer row runs alone.
-        prefill_chunk: prompt tokens of one forward; null: the whole prompt at once.
+        reading: when a prompt is compressed: `whole` (when all layers have read it), `layerwise` (each layer as soon as
+            it has, so that the whole cache is never in memory), `auto` (`layerwise` where the result is the same).
+        prefill_chunk: prompt tokens of one forward, or of one tile of a layer where `reading` is layer by layer; null:
+            the whole prompt at once, or tiles of 4096.
         decode_graph: whether decode steps are CUDA graphs, captured once and replayed: `auto` (where that is
             possible), `always` (an error where it is not), `never`.
         max_prompt_tokens: longest prompt, in tokens; null: what the model's positions leave beside `max_new_tokens`.
@@ -80,6 +84,7 @@ class InferConfig:
     system_prompt: str | None = None
     max_batch_size: int = 8
     max_batch_tokens: int = 65536
+    reading: str = "auto"
     prefill_chunk: int | None = None
     decode_graph: str = "auto"
     max_prompt_tokens: int | None = None
@@ -98,6 +103,9 @@ class InferConfig:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("chat_template", self.chat_template, CHAT_TEMPLATES)
         check_choice("decode_graph", self.decode_graph, DECODE_GRAPHS)
+        check_choice("reading", self.reading, READINGS)
+        if self.reading == "layerwise":
+            self.d2o.check_layerwise()
         check_choice("truncation", self.truncation, TRUNCATIONS)
         check_int("max_batch_size", self.max_batch_size, low=1)
         check_int("max_batch_tokens", self.max_batch_tokens, low=1)

@@ -66,7 +66,22 @@ def choose(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig
     num_heavy, num_recent, kv_len, surplus = _counts(slots, budget)
     if _most_evicted(surplus, budget) == 0:
         return None
+    keep, is_target = _part(slots, num_heavy, num_recent, ranking, config, finalize=finalize)
+    keep = keep | (torch.arange(keep.shape[-1], device=keep.device) < kv_len) & (surplus == 0)
+    if budget.aim is not None:  # what stays then is a part of what stays now
+        heavy, recent = (x[:, None, None] for x in budget.aim.rows(len(keep), keep.device))
+        heavy, recent = heavy.minimum(num_heavy), recent.minimum(num_recent)
+        _, is_target = _part(slots, heavy, recent, ranking, config, finalize=True)
+    return keep.to(torch.uint8) + (keep & is_target).to(torch.uint8)
+
+
+def _part(
+    slots: Slots, num_heavy: Tensor, num_recent: Tensor, ranking: Tensor, config: D2OConfig, *, finalize: bool
+) -> tuple[Tensor, Tensor]:
+    """What stays of `num_heavy` and `num_recent` [B, 1, 1], and which of it evicted slots may be merged into: [B, Hkv,
+    S] bool."""
     order = torch.arange(slots.positions.shape[-1], device=slots.positions.device)
+    kv_len = slots.kv_len[:, None, None]
     live = order < kv_len
     # A budget of fewer heavy slots than sinks keeps the first of them.
     sink = live & (slots.positions < config.num_sink_tokens) & (order < num_heavy)
@@ -77,7 +92,7 @@ def choose(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig
     ranked = ranking.masked_fill(~candidate, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(ranked).scatter_(-1, ranked, order.expand_as(ranked))
     chosen = candidate & (rank < quota)
-    keep = live & (sink | recent | chosen | (surplus == 0))
+    keep = live & (sink | recent | chosen)
 
     is_target = keep
     tail = config.merge.targets.tail_sizes(num_heavy + num_recent, finalize=finalize)
@@ -85,7 +100,7 @@ def choose(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig
         is_target = chosen & (rank >= quota - tail)
     elif config.merge.keeps_mass:
         is_target = keep & ~sink
-    return keep.to(torch.uint8) + is_target.to(torch.uint8)
+    return keep, is_target
 
 
 def selection_of(choice: Tensor, slots: Slots, budget: LayerBudget) -> Selection:

@@ -8,8 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2o_dist.cache.plans import known_before
 from d2o_dist.models.base import ModelAdapter
 from d2o_dist.models.cache import ModelCache
+from d2o_dist.policy.config import D2OConfig
+
+# Columns that go through a layer at once, where a prompt is read layer by layer and nothing else is said.
+TILE = 4096
+
+
+def reads_layerwise(reading: str, model: ModelAdapter, d2o: D2OConfig) -> bool:
+    """Whether prompts are compressed layer by layer while they are read.
+
+    Args:
+        reading: `whole`, `layerwise`, or `auto`: layer by layer where that leaves what `whole` leaves, and the model
+            takes tiles.
+
+    Raises:
+        ValueError: `layerwise`, and the rules or the model do not allow it.
+    """
+    if reading == "layerwise":
+        d2o.check_layerwise()
+        if model.tile_refusal is not None:
+            raise ValueError(f"reading (layerwise) needs a model that takes tiles, but {model.tile_refusal}")
+    return reading == "layerwise" or (reading == "auto" and known_before(d2o) and model.tile_refusal is None)
 
 
 def chunk_ends(length: int, chunk: int | None) -> list[int]:
@@ -27,7 +49,7 @@ def chunk_ends(length: int, chunk: int | None) -> list[int]:
 
 def read(
     model: ModelAdapter, cache: ModelCache, ids: Tensor, mask: Tensor, chunk: int | None = None, *,
-    all_logits: bool = False,
+    all_logits: bool = False, is_layerwise: bool = False,
 ) -> Tensor:  # fmt: skip
     """Read columns that follow what the cache has seen: logits of the last one [B, V].
 
@@ -35,6 +57,8 @@ def read(
         ids, mask: [B, T] int64, padded on the left; the mask has zeros in padding.
         chunk: columns of one forward; None: all at once.
         all_logits: return those of all columns instead, [B, T, V], of a text read at once by one rank.
+        is_layerwise: compress each layer as soon as it has read the columns. Then they go through a layer chunk by
+            chunk, before the next layer gets any.
     """
     assert not all_logits or (chunk is None and not cache.ranks.deals_tokens)
     padded, device, seen = not bool(mask.all()), model.device, cache.compressed.num_seen
@@ -43,11 +67,23 @@ def read(
     if seen:
         positions = positions + torch.tensor(seen, device=device)[:, None]
     whole, before = cache.compressed.columns.mask_with(mask), cache.compressed.num_seen_columns
-    cache.compressed.expected = int(mask.sum(1).max())
-    start = 0
-    for end in chunk_ends(ids.shape[1], chunk):
+    expected, ends = int(mask.sum(1).max()), chunk_ends(ids.shape[1], chunk)
+    if is_layerwise:
+        tiles = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        cache.compressed.announce(expected, len(ends), is_layerwise=True)
         if cache.ranks.deals_tokens:
-            logits = _read_shared(model, cache, ids[:, start:end], mask[:, start:end])
+            ids, positions, tiles = cache.deal_tiles(ids, mask, ends)
+        told = whole if padded and not cache.ranks.deals_tokens else None
+        logits = model.forward(
+            ids, positions, cache, told, all_logits=all_logits, tiles=tiles if len(tiles) > 1 else None
+        )
+        return _of_last_token(cache, logits) if cache.ranks.deals_tokens else logits
+    cache.compressed.announce(expected)
+    start = 0
+    for end in ends:
+        if cache.ranks.deals_tokens:
+            logits = model.forward(*cache.deal_tokens(ids[:, start:end], mask[:, start:end]), cache)
+            logits = _of_last_token(cache, logits)
         else:
             told = whole[:, : before + end] if padded else None
             logits = model.forward(
@@ -57,9 +93,8 @@ def read(
     return logits
 
 
-def _read_shared(model: ModelAdapter, cache: ModelCache, ids: Tensor, mask: Tensor) -> Tensor:
-    """A chunk that the sequence ranks share: [B, n] -> the logits of each row's last token [B, V], on all ranks."""
-    logits = model.forward(*cache.deal_tokens(ids, mask), cache)
+def _of_last_token(cache: ModelCache, logits: Tensor) -> Tensor:
+    """[B, V] of the last token here of a chunk that sequence ranks share -> of each row's last token, on all ranks."""
     ranks, maps = cache.ranks, cache.compressed.dealing.latest.maps
     owners = [one.owner(one.length - 1) if one.length else 0 for one in maps]
     mine = torch.tensor(owners, device=logits.device) == ranks.sp.rank

@@ -134,7 +134,8 @@ class InferRunner:
     def _run(self, batch: Sequence[Request]) -> list[Record]:
         counter = None if self._trace is None else self._trace.counter
         session = Session(
-            self.model, self.config.d2o, self.mesh, self.parallel, counter, decode_graph=self.config.decode_graph
+            self.model, self.config.d2o, self.mesh, self.parallel, counter, decode_graph=self.config.decode_graph,
+            reading=self.config.reading,
         )
 
         def note_size() -> None:

@@ -17,7 +17,7 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.cuda_graph import graph_recorder
-from d2o_dist.engine.reading import read
+from d2o_dist.engine.reading import TILE, read, reads_layerwise
 from d2o_dist.engine.stepper import Stepper
 from d2o_dist.models.loading import adapt
 from d2o_dist.policy.config import D2OConfig
@@ -53,13 +53,15 @@ class Session:
             arguments, and gets the same logits but for rounding. So tokens are picked on one rank and sent to the
             others: `Sampler` does, and so does `session.cache.ranks.from_first(tokens)`.
         decode_graph: whether decode steps are CUDA graphs: `auto` (where that is possible), `always`, `never`.
+        reading: when a prompt is compressed; see `layerwise_refusal` and `InferConfig`.
 
     Raises:
         ValueError: what `ModelCache` refuses; `always` where it is impossible.
 
     Attributes:
         cache: the batch's `ModelCache`, of the kind that the model takes.
-        prefill_s: seconds that the last prompt took, a second reading included and the compression not; None before.
+        prefill_s: seconds that the last prompt took, a second reading included, and the compression where a prompt is
+            read layer by layer; None before.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class Session:
         parallel: ParallelConfig | None = None,
         counter: TrafficCounter | None = None,
         decode_graph: str = "auto",
+        reading: str = "auto",
     ) -> None:
         self.model = adapt(model)
         self.cache = self.model.make_cache(d2o, mesh, parallel, counter)
+        self._is_layerwise = reads_layerwise(reading, self.model, d2o)
         recorder = graph_recorder(decode_graph, self.model.shape, self.device, self.cache.ranks)
         self._stepper = Stepper(self.model, recorder, required=decode_graph == "always")
         self.prefill_s: float | None = None
@@ -95,7 +99,8 @@ class Session:
 
         Args:
             attention_mask: [B, T], 0 marks padding, which is on the left.
-            chunk: columns of one forward, at least 2; None: all at once. Bounds the memory of activations.
+            chunk: columns of one forward, or where a prompt is read layer by layer of a tile, at least 2; None: the
+                whole prompt, or tiles of `TILE`. Bounds the memory of activations.
 
         Raises:
             ValueError: a chunk below 2, a row that ends in padding or has no token, a later turn of one column.
@@ -108,7 +113,11 @@ class Session:
         if not bool(attention_mask[:, -1].all()) or bool((attention_mask.diff(dim=1) < 0).any()):
             raise ValueError("prompts must be padded on the left, and every row needs a token")
         began = self._now()
-        logits = read(self.model, self.cache, input_ids, attention_mask, chunk)
+        if self._is_layerwise and chunk is None and self.model.tile_refusal is None:
+            chunk = TILE
+        logits = read(
+            self.model, self.cache, input_ids, attention_mask, chunk, is_layerwise=self._is_layerwise
+        )
         if self.cache.d2o.needs_reread and not seen:
             self.cache.read_again(self.model.forward, input_ids.to(self.device), attention_mask.to(self.device))
         self.prefill_s = self._now() - began

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from d2o_dist.core.select import Selection, add_rates, choose, ranking_rates, rate_gain, selection_of
 from d2o_dist.evict.exchange import ByHeads
@@ -61,6 +62,30 @@ class PromptSlots(Protocol):
         """Nothing is kept, so nothing is asked; other heads may ask."""
 
 
+@dataclass(frozen=True)
+class Order:
+    """By what the slots of all ranks [B, h, S] are chosen. A prompt that is evicted in steps keeps to its first one.
+
+    Attributes:
+        ranking: the higher, the longer a slot stays.
+        gain: what rates gain at the last step; None: nothing.
+    """
+
+    ranking: Tensor
+    gain: Tensor | None
+
+    @classmethod
+    def of(cls, held: PromptSlots, config: D2OConfig, seen: Tensor, *, finalize: bool) -> Order:
+        """As the score rule says; seen: [B] int64 tokens seen by each row."""
+        everyone = held.statistics
+        rates = ranking_rates(everyone, config, finalize=finalize)
+        return cls(config.score.rank(everyone, rates, seen), rate_gain(everyone, rates, config))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Order:
+        """Of other slots, or rows."""
+        return Order(change(self.ranking), None if self.gain is None else change(self.gain))
+
+
 def evict_ordered(
     held: PromptSlots,
     budget: LayerBudget,
@@ -81,10 +106,33 @@ def evict_ordered(
     Returns:
         What is kept here, by ascending position, as many as the fullest row holds; and the new state.
     """
+    order = Order.of(held, config, seen, finalize=finalize)
+    kept, state, order = evict_by(held, order, budget, state, config, finalize=finalize, nearest=nearest)
+    return with_gain(kept, held, order), state
+
+
+def with_gain(kept: Slots, held: PromptSlots, order: Order) -> Slots:
+    """After the last step: what is kept here, by the order of what all ranks keep."""
+    if order.gain is None:
+        return kept
+    return add_rates(kept, held.own(order.gain)[..., : kept.positions.shape[-1]])
+
+
+def evict_by(
+    held: PromptSlots,
+    order: Order,
+    budget: LayerBudget,
+    state: D2OState,
+    config: D2OConfig,
+    *,
+    finalize: bool = True,
+    nearest: Nearest = nearest_kept,
+) -> tuple[Slots, D2OState, Order]:
+    """One step of `evict_ordered`, by an order that may be an earlier step's; also what is left of it."""
     everyone = held.statistics
-    rates = ranking_rates(everyone, config, finalize=finalize)
-    ranking = config.score.rank(everyone, rates, seen)
-    choice = held.decide(choose(everyone, budget, ranking, config, finalize=finalize))
+    width = everyone.positions.shape[-1]
+    order = order.map(lambda tensor: pad(tensor, (0, width - tensor.shape[-1])))  # unused slots come last
+    choice = held.decide(choose(everyone, budget, order.ranking, config, finalize=finalize))
     selection = None if choice is None else selection_of(choice, everyone, budget)
     kept, evicted = held.part(selection)
     if selection is not None:
@@ -100,11 +148,8 @@ def evict_ordered(
             reports, similarity, target = held.reports(reports, similarity, target)
             merged, state = judge(similarity, valid, reports, state, config)
             kept = held.fold(kept, evicted, similarity, target, merged, config.merge)
-    gain = rate_gain(everyone, rates, config)
-    if gain is not None:
-        gain = gain if selection is None else gain.gather(-1, selection.keep_idx)
-        kept = add_rates(kept, held.own(gain)[..., : kept.positions.shape[-1]])
-    return kept, state
+    left = order if selection is None else order.map(lambda tensor: tensor.gather(-1, selection.keep_idx))
+    return kept, state, left
 
 
 @dataclass

@@ -142,7 +142,8 @@ class SequenceLayout:
                 newest ones of all ranks.
         """
         self.kv_len, self.shares, self._newest = list(kv_len), Shares(held, self.ranks.sp.rank), newest
-        self.store.hold(slots, [slots.positions.shape[-1]] * len(kv_len))
+        self._width = slots.positions.shape[-1]
+        self.store.hold(slots, [self._width] * len(kv_len))
 
     def settle_whole(self) -> None:
         """Hold everything, of a block that has no budget."""

@@ -6,6 +6,7 @@ Shape legend: B rows, n columns of a forward, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ class ModelAdapter(ABC):
         """Where it takes its input."""
 
     @property
+    def tile_refusal(self) -> str | None:
+        """Why `forward` takes no `tiles`; None: it does."""
+        return f"{type(self).__name__} does not take tiles"
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """Ids that it ends texts with, as far as it knows itself."""
         return frozenset()
@@ -52,14 +58,17 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def forward(
-        self, ids: Tensor, positions: Tensor | None, cache: Any, mask: Tensor | None = None, *, all_logits: bool = False
-    ) -> Tensor:
+        self, ids: Tensor, positions: Tensor | None, cache: Any, mask: Tensor | None = None, *,
+        all_logits: bool = False, tiles: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Run the model over tokens that follow what the cache has seen.
 
         Args:
             ids: [B, n] int64; positions: [B, n] int64, position ids; None: the library counts them itself.
             cache: of `make_cache`.
             mask: [B, seen + n], 0 marks padding; None: no padding in this forward, or a chunk that was dealt.
+            tiles: columns of each of the tiles in which they go through each layer, of which the cache was told; None:
+                all at once.
 
         Returns:
             logits of the last column [B, V], or with `all_logits` of all columns [B, n, V].

@@ -24,6 +24,9 @@ from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.score import Reread
 from d2o_dist.slots.step import DecodeStep
 
+# Ways in which a cache by itself reads a prompt.
+CACHE_READINGS = ("whole", "layerwise")
+
 
 class ModelCache:
     """What a model's attention layers and those who run it share: slots, ranks, and what is asked of a prompt.
@@ -35,14 +38,16 @@ class ModelCache:
             sharded over `mesh.axis("tp")`, and every rank must make the same calls.
         parallel: how they share it; by default as `ParallelConfig` has it, with the sizes of the mesh.
         counter: where the traffic between ranks is counted.
+        reading: `whole`: a prompt is compressed before the first decode step, so it may be read in chunks. `layerwise`:
+            one forward reads all of it, or of a later turn, and each layer is compressed as soon as it has.
 
     Attributes:
         compressed: the layers and what they hold.
         layers: a view of each layer with attention.
 
     Raises:
-        ValueError: no layer would be compressed, a budget that this model's layers cannot have, or heads that the ranks
-            cannot share.
+        ValueError: no layer would be compressed, a budget that this model's layers cannot have, heads that the ranks
+            cannot share, or rules that need all layers at once with `layerwise`.
     """
 
     view_class = LayerView
@@ -54,7 +59,11 @@ class ModelCache:
         mesh: ParallelMesh | None = None,
         parallel: ParallelConfig | None = None,
         counter: TrafficCounter | None = None,
+        *,
+        reading: str = "whole",
     ) -> None:
+        if reading not in CACHE_READINGS:
+            raise ValueError(f"reading ({reading!r}) must be one of {', '.join(CACHE_READINGS)}")
         if d2o is not None and not isinstance(d2o, D2OConfig):
             raise ValueError(f"d2o must be a D2OConfig, not {type(d2o).__name__}")
         d2o = d2o or D2OConfig()
@@ -66,6 +75,9 @@ class ModelCache:
         self.shape = shape
         self.ranks = shape.request_ranks(mesh, parallel, counter)
         self.compressed = CompressedCache(d2o, list(shape.windows), self.ranks)
+        if reading == "layerwise":
+            d2o.check_layerwise()
+            self.compressed.reads_layerwise = True
         self.layers = [self.view_class(self.compressed, index) for index in range(len(shape.windows))]
         # Tokens of the longest text that a forward had positions for.
         self._longest = 0
@@ -147,15 +159,29 @@ class ModelCache:
             ValueError: a chunk without a token, or of another batch size than the cache's; with sequence ranks, a text
                 beyond the border of `longrope`.
         """
-        mask, border = _mask_of(ids, mask), self.shape.border
-        counts, seen = mask.bool().sum(1).tolist(), self.compressed.num_seen or [0] * len(mask)
+        return self._deal(ids, _mask_of(ids, mask), self.compressed.num_seen or [0] * len(ids))
+
+    def deal_tiles(self, ids: Tensor, mask: Tensor, ends: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """As `deal_tokens`, of a forward in tiles that end at these columns of `ids`; also the columns of each here."""
+        seen, parts, start = self.compressed.num_seen or [0] * len(ids), [], 0
+        for end in ends:
+            here = slice(start, end)
+            parts.append(self._deal(ids[:, here], mask[:, here], seen, more=start > 0))
+            seen = [old + new for old, new in zip(seen, mask[:, here].bool().sum(1).tolist(), strict=True)]
+            start = end
+        ids, positions = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+        return ids, positions, [part.shape[1] for part, _ in parts]
+
+    def _deal(self, ids: Tensor, mask: Tensor, seen: Sequence[int], *, more: bool = False) -> tuple[Tensor, Tensor]:
+        border = self.shape.border
+        counts = mask.bool().sum(1).tolist()
         length = max(map(sum, zip(seen, counts, strict=False)), default=0)
         if border is not None and self.ranks.sp.size > 1 and length > border:
             raise ValueError(
                 f"sp ({self.ranks.sp.size}) cannot read a text of {length} tokens, beyond {BORDER} ({border}): a rank "
                 "that has none of the tokens beyond would turn its own otherwise. Use sp 1"
             )
-        deal = self.compressed.deal(mask)
+        deal = self.compressed.deal(mask, more=more)
         part = ids.new_zeros(ids.shape[0], deal.width)
         positions = torch.zeros_like(part)
         for row, one in enumerate(deal.maps):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from d2o_dist.cache.plans import known_before
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.plan.meshes import Share
 from d2o_dist.plan.model_size import ModelSize
@@ -25,8 +26,15 @@ READINGS = ("whole", "layerwise")
 _POSITION_BYTES = 8
 # Where slots of a head lie on several ranks: statistics of all of them, as gathered and in order, of a token and head.
 _GATHERED_BYTES = 64
+# What layers hold at once over what they keep, where shares are known at the end: see `cache.compress.TRIMS`.
+_HELD_AT_MOST = 1.3
 # Keys of a block that column sums convert, and attend to, at once.
 _CONVERTED_KEYS, _BLOCK_KEYS = 4096, 512
+
+
+def reading_of(reading: str, d2o: D2OConfig) -> str:
+    """How a run of a model that takes tiles reads, whose configuration says `reading`."""
+    return ("layerwise" if known_before(d2o) else "whole") if reading == "auto" else reading
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class PromptMemory:
         prompt: slots of the whole prompt in all layers, positions and statistics of slots included; one_layer: in one.
         kept: slots after compression, with their room to grow.
         statistics: what attention leaves until the prompt is compressed, in all layers at once.
-        hidden: hidden states of the whole prompt.
+        hidden: hidden states of the whole prompt, and its tables of rotary positions.
         forward: what else is alive in a layer during a forward.
         reading_peak, compressing_peak, decoding: the most at once in these phases, without weights.
     """
@@ -78,7 +86,7 @@ def prompt_memory(
 
     Args:
         chunk: tokens of one forward, of all sequence ranks together; None: the whole prompt.
-        reading: one of READINGS. A run reads `whole`; the other is arithmetic.
+        reading: one of READINGS; see `reading_of`.
     """
     assert reading in READINGS, reading
     full, slot = model.num_full_layers, _slot_bytes(model, dtype)
@@ -88,7 +96,7 @@ def prompt_memory(
     prompt = full * one_layer + _window_bytes(model, tokens, batch * heads * slot)
     kept, tables, growth = _kept_bytes(model, d2o, share, tokens, batch, dtype)
     of_layer = _statistics_bytes(model, d2o, share, width, batch, dtype)
-    hidden = batch * here * model.hidden * dtype.itemsize
+    hidden = batch * here * (model.hidden + 2 * model.head_dim) * dtype.itemsize
     forward = _forward_bytes(model, d2o, share, tokens, batch, dtype, chunk)
 
     # The slots that stay and those that go are copied apart; to merge, their keys once more.
@@ -98,8 +106,17 @@ def prompt_memory(
     if not share.reads_by_heads:
         copies += batch * share.kv_heads * tokens * _GATHERED_BYTES
     if reading == "layerwise":
-        reading_peak = kept + one_layer + of_layer + hidden + forward
-        compressing_peak = kept + one_layer + of_layer + hidden + copies
+        moves_early = known_before(d2o) and share.holds_by_heads and share.sp == 1
+        if d2o.eviction_interval is not None and moves_early:
+            held = kept  # of all layers, in the arena, from the beginning
+        else:
+            held = round(kept * (1 if known_before(d2o) else _HELD_AT_MOST) * (full - 1) / max(full, 1))
+        reading_peak = held + one_layer + of_layer + hidden + forward
+        moved = 0 if moves_early or d2o.eviction_interval is None else 2 * kept + hidden
+        n = -(-min(chunk or tokens, tokens) // share.sp)
+        # The last tile's queries, keys and values, what they were made of, and what attention gives.
+        tile = batch * n * (model.hidden + 2 * (share.query_heads + share.kv_heads) * model.head_dim) * dtype.itemsize
+        compressing_peak = max(held + one_layer + of_layer + hidden + tile + copies, moved)
     else:
         reading_peak = prompt + full * of_layer + forward
         # Layer after layer; then what is left of all of them moves into the arena.

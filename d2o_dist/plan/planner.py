@@ -27,7 +27,7 @@ class Job:
 
     Attributes:
         tokens: of each prompt; new_tokens: of each answer; batch: rows of a batch, on each replica.
-        chunk: prompt tokens of one forward; None: all.
+        chunk: prompt tokens of one forward; None: all. reading: `whole` or `layerwise`.
         num_gpus, gpus_per_node: how many there are, and how many of them have the fast links.
     """
 
@@ -38,6 +38,7 @@ class Job:
     new_tokens: int = 256
     batch: int = 1
     chunk: int | None = None
+    reading: str = "whole"
     dtype: torch.dtype = torch.bfloat16
     num_gpus: int = 1
     gpus_per_node: int = 8
@@ -140,7 +141,9 @@ def plan_mesh(job: Job, mesh: ParallelConfig, share: Share) -> MeshPlan:
 
 def memory_of(job: Job, share: Share, batch: int) -> PromptMemory:
     """Of a batch of so many rows."""
-    return prompt_memory(job.model, job.d2o, share, job.tokens, batch, dtype=job.dtype, chunk=job.chunk)
+    return prompt_memory(
+        job.model, job.d2o, share, job.tokens, batch, dtype=job.dtype, chunk=job.chunk, reading=job.reading
+    )
 
 
 def most_rows(job: Job, share: Share) -> int:

@@ -52,10 +52,12 @@ def _row(plan: MeshPlan) -> tuple[str, ...]:
 def details(job: Job, plan: MeshPlan) -> str:
     """Memory and time of one mesh, part by part."""
     memory, times = plan.memory, plan.times
+    by_layer = memory.reading == "layerwise"
     gib = {
         "weights": memory.weights,
-        "whole cache while the prompt is read": memory.prompt,
+        f"whole cache, {'never in memory' if by_layer else 'while the prompt is read'}": memory.prompt,
         "  one layer of it": memory.one_layer,
+        "hidden states of the prompt": memory.hidden,
         "kept cache": memory.kept,
         "statistics": memory.statistics,
         "one forward": memory.forward,

@@ -44,6 +44,12 @@ class Size:
     keep_ratio: float | None
     keep_tokens: int | None
 
+    def times(self, factor: float) -> dict[str, float | int]:
+        """`factor` times as much, at most everything, as fields of a configuration."""
+        if self.keep_ratio is not None:
+            return {"keep_ratio": min(factor * self.keep_ratio, 1.0)}
+        return {"keep_tokens": math.ceil(factor * self.keep_tokens)}
+
     def ratio_of(self, num_tokens: int) -> float:
         """The fraction that this is of a prompt."""
         return self.keep_ratio or min(self.keep_tokens / max(num_tokens, 1), 1.0)

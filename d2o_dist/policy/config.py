@@ -168,6 +168,18 @@ class D2OConfig:
         """
         return not (self.needs_reread or self.budget.by_ranking or self.budget.per_head)
 
+    def check_layerwise(self) -> None:
+        """Refuse what needs all layers of a prompt at once.
+
+        Raises:
+            ValueError: it cannot be compressed layer by layer while it is read.
+        """
+        rule, why = self.score, "reads the prompt a second time"
+        if not self.needs_reread:
+            rule, why = self.budget, "compares the tokens of all layers"
+        if self.needs_reread or self.budget.by_ranking:
+            raise ValueError(f"{rule.path}.rule ({rule.name}) {why}: it cannot be compressed layer by layer")
+
     @property
     def query_sample(self) -> QuerySample | None:
         """Which queries column sums are taken from; None: all, or there are none to take."""

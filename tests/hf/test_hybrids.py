@@ -9,10 +9,12 @@ import torch
 from transformers import CONFIG_MAPPING, DynamicCache
 
 from d2o_dist import D2OCache, D2OConfig
+from d2o_dist.comm import build_mesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
 from d2o_dist.models.hf.cache import D2OLayer
 from d2o_dist.models.hf.shape import shape_of
+from d2o_dist.models.hf.shard import mark_replicas, shard_model
 from tests.cached_families import CHANGES, class_of
 from tests.families import build, tiny_config
 from tests.models import left_padded, tokens
@@ -64,12 +66,13 @@ def test_rows_of_a_padded_batch_and_chunks_give_what_a_row_alone_gives(model_typ
     ids, mask = left_padded([31, 12], seed=4)
     alone = ids[1:, -12:]
     expected = play(own, DynamicCache(config=own.config), alone)
-    for chunks in (None, [9, 12, 10]):  # the first chunks hold nothing but padding of the second row
+    # The first chunks hold nothing but padding of the second row. Jamba is read in one piece.
+    for chunks in (None,) if model_type == "jamba" else (None, [9, 12, 10]):
         close(play(model, make(model, FULL), ids, mask, chunks)[1:], expected)
         close(play(model, make(model), ids, mask, chunks)[1:], play(model, make(model), alone))
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [one for one in TYPES if one != "jamba"])
 def test_layers_that_attend_follow_the_oracle_over_chunks_and_a_later_turn(model_type, monkeypatch):
     """They alone are numbered: budgets, and protected layers, are theirs."""
     model = model_of(model_type)
@@ -142,30 +145,23 @@ def test_rows_that_come_go_and_pause_keep_their_state(model_type):
 
 
 def test_rows_that_generate_has_ended_keep_their_state():
-    """Rows are fed padding from their end on: what follows of them in a later turn does not depend on it."""
     model = model_of("qwen3_next")
-    ids, turn = tokens(2, 15, seed=3), tokens(2, 7, seed=4)
-    past = make(model)
+    ids = tokens(2, 15, seed=3)
     free = model.generate(ids, past_key_values=make(model), max_new_tokens=8, do_sample=False, eos_token_id=None)
-    end = int(free[0, 17])  # row 0 ends with its third token
-    out = model.generate(ids, past_key_values=past, max_new_tokens=8, do_sample=False, eos_token_id=end,
-                         pad_token_id=0, stopping_criteria=[past.ended_rows(end, 0)])  # fmt: skip
-    assert (out[0, 18:] == 0).all() and out.shape[1] == 23 and end not in out[1, :-1]
-    alone = make(model)
-    one = model.generate(ids[:1], past_key_values=alone, max_new_tokens=8, do_sample=False, eos_token_id=end)
-    assert torch.equal(one[0], out[0, :18])
-    # The last token of a row was not fed yet; of row 0 it is padding, one column of it, before which its own last one is.
-    mask = torch.ones(2, 22, dtype=torch.long)
-    mask[0, 18:] = 0
-    for layer in (index for index, state in enumerate(past.states.layers) if past.states.is_linear[index]):
-        close(past.get_recurrent_state(layer)[:1], after(model, alone, end).get_recurrent_state(layer))
-    del mask, turn
-
-
-def after(model, past, token):
-    with torch.no_grad():
-        model(torch.tensor([[token]]), past_key_values=past)
-    return past
+    past, alone, end = make(model), make(model), int(free[0, 17])  # the third token of row 0
+    how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
+    out = model.generate(ids, past_key_values=past, stopping_criteria=[past.ended_rows(end, 0)], **how)
+    one = model.generate(ids[:1], past_key_values=alone, **how)
+    assert torch.equal(one[0], out[0, :18]) and out.shape[1] > 19 and not out[0, 18:].any()
+    seen, turn = past.get_seq_length(), tokens(2, 6, seed=4)
+    mask = torch.ones(2, seen + 6, dtype=torch.long)
+    mask[0, 18:seen] = 0
+    positions = (mask.cumsum(1) - 1)[:, -6:]
+    with torch.no_grad():  # alone, the last token was not fed
+        model(torch.tensor([[end]]), past_key_values=alone)
+        found = model(turn, attention_mask=mask, position_ids=positions, past_key_values=past).logits
+        expected = model(turn[:1], past_key_values=alone).logits
+    close(found[:1], expected)
 
 
 def test_beams_reorder_states():
@@ -215,6 +211,35 @@ def test_the_state_is_reported_and_in_no_ratio():
     play(model, past, tokens(3, 9))  # a batch of another size
 
 
+def on_ranks(rank, world):
+    """Of each type the logits of a ragged prompt and of decode steps, in one of which a row pauses."""
+    found = []
+    for model_type in ("qwen3_next", "qwen3_5_text"):
+        model, mesh = model_of.__wrapped__(model_type), build_mesh(tp=world)
+        model = shard_model(model, mesh, ParallelConfig(tp=world, tp_engine="transformers"), torch.device("cpu"))
+        session = Session(model, PART, mesh)
+        logits = [session.prefill(*left_padded([21, 13], seed=5))]
+        logits += [session.decode([3 + number, 9], [True, number != 1])[:1] for number in range(4)]
+        found.append(torch.cat(logits))
+    return found
+
+
+@pytest.mark.multirank
+def test_two_tensor_ranks_give_what_one_process_gives():
+    expected = on_ranks(0, 1)
+    for found in run_ranks(2, on_ranks, fresh=True):
+        for mine, one in zip(found, expected, strict=True):
+            close(mine, one, 1e-5)
+
+
+def test_what_tensor_ranks_cannot_cut_is_refused():
+    config = model_of("qwen3_next").config
+    with pytest.raises(ValueError, match=r"tp_engine \(deepspeed\) cannot cut layers that keep a state.*transformers"):
+        mark_replicas(config, ParallelConfig(tp=2, tp_engine="deepspeed"))
+    with pytest.raises(ValueError, match="jamba has no tensor parallel plan: use dp instead"):
+        mark_replicas(model_of("jamba").config, ParallelConfig(tp=2))
+
+
 def test_what_states_cannot_follow_is_refused():
     model = model_of("falcon_h1")
     past = make(model)
@@ -226,5 +251,10 @@ def test_what_states_cannot_follow_is_refused():
             model(ids[:, :3], attention_mask=longer, past_key_values=past)
         with pytest.raises(ValueError, match="the cache was filled with batch size 2 and is now used with 1"):
             model(ids[:1, :1], past_key_values=past)
+    past = make(model_of("jamba"))
+    with torch.no_grad():
+        model_of("jamba")(ids, past_key_values=past)
+        with pytest.raises(ValueError, match="Mamba layers forget what was read where more than one token follows"):
+            model_of("jamba")(ids[:, :2], past_key_values=past)
     with pytest.raises(ValueError, match=r"sp \(2\) cannot share a text to this model"):
         shape_of(model.config).check_sequence_ranks(ParallelConfig(sp=2).sp)

@@ -169,7 +169,7 @@ def test_finalize_before_any_token_and_in_the_middle_of_a_forward():
     cache = D2OCache(config=tiny_model().config)
     with pytest.raises(ValueError, match="before any token"):
         cache.finalize()
-    cache.compressed._next_layer = 2
+    cache.compressed._tiles.layer = 2
     with pytest.raises(ValueError, match="middle of a forward"):
         cache.finalize()
 

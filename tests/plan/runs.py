@@ -59,7 +59,7 @@ def measure(rank: int, world: int, case: Case) -> dict[str, Any]:
     parallel, model, counter = case.parallel, case.make(), TrafficCounter()
     mesh = build_mesh(sp=parallel.sp, tp=parallel.tp)
     model = shard_model(model, mesh, parallel, torch.device("cpu"))
-    session, read = Session(model, case.config, mesh, parallel, counter), []
+    session, read = Session(model, case.config, mesh, parallel, counter, reading="whole"), []
     finalize = D2OCache.finalize
 
     def watched(cache: D2OCache) -> None:

@@ -81,3 +81,18 @@ def test_peaks_of_a_run(preset, chunk):
     planned = prompt_memory(shape, d2o, share, 1536, dtype=torch.float32, chunk=chunk)
     close(planned.reading_peak, read, 0.1)
     close(planned.compressing_peak, compressed, 0.1)
+
+
+@pytest.mark.parametrize("preset", ["lean", "d2o"])
+def test_the_peak_of_a_run_that_is_compressed_layer_by_layer(preset):
+    """At a length at which the cache is most of it; the whole reading takes more."""
+    model, d2o = small_model(), D2OConfig.preset(preset)
+    found = max(measured_peaks(model, d2o, 4096, 256, reading="layerwise"))
+    shape = size_of(model.config)
+    share = share_of(shape, d2o, ParallelConfig())
+    planned, whole = (
+        prompt_memory(shape, d2o, share, 4096, dtype=torch.float32, chunk=256, reading=reading)
+        for reading in ("layerwise", "whole")
+    )
+    close(max(planned.reading_peak, planned.compressing_peak), found, 0.1)
+    assert found < whole.reading_peak

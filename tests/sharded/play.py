@@ -34,6 +34,7 @@ class Play:
     model: dict[str, Any] = field(default_factory=dict)
     d2o: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
+    reading: str = "whole"
 
     @property
     def config(self) -> D2OConfig:
@@ -93,7 +94,7 @@ def play(one: Play, mesh=None, parallel=None, counter=None) -> dict[str, Any]:
         model = shard_model(model, mesh, parallel, torch.device("cpu"))
     if one.dtype == torch.float64 and one.family != "gemma3":
         use_float64_norms(model)  # or they would round differences away, and make some as large as float32's
-    return play_on(Session(model, one.config, mesh, parallel, counter), one)
+    return play_on(Session(model, one.config, mesh, parallel, counter, reading=one.reading), one)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ Shape legend: B rows, Hkv key/value heads, n tokens of a chunk, D head dim.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.models.cache import ModelCache
 from d2o_dist.models.hf.attention import CACHE_TAG
 from d2o_dist.models.hf.ended import EndedRows
 from d2o_dist.models.hf.forward import run_model
@@ -25,11 +24,10 @@ from d2o_dist.models.hf.guards import check_attention, layer_types, state_counts
 from d2o_dist.models.hf.masks import Width
 from d2o_dist.models.hf.rope import is_let_go_of
 from d2o_dist.models.hf.shape import shape_of
-from d2o_dist.models.hf.states import States, check_padding
-from d2o_dist.models.hf.supported import ATTENTION, check_supported
+from d2o_dist.models.hf.stateful import StatefulCache
+from d2o_dist.models.hf.supported import ATTENTION, check_supported, resumes
 from d2o_dist.models.layer import LayerView
 from d2o_dist.policy.config import D2OConfig
-from d2o_dist.slots.step import DecodeStep
 
 
 class D2OLayer(LayerView, CacheLayerMixin):
@@ -69,7 +67,7 @@ class D2OLayer(LayerView, CacheLayerMixin):
     prefetch = offload
 
 
-class D2OCache(ModelCache, Cache):
+class D2OCache(StatefulCache, Cache):
     """A KV cache that keeps a fraction of the tokens and folds many of the others into them.
 
     Pass it as `past_key_values` to a model loaded with `attn_implementation="d2o"`. One cache serves one batch, over
@@ -83,6 +81,7 @@ class D2OCache(ModelCache, Cache):
             read by `model(**cache.deal(input_ids, attention_mask), past_key_values=cache)`.
         parallel: how they share it; by default as `ParallelConfig` has it, with the sizes of the mesh.
         counter: where the traffic between ranks is counted.
+        reading: `whole`, or `layerwise` for prompts that are read in one forward; see `ModelCache`.
 
     Raises:
         ValueError: a model whose attention is not or cannot be `d2o`, that is not supported or has no layer to be
@@ -98,12 +97,16 @@ class D2OCache(ModelCache, Cache):
         mesh: ParallelMesh | None = None,
         parallel: ParallelConfig | None = None,
         counter: TrafficCounter | None = None,
+        *,
+        reading: str = "whole",
     ) -> None:
         check_supported(config)
         self.model_config = text_config(config)
         check_attention(self.model_config)
-        ModelCache.__init__(self, shape_of(config), d2o, mesh, parallel, counter)
-        self.states = States(state_counts(self.model_config))
+        StatefulCache.__init__(
+            self, state_counts(self.model_config), shape_of(config), d2o, mesh, parallel, counter, reading=reading,
+            resumes=resumes(self.model_config),
+        )  # fmt: skip
         attends = [index for index, kind in enumerate(layer_types(self.model_config)) if kind in ATTENTION]
         # What the model calls a layer -> its number among those that attend.
         self._numbers = {index: number for number, index in enumerate(attends)}
@@ -113,8 +116,6 @@ class D2OCache(ModelCache, Cache):
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._pending: int | None = None
         self._filled_with: dict[str, Any] | None = None
-        # Whether states were settled for the next forward, and whether the forwards are a second reading.
-        self._begun = self._reads_again = False
 
     def __bool__(self) -> bool:
         """False for models whose `generate` asks `if past_key_values` only to let go of the cache; True for others."""
@@ -155,26 +156,9 @@ class D2OCache(ModelCache, Cache):
         """The window of the layer whose keys were announced; None: full attention, or no such layer."""
         return None if self._pending is None else self.compressed.windows[self._pending]
 
-    def begin_forward(self, batch: int, length: int, mask: Tensor | None) -> None:
-        """Called when the model makes its masks, before any layer: settle what becomes of states of rows that are padded.
-
-        Args:
-            length: n columns; mask: [B, seen + n] bool, False marks padding; None: no padding.
-
-        Raises:
-            ValueError: another batch size than the cache has; padding after a row's tokens.
-        """
-        if not self.states or self._reads_again or self.compressed.step_announced:
-            return
-        self.states.put_back()
-        self._begun, seen = True, self.compressed.num_seen
+    def check_batch(self, batch: int) -> None:
+        """See `StatefulCache`."""
         self._check_filled({"batch size": batch})
-        is_step = length == 1 and self.compressed.num_seen_columns
-        if is_step:
-            padded = set() if mask is None else set((~mask[:, -1]).nonzero().flatten().tolist())
-            self.states.keep(sorted(padded | self.compressed.left_out))
-        elif mask is not None:
-            check_padding(mask[:, -length:], seen)
 
     def _check_filled(self, now: dict[str, Any]) -> None:
         before = self._filled_with or {}
@@ -211,58 +195,17 @@ class D2OCache(ModelCache, Cache):
         layer, self._pending = self._pending, None
         if layer is None:
             raise ValueError("d2o attention met keys of this cache that were not announced by update()")
-        if layer == 0 and self.states and not (self._begun or self._reads_again or self.compressed.step_announced):
-            raise ValueError(
-                "the model's masks are not made by transformers, so that rows with padding are not known before layers "
-                "that keep a state: leave the attention mask 2D"
-            )
-        self._begun = False
+        if layer == 0:
+            self.check_begun()
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
         return self.attend_layer(layer, query, key, value, scale, mask, positions)
 
-    # Layers that keep a state ask for it, and hand it on, themselves.
-
-    def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """See transformers."""
-        return self.states.get_conv_state(*args, **kwargs)
-
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See transformers."""
-        return self.states.update_conv_state(*args, **kwargs)
-
-    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """See transformers."""
-        return self.states.get_recurrent_state(*args, **kwargs)
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See transformers."""
-        return self.states.update_recurrent_state(*args, **kwargs)
-
-    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
-        """See transformers."""
-        return self.states.has_previous_state(*args, **kwargs)
-
-    # ---- decode steps that are announced -------------------------------------------------------------------------
-
-    def begin_step(self, present: Sequence[bool] | None = None) -> DecodeStep:
-        """See `ModelCache`."""
-        step = super().begin_step(present)
-        self.states.put_back()
-        self.states.keep([row for row, here in enumerate(present or ()) if not here])
-        return step
-
-    def end_step(self) -> None:
-        """See `ModelCache`."""
-        super().end_step()
-        self.states.put_back()
-
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded, not run, and broken off."""
         self._pending = None
         super().abandon_step()
-        self.states.put_back()
 
     # ---- called by whoever runs the model ------------------------------------------------------------------------
 
@@ -275,36 +218,6 @@ class D2OCache(ModelCache, Cache):
     ) -> None:
         """Read the prompts a second time, by the model that has read them; see `read_again`."""
         self.read_again(partial(run_model, model), input_ids, attention_mask, chunk=chunk)
-
-    def read_again(
-        self, forward: Callable[[Tensor, Tensor, Any], Any], ids: Tensor, mask: Tensor | None = None, *,
-        chunk: int | None = None,
-    ) -> None:  # fmt: skip
-        """See `ModelCache`. Layers that keep a state begin each forward with that of the whole prompt.
-
-        Raises:
-            ValueError: also, with such layers, prompts of different lengths.
-        """
-        if not self.states:
-            return super().read_again(forward, ids, mask, chunk=chunk)
-        seen = self.compressed.num_seen
-        if len(set(seen)) > 1:
-            raise ValueError(
-                f"prompts of {seen} tokens cannot be read a second time together by a model with layers that keep a "
-                "state: read those of one length, or one prompt at a time"
-            )
-
-        def kept(*args: Any) -> None:
-            self.states.keep(range(len(seen)))
-            forward(*args)
-            self.states.put_back()
-
-        self.states.put_back()
-        self._reads_again = True
-        try:
-            super().read_again(kept, ids, mask, chunk=chunk)
-        finally:
-            self._reads_again = False
 
     # ---- what generate asks --------------------------------------------------------------------------------------
 
@@ -331,14 +244,12 @@ class D2OCache(ModelCache, Cache):
     def select_rows(self, rows: Tensor) -> None:
         """Keep these rows, in that order, repeated where repeated."""
         super().select_rows(rows)
-        self.states.select_rows(rows)
         if self._filled_with is not None:
             self._filled_with["batch size"] = len(rows)
 
     def join(self, other: D2OCache) -> None:
         """Take in the rows of another cache of the same model, which must not be used afterwards."""
         super().join(other)
-        self.states.join(other.states)
         if self._filled_with is not None:
             self._filled_with["batch size"] = len(self.compressed.num_seen)
 
@@ -350,15 +261,8 @@ class D2OCache(ModelCache, Cache):
     def reset(self) -> None:
         """Forget everything but the configuration."""
         super().reset()
-        self.states.reset()
-        self._begun = False
         self._modules.clear()
         self._pending = self._filled_with = None
-
-    @property
-    def state_bytes(self) -> int:
-        """Of this rank: what layers of linear attention, Mamba and convolution keep."""
-        return self.states.num_bytes
 
     def ended_rows(self, eos_token_id: int | Sequence[int], pad_token_id: int) -> EndedRows:
         """For `generate(..., stopping_criteria=[cache.ended_rows(eos, pad)])` of a batch that goes on to a next turn.

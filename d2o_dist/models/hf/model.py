@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from d2o_dist.models.base import ModelAdapter
 from d2o_dist.models.hf.cache import D2OCache
 from d2o_dist.models.hf.forward import run_model
 from d2o_dist.models.hf.shape import shape_of
+from d2o_dist.models.hf.tiles import in_tiles, tile_refusal
 from d2o_dist.policy.config import D2OConfig
 
 
@@ -28,6 +31,11 @@ class HFModel(ModelAdapter):
     def device(self) -> torch.device:
         """See `ModelAdapter`."""
         return self.model.device
+
+    @property
+    def tile_refusal(self) -> str | None:
+        """See `ModelAdapter`."""
+        return tile_refusal(self.model)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -46,7 +54,9 @@ class HFModel(ModelAdapter):
         return D2OCache(self.model.config, d2o, mesh, parallel, counter)
 
     def forward(
-        self, ids: Tensor, positions: Tensor | None, cache: Any, mask: Tensor | None = None, *, all_logits: bool = False
-    ) -> Tensor:
+        self, ids: Tensor, positions: Tensor | None, cache: Any, mask: Tensor | None = None, *,
+        all_logits: bool = False, tiles: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `ModelAdapter`."""
-        return run_model(self.model, ids, positions, cache, mask, all_logits=all_logits)
+        with nullcontext() if tiles is None else in_tiles(self.model, tiles):
+            return run_model(self.model, ids, positions, cache, mask, all_logits=all_logits)

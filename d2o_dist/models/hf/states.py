@@ -1,7 +1,7 @@
 """Layers that keep a state and no tokens: linear attention, Mamba, convolutions. transformers' own layers serve them.
 
-Their state is of the whole text up to now. What the other layers do with rows (leave some out of a step, keep some, take
-in others) is done to it here.
+Their state is of the whole text up to now. What other layers do with rows (leave some out of a step, keep some, take in
+others) is done to it here.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def check_padding(mask: Tensor, seen: Sequence[int]) -> None:
     wrong = (~mask & (before + mask.long().cumsum(1) > 0)).any(1).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
-            f"row {wrong[0]} has padding after its tokens, which layers of linear attention, Mamba or "
-            "convolution would take in: pad on the left of the first prompt only, and read later turns of one length, or "
-            "one row at a time"
+            f"row {wrong[0]} has padding after its tokens, which layers of linear attention, Mamba or convolution "
+            "would take in: pad on the left of the first prompt only, and read later turns of one length, or one row "
+            "at a time"
         )
 
 

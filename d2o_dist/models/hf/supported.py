@@ -46,6 +46,14 @@ _BY_TYPE = {
     **dict.fromkeys(("inkling_text", "inkling2_text"), "biases of relative positions in its attention"),
 }
 
+# Types whose Mamba layers begin anew with each forward of more than one token, in transformers.
+_IN_ONE_PIECE = ("jamba", "zamba")
+
+
+def resumes(config: Any) -> bool:
+    """Whether a decoder goes on with its states where a chunk of text, or a later turn, follows what was read."""
+    return config.model_type not in _IN_ONE_PIECE
+
 
 def check_supported(config: Any) -> None:
     """Refuse what a compressed cache cannot serve.

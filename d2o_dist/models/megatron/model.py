@@ -5,7 +5,7 @@ Shape legend: B rows, n columns of a forward, V vocabulary, R dimensions of a he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -84,9 +84,11 @@ class MegatronModel(ModelAdapter):
 
     @torch.no_grad()
     def forward(
-        self, ids: Tensor, positions: Tensor | None, cache: Any, mask: Tensor | None = None, *, all_logits: bool = False
-    ) -> Tensor:
+        self, ids: Tensor, positions: Tensor | None, cache: Any, mask: Tensor | None = None, *,
+        all_logits: bool = False, tiles: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `ModelAdapter`. Positions are those given, row by row, where Megatron would count columns."""
+        assert tiles is None
         model = self.model
         if positions is None:
             seen = torch.tensor(cache.compressed.num_seen or [0] * len(ids), device=ids.device)

@@ -1,0 +1,120 @@
+"""Peak memory of a process that reads one prompt: the plain model, the whole reading, and layer by layer.
+
+    python -m benchmarks.reading --lengths 16384 32768 --layers 30 --out docs/benchmarks/reading.json
+
+The model has SmolLM2-135M's shape with positions extended, float32, random weights: memory does not depend on them.
+Each case is a process of its own, for ru_maxrss only grows. What is printed is the rise over the loaded model, beside
+what `prompt_memory` calculates. Lines are written as they are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.engine.session import Session
+from d2o_dist.plan.memory import prompt_memory
+from d2o_dist.plan.meshes import share_of
+from d2o_dist.plan.model_size import size_of
+from d2o_dist.policy.config import D2OConfig
+
+# (name, preset, keep ratio); `plain` is the model with transformers' own cache.
+CASES = (
+    ("plain", None, 1.0), ("whole", "d2o", 0.2), ("layerwise", "d2o", 0.2), ("layerwise", "lean", 0.2),
+    ("layerwise", "lean", 0.1),
+)  # fmt: skip
+CHUNK = 2048
+
+
+def config_of(layers: int, length: int) -> LlamaConfig:
+    """SmolLM2-135M's shape with a small vocabulary."""
+    return LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+        num_hidden_layers=layers, vocab_size=1024, max_position_embeddings=length, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process so far (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@torch.no_grad()
+def read(case: tuple[str, str | None, float], layers: int, length: int) -> float:
+    """MiB that the peak rises by, over that of the loaded model."""
+    reading, preset, ratio = case
+    torch.manual_seed(0)
+    config = config_of(layers, length)
+    config._attn_implementation = "sdpa" if preset is None else "d2o"
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(2, 1024, (1, length))
+
+    def run(ids: torch.Tensor) -> None:
+        if preset is not None:
+            session = Session(model, D2OConfig.preset(preset, keep_ratio=ratio), reading=reading)
+            session.prefill(ids, torch.ones_like(ids), CHUNK)
+            return
+        cache = DynamicCache(config=config)
+        for part in ids.split(CHUNK, 1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+
+    run(ids[:, :64])  # libraries and thread pools are loaded before the baseline is read
+    before = peak_mib()
+    run(ids)
+    return peak_mib() - before
+
+
+def planned(case: tuple[str, str | None, float], layers: int, length: int) -> dict[str, float]:
+    """MiB by the formula: of the cache, the hidden states, and the peak without weights."""
+    reading, preset, ratio = case
+    if preset is None:
+        reading, preset = "whole", "full"
+    shape, d2o = size_of(config_of(layers, length)), D2OConfig.preset(preset, keep_ratio=ratio)
+    found = prompt_memory(
+        shape, d2o, share_of(shape, d2o, ParallelConfig()), length, dtype=torch.float32, chunk=CHUNK, reading=reading
+    )
+    parts = {"kept": found.kept, "one layer": found.one_layer, "whole": found.prompt, "hidden": found.hidden,
+             "planned peak": found.peak - found.weights}  # fmt: skip
+    return {name: round(count / 2**20, 1) for name, count in parts.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """A line of JSON a case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384], help="prompt tokens")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--out", type=Path, help="append the lines to this file")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.case is not None:
+        print(read(CASES[args.case], args.layers, args.lengths[0]))
+        return
+    # What is freed goes back to the system at once, so that it is not counted again.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    for length in args.lengths:
+        for number, case in enumerate(CASES):
+            command = [sys.executable, "-m", "benchmarks.reading", "--lengths", str(length), "--layers"]
+            command += [str(args.layers), "--case", str(number)]
+            found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+            name, preset, ratio = case
+            row: dict[str, object] = {"tokens": length, "layers": args.layers, "reading": name, "preset": preset}
+            measured = {"keep": ratio, "measured peak": round(float(found.split()[-1]), 1)}
+            row |= measured | planned(case, args.layers, length)
+            print(json.dumps(row), flush=True)
+            if args.out is not None:
+                with args.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

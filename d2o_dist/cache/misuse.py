@@ -1,0 +1,58 @@
+"""Refusals of calls that come at the wrong time, or for rows that there are none of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def check_first_prefill(cache: Any, rule: str) -> None:
+    """Refuse where the first prompt was not read yet, or is compressed.
+
+    Raises:
+        ValueError: says `rule`.
+    """
+    if cache.phase != "prefill" or cache.plans is not None or not cache.num_seen_columns or cache.in_forward:
+        raise ValueError(f"{rule}; this cache is in phase {cache.phase} and has seen {cache.num_seen_columns} tokens")
+
+
+def check_step(cache: Any, present: Sequence[bool] | None) -> None:
+    """Refuse to announce a decode step.
+
+    Raises:
+        ValueError: nothing was read yet, other rows than the cache has, or another step is open.
+    """
+    if cache.in_forward or cache.step_announced:
+        raise ValueError("a decode step was announced in the middle of another forward or step")
+    if not cache.num_seen_columns:
+        raise ValueError("a decode step was announced before any token was seen")
+    if present is not None and len(present) != len(cache.num_seen):
+        raise ValueError(f"a step of {len(present)} rows was announced, but the cache has {len(cache.num_seen)}")
+
+
+def check_joinable(one: Any, other: Any) -> None:
+    """Refuse to let rows of two caches share their steps.
+
+    Raises:
+        ValueError: one of them is not decoding, or they are of another model, configuration or mesh.
+    """
+    mine, theirs = ((cache.config, cache.windows, cache.ranks.parallel) for cache in (one, other))
+    phases = {one.phase, other.phase}
+    if mine != theirs or phases != {"decode"} or one.step_announced or one.in_forward:
+        raise ValueError(
+            "only caches of one model, configuration and mesh can be joined, which have read their prompts and are "
+            f"between two steps: they are in phase {one.phase} and {other.phase}"
+        )
+
+
+def check_rows(rows: Sequence[int], count: int) -> None:
+    """Refuse to go on with rows that are not among the cache's `count`, or with none.
+
+    Raises:
+        ValueError: names the row.
+    """
+    if not rows:
+        raise ValueError(f"no row was selected of the cache's {count}: others need a new cache")
+    for row in rows:
+        if not 0 <= row < count:
+            raise ValueError(f"row {row} was selected, but the cache has {count} rows")
