@@ -55,6 +55,17 @@ def chunk_attention(
     return out, lse, sums
 
 
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, with_sums: bool, log_mass: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A run of tokens that attend to each other both ways: every query over all slots, their own (the last n) included.
+
+    Args, Returns: as `chunk_attention`, of all queries.
+    """
+    out, lse = cross_attention(q, k, v, scale, bias=log_mass)
+    return out, lse, column_sums(q, k, lse, scale, bias=log_mass, causal=False) if with_sums else None
+
+
 def reread_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

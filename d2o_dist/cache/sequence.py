@@ -16,7 +16,7 @@ from d2o_dist.cache.dealing import Dealing
 from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layer import Layer
-from d2o_dist.cache.misuse import check_first_prefill, check_joinable, check_rows, check_step
+from d2o_dist.cache.misuse import check_first_prefill, check_joinable, check_rows, check_step, with_blocks
 from d2o_dist.cache.plans import RowBudgets, check_gathered, on_full_layers
 from d2o_dist.cache.tiles import Tiles
 from d2o_dist.cache.window import WindowLayer
@@ -152,14 +152,13 @@ class CompressedCache:
         return self.dealing.deal(mask, len(self.num_seen) if self.layers else 0, more=more)
 
     def leave_out(self, rows: Collection[int]) -> None:
-        """Let the next forward take no token of these rows, if it is a decode step: whatever its mask and position ids
-        say of them, they are fed padding."""
+        """Let the next forward take no token of these rows, if it is a step, whatever its mask and positions say."""
         self.left_out = frozenset(rows)
 
     @in_own_mode
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None,
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, blocks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Append a chunk to one layer and attend from it. Layers come in order, 0 first.
 
@@ -169,6 +168,7 @@ class CompressedCache:
             mask: 2D [B, seen + n], 0 marks padding. None: no padding in this chunk.
             positions: [1 or B, n] position ids, to see that they go on where the text ended. Of a chunk that was dealt,
                 and of a step that was announced, neither is read.
+            blocks: [B, n] int64 on the host: tokens of one number attend to each other both ways; -1, None: to none.
 
         Returns:
             [B, Hq, n, D] in the dtype of q; zeros at padding.
@@ -177,6 +177,7 @@ class CompressedCache:
             ValueError: a layer out of order; a mask or positions that contradict what was seen (see `Columns`).
         """
         forward = self._tiles.take(layer, lambda: self._begin(k, mask, positions))
+        forward = forward if blocks is None else with_blocks(self, forward, blocks)
         with self.ranks.counter.phase(self.phase):
             out = forward.attend(layer, self.layers[layer], q, k, v, scale)
         if layer == 0 and self._tiles.counts_at_once:

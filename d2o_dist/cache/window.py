@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.kernels.prefill_attention import prefill_attention
@@ -71,16 +72,27 @@ class WindowLayer:
             slots = self.store.slots
 
             def attend(rows: slice, queries: Tensor) -> Tensor:
-                return self._attend(queries, slots, rows, start[rows.start], scale)
+                blocks = () if chunk.blocks is None else chunk.blocks[rows.start]
+                return self._attend(queries, slots, rows, start[rows.start], scale, blocks)
 
-            out = over_rows(chunk.rows, q, attend, alike=is_uniform(start))
+            out = over_rows(chunk.rows, q, attend, alike=is_uniform(start) and chunk.blocks is None)
         self._trim()
         return out
 
-    def _attend(self, q: Tensor, slots: Slots, rows: slice, first: int, scale: float) -> Tensor:
-        """From the queries of slots [first, first + n) of a group of rows."""
+    def _attend(
+        self, q: Tensor, slots: Slots, rows: slice, first: int, scale: float, blocks: Sequence[tuple[int, int]] = ()
+    ) -> Tensor:
+        """From the queries of slots [first, first + n) of a group of rows; blocks: see `Chunk`."""
         here = slice(0, first + q.shape[2])
         keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
+        if blocks:
+            key = torch.arange(here.stop, device=q.device)
+            query = key[first:, None]
+            visible = key <= query
+            for start, stop in blocks:
+                visible[start:stop, first + start : first + stop] = True
+            visible &= key > query - self.window
+            return scaled_dot_product_attention(q, keys, values, visible, scale=scale, enable_gqa=True)
         return prefill_attention(q, keys, values, scale, q_start=first, window=self.window)[0]
 
     def _gather(self, k: Tensor, v: Tensor, chunk: DealtChunk) -> list[Tensor]:

@@ -93,7 +93,7 @@ class ModelCache:
 
     def attend_layer(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None,
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, blocks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `CompressedCache.attend`.
 
@@ -105,7 +105,7 @@ class ModelCache:
             self._check_side(int(positions.max()) + 1)
         with torch.no_grad(), without_autocast():
             # Detached: a slot must not keep the graph of the forward that made it alive.
-            return self.compressed.attend(layer, q, k.detach(), v.detach(), scale, mask, positions)
+            return self.compressed.attend(layer, q, k.detach(), v.detach(), scale, mask, positions, blocks)
 
     def _check_side(self, length: int) -> None:
         """Of a forward with positions below `length`: it must be on the side of the model's border that all are on."""

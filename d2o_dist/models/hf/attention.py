@@ -58,13 +58,17 @@ def d2o_attention(
     if dropout:
         raise ValueError(f"attention dropout ({dropout}) cannot be used with a compressed cache: call model.eval()")
     padding = padding_of(attention_mask, cache.pending_window)
-    check_causal(module, kwargs, "a D2OCache attends causally")
+    blocks = None
+    if isinstance(attention_mask, LazyMask) and attention_mask.pattern.blocks is not None:
+        blocks = attention_mask.blocks  # such a mask is never left out
+    elif query.shape[2] > 1:  # one query sees all keys, either way
+        check_causal(module, kwargs, "a D2OCache attends causally")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):
         # Positions are added in float32 there, so that queries and keys are no longer what values are.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    out = cache.attend(module, query, key, value, scale, padding, kwargs.get("position_ids"))
+    out = cache.attend(module, query, key, value, scale, padding, kwargs.get("position_ids"), blocks)
     return out.transpose(1, 2), None
 
 

@@ -185,12 +185,13 @@ class D2OCache(StatefulCache, Cache):
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None,
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, blocks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Called by d2o attention: store the announced keys and values, and attend: [B, Hq, n, D].
 
         Args:
             mask: 2D, of all columns; positions: the position ids of the new ones. None says nothing.
+            blocks: see `CompressedCache.attend`.
         """
         layer, self._pending = self._pending, None
         if layer is None:
@@ -200,7 +201,7 @@ class D2OCache(StatefulCache, Cache):
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
-        return self.attend_layer(layer, query, key, value, scale, mask, positions)
+        return self.attend_layer(layer, query, key, value, scale, mask, positions, blocks)
 
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded, not run, and broken off."""

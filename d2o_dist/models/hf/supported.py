@@ -37,7 +37,6 @@ _BY_TYPE = {
     "diffllama": "differential attention",
     "doge": "a mask for each head",
     "evolla": "a `generate` that reads the text again for each token",
-    "gemma4_unified_text": "tokens that attend to later ones",
     "git": "attention beside transformers' attention interface",
     "jetmoe": "experts in its attention",
     "moshi": "a sliding window that its masks do not have",
@@ -46,6 +45,8 @@ _BY_TYPE = {
     **dict.fromkeys(("inkling_text", "inkling2_text"), "biases of relative positions in its attention"),
 }
 
+# Types that tell their text which tokens attend to later ones: the mask says it.
+_WITH_PREFIX = ("paligemma",)
 # Types whose Mamba layers begin anew with each forward of more than one token, in transformers.
 _IN_ONE_PIECE = ("jamba", "zamba")
 
@@ -72,13 +73,13 @@ def check_supported(config: Any) -> None:
 def unsupported(config: Any) -> str | None:
     """What a model has that is not supported; None: nothing, as far as its configuration tells."""
     decoder = config.get_text_config(decoder=True)
-    cause = _cause(decoder)
+    cause = _cause(decoder, has_prefix=config.model_type in _WITH_PREFIX)
     if getattr(config, "is_encoder_decoder", False):
         cause = _BY_FIELD["is_encoder_decoder"]
     return None if cause is None else f"{decoder.model_type} has {cause}"
 
 
-def _cause(config: Any) -> str | None:
+def _cause(config: Any, *, has_prefix: bool) -> str | None:
     if config.model_type in _BY_TYPE:
         return _BY_TYPE[config.model_type]
     for name, what in _BY_FIELD.items():
@@ -86,7 +87,7 @@ def _cause(config: Any) -> str | None:
             return f"{what} ({name} {value})"
     if not hasattr(config, "num_attention_heads"):
         return "no attention layers that its configuration tells of (num_attention_heads)"
-    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+    if not has_prefix and getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "tokens that attend to later ones (use_bidirectional_attention)"
     types = getattr(config, "layer_types", None) or (FULL,)
     for index, kind in enumerate(types):
