@@ -81,7 +81,10 @@ def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def check_causal(module: nn.Module, kwargs: dict[str, Any], what: str) -> None:
     """Refuse attention that is not causal, where `what` says that it must be."""
     if not is_causal(module, kwargs):
-        raise ValueError(f"{what}, but {type(module).__name__} says is_causal=False: which of them holds is not known")
+        raise ValueError(
+            f"{what}, but {type(module).__name__} says is_causal=False: which of them holds is not known. A model that "
+            "takes token_type_ids is told by these"
+        )
 
 
 def padding_of(mask: Tensor | None, window: int | None) -> Tensor | None:
