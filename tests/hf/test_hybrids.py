@@ -82,7 +82,7 @@ def test_layers_that_attend_follow_the_oracle_over_chunks_and_a_later_turn(model
     oracle = OracleCache(oracle_config, count, past.shape.num_heads, heads)
     attend_layer, met = past.attend_layer, []
 
-    def compare(layer, q, k, v, scale, mask, positions=None):
+    def compare(layer, q, k, v, scale, *others):
         step = q.shape[2] == 1
         if step and layer == 0:
             oracle.finalize()
@@ -90,7 +90,7 @@ def test_layers_that_attend_follow_the_oracle_over_chunks_and_a_later_turn(model
         expected = (oracle.decode_step if step else oracle.prefill_chunk)(layer, q[0], k[0], v[0], scale)
         if not step and layer == count - 1:
             oracle.finish_prefill_chunk(q.shape[2])
-        found = attend_layer(layer, q, k, v, scale, mask, positions)
+        found = attend_layer(layer, q, k, v, scale, *others)
         torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-10)
         met.append(layer)
         return found
