@@ -44,23 +44,40 @@ CHANGES: dict[str, dict[str, Any]] = {
     # A window is for all layers or for none.
     **dict.fromkeys(("mistral", "mistral3", "idefics2"), {"sliding_window": None}),
     **dict.fromkeys("glm46v glm4v glm4v_moe glm_ocr glmga qwen2_vl qwen2_5_vl qwen2_5_omni_thinker".split(), _MROPE),
+    "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
     "chameleon": {"vocabulary_map": {"<image>": 97}},
     "dbrx": {"rope_theta": 1e4, "clip_qkv": 8.0},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
     "ministral": {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    "nemotron_h": {"chunk_size": 16},
+    "nemotron_h_omni": {
+        "chunk_size": 16,
+        "projector_hidden_size": 32, "vision_config": {"video_temporal_patch_size": 2, "max_img_size": 16}
+    },
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), {"text_config": {"vocab_size": VOCABULARY}}),
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+# What tells them which tokens attend to later ones; without it `sdpa` and `eager` differ.
+WITH_TYPES = ("paligemma",)
 
 
 def class_of(model_type: str) -> Any:
     """The causal language model of this type, or the one that reads images and text."""
-    config = CONFIG_MAPPING[model_type]
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(config, None)
-    return found[0] if isinstance(found, (tuple, list)) else found
+    config, found = CONFIG_MAPPING[model_type], []
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        one = mapping.get(config, None)
+        found += one if isinstance(one, (tuple, list)) else [one] if one else []
+    # Of the whole configuration, not of its text part, where there is one.
+    return next((one for one in found if one.config_class is config), found[0])
 
 
 @torch.no_grad()
@@ -69,6 +86,8 @@ def generated(model: Any, **given: Any) -> Tensor:
     ids = torch.randint(5, VOCABULARY - 20, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     ids[0, :PADDED] = mask[0, :PADDED] = 0
+    if model.config.model_type in WITH_TYPES:
+        given["token_type_ids"] = torch.zeros_like(ids)
     output = model.generate(ids, attention_mask=mask, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False,
                             output_logits=True, return_dict_in_generate=True, **given)  # fmt: skip
     return torch.stack(output.logits, 1).double()

@@ -50,6 +50,9 @@ SMALL: dict[str, Any] = {
     "vision_start_token_id": 94, "vision_end_token_id": 93, "boi_token_index": 92, "eoi_token_index": 91,
     "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 2, "index_topk_blocks": 2,
     "index_local_blocks": 1, "hidden_size_per_layer_input": 8,
+    "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 16, "ssm_state_size": 16,
+    "mamba_num_heads": 8, "mamba_head_dim": 8, **dict.fromkeys("linear_key_head_dim linear_value_head_dim".split(), 8),
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
 _LATENT = ("head_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 # Fields left as they are, and others set: the first that a type can be made and run with is taken.

@@ -58,6 +58,18 @@ def chunk_attention(
     return out, lse, sums
 
 
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, with_sums: bool, log_mass: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A run of tokens that attend to each other both ways: every query over all slots, their own (the last n) included.
+
+    Args, Returns: as `chunk_attention`, of all queries.
+    """
+    out, lse = with_sinks(*cross_attention(q, k, v, **softmax.logits, bias=log_mass), softmax.sinks)
+    sums = column_sums(q, k, lse, **softmax.logits, bias=log_mass, causal=False) if with_sums else None
+    return out.to(q.dtype), lse, sums
+
+
 def reread_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, softmax: Softmax
 ) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+from d2o_dist.layout.forward import Chunk, Forward
+
 
 def check_first_prefill(cache: Any, rule: str) -> None:
     """Refuse where the first prompt was not read yet, or is compressed.
@@ -56,3 +60,21 @@ def check_rows(rows: Sequence[int], count: int) -> None:
     for row in rows:
         if not 0 <= row < count:
             raise ValueError(f"row {row} was selected, but the cache has {count} rows")
+
+
+def with_blocks(cache: Any, forward: Forward, blocks: Tensor) -> Chunk:
+    """The forward of a chunk, in which tokens of one number attend to each other both ways.
+
+    Raises:
+        ValueError: ranks share its tokens, or column sums are taken from some of the queries.
+    """
+    if cache.ranks.deals_tokens or not isinstance(forward, Chunk):
+        raise ValueError(
+            f"sp ({cache.ranks.sp.size}) cannot share a text in which tokens attend to later ones (images): use tp, dp"
+        )
+    if cache.config.query_sample is not None:
+        raise ValueError(
+            f"statistics.query_stride ({cache.config.statistics.query_stride}) must be 1 for a text in which tokens "
+            "attend to later ones (images)"
+        )
+    return forward.with_blocks(blocks)

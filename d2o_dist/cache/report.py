@@ -17,7 +17,7 @@ class LayerReport:
     """One layer. Per-row lists are in the order of the batch; tokens are counted per KV head.
 
     Attributes:
-        layer: index in the model; kind: `compressed`, `protected` or `sliding`.
+        layer: index among the model's layers with attention; kind: `compressed`, `protected` or `sliding`.
         num_heavy, num_recent: the budget of each row; None before finalize and for layers that are never evicted.
         kv_len: slots held by each row. Where heads have budgets of their own, these three are means over the KV heads.
         dispersion: statistic that the budget came from, per row; None if the budget rule does not use it.
@@ -51,8 +51,10 @@ class CacheReport:
             token was seen, as by a cache that the model was never given.
         held_bytes, full_bytes: keys and values of all layers, sliding windows included in both as they are; of the
             whole request, however many ranks share it.
-        allocated_bytes: all buffers of this rank: room to grow, positions and statistics included.
+        allocated_bytes: all buffers of this rank: room to grow, positions, statistics and states included.
         num_seen_tokens: per row, padding not counted.
+        state_bytes: of this rank, what layers keep that hold no tokens (linear attention, Mamba, convolutions); in no
+            ratio, and in neither `held_bytes` nor `full_bytes`.
         num_short_slots: per row, slots that layers lack of their budgets, for they were evicted before all shares were
             known (`reading: layerwise`).
     """
@@ -66,6 +68,7 @@ class CacheReport:
     num_seen_tokens: list[int]
     num_short_slots: list[int]
     layers: list[LayerReport]
+    state_bytes: int = 0
 
     @property
     def compression_ratio(self) -> float | None:
@@ -84,7 +87,8 @@ class CacheReport:
             f"keep ratio: requested {asked}, achieved {self.achieved_keep_ratio:.4f}   phase: {self.phase}   "
             f"tokens seen: {_brief(self.num_seen_tokens)}",
             f"bytes: {_mib(self.held_bytes)} held of {_mib(self.full_bytes)} full "
-            f"({_mib(self.allocated_bytes)} allocated)",
+            f"({_mib(self.allocated_bytes)} allocated"
+            + (f", {_mib(self.state_bytes)} of it states of other layers)" if self.state_bytes else ")"),
             f"{'layer':>5} {'kind':<10} {'heavy':>9} {'recent':>9} {'held':>9} {'dispersion':>10} {'threshold':>9} "
             f"{'merged':>8} {'dropped':>8} {'MiB':>8}",
         ]
@@ -135,8 +139,8 @@ class CacheReport:
         return path
 
 
-def make_report(cache: CompressedCache) -> CacheReport:
-    """The report of a cache as it stands."""
+def make_report(cache: CompressedCache, state_bytes: int = 0) -> CacheReport:
+    """The report of a cache as it stands; state_bytes: of layers that are not in it, on this rank."""
     reports = [_layer_report(cache, index) for index in range(len(cache.layers))]
     counted = [report for report in reports if report.kind != "sliding"]
     seen = sum(cache.num_seen) * len(counted)
@@ -152,10 +156,11 @@ def make_report(cache: CompressedCache) -> CacheReport:
         achieved_keep_ratio=held / seen if seen else None if not cache.num_seen else 1.0,
         held_bytes=sum(report.num_bytes for report in reports),
         full_bytes=sum(report.full_bytes for report in reports),
-        allocated_bytes=sum(layer.num_allocated_bytes for layer in cache.layers),
+        allocated_bytes=sum(layer.num_allocated_bytes for layer in cache.layers) + state_bytes,
         num_seen_tokens=list(cache.num_seen),
         num_short_slots=[plan.num_short for plan in cache.plans or []],
         layers=reports,
+        state_bytes=state_bytes,
     )
 
 

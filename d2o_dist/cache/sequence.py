@@ -16,7 +16,7 @@ from d2o_dist.cache.dealing import Dealing
 from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layer import Layer
-from d2o_dist.cache.misuse import check_first_prefill, check_joinable, check_rows, check_step
+from d2o_dist.cache.misuse import check_first_prefill, check_joinable, check_rows, check_step, with_blocks
 from d2o_dist.cache.plans import RowBudgets, check_gathered, on_full_layers
 from d2o_dist.cache.tiles import Tiles
 from d2o_dist.cache.window import WindowLayer
@@ -81,7 +81,7 @@ class CompressedCache:
         # Of the running forward: its tokens among the columns of the batch, and where they end if that is known.
         self._rows: Rows | None = None
         self._last_positions: list[int] | None = None
-        self._left_out: frozenset[int] = frozenset()
+        self.left_out: frozenset[int] = frozenset()
         self._decoding: Decoding | None = None
         self.step_announced = False
         self.in_inference = False
@@ -152,14 +152,13 @@ class CompressedCache:
         return self.dealing.deal(mask, len(self.num_seen) if self.layers else 0, more=more)
 
     def leave_out(self, rows: Collection[int]) -> None:
-        """Let the next forward take no token of these rows, if it is a decode step: whatever its mask and position ids
-        say of them, they are fed padding."""
-        self._left_out = frozenset(rows)
+        """Let the next forward take no token of these rows, if it is a step, whatever its mask and positions say."""
+        self.left_out = frozenset(rows)
 
     @in_own_mode
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, mask: Tensor | None,
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, blocks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Append a chunk to one layer and attend from it. Layers come in order, 0 first.
 
@@ -168,6 +167,7 @@ class CompressedCache:
             mask: 2D [B, seen + n], 0 marks padding. None: no padding in this chunk.
             positions: [1 or B, n] position ids, to see that they go on where the text ended. Of a chunk that was dealt,
                 and of a step that was announced, neither is read.
+            blocks: [B, n] int64 on the host: tokens of one number attend to each other both ways; -1, None: to none.
 
         Returns:
             [B, Hq, n, D] in the dtype of q; zeros at padding.
@@ -176,6 +176,7 @@ class CompressedCache:
             ValueError: a layer out of order; a mask or positions that contradict what was seen (see `Columns`).
         """
         forward = self._tiles.take(layer, lambda: self._begin(k, mask, positions))
+        forward = forward if blocks is None else with_blocks(self, forward, blocks)
         with self.ranks.counter.phase(self.phase):
             out = forward.attend(layer, self.layers[layer], q, k, v, softmax)
         if layer == 0 and self._tiles.counts_at_once:
@@ -187,7 +188,7 @@ class CompressedCache:
     def _begin(self, k: Tensor, mask: Tensor | None, positions: Tensor | None) -> Forward:
         """Settle the phase and the kind of this forward, or of its next tile."""
         batch, _, length, _ = k.shape
-        left_out, self._left_out = self._left_out, frozenset()
+        left_out, self.left_out = self.left_out, frozenset()
         is_chunk = length > 1 or not self.num_seen_columns or self._rereading or self.dealing.is_announced
         is_chunk = is_chunk or self._tiles.counts_at_once
         if mask is not None and self._tiles.count > 1:  # that of the whole prompt

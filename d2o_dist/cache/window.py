@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from d2o_dist.attention.dense import dense_attention
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.lse import with_sinks
@@ -73,17 +74,30 @@ class WindowLayer:
             slots = self.store.slots
 
             def attend(rows: slice, queries: Tensor) -> Tensor:
-                return self._attend(queries, slots, rows, start[rows.start], softmax)
+                blocks = () if chunk.blocks is None else chunk.blocks[rows.start]
+                return self._attend(queries, slots, rows, start[rows.start], softmax, blocks)
 
-            out = over_rows(chunk.rows, q, attend, v.shape[3], alike=is_uniform(start))
+            alike = is_uniform(start) and chunk.blocks is None
+            out = over_rows(chunk.rows, q, attend, v.shape[3], alike=alike)
         self._trim()
         return out
 
-    def _attend(self, q: Tensor, slots: Slots, rows: slice, first: int, softmax: Softmax) -> Tensor:
-        """From the queries of slots [first, first + n) of a group of rows."""
+    def _attend(
+        self, q: Tensor, slots: Slots, rows: slice, first: int, softmax: Softmax,
+        blocks: Sequence[tuple[int, int]] = (),
+    ) -> Tensor:  # fmt: skip
+        """From the queries of slots [first, first + n) of a group of rows; blocks: see `Chunk`."""
         here = slice(0, first + q.shape[2])
         keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
-        return self._over_keys(q, keys, values, softmax, first)
+        if not blocks:
+            return self._over_keys(q, keys, values, softmax, first)
+        key = torch.arange(here.stop, device=q.device)
+        query = key[first:, None]
+        visible = key <= query
+        for start, stop in blocks:
+            visible[start:stop, first + start : first + stop] = True
+        visible &= key > query - self.window
+        return dense_attention(q, keys, values, visible, softmax)
 
     def _over_keys(self, q: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, q_start: int) -> Tensor:
         out, lse = prefill_attention(q, keys, values, **softmax.logits, q_start=q_start, window=self.window)

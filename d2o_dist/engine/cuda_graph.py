@@ -28,6 +28,8 @@ def obstacle(shape: ModelShape, device: torch.device, ranks: RequestRanks) -> st
         return f"tp ({ranks.tp.size}) x sp ({ranks.sp.size}) ranks share a request, and collectives are not captured"
     if shape.has_dynamic_rope:
         return "its rotary embedding is of type dynamic, which is computed anew as the text grows"
+    if shape.has_states:
+        return "some of its layers keep a state (linear attention, Mamba, convolutions), and those were never captured"
     return None
 
 

@@ -85,7 +85,7 @@ class Session:
         self.cache = self.model.make_cache(d2o, mesh, parallel, counter)
         self._reading = settle_reading(reading, self.model, d2o)
         recorder = graph_recorder(decode_graph, self.model.shape, self.device, self.cache.ranks)
-        multiple = STEADY_ROWS if steady else 1
+        multiple = STEADY_ROWS if steady and self.cache.takes_padding else 1
         self._stepper = Stepper(self.model, recorder, required=decode_graph == "always", multiple=multiple)
         self.prefill_s: float | None = None
 
@@ -191,8 +191,8 @@ class Session:
 
     @property
     def rank_bytes(self) -> int:
-        """Bytes of all buffers of the cache on this rank: room to grow, positions and statistics included."""
-        return sum(layer.num_allocated_bytes for layer in self.cache.compressed.layers)
+        """Bytes of all buffers of the cache on this rank: room to grow, positions, statistics and states included."""
+        return sum(layer.num_allocated_bytes for layer in self.cache.compressed.layers) + self.cache.state_bytes
 
     def _now(self) -> float:
         """Seconds, after all work on the device is done."""

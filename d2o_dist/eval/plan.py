@@ -93,6 +93,7 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
     pick_device(config.device)
     shape = loading.describe(infer)
     parallel = config.parallel.resolve(shape.kv_heads_of_rank(config.parallel.tp))
+    shape.check_sequence_ranks(parallel.sp)
     for method in methods:
         # An empty cache costs nothing, and refuses what it cannot serve.
         try:

@@ -6,7 +6,8 @@ Shape legend: B rows, Hq query heads, Hkv KV heads, n columns of this rank's par
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Protocol
 
 from torch import Tensor
@@ -34,16 +35,39 @@ class Chunk:
         rows: the tokens of the whole chunk.
         num_seen: tokens of each row before it.
         exchange: takes tokens that are spread over ranks to where their heads are, and back; None: they lie here.
+        blocks: per row the runs [first, stop) of its tokens in the chunk that attend to all of their run, also to later
+            tokens of it (those of an image, say); None: there are none.
     """
 
     rows: Rows
     num_seen: list[int]
     exchange: HeadExchange | None = None
+    blocks: list[list[tuple[int, int]]] | None = None
 
     @property
     def counts(self) -> list[int]:
         """Tokens of each row, on all ranks together."""
         return self.rows.counts
+
+    def with_blocks(self, numbers: Tensor) -> Chunk:
+        """With the tokens of a number attending to each other, both ways.
+
+        Args:
+            numbers: [B, n] int64 on the host, -1 for a token that attends to earlier ones only.
+
+        Raises:
+            ValueError: tokens of one number with others amid them.
+        """
+        columns = self.rows.index or [slice(None)] * self.rows.batch
+        return replace(self, blocks=[_runs(row[here].tolist()) for row, here in zip(numbers, columns, strict=True)])
+
+    def pieces(self, row: int) -> list[tuple[int, int, bool]]:
+        """What a row's tokens in the chunk are cut into: (first, stop, whether they attend to all of their piece)."""
+        pieces, at = [], 0
+        for first, stop in self.blocks[row] if self.blocks is not None else ():
+            pieces += [(at, first, False)] * (at < first) + [(first, stop, True)]
+            at = stop
+        return pieces + [(at, self.rows.counts[row], False)] * (at < self.rows.counts[row])
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
@@ -132,6 +156,23 @@ class Step:
         mine = (self.to_heads.my_heads(tensor) for tensor in (q, k, v))
         of_mine = softmax.of_heads(self.to_heads.my_heads)
         return self.to_heads.join_heads(layer.decode(*mine, of_mine, *self.layers[index]))
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """[first, stop) of the runs of one number, of two tokens at least; -1 is none."""
+    runs, known, at = [], set(), 0
+    for number, run in groupby(numbers):
+        stop = at + len(list(run))
+        if number >= 0:
+            if number in known:
+                raise ValueError(
+                    f"tokens that attend to each other both ways have others amid them (block {number}, again from "
+                    f"token {at} of the chunk): a compressed cache takes such a block in one run"
+                )
+            known.add(number)
+            runs += [(at, stop)] * (stop - at > 1)
+        at = stop
+    return runs
 
 
 def over_rows(

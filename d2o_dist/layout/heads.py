@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2o_dist.attention.prefill import chunk_attention, reread_attention
+from d2o_dist.attention.prefill import block_attention, chunk_attention, reread_attention
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.scored_decode import scored_decode
@@ -72,21 +72,34 @@ class HeadLayout:
         slots = self.store.slots
 
         def attend(rows: slice, queries: Tensor) -> Tensor:
-            row = rows.start
-            here = slice(0, ends[row])
-            keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
-            mass = slots.log_mass[rows, :, here] if reading.has_mass else None
-            out, lse, sums = chunk_attention(
-                queries, keys, values, softmax,
-                with_sums=reading.sums is not None, sample=config.query_sample, num_old=old[row], log_mass=mass,
-            )  # fmt: skip
-            if reading.peaks.wanted:
-                # A later turn, or what follows the second reading before anything is compressed.
-                reading.peaks.observe(slots, rows, queries, keys, lse, softmax, q_start=start[row], bias=mass)
-            reading.observe(slots, rows, queries, lse, softmax, sums, tokens[rows])
-            return out
+            row, outs = rows.start, []
+            for first, stop, both_ways in chunk.pieces(row):
+                q, here = queries[:, :, first:stop], slice(0, start[row] + stop)
+                keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
+                mass = slots.log_mass[rows, :, here] if reading.has_mass else None
+                # The last token that each query sees.
+                seen = [one[first:stop] for one in tokens[rows]]
+                if both_ways:
+                    out, lse, sums = block_attention(
+                        q, keys, values, softmax, with_sums=reading.sums is not None, log_mass=mass
+                    )
+                    seen = [one[-1:].expand(len(one)) for one in seen]
+                else:
+                    out, lse, sums = chunk_attention(
+                        q, keys, values, softmax,
+                        with_sums=reading.sums is not None, sample=config.query_sample, num_old=old[row], log_mass=mass,
+                    )  # fmt: skip
+                if reading.peaks.wanted:
+                    # A later turn, or what follows the second reading before anything is compressed.
+                    reading.peaks.observe(
+                        slots, rows, q, keys, lse, softmax, q_start=start[row] + first, bias=mass, causal=not both_ways
+                    )
+                reading.observe(slots, rows, q, lse, softmax, sums, seen)
+                outs.append(out)
+            return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
-        return over_rows(chunk.rows, q, attend, v.shape[3], alike=is_uniform(start) and is_uniform(old))
+        alike = is_uniform(start) and is_uniform(old) and chunk.blocks is None
+        return over_rows(chunk.rows, q, attend, v.shape[3], alike=alike)
 
     def reread(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, rows: Rows, reading: Reading) -> Tensor:
         """Attend from a chunk that is not kept, over all slots and causally over itself; note what each slot got.

@@ -45,7 +45,7 @@ class ModelCache:
 
     Attributes:
         compressed: the layers and what they hold.
-        layers: a view of each layer.
+        layers: a view of each layer with attention.
 
     Raises:
         ValueError: no layer would be compressed, a budget that this model's layers cannot have, heads that the ranks
@@ -97,7 +97,7 @@ class ModelCache:
 
     def attend_layer(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, mask: Tensor | None,
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, blocks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `CompressedCache.attend`.
 
@@ -112,7 +112,7 @@ class ModelCache:
             q, k, v = (tensor[:-padding] for tensor in (q, k, v))
         with torch.no_grad(), without_autocast():
             # Detached: a slot must not keep the graph of the forward that made it alive.
-            out = self.compressed.attend(layer, q, k.detach(), v.detach(), softmax, mask, positions)
+            out = self.compressed.attend(layer, q, k.detach(), v.detach(), softmax, mask, positions, blocks)
         return pad(out, (0, 0, 0, 0, 0, 0, 0, padding)) if padding else out
 
     def _check_side(self, length: int) -> None:
@@ -135,6 +135,11 @@ class ModelCache:
         return copied
 
     # ---- decode steps that are recorded --------------------------------------------------------------------------
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether decode steps may have more rows than the cache."""
+        return True
 
     def begin_step(self, present: Sequence[bool] | None = None, padding: int = 0) -> DecodeStep:
         """Announce a decode step; the model's forward, or a replay of one, and `end_step` must follow.
@@ -276,7 +281,12 @@ class ModelCache:
 
     def report(self) -> CacheReport:
         """What was asked for, what is held, layer by layer; `print(cache.report())` is a table."""
-        return make_report(self.compressed)
+        return make_report(self.compressed, self.state_bytes)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of this rank: what layers keep that hold no tokens."""
+        return 0
 
 
 def _mask_of(ids: Tensor, mask: Tensor | None) -> Tensor:

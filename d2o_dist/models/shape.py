@@ -18,12 +18,13 @@ class ModelShape:
     """What of a model the cache, the engine and the ranks need to know.
 
     Attributes:
-        windows: per layer None (full attention) or its sliding window.
+        windows: per layer with attention None (full attention) or its sliding window. Other layers are not counted.
         num_heads, num_kv_heads: query heads and KV heads of a layer of the whole model; head_dim: of each.
         kv_replicas: tensor ranks that hold a copy of each KV head, where there are fewer heads than ranks.
         vocab_size: ids it has embeddings for; max_positions: tokens it has positions for. None: not known.
         border: tokens beyond which it turns a whole text otherwise (`longrope`); None: none.
         has_dynamic_rope: whether its rotary embedding is computed anew as the text grows.
+        has_states: whether some layers keep a state of the whole text (linear attention, Mamba, convolutions).
     """
 
     windows: tuple[int | None, ...]
@@ -35,6 +36,7 @@ class ModelShape:
     max_positions: int | None = None
     border: int | None = None
     has_dynamic_rope: bool = False
+    has_states: bool = False
 
     def kv_heads_of_rank(self, tp: int) -> int:
         """KV heads of each of `tp` tensor ranks, copies included.
@@ -51,6 +53,18 @@ class ModelShape:
             )
         return self.num_kv_heads * self.kv_replicas // tp
 
+    def check_sequence_ranks(self, sp: int) -> None:
+        """Refuse ranks that would share a text whose every token some layers must read in order.
+
+        Raises:
+            ValueError: more than one of them.
+        """
+        if self.has_states and sp > 1:
+            raise ValueError(
+                f"sp ({sp}) cannot share a text to this model: its layers of linear attention, Mamba or convolution "
+                "read all of it in order. Use tp or dp"
+            )
+
     def request_ranks(
         self, mesh: ParallelMesh | None, parallel: ParallelConfig | None, counter: TrafficCounter | None
     ) -> RequestRanks:
@@ -60,9 +74,10 @@ class ModelShape:
             mesh: None: this process alone; parallel: None: as `ParallelConfig` has it, with the sizes of the mesh.
 
         Raises:
-            ValueError: `parallel` of another mesh, or heads that the ranks cannot share.
+            ValueError: `parallel` of another mesh, or heads, or a text, that the ranks cannot share.
         """
         mesh = ParallelMesh.local() if mesh is None else mesh
+        self.check_sequence_ranks(mesh.sp)
         parallel = ParallelConfig(tp=mesh.tp, sp=mesh.sp) if parallel is None else parallel
         return RequestRanks(mesh, parallel, self.kv_heads_of_rank(mesh.tp), self.kv_replicas, counter)
 

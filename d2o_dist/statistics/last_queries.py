@@ -16,7 +16,8 @@ from d2o_dist.core.softmax import Softmax
 
 
 class LastQueries:
-    """Per row the last `size` queries, their lse, and which tokens they are.
+    """Per row the last `size` queries, their lse, and the last token that each of them sees: itself, or the end of the
+    run of tokens that attend to each other both ways.
 
     Attributes:
         queries, lse, tokens: B tensors each, [Hq, <= size, D], [Hq, <= size] and [<= size] int64, oldest first.

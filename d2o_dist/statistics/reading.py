@@ -70,7 +70,8 @@ class Reading:
         """A group of rows has attended.
 
         Args:
-            q: [b, Hq, n, D]; lse: [b, Hq, n]; sums: [b, Hq, <= S]; tokens: b of [n], which tokens the queries are.
+            q: [b, Hq, n, D]; lse: [b, Hq, n]; sums: [b, Hq, <= S]; tokens: b of [n], the last that each query
+                sees: as a rule itself.
         """
         self.has_sinks = softmax.sinks is not None
         if sums is not None:

@@ -33,6 +33,11 @@ def check_trainable(model_config: Any, config: TrainConfig) -> None:
     if cause := unsupported(model_config):
         raise ValueError(f"{cause}, which is not supported in training")
     shape = shape_of(model_config)
+    if shape.has_states:
+        raise ValueError(
+            f"{text.model_type} has layers that keep a state (linear attention, Mamba, convolutions), which is not "
+            "supported in training"
+        )
     for name in _AFTER_HEAD:
         if getattr(text, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{text.model_type}: {name} ({getattr(text, name)}) is not supported in training")

@@ -11,8 +11,8 @@ from tests.cached_families import BEGIN, END, KINDS, MODEL_TYPES, PAGE, RECORD, 
 from tests.families import Outcome
 
 RECORDED = json.loads(RECORD.read_text(encoding="utf-8"))
-# A window, experts, a bias, absolute positions, two parts of which one reads images; and some that are refused.
-FEW = ["olmo3", "qwen3_moe", "gpt2", "opt", "cohere2_vision", "gpt_oss", "qwen3_next", "mamba", "gptj"]
+# A window, experts, a bias, absolute positions, two parts of which one reads images, states; and some that are refused.
+FEW = ["olmo3", "qwen3_moe", "gpt2", "opt", "cohere2_vision", "gpt_oss", "zamba2", "mamba", "gptj"]
 
 
 @pytest.mark.parametrize("model_type", FEW)

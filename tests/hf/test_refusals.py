@@ -107,7 +107,8 @@ def test_cropping_is_refused():
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("llama", {"layer_types": ["linear_attention"] * 4}, "layer 0 is of type 'linear_attention'"),
+        ("llama", {"layer_types": ["linear_attention"] * 4}, r"llama has no layer with attention \(4 layers\)"),
+        ("llama", {"layer_types": ["full_attention", "x"] * 2}, r"not known \(layer 1 is of type 'x'\)"),
         ("llama", {"is_encoder_decoder": True}, "llama has an encoder beside its decoder"),
     ],
 )

@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from d2o_dist.attention.dense import dense_attention
 from d2o_dist.core.softmax import Softmax
-from d2o_dist.models.hf.dense import dense_attention
 from d2o_dist.models.hf.guards import ATTENTION_NAME, check_arguments
 from d2o_dist.models.hf.masks import LazyMask, make_mask
 from d2o_dist.models.hf.packed import by_document, document_lengths, lengths_of
@@ -63,13 +63,16 @@ def d2o_attention(
     if dropout:
         raise ValueError(f"attention dropout ({dropout}) cannot be used with a compressed cache: call model.eval()")
     padding = padding_of(attention_mask, cache.pending_window)
-    check_causal(module, kwargs, "a D2OCache attends causally")
-    softmax = softmax_of(query, scaling, kwargs, cache.ranks.tp.rank)
+    softmax, blocks = softmax_of(query, scaling, kwargs, cache.ranks.tp.rank), None
+    if isinstance(attention_mask, LazyMask) and attention_mask.pattern.blocks is not None:
+        blocks = attention_mask.blocks  # such a mask is never left out
+    elif query.shape[2] > 1:  # one query sees all keys, either way
+        check_causal(module, kwargs, "a D2OCache attends causally")
     if torch.is_autocast_enabled(query.device.type):
         # Positions are added in float32 there, so that queries and keys are no longer what values are.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    out = cache.attend(module, query, key, value, softmax, padding, kwargs.get("position_ids"))
+    out = cache.attend(module, query, key, value, softmax, padding, kwargs.get("position_ids"), blocks)
     # Some models take a view of it.
     return out.transpose(1, 2).contiguous(), None
 
@@ -96,7 +99,10 @@ def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def check_causal(module: nn.Module, kwargs: dict[str, Any], what: str) -> None:
     """Refuse attention that is not causal, where `what` says that it must be."""
     if not is_causal(module, kwargs):
-        raise ValueError(f"{what}, but {type(module).__name__} says is_causal=False: which of them holds is not known")
+        raise ValueError(
+            f"{what}, but {type(module).__name__} says is_causal=False: which of them holds is not known. A model that "
+            "takes token_type_ids is told by these"
+        )
 
 
 def padding_of(mask: Tensor | None, window: int | None) -> Tensor | None:

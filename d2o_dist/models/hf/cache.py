@@ -18,15 +18,16 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.softmax import Softmax
-from d2o_dist.models.cache import ModelCache
 from d2o_dist.models.hf.attention import CACHE_TAG
 from d2o_dist.models.hf.copies import CopiedCache
 from d2o_dist.models.hf.ended import EndedRows
 from d2o_dist.models.hf.forward import run_model
-from d2o_dist.models.hf.guards import check_attention, text_config
+from d2o_dist.models.hf.guards import check_attention, layer_types, state_counts, text_config
+from d2o_dist.models.hf.masks import Width
 from d2o_dist.models.hf.rope import is_let_go_of
 from d2o_dist.models.hf.shape import shape_of
-from d2o_dist.models.hf.supported import check_supported
+from d2o_dist.models.hf.stateful import StatefulCache
+from d2o_dist.models.hf.supported import ATTENTION, check_supported, resumes
 from d2o_dist.models.layer import LayerView
 from d2o_dist.policy.config import D2OConfig
 
@@ -68,7 +69,7 @@ class D2OLayer(LayerView, CacheLayerMixin):
     prefetch = offload
 
 
-class D2OCache(CopiedCache, Cache):
+class D2OCache(CopiedCache, StatefulCache, Cache):
     """A KV cache that keeps a fraction of the tokens and folds many of the others into them.
 
     Pass it as `past_key_values` to a model loaded with `attn_implementation="d2o"`. One cache serves one batch, over
@@ -104,8 +105,15 @@ class D2OCache(CopiedCache, Cache):
         check_supported(config)
         self.model_config = text_config(config)
         check_attention(self.model_config)
-        ModelCache.__init__(self, shape_of(config), d2o, mesh, parallel, counter, reading=reading)
-        Cache.__init__(self, layers=self.layers)
+        StatefulCache.__init__(
+            self, state_counts(self.model_config), shape_of(config), d2o, mesh, parallel, counter, reading=reading,
+            resumes=resumes(self.model_config),
+        )  # fmt: skip
+        attends = [index for index, kind in enumerate(layer_types(self.model_config)) if kind in ATTENTION]
+        # What the model calls a layer -> its number among those that attend.
+        self._numbers = {index: number for number, index in enumerate(attends)}
+        views = dict(zip(attends, self.layers, strict=True))
+        Cache.__init__(self, layers=[views.get(index, other) for index, other in enumerate(self.states.layers)])
         self._is_true = not is_let_go_of(config)
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._pending: int | None = None
@@ -132,11 +140,16 @@ class D2OCache(CopiedCache, Cache):
                 f"the keys of layer {self._pending} never reached d2o attention: the model was not loaded with "
                 'attn_implementation="d2o", or its attention does not use the attention interface. Make a new cache'
             )
+        if layer_idx not in self._numbers:
+            raise ValueError(
+                f"layer {layer_idx} brings keys, but the cache was made for {len(self.layers)} layers, of which "
+                f"{len(self._numbers)} have attention"
+            )
         # A graph of torch.compile would be made anew whenever what is held has another shape: asked outside of it.
         self._is_checked = not torch.compiler.is_compiling()
         if self._is_checked:
             self._check_shape(key_states, layer_idx)
-        self._pending = layer_idx
+        self._pending = self._numbers[layer_idx]
         # An alias, so that the tag is not left on the model's own tensor.
         tagged = key_states.view_as(key_states)
         setattr(tagged, CACHE_TAG, self)
@@ -150,21 +163,29 @@ class D2OCache(CopiedCache, Cache):
     def check_pending(self, keys: Tensor) -> None:
         """Called by d2o attention with the announced keys: as `update`, if it could not ask."""
         if not self._is_checked and self._pending is not None:
-            self._check_shape(keys, self._pending)
+            layer_idx = next(index for index, number in self._numbers.items() if number == self._pending)
+            self._check_shape(keys, layer_idx)
 
-    def _check_shape(self, keys: Tensor, layer_idx: int) -> None:
-        if layer_idx >= len(self.layers):
-            raise ValueError(f"layer {layer_idx} uses the cache, but it was made for {len(self.layers)} layers")
-        batch, heads, _, dim = keys.shape
-        batch -= self.step_padding if self.compressed.step_announced else 0
-        now, before = {"batch size": batch, "dtype": keys.dtype, "device": keys.device}, self._filled_with
-        if before is not None and now != before:
-            name = next(name for name in now if now[name] != before[name])
+    def check_batch(self, batch: int) -> None:
+        """See `StatefulCache`."""
+        self._check_filled({"batch size": batch})
+
+    def _check_filled(self, now: dict[str, Any]) -> None:
+        before = self._filled_with or {}
+        for name in now.keys() & before.keys():
+            if now[name] == before[name]:
+                continue
             raise ValueError(
                 f"the cache was filled with {name} {before[name]} and is now used with {now[name]}: the model or "
                 "the batch changed, or layers lie on several devices (device_map), which a D2OCache cannot serve. "
                 "Make a new cache (or select rows with batch_select_indices)"
             )
+
+    def _check_shape(self, keys: Tensor, layer_idx: int) -> None:
+        batch, heads, _, dim = keys.shape
+        batch -= self.step_padding if self.compressed.step_announced else 0
+        now = {"batch size": batch, "dtype": keys.dtype, "device": keys.device}
+        self._check_filled(now)
         self._filled_with = now
         held = self.layers[layer_idx].shape
         if held is not None and not self.ranks.deals_tokens and held != (heads, dim):
@@ -175,20 +196,23 @@ class D2OCache(CopiedCache, Cache):
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, mask: Tensor | None,
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, blocks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Called by d2o attention: store the announced keys and values, and attend: [B, Hq, n, D].
 
         Args:
             mask: 2D, of all columns; positions: the position ids of the new ones. None says nothing.
+            blocks: see `CompressedCache.attend`.
         """
         layer, self._pending = self._pending, None
         if layer is None:
             raise ValueError("d2o attention met keys of this cache that were not announced by update()")
+        if layer == 0:
+            self.check_begun()
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
-        return self.attend_layer(layer, query, key, value, softmax, mask, positions)
+        return self.attend_layer(layer, query, key, value, softmax, mask, positions, blocks)
 
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded, not run, and broken off."""
@@ -217,7 +241,9 @@ class D2OCache(CopiedCache, Cache):
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the mask over everything seen."""
-        return self.compressed.num_seen_columns + query_length, 0
+        width = Width(self.compressed.num_seen_columns + query_length)
+        width.cache = self
+        return width, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows `beam_idx`, in that order (beam search)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,8 +44,9 @@ class CopiedCache(ModelCache):
         d2o, windows, parts = state["compressed"]
         vars(self).update(state, compressed=CompressedCache(d2o, windows, state["ranks"]))
         put_together(self.compressed, parts)
-        self.layers = [self.view_class(self.compressed, index) if layer is None else layer
-                       for index, layer in enumerate(state["layers"])]  # fmt: skip
+        numbers = count()
+        self.layers = [self.view_class(self.compressed, next(numbers)) if layer is None else layer
+                       for layer in state["layers"]]  # fmt: skip
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A cache of the same contents for the same model."""
@@ -56,6 +58,10 @@ class CopiedCache(ModelCache):
         """As `copy.deepcopy`: two caches that share their slots would write over each other's."""
         return copy.deepcopy(self)
 
+    def _check_views(self, what: str) -> None:
+        if (unknown := next((layer for layer in self.layers if type(layer) is not self.view_class), None)) is not None:
+            raise ValueError(f"a cache with a {type(unknown).__name__}, which keeps a state, cannot be {what}")
+
     def save(self, folder: str | Path) -> None:
         """Write everything that the cache holds to a folder, from which `load` goes on; in any phase, but not in the
         middle of a forward. Where ranks share the request all of them call it, and each writes a file.
@@ -63,8 +69,7 @@ class CopiedCache(ModelCache):
         Raises:
             ValueError: no token was seen, the model that filled it is gone, or the folder cannot be written.
         """
-        if (unknown := next((layer for layer in self.layers if type(layer) is not self.view_class), None)) is not None:
-            raise ValueError(f"a cache with a {type(unknown).__name__} cannot be saved")
+        self._check_views("saved")
         modules = [known() for _, known in sorted(self._modules.items())]
         if len(modules) < len(self.layers) or None in modules:
             raise ValueError(
@@ -121,6 +126,7 @@ class CopiedCache(ModelCache):
         Raises:
             ValueError: in the middle of a forward.
         """
+        self._check_views("moved")
         stored = take_apart(self.compressed)
         both = zip(stored.memory, stored.on_host, strict=True)
         stored.memory = [one if on_host else one.to(device) for one, on_host in both]

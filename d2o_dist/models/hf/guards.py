@@ -9,7 +9,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 
-from d2o_dist.models.hf.supported import FULL, SLIDING
+from d2o_dist.models.hf.supported import ATTENTION, FULL, SLIDING, STATE, WINDOWED
 
 MINIMUM = "5.17"
 ATTENTION_NAME = "d2o"
@@ -31,22 +31,39 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
+def layer_types(config: Any) -> list[str]:
+    """Per layer of a decoder its type, as transformers names it.
+
+    Raises:
+        ValueError: layers that are not as many as their types.
+    """
+    count = config.num_hidden_layers
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        types = [SLIDING if getattr(config, "sliding_window", None) else FULL] * count
+    if len(types) != count:
+        raise ValueError(f"layer_types has {len(types)} entries, but num_hidden_layers is {count}")
+    return list(types)
+
+
 def layer_windows(config: Any) -> list[int | None]:
-    """Per layer None (full attention) or its sliding window; of a decoder that is supported.
+    """Per layer with attention None (full attention) or its sliding window; of a decoder that is supported.
 
     Raises:
         ValueError: layers that are not as many as their types, or windows without a size.
     """
-    count = config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        types = [SLIDING if window else FULL] * count
-    if len(types) != count:
-        raise ValueError(f"layer_types has {len(types)} entries, but num_hidden_layers is {count}")
-    if SLIDING in types and not window:
-        raise ValueError(f"{config.model_type}: layer_types has {SLIDING}, but sliding_window is {window}")
-    return [window if kind == SLIDING else None for kind in types]
+    types = [kind for kind in layer_types(config) if kind in ATTENTION]
+    for kind in types:
+        if kind in WINDOWED and not window:
+            raise ValueError(f"{config.model_type}: layer_types has {kind}, but sliding_window is {window}")
+    return [window if kind in WINDOWED else None for kind in types]
+
+
+def state_counts(config: Any) -> list[int]:
+    """Per layer how many states it keeps beside tokens or instead of them; 0: none."""
+    count = getattr(config, "number_of_conv_states", 1)
+    return [count if kind in STATE else 0 for kind in layer_types(config)]
 
 
 def rope_types(config: Any) -> set[str]:

@@ -17,6 +17,7 @@ from transformers import masking_utils
 # Functions of transformers whose masks are read here; of another version some may be missing, and are then not read.
 _PACKED = ("packed_sequence_mask_function", "remap_positions_for_packed_sequence")
 _SLIDING = ("sliding_window_overlay", "causal_mask_function")
+_IN_BLOCKS, _IN_BLOCKS_AND_WINDOW = "blockwise_overlay", ("or_masks", "sliding_window_overlay")
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,32 @@ class Pattern:
     Attributes:
         window: keys that a query sees, itself included; None: all before it.
         documents: [B, T] int64, the number of the document that each token of a packed row belongs to; None: one.
+        blocks: [B, T] int64: tokens of one number, but -1, attend to each other both ways; None: never.
+        cuts_blocks: whether the window holds inside blocks too.
     """
 
     window: int | None = None
     documents: Tensor | None = None
+    blocks: Tensor | None = None
+    cuts_blocks: bool = False
 
 
 def read_pattern(mask_function: Callable[..., Any]) -> Pattern | None:
-    """What a mask function of transformers allows; None: something that is not causal, or not only."""
+    """What a mask function of transformers allows; None: something that is not known."""
     name, held = _parts(mask_function)
     if name == "causal_mask_function":
         return Pattern()
-    if name != "and_masks":
+    if name not in ("and_masks", "or_masks"):
         return None
     parts = [_parts(part) for part in held["mask_functions"]]
     names = tuple(part for part, _ in parts)
+    inner = read_pattern(held["mask_functions"][0])
+    if name == "or_masks":
+        if inner is None or len(names) != 2 or names[1] != _IN_BLOCKS or inner.documents is not None:
+            return None
+        return replace(inner, blocks=parts[1][1]["block_sequence_ids"])
+    if names == _IN_BLOCKS_AND_WINDOW and inner is not None and inner.window is None:
+        return replace(inner, window=parts[1][1]["sliding_window"], cuts_blocks=True)
     if names == _SLIDING:
         return Pattern(window=parts[0][1]["sliding_window"])
     if names == _PACKED:
@@ -76,7 +88,7 @@ class LazyMask(Tensor):
 
     Attributes:
         padding: 2D [B, T] bool, False marks padding; None: no padding.
-        pattern: of a mask that is made causal; None: of another.
+        pattern: of a mask that is made causal, or both ways in blocks; None: of another.
         may_be_changed: whether it was written to, or a view of it was taken, through which it may have been.
     """
 
@@ -95,6 +107,27 @@ class LazyMask(Tensor):
 
     def __repr__(self) -> str:
         return f"LazyMask({tuple(self.shape)}, {self.pattern})"
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """[B, n] on the host, of the queries: tokens of one number attend to each other both ways; None: none do.
+
+        Raises:
+            ValueError: a block longer than a window that does not hold in it.
+        """
+        if "blocks" not in self._made:
+            first = int(self._arguments.get("q_offset", 0))
+            found = self.pattern.blocks[:, first : first + self.shape[2]].cpu()
+            self._made["blocks"] = found if self.shape[2] > 1 and bool((found >= 0).any()) else None
+        found, window = self._made["blocks"], self.pattern.window
+        if found is not None and window is not None and not self.pattern.cuts_blocks:
+            longest = max(int(row[row >= 0].bincount().max()) for row in found if bool((row >= 0).any()))
+            if longest > window:
+                raise ValueError(
+                    f"{longest} tokens attend to each other both ways, beyond the sliding window ({window}) of other "
+                    "layers: a D2OCache does not support that. Read less at once"
+                )
+        return found
 
     @property
     def names(self) -> str:
@@ -124,6 +157,16 @@ class LazyMask(Tensor):
         return func(*args, **kwargs)
 
 
+class Width(int):
+    """A number of keys, with the cache that said it: the first that a cache hears of a forward's padding.
+
+    Attributes:
+        cache: has a method `begin_forward`.
+    """
+
+    cache: Any = None
+
+
 @torch.compiler.disable
 def make_mask(**arguments: Any) -> Tensor | None:
     """The mask function that transformers calls: a `LazyMask`, or None where `eager` attention gets none.
@@ -133,6 +176,10 @@ def make_mask(**arguments: Any) -> Tensor | None:
     """
     arguments.setdefault("mask_function", masking_utils.causal_mask_function)
     made = {}
+    cache = getattr(arguments["kv_length"], "cache", None)
+    if cache is not None:
+        arguments["kv_length"] = int(arguments["kv_length"])
+        cache.begin_forward(arguments["batch_size"], arguments["q_length"], arguments.get("attention_mask"))
     if arguments.get("allow_is_bidirectional_skip"):
         made["sdpa"] = masking_utils.sdpa_mask(**arguments)
         if made["sdpa"] is None:

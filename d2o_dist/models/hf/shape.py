@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2o_dist.models.hf.guards import layer_windows, rope_types, text_config
+from d2o_dist.models.hf.guards import layer_windows, rope_types, state_counts, text_config
 from d2o_dist.models.hf.rope import rope_border
 from d2o_dist.models.shape import ModelShape
 
@@ -36,6 +36,7 @@ def shape_of(model_config: Any) -> ModelShape:
         max_positions=getattr(config, "max_position_embeddings", None),
         border=rope_border(model_config),
         has_dynamic_rope=any("dynamic" in kind for kind in rope_types(config)),
+        has_states=any(state_counts(config)),
     )
 
 

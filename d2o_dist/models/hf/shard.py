@@ -12,6 +12,7 @@ from d2o_dist.models.hf.deepspeed import check_installed, shard_with_deepspeed
 from d2o_dist.models.hf.guards import text_config
 from d2o_dist.models.hf.shape import KV_REPLICAS, num_kv_heads
 from d2o_dist.models.hf.tensor_parallel import (
+    check_engine,
     check_not_quantised,
     check_separate_projections,
     check_version,
@@ -35,6 +36,7 @@ def mark_replicas(config: Any, parallel: ParallelConfig) -> int:
     check_not_quantised(config, parallel.tp)
     replicas = kv_replicas(config, parallel.tp)
     check_separate_projections(config)
+    check_engine(config, parallel.tp_engine)
     if parallel.tp_engine == "deepspeed":
         check_installed()
     else:

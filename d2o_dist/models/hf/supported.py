@@ -8,6 +8,11 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Types of layers that attend, those with a window, those that keep a state of the text, and those that keep nothing.
+WINDOWED = (SLIDING, "hybrid_sliding")
+ATTENTION = (FULL, "hybrid", *WINDOWED)
+STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+NOTHING = ("moe", "mlp")
 _INSTEAD = "use transformers' own cache, and its attention \"sdpa\" or \"eager\""
 # Fields that say so where they are set.
 _BY_FIELD = {
@@ -18,18 +23,35 @@ _BY_FIELD = {
     "kv_lora_rank": "latent attention",
     "num_kv_shared_layers": "layers that share keys and values",
 }
+# What types of layers say.
+_BY_LAYER = {
+    "indexed_attention": "sparse attention",
+    "chunked_attention": "chunked attention",
+    "reference_sliding_attention": "windows that keep the prompt",
+}
 # What configurations do not tell, by their type.
 _BY_TYPE = {
     "bigbird_pegasus": "causal masks in modules that say they are not causal",
     "diffllama": "differential attention",
     "doge": "a mask for each head",
     "evolla": "a `generate` that reads the text again for each token",
-    "gemma4_unified_text": "tokens that attend to later ones",
     "git": "attention beside transformers' attention interface",
     "jetmoe": "experts in its attention",
     "moshi": "a sliding window that its masks do not have",
-    **dict.fromkeys(("reformer", "xlnet"), "a cache of its own kind"),
+    **dict.fromkeys(("minimax", "reformer", "xlnet"), "a cache of its own kind"),
+    "recurrent_gemma": "states outside its cache",
+    **dict.fromkeys(("inkling_text", "inkling2_text"), "biases of relative positions in its attention"),
 }
+
+# Types that tell their text which tokens attend to later ones: the mask says it.
+_WITH_PREFIX = ("paligemma",)
+# Types whose Mamba layers begin anew with each forward of more than one token, in transformers.
+_IN_ONE_PIECE = ("jamba", "zamba")
+
+
+def resumes(config: Any) -> bool:
+    """Whether a decoder goes on with its states where a chunk of text, or a later turn, follows what was read."""
+    return config.model_type not in _IN_ONE_PIECE
 
 
 def check_supported(config: Any) -> None:
@@ -49,13 +71,13 @@ def check_supported(config: Any) -> None:
 def unsupported(config: Any) -> str | None:
     """What a model has that is not supported; None: nothing, as far as its configuration tells."""
     decoder = config.get_text_config(decoder=True)
-    cause = _cause(decoder)
+    cause = _cause(decoder, has_prefix=config.model_type in _WITH_PREFIX)
     if getattr(config, "is_encoder_decoder", False):
         cause = _BY_FIELD["is_encoder_decoder"]
     return None if cause is None else f"{decoder.model_type} has {cause}"
 
 
-def _cause(config: Any) -> str | None:
+def _cause(config: Any, *, has_prefix: bool) -> str | None:
     if config.model_type in _BY_TYPE:
         return _BY_TYPE[config.model_type]
     for name, what in _BY_FIELD.items():
@@ -63,11 +85,14 @@ def _cause(config: Any) -> str | None:
             return f"{what} ({name} {value})"
     if not hasattr(config, "num_attention_heads"):
         return "no attention layers that its configuration tells of (num_attention_heads)"
-    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+    if not has_prefix and getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "tokens that attend to later ones (use_bidirectional_attention)"
-    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in (FULL, SLIDING):
-            return f"layers other than {FULL} and {SLIDING} (layer {index} is of type {kind!r})"
+    types = getattr(config, "layer_types", None) or (FULL,)
+    for index, kind in enumerate(types):
+        if kind not in (*ATTENTION, *STATE, *NOTHING):
+            return f"{_BY_LAYER.get(kind, 'layers of a kind that is not known')} (layer {index} is of type {kind!r})"
+    if not set(ATTENTION) & set(types):
+        return f"no layer with attention ({len(types)} layers)"
     known = MODEL_MAPPING.get(type(config), None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     for model in known if isinstance(known, (tuple, list)) else [known]:
         uses_interface = getattr(model, "_can_set_attn_implementation", None)

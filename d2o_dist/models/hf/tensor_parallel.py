@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from d2o_dist.comm.adapters import to_device_mesh
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.models.hf.guards import text_config
+from d2o_dist.models.hf.guards import state_counts, text_config
 from d2o_dist.models.hf.quantised import quant_method
 from d2o_dist.models.hf.shape import num_kv_heads
 
@@ -51,7 +51,9 @@ def check_not_quantised(config: Any, tp: int) -> None:
     """
     method = quant_method(config)
     if method is not None:
-        raise ValueError(f"tp ({tp}) cannot shard quantised weights (quant_method {method}): use sp instead")
+        raise ValueError(
+            f"tp ({tp}) cannot shard quantised weights (quant_method {method}): use {_other_axis(config)} instead"
+        )
 
 
 def check_separate_projections(config: Any) -> None:
@@ -67,8 +69,27 @@ def check_separate_projections(config: Any) -> None:
     if wrong:
         raise ValueError(
             f"tp needs a model whose {', '.join(_HEAD_PROJECTIONS)} are separate, so that every rank has heads of its "
-            f"own; {config.model_type} has {', '.join(found) or 'no tensor parallel plan'}: use sp instead"
+            f"own; {config.model_type} has {', '.join(found) or 'no tensor parallel plan'}: use "
+            f"{_other_axis(config)} instead"
         )
+
+
+def check_engine(config: Any, engine: str) -> None:
+    """Refuse an engine that does not know layers that keep a state: DeepSpeed cuts whatever looks like a projection.
+
+    Raises:
+        ValueError: names the engine that does.
+    """
+    if engine == "deepspeed" and any(state_counts(text_config(config))):
+        raise ValueError(
+            "tp_engine (deepspeed) cannot cut layers that keep a state (linear attention, Mamba, convolutions): use "
+            "tp_engine transformers"
+        )
+
+
+def _other_axis(config: Any) -> str:
+    """What shares a request, or the requests, where tensor ranks cannot."""
+    return "dp" if any(state_counts(text_config(config))) else "sp"
 
 
 def repeat_kv_heads(model: nn.Module, replicas: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from d2o_dist.models.hf.guards import text_config
+from d2o_dist.models.hf.guards import state_counts, text_config
 
 # What a layer may be given, and along which dimension a tile of it is taken; None: it is the same for all tiles.
 _DIMENSIONS = {
@@ -32,6 +32,8 @@ _RESHAPED = ("GPT2Block", "GPTBigCodeBlock")
 
 def tile_refusal(model: nn.Module) -> str | None:
     """Why a prompt cannot go through this model's layers in tiles; None: it can."""
+    if any(state_counts(text_config(model.config))):
+        return "some of its layers keep a state, and are given the padding of the whole prompt"
     layers = _layers_of(model)
     if not layers:
         return "its decoder layers were not found"
