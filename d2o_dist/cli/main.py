@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from d2o_dist.cli import plan
+from d2o_dist.cli import plan, profile
 
-COMMANDS = {"plan": plan.main}
+COMMANDS = {"plan": plan.main, "profile": profile.main}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.models.layer import LayerView
+from d2o_dist.models.profile import with_profile
 from d2o_dist.models.shape import BORDER, ModelShape, check_side
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.score import Reread
@@ -41,8 +42,8 @@ class ModelCache:
         layers: a view of each layer.
 
     Raises:
-        ValueError: no layer would be compressed, a budget that this model's layers cannot have, or heads that the ranks
-            cannot share.
+        ValueError: no layer would be compressed, a budget that this model's layers cannot have, a profile of its layers
+            that is missing, or heads that the ranks cannot share.
     """
 
     view_class = LayerView
@@ -63,6 +64,7 @@ class ModelCache:
                 f"the model has sliding windows in all of its layers ({len(shape.windows)}), and none of these is "
                 "compressed: use the library's own cache, or keep_ratio 1"
             )
+        d2o = with_profile(d2o, shape.source, shape.revision)
         self.shape = shape
         self.ranks = shape.request_ranks(mesh, parallel, counter)
         self.compressed = CompressedCache(d2o, list(shape.windows), self.ranks)
@@ -111,7 +113,7 @@ class ModelCache:
             ValueError: the cache was finalized, has seen nothing, or lacks statistics that `d2o` needs.
         """
         copied = copy.deepcopy(self)
-        copied.compressed.adopt(d2o)
+        copied.compressed.adopt(with_profile(d2o, self.shape.source, self.shape.revision))
         return copied
 
     # ---- decode steps that are recorded --------------------------------------------------------------------------

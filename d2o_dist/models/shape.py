@@ -24,6 +24,7 @@ class ModelShape:
         vocab_size: ids it has embeddings for; max_positions: tokens it has positions for. None: not known.
         border: tokens beyond which it turns a whole text otherwise (`longrope`); None: none.
         has_dynamic_rope: whether its rotary embedding is computed anew as the text grows.
+        source: folder or hub name that it was loaded from, and revision: the hub's commit; None: not known.
     """
 
     windows: tuple[int | None, ...]
@@ -35,6 +36,8 @@ class ModelShape:
     max_positions: int | None = None
     border: int | None = None
     has_dynamic_rope: bool = False
+    source: str | None = None
+    revision: str | None = None
 
     def kv_heads_of_rank(self, tp: int) -> int:
         """KV heads of each of `tp` tensor ranks, copies included.

@@ -27,6 +27,8 @@ CASES = {
     "mass_kept": ("mass", {"merge_targets": "kept", "gate": "threshold", "selection": "cumulative"}),
     "bounded": ("mass", {"max_decode_tail": 1, "eviction_interval": 6}),
     "mixed": ("mass", {"selection": "mixed", "eviction_interval": 4, "drop_quantile": 0.4}),
+    "joint": ("reach", {"selection": "joint", "joint_share": 0.4, "eviction_interval": 5}),
+    "average": ("h2o", {"selection": "average", "allocation": "profile", "profile": (1.0, 4.0, 2.0, 0.5)}),
     "tokens": ("paper_minmax", {"keep_tokens": 21}),
     "uneven": ("paper_minmax", {"dispersion_sign": 1, "temperature": 0.2, "min_layer_ratio": 0.1}),
     "protected": ("paper_minmax", {"keep_ratio": 0.6, "protected_layers": (0, -1)}),
@@ -108,7 +110,7 @@ def test_equals_the_oracle_after_prefill_and_decode(family, length, steps, case)
 
 @pytest.mark.parametrize(
     "case",
-    ["d2o", "paper_minmax", "mass", "reach", "snapkv", "tokens", "mixed", "strided", "strided_mass", "strided_only"],
+    ["d2o", "paper_minmax", "mass", "reach", "snapkv", "tokens", "mixed", "joint", "strided", "strided_mass", "strided_only"],
 )
 def test_equals_the_oracle_over_a_chunked_prompt_and_a_later_turn(case):
     model = use_float64_norms(tiny_model("llama", seed=3))
