@@ -4,8 +4,8 @@
         --chat valid_freq.json --logs loghub
 
 The passages themselves are cut by the task `fidelity` (studies/unseen_texts.yaml, studies/answers.yaml): evenly over
-each text, none twice. The texts are not in the repository; docs/results/unseen.md says which bytes were measured. No setting is
-ever chosen on them.
+each text, none twice. The texts are not in the repository; docs/results/unseen.md and answers.md say which bytes were
+measured. No setting is ever chosen on them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.profile import default_text, measure_profile, passages
 from d2o_dist.eval.text import read_text
 from d2o_dist.models import loading
-from d2o_dist.models.hf.adapter import base_of
 from d2o_dist.models.profile import write_profile
 
 EXIT_OK, EXIT_USAGE = 0, 2
@@ -24,8 +23,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="d2o-dist profile",
-        description="Measure how the layers of a model share slots, for budget.rule profile. It reads a few passages of "
-        "a text and writes a small file beside the model, or into your cache where that folder cannot be written.",
+        description="Measure how the layers of a model share slots, for budget.rule profile. It reads a few passages "
+        "of a text and writes a small file beside the model, or into your cache where that cannot be written.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name")
     parser.add_argument("--text", metavar="FILE", help="a text file of any kind; by default Python's own documentation")
@@ -41,7 +40,7 @@ def _profile(args: argparse.Namespace) -> str:
     for name in ("passages", "tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} ({getattr(args, name)}) must be at least 1")
-    if base := base_of(args.model):
+    if base := loading.base_of(args.model):
         raise ValueError(f"{args.model} is an adapter: profile its base, {base}, which it is merged into")
     config = InferConfig(model=args.model, revision=args.revision, dtype=args.dtype, device=args.device)
     shape = loading.describe(config)

@@ -234,7 +234,8 @@ class Profile(BudgetRule):
             raise ValueError("budget.rule (profile) needs budget.shares, or `d2o-dist profile MODEL` once")
         if len(self.shares) != num_layers:
             raise ValueError(
-                f"budget.shares has {len(self.shares)} numbers, but the model has {num_layers} layers with full attention"
+                f"budget.shares has {len(self.shares)} numbers, but the model has {num_layers} layers with full "
+                "attention"
             )
 
     def log_weights(self, num_layers: int, measured: Sequence[float] | None) -> list[float]:

@@ -197,7 +197,7 @@ class Reread(ScoreRule):
         return slots.scores
 
 
-SCORES = registry(Reach, Joint, Window, Accumulated, Newest, Reread)
+SCORES = registry(Reach, Window, Accumulated, Newest, Reread, Joint)
 
 
 def mean_attention(slots: Slots, num_seen_tokens: Tensor) -> Tensor:
@@ -209,12 +209,12 @@ def join_rankings(rates: Tensor, other: Tensor, share: float) -> Tensor:
     """The rates [B, Hkv, S], raised so that of n slots that rank highest about `share` * n are the highest in `other`.
 
     A slot that is k-th in `other` gets no less than the rate that is `k * (1 - share) / share`-th: then the n best are
-    the union of the best of both rankings, in the proportion of the shares.
+    the union of the best of both rankings, in the proportion of the shares. Slots that are level in `other` but for
+    rounding share the best of their places, so that copies of a head on two ranks get the same rates.
     """
-    order = other.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(order.shape[-1], device=order.device)
-    place = torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
-    level = (place.double() * ((1 - share) / share)).long().clamp_max(order.shape[-1] - 1)
+    size, rounding = other.shape[-1], torch.finfo(other.dtype).eps ** (2 / 3)
+    place = size - torch.searchsorted(other.sort(-1).values, (other * (1 + rounding)).contiguous(), right=True)
+    level = (place.double() * ((1 - share) / share)).long().clamp_max(size - 1)
     return torch.maximum(rates, rates.sort(-1, descending=True).values.gather(-1, level))
 
 

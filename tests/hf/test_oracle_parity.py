@@ -110,8 +110,11 @@ def test_equals_the_oracle_after_prefill_and_decode(family, length, steps, case)
 
 @pytest.mark.parametrize(
     "case",
-    ["d2o", "paper_minmax", "mass", "reach", "snapkv", "tokens", "mixed", "joint", "strided", "strided_mass", "strided_only"],
-)
+    [
+        "d2o", "paper_minmax", "mass", "reach", "snapkv", "tokens", "mixed", "joint", "strided", "strided_mass",
+        "strided_only",
+    ],
+)  # fmt: skip
 def test_equals_the_oracle_over_a_chunked_prompt_and_a_later_turn(case):
     model = use_float64_norms(tiny_model("llama", seed=3))
     first, second = tokens(1, 71, seed=5), tokens(1, 38, seed=6)

@@ -277,12 +277,12 @@ class OracleCache:
         rates, share = self.own_pooled_rates(slots), self.config.joint_share
         if self.config.selection != "joint":
             return rates
-        # A slot that is k-th by accumulated attention over age (ties: lower position) has no less than the rate that
-        # is floor(k * (1 - share) / share)-th, counted from 0.
+        # A slot with k others above it by accumulated attention over age (by more than rounding) has no less than the
+        # rate that is floor(k * (1 - share) / share)-th, counted from 0.
         means = [s.score / max(self.num_seen_tokens - s.position, MIXED_MIN_AGE) for s in slots]
-        order = sorted(range(len(slots)), key=lambda i: (-means[i], i))
         levels = sorted(rates, reverse=True)
-        for place, i in enumerate(order):
+        for i, mean in enumerate(means):
+            place = sum(one > mean * (1 + 1e-10) for one in means)
             rates[i] = max(rates[i], levels[min(int(place * ((1 - share) / share)), len(slots) - 1)])
         return rates
 
