@@ -39,6 +39,10 @@ WERE = {
         "h2o mean": spec("h2o", selection="average"),
         "joint 0.25": spec("d2o", selection="joint", joint_share=0.25),
         "joint 0.5": spec("d2o", selection="joint", joint_share=0.5),
+        "joint 0.5 sampled": spec(
+            "d2o", selection="joint", joint_share=0.5, allocation="profile", score_queries="strided",
+            score_query_stride=32, score_near_distance=16,
+        ),
     },
     "studies/combinations": {
         "heavy 0.5": spec("span", heavy_fraction=0.5),
