@@ -1,11 +1,11 @@
 """The texts that only judge: cut from files that you have, written as plain text, with the digest of each.
 
     python studies/unseen_texts.py runs/unseen_texts/texts --novel novel.txt.xz --code FOLDER \
-        --chat valid_freq.json
+        --chat valid_freq.json --logs loghub
 
-The passages themselves are cut by the task `fidelity` (studies/unseen_texts.yaml): evenly over each text, none
-twice. The texts are not in the repository; docs/results/unseen.md says which bytes were measured. No setting is
-ever chosen on them.
+The passages themselves are cut by the task `fidelity` (studies/unseen_texts.yaml, studies/answers.yaml): evenly over
+each text, none twice. The texts are not in the repository; docs/results/unseen.md and answers.md say which bytes were
+measured. No setting is ever chosen on them.
 """
 
 from __future__ import annotations
@@ -43,10 +43,20 @@ def chat(path: Path) -> str:
     )
 
 
+def logs(folder: Path) -> str:
+    """Loghub's samples, `*_2k.log` in the folders of a checkout, in the order of their names."""
+    files = sorted(folder.glob("*/*_2k.log"))
+    if not files:
+        raise ValueError(f"logs folder {folder} has no */*_2k.log")
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return "\n\n".join(text.replace("\r\n", "\n") for text in texts)
+
+
 KINDS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "prose": ("novel", second_half),
     "code": ("code", python_files),
     "chat": ("chat", chat),
+    "logs": ("logs", logs),
 }
 
 

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from d2o_dist.policy import D2OConfig
-from d2o_dist.policy.budget import Dispersion, Pyramid, Ranked, Uniform
+from d2o_dist.policy.budget import Dispersion, Profile, Pyramid, Ranked, Uniform
 from d2o_dist.policy.gate import Quantile, RowThreshold, Threshold
 from d2o_dist.policy.merge import Average, Drop, Mass, Released
-from d2o_dist.policy.score import Accumulated, Newest, Reach, Reread, Window
+from d2o_dist.policy.score import Accumulated, Joint, Newest, Reach, Reread, Window
 from d2o_dist.policy.statistics import StatisticsConfig
 from d2o_dist.policy.targets import Kept, Tail
 from tests.oracle import naive_d2o
@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "keep_ratio": None,
     "keep_tokens": None,
     "allocation": "dynamic",
+    "profile": None,
     "budget_per": "layer",
     "dispersion": "log_zscore",
     "dispersion_sign": 1,
@@ -40,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "selection_pool": 15,
     "selection_pool_side": "after",
     "selection_reach": 20.0,
+    "joint_share": 0.5,
     "rate_window": 32,
     "reread_chunk": 2048,
     "score_queries": "all",
@@ -136,7 +138,11 @@ def _score(f: dict[str, Any]):
         if f["selection_reach"] is not None:
             return Reach(add_accumulated=mixed, reach=f["selection_reach"])
         return Window(add_accumulated=mixed, pool=f["selection_pool"], pool_side=f["selection_pool_side"])
-    return {"cumulative": Accumulated(), "recent": Newest(), "reread": Reread(chunk=f["reread_chunk"])}[f["selection"]]
+    if f["selection"] == "joint":
+        return Joint(reach=f["selection_reach"], accumulated_share=f["joint_share"])
+    if f["selection"] in ("cumulative", "average"):
+        return Accumulated(mean=f["selection"] == "average")
+    return {"recent": Newest(), "reread": Reread(chunk=f["reread_chunk"])}[f["selection"]]
 
 
 def _budget(f: dict[str, Any]):
@@ -148,6 +154,8 @@ def _budget(f: dict[str, Any]):
         )
     if f["allocation"] == "pyramid":
         return Pyramid(beta=f["pyramid_beta"], **common)
+    if f["allocation"] == "profile":
+        return Profile(shares=f["profile"], **common)
     return {"uniform": Uniform, "ranked": Ranked}[f["allocation"]](**common)
 
 

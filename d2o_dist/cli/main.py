@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from d2o_dist.cli import convert, plan
+from d2o_dist.cli import convert, plan, profile
 
-COMMANDS = {"convert": convert.main, "plan": plan.main}
+COMMANDS = {"convert": convert.main, "plan": plan.main, "profile": profile.main}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _prepare(config: InferConfig, mesh: ParallelMesh, config_file: str | None) -
     bad_rows = [row for row in encoded if isinstance(row, BadRow)]
     job: Job = {}
     if mesh.rank == 0:  # the output need not be reachable, nor be empty by the time others look
-        job = describe(config, requests, bad_rows)
+        job = describe(dataclasses.replace(config, d2o=cache.d2o), requests, bad_rows)  # with the shares of a profile
         check_job(config, job, mesh.dp, list(inputs_of(config, config_file)))
     return InferPlan(
         requests=requests,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,11 +95,11 @@ def _prepare(config: EvalConfig, named_texts: Mapping[str, Callable[[], str]]) -
     shape = loading.describe(infer)
     parallel = config.parallel.resolve(shape.kv_heads_of_rank(config.parallel.tp))
     shape.check_sequence_ranks(parallel.sp)
-    for method in methods:
-        # An empty cache costs nothing, and refuses what it cannot serve.
+    for index, method in enumerate(methods):
+        # An empty cache costs nothing, and refuses what it cannot serve. Results are known by the shares of a profile.
         try:
             parallel.check_rules(method.d2o)
-            ModelCache(shape, method.d2o)
+            methods[index] = dataclasses.replace(method, d2o=ModelCache(shape, method.d2o).d2o)
         except ValueError as error:
             raise ValueError(f"method {method.label}: {error}") from error
     tokenizer = loading.load_tokenizer(infer)

@@ -21,6 +21,7 @@ from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.models.layer import LayerView
+from d2o_dist.models.profile import with_profile
 from d2o_dist.models.shape import BORDER, ModelShape, check_side
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.score import Reread
@@ -48,8 +49,8 @@ class ModelCache:
         layers: a view of each layer with attention.
 
     Raises:
-        ValueError: no layer would be compressed, a budget that this model's layers cannot have, heads that the ranks
-            cannot share, or rules that need all layers at once with `layerwise`.
+        ValueError: no layer would be compressed, a budget that this model's layers cannot have, a profile of its layers
+            that is missing, heads that the ranks cannot share, or rules that need all layers at once with `layerwise`.
     """
 
     view_class = LayerView
@@ -74,6 +75,7 @@ class ModelCache:
                 f"the model has sliding windows in all of its layers ({len(shape.windows)}), and none of these is "
                 "compressed: use the library's own cache, or keep_ratio 1"
             )
+        d2o = with_profile(d2o, shape.source, shape.revision)
         self.shape = shape
         self.ranks = shape.request_ranks(mesh, parallel, counter)
         self.compressed = CompressedCache(d2o, list(shape.windows), self.ranks)
@@ -131,7 +133,7 @@ class ModelCache:
             ValueError: the cache was finalized, has seen nothing, or lacks statistics that `d2o` needs.
         """
         copied = copy.deepcopy(self)
-        copied.compressed.adopt(d2o)
+        copied.compressed.adopt(with_profile(d2o, self.shape.source, self.shape.revision))
         return copied
 
     # ---- decode steps that are recorded --------------------------------------------------------------------------

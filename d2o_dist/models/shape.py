@@ -25,6 +25,7 @@ class ModelShape:
         border: tokens beyond which it turns a whole text otherwise (`longrope`); None: none.
         has_dynamic_rope: whether its rotary embedding is computed anew as the text grows.
         has_states: whether some layers keep a state of the whole text (linear attention, Mamba, convolutions).
+        source: folder or hub name that it was loaded from, and revision: the hub's commit; None: not known.
     """
 
     windows: tuple[int | None, ...]
@@ -37,6 +38,8 @@ class ModelShape:
     border: int | None = None
     has_dynamic_rope: bool = False
     has_states: bool = False
+    source: str | None = None
+    revision: str | None = None
 
     def kv_heads_of_rank(self, tp: int) -> int:
         """KV heads of each of `tp` tensor ranks, copies included.

@@ -156,7 +156,7 @@ def slots_of_layers(model: ModelSize, d2o: D2OConfig, tokens: int) -> list[int |
     units = model.num_kv_heads if d2o.budget.per_head else 1
     never = [n * units + unit for n, index in enumerate(full) if index in protected for unit in range(units)]
     rule = d2o.replace(budget={"protected_layers": tuple(never)}).budget
-    measured = rule.statistics or rule.by_ranking or d2o.keeps_everything
+    measured = not rule.is_known_before or d2o.keeps_everything
     log_weights = (Uniform() if measured else rule).log_weights(len(full) * units, None)
     slots = layer_slots(log_weights, tokens, rule, d2o.size)
     return [None if number in never else count for number, count in enumerate(slots)]

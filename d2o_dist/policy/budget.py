@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2o_dist.fields.checks import MAX_INTEGER, is_integer
+from d2o_dist.fields.checks import MAX_INTEGER, is_integer, is_number
 from d2o_dist.fields.declare import choice, flag, integer, real
 from d2o_dist.fields.show import shown
 from d2o_dist.policy.rule import Rule, registry
@@ -104,6 +104,14 @@ class BudgetRule(Rule):
     def by_ranking(self) -> bool:
         """Whether shares follow from a ranking of all tokens of the model (`highest_of_heads`)."""
         return False
+
+    @property
+    def is_known_before(self) -> bool:
+        """Whether shares are known before a prompt is read: nothing of it is measured for them."""
+        return not self.statistics and not self.by_ranking
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise `ValueError` where the rule does not fit a model of so many compressed layers."""
 
     def dispersions(self, variances: Tensor) -> Tensor | None:
         """[L, Hq] variances of the column sums of all query heads, of one row -> [L]; None where shares need none."""
@@ -196,7 +204,53 @@ class Ranked(BudgetRule):
         return (shares / shares.sum().clamp_min(1)).clamp_min(torch.finfo(torch.float64).tiny).log().tolist()
 
 
-BUDGETS = registry(Dispersion, Uniform, Pyramid, Ranked)
+@dataclass(frozen=True)
+class Profile(BudgetRule):
+    """Shares that were measured once for a model, on any text: then nothing is measured in a prompt.
+
+    Attributes:
+        shares: of each layer with full attention, in order, in any unit; None: those of the profile that
+            `d2o-dist profile MODEL` wrote (`models/profile.py`), which the cache of the model looks up.
+    """
+
+    name: ClassVar[str] = "profile"
+    shares: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_head:
+            raise ValueError("budget.per_head (True) must be false where budget.rule is profile, which is by layer")
+        if self.shares is None:
+            return
+        if not isinstance(self.shares, (list, tuple)):
+            raise ValueError(f"budget.shares ({shown(self.shares)}) must be a list of numbers, one a layer")
+        for share in self.shares:
+            if not is_number(share) or share <= 0:
+                raise ValueError(f"budget.shares has {shown(share)}; shares are numbers above 0")
+        object.__setattr__(self, "shares", tuple(map(float, self.shares)))
+
+    @property
+    def is_known_before(self) -> bool:
+        """As `BudgetRule.is_known_before`; once they are looked up."""
+        return self.shares is not None
+
+    def check_layers(self, num_layers: int) -> None:
+        """As `BudgetRule.check_layers`."""
+        if self.shares is None:
+            raise ValueError("budget.rule (profile) needs budget.shares, or `d2o-dist profile MODEL` once")
+        if len(self.shares) != num_layers:
+            raise ValueError(
+                f"budget.shares has {len(self.shares)} numbers, but the model has {num_layers} layers with full "
+                "attention"
+            )
+
+    def log_weights(self, num_layers: int, measured: Sequence[float] | None) -> list[float]:
+        """As `BudgetRule.log_weights`."""
+        self.check_layers(num_layers)
+        return _normalised(np.log(np.asarray(self.shares, dtype=np.float64)))
+
+
+BUDGETS = registry(Dispersion, Uniform, Pyramid, Ranked, Profile)
 
 
 def _normalised(raw: np.ndarray) -> list[float]:
@@ -280,11 +334,12 @@ def water_fill(log_weights: Sequence[float], total: float, low: Sequence[float],
 
 
 def check_total(rule: BudgetRule, size: Size, num_layers: int) -> None:
-    """Refuse a total that the protected layers and the minima of the others alone exceed.
+    """Refuse a total that the protected layers and the minima of the others alone exceed, and shares of other layers.
 
     Raises:
         ValueError: names the total and what is fixed.
     """
+    rule.check_layers(num_layers)
     protected = rule.protected(num_layers)
     if not rule.exact_total or size.keep_ratio is None:
         return

@@ -17,7 +17,7 @@ from d2o_dist.policy.rule import Rule, registry
 from d2o_dist.policy.statistics import COLUMN_SUMS, PEAKS, RATES
 from d2o_dist.slots.slots import Slots
 
-# Accumulated attention is divided by the age of a token where it is added to a rate, but by no less than this.
+# Accumulated attention is divided by the age of a token where it stands beside a rate, but by no less than this.
 MIN_AGE = 32
 
 
@@ -28,7 +28,7 @@ class ScoreRule(Rule):
     path: ClassVar[str] = "score"
 
     def pooled_rates(self, slots: Slots, num_sink_tokens: int) -> Tensor:
-        """The rates [B, Hkv, S] that slots rank by at the end of a prompt, where those of their neighbours count."""
+        """The rates [B, Hkv, S] that slots rank by at the end of a prompt, where those of other slots count."""
         return slots.rates
 
     @property
@@ -47,15 +47,21 @@ class ScoreRule(Rule):
 
 @dataclass(frozen=True)
 class Accumulated(ScoreRule):
-    """Attention that a token received from all queries so far (the paper, H2O)."""
+    """Attention that a token received from all queries so far (the paper, H2O).
+
+    Attributes:
+        mean: divide it by the number of queries that could see the token, so that early tokens do not rank high by
+            their age alone.
+    """
 
     name: ClassVar[str] = "accumulated"
+    mean: bool = flag(False)
     # Rates are kept beside the sums: they cost little and are reported.
     statistics: ClassVar[frozenset[str]] = frozenset({COLUMN_SUMS, RATES})
 
     def rank(self, slots: Slots, rates: Tensor, num_seen_tokens: Tensor) -> Tensor:
         """As `ScoreRule.rank`."""
-        return slots.scores
+        return mean_attention(slots, num_seen_tokens) if self.mean else slots.scores
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,7 @@ class _LastQueries(ScoreRule):
         """As `ScoreRule.rank`."""
         if not self.add_accumulated:
             return rates
-        age = (num_seen_tokens[:, None, None] - slots.positions).clamp_min(MIN_AGE)
-        return rates + slots.scores / age
+        return rates + mean_attention(slots, num_seen_tokens)
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,45 @@ class Reach(_LastQueries):
 
 
 @dataclass(frozen=True)
+class Joint(ScoreRule):
+    """Two rankings, each with a share of the slots: that of `reach`, and accumulated attention over age.
+
+    At the end of a prompt the best by one ranking and the best by the other are kept: a token that is high in the
+    second gets the rate of the token that is as high in the first, as far as the shares say. While decoding slots rank
+    by these rates, as with `reach`.
+
+    Attributes:
+        reach: as in `reach`, in positions.
+        accumulated_share: share of the slots that go by accumulated attention; what both rankings choose leaves more to
+            both.
+    """
+
+    name: ClassVar[str] = "joint"
+    statistics: ClassVar[frozenset[str]] = frozenset({RATES, COLUMN_SUMS})
+    reach: float = real(20.0, above=0)
+    accumulated_share: float = real(0.5, above=0, below=1)
+
+    def pooled_rates(self, slots: Slots, num_sink_tokens: int) -> Tensor:
+        """As `ScoreRule.pooled_rates`."""
+        rates = decaying_mean(slots.rates, slots.positions, self.reach, num_sink_tokens)
+        # The newest token is always held.
+        means = mean_attention(slots, slots.positions.amax((1, 2)) + 1)
+        joined = join_rankings(
+            rates.masked_fill(~slots.live, 0), means.masked_fill(~slots.live, -1), self.accumulated_share
+        )
+        return torch.where(slots.live, joined, rates)
+
+    @property
+    def keeps_pooled_rates(self) -> bool:
+        """As with `reach`; and what was kept for its accumulated attention stays for a while."""
+        return True
+
+    def rank(self, slots: Slots, rates: Tensor, num_seen_tokens: Tensor) -> Tensor:
+        """As `ScoreRule.rank`."""
+        return rates
+
+
+@dataclass(frozen=True)
 class Newest(ScoreRule):
     """Newest first: a plain sliding window with sinks (StreamingLLM)."""
 
@@ -153,7 +197,25 @@ class Reread(ScoreRule):
         return slots.scores
 
 
-SCORES = registry(Reach, Window, Accumulated, Newest, Reread)
+SCORES = registry(Reach, Window, Accumulated, Newest, Reread, Joint)
+
+
+def mean_attention(slots: Slots, num_seen_tokens: Tensor) -> Tensor:
+    """[B, Hkv, S] attention that each slot received a query that could see it; of young tokens, a `MIN_AGE`-th."""
+    return slots.scores / (num_seen_tokens[:, None, None] - slots.positions).clamp_min(MIN_AGE)
+
+
+def join_rankings(rates: Tensor, other: Tensor, share: float) -> Tensor:
+    """The rates [B, Hkv, S], raised so that of n slots that rank highest about `share` * n are the highest in `other`.
+
+    A slot that is k-th in `other` gets no less than the rate that is `k * (1 - share) / share`-th: then the n best are
+    the union of the best of both rankings, in the proportion of the shares. Slots that are level in `other` but for
+    rounding share the best of their places, so that copies of a head on two ranks get the same rates.
+    """
+    size, rounding = other.shape[-1], torch.finfo(other.dtype).eps ** (2 / 3)
+    place = size - torch.searchsorted(other.sort(-1).values, (other * (1 + rounding)).contiguous(), right=True)
+    level = (place.double() * ((1 - share) / share)).long().clamp_max(size - 1)
+    return torch.maximum(rates, rates.sort(-1, descending=True).values.gather(-1, level))
 
 
 def max_pool_positions(rates: Tensor, positions: Tensor, width: int, side: str = "both") -> Tensor:

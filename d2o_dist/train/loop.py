@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from d2o_dist.comm.queue import first_rank_first
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.eval.plan import EvalPlan
 from d2o_dist.models.hf.loading import load_config, load_tokenizer
+from d2o_dist.models.hf.shape import shape_of
+from d2o_dist.models.profile import with_profile
 from d2o_dist.train.batches import Batch, StepOrder, make_batch
 from d2o_dist.train.checkpoints import Checkpoints, RunState
 from d2o_dist.train.documents import load_documents
@@ -81,7 +84,10 @@ def prepare(
             where that is possible.
     """
     micro_steps = config.micro_steps(mesh.dp)
-    check_trainable(load_config(config), config)
+    model_config = load_config(config)
+    check_trainable(model_config, config)
+    shape = shape_of(model_config)
+    config = dataclasses.replace(config, d2o=with_profile(config.d2o, shape.source, shape.revision))
     tokenizer = load_tokenizer(config)
     world = Collectives(mesh.axis("world"))
     output = Path(config.output).expanduser()

@@ -104,7 +104,7 @@ def test_the_pages_hold_what_the_programs_print(capsys):
 
 def test_commands():
     assert speak(main.main, [])[0] == 2 and speak(main.main, ["plam"])[0] == 2
-    assert speak(main.main, ["--help"]) == (0, "usage: d2o-dist {convert,plan} ...\n", "")
+    assert speak(main.main, ["--help"]) == (0, "usage: d2o-dist {convert,plan,profile} ...\n", "")
 
 
 def test_the_program_in_launch(monkeypatch, capsys):

@@ -34,6 +34,16 @@ WERE = {
         "pyramidkv": spec("pyramidkv", score_queries="strided"),
         "streaming": spec("streaming", score_queries="strided"),
     },
+    "studies/answers": {
+        "profile": spec("d2o", allocation="profile"),
+        "h2o mean": spec("h2o", selection="average"),
+        "joint 0.25": spec("d2o", selection="joint", joint_share=0.25),
+        "joint 0.5": spec("d2o", selection="joint", joint_share=0.5),
+        "joint 0.5 sampled": spec(
+            "d2o", selection="joint", joint_share=0.5, allocation="profile", score_queries="strided",
+            score_query_stride=32, score_near_distance=16,
+        ),
+    },
     "studies/combinations": {
         "heavy 0.5": spec("span", heavy_fraction=0.5),
         "temperature 6, heavy 0.5": spec("span", temperature=6.0, heavy_fraction=0.5),

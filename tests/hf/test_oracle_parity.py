@@ -27,6 +27,8 @@ CASES = {
     "mass_kept": ("mass", {"merge_targets": "kept", "gate": "threshold", "selection": "cumulative"}),
     "bounded": ("mass", {"max_decode_tail": 1, "eviction_interval": 6}),
     "mixed": ("mass", {"selection": "mixed", "eviction_interval": 4, "drop_quantile": 0.4}),
+    "joint": ("reach", {"selection": "joint", "joint_share": 0.4, "eviction_interval": 5}),
+    "average": ("h2o", {"selection": "average", "allocation": "profile", "profile": (1.0, 4.0, 2.0, 0.5)}),
     "tokens": ("paper_minmax", {"keep_tokens": 21}),
     "uneven": ("paper_minmax", {"dispersion_sign": 1, "temperature": 0.2, "min_layer_ratio": 0.1}),
     "protected": ("paper_minmax", {"keep_ratio": 0.6, "protected_layers": (0, -1)}),
@@ -73,7 +75,8 @@ RUNS = [
 # Soft caps; sinks, whose share is in all statistics; values shorter than keys.
 RUNS += [pytest.param(family, 71, 22, case, id=f"{case}-{family}")
          for family in ("gemma2", "gpt_oss", "mimo") for case in ("d2o", "paper_minmax", "strided_mass")]  # fmt: skip
-TURNS = ["d2o", "paper_minmax", "mass", "reach", "snapkv", "tokens", "mixed", "strided", "strided_mass", "strided_only"]
+TURNS = ["d2o", "paper_minmax", "mass", "reach", "snapkv", "tokens", "mixed", "joint", "strided", "strided_mass",
+         "strided_only"]  # fmt: skip
 
 
 @pytest.mark.parametrize("family, length, steps, case", RUNS)

@@ -46,6 +46,8 @@ def layer_log_weights(config: OracleConfig, column_sums: list[torch.Tensor], has
     if config.allocation == "uniform":
         return [0.0] * num_layers
     assert config.allocation != "ranked"
+    if config.allocation == "profile":
+        return [math.log(share) for share in config.profile]
     if config.allocation == "pyramid":
         # Linear in depth from (2 - 1/beta) to 1/beta of the average.
         if num_layers == 1:

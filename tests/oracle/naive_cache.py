@@ -211,7 +211,7 @@ class OracleCache:
             if unit in self.protected:
                 continue
             # With a reach slots keep their pooled rates from here on; merging still goes by those measured.
-            carries = config.selection_reach is not None and config.selection in ("window", "mixed")
+            carries = config.selection_reach is not None and config.selection in ("window", "mixed", "joint")
             carried = [slot for head in heads if carries for slot in self.slots[layer][head]]
             pooled = [rate for head in heads if carries for rate in self.pooled_rates(self.slots[layer][head])]
             gains = [rate - slot.rate for rate, slot in zip(pooled, carried, strict=True)]
@@ -274,6 +274,20 @@ class OracleCache:
 
     def pooled_rates(self, slots: list[Slot]) -> list[float]:
         """What slots rank by at the end of a prefill, in position order."""
+        rates, share = self.own_pooled_rates(slots), self.config.joint_share
+        if self.config.selection != "joint":
+            return rates
+        # A slot with k others above it by accumulated attention over age (by more than rounding) has no less than the
+        # rate that is floor(k * (1 - share) / share)-th, counted from 0.
+        means = [s.score / max(self.num_seen_tokens - s.position, MIXED_MIN_AGE) for s in slots]
+        levels = sorted(rates, reverse=True)
+        for i, mean in enumerate(means):
+            place = sum(one > mean * (1 + 1e-10) for one in means)
+            rates[i] = max(rates[i], levels[min(int(place * ((1 - share) / share)), len(slots) - 1)])
+        return rates
+
+    def own_pooled_rates(self, slots: list[Slot]) -> list[float]:
+        """Of the last queries alone."""
         config = self.config
         if config.selection_reach is not None:
             # A mean over the token and the live ones before it, sinks left out, whose weights fall by e every `reach`
@@ -299,8 +313,10 @@ class OracleCache:
             return [float(s.position) for s in slots]
         if config.selection in ("cumulative", "reread"):
             return [s.score for s in slots]
+        if config.selection == "average":
+            return [s.score / max(self.num_seen_tokens - s.position, MIXED_MIN_AGE) for s in slots]
         rates = self.pooled_rates(slots) if pooled else [s.rate for s in slots]
-        if config.selection == "window":
+        if config.selection in ("window", "joint"):
             return rates
         # mixed: "the pooled rate plus a / max(tokens seen - position, 32)".
         seen = self.num_seen_tokens

@@ -22,7 +22,8 @@ class OracleConfig:
     dispersion: str = "layers_minmax"  # heads_minmax | layers_minmax | raw | log_zscore
     dispersion_sign: int = -1
     temperature: float = 1.0
-    allocation: str = "dynamic"  # dynamic | uniform | pyramid | ranked
+    allocation: str = "dynamic"  # dynamic | uniform | pyramid | ranked | profile
+    profile: tuple[float, ...] | None = None  # shares of layers that were measured before
     budget_per: str = "layer"  # layer | head: then each KV head is a layer of section 2, 3 and 4
     exact_total: bool = True
     protected_layers: list[int] = field(default_factory=list)
@@ -30,7 +31,8 @@ class OracleConfig:
     min_layer_tokens: int = 32
     heavy_fraction: float = 0.75
     num_sink_tokens: int = 4
-    selection: str = "cumulative"  # cumulative | window | mixed | recent | reread
+    selection: str = "cumulative"  # cumulative | average | window | mixed | joint | recent | reread
+    joint_share: float = 0.5  # of the slots that go by accumulated attention over age, with joint
     reread_chunk: int = 2048
     selection_pool: int = 7
     selection_pool_side: str = "both"  # both | after (the neighbours lie before a token)
@@ -54,9 +56,10 @@ class OracleConfig:
     def __post_init__(self) -> None:
         _choice("dispersion", self.dispersion, ("heads_minmax", "layers_minmax", "raw", "log_zscore"))
         _choice("dispersion_sign", self.dispersion_sign, (-1, 1))
-        _choice("allocation", self.allocation, ("dynamic", "uniform", "pyramid", "ranked"))
+        _choice("allocation", self.allocation, ("dynamic", "uniform", "pyramid", "ranked", "profile"))
         _choice("budget_per", self.budget_per, ("layer", "head"))
-        _choice("selection", self.selection, ("cumulative", "window", "mixed", "recent", "reread"))
+        choices = ("cumulative", "average", "window", "mixed", "joint", "recent", "reread")
+        _choice("selection", self.selection, choices)
         _choice("score_queries", self.score_queries, ("all", "strided"))
         _choice("merge", self.merge, ("none", "values", "keys_values", "mass", "released"))
         _choice("merge_targets", self.merge_targets, ("kept", "tail"))

@@ -28,6 +28,7 @@ RULES = {
     "recent": ("streaming", {"merge": "mass"}),
     "ranked": ("d2o", {"allocation": "ranked"}),
 }
+ONCE = {"reread": ("reread", {"reread_chunk": 25}), "joint": ("d2o", {"selection": "joint", "joint_share": 0.4})}
 
 
 def same(one: Any, two: Any) -> bool:
@@ -39,14 +40,14 @@ def same(one: Any, two: Any) -> bool:
     return one == two
 
 
-@pytest.mark.parametrize(("rule", "mesh"), [*product(RULES, MESHES), ("reread", "tp")], ids=str)
+@pytest.mark.parametrize(("rule", "mesh"), [*product(RULES, MESHES), *product(ONCE, ["tp"])], ids=str)
 def test_copies_of_a_head_decide_as_one(rule, mesh):
     """Positions after every token, budgets, thresholds and counts, where similarities and ranks tie everywhere.
 
     And what was merged into what: keys and values differ by rounding alone.
     """
     parallel = ParallelConfig(tp_engine="transformers", **MESHES[mesh])
-    preset, d2o = {**RULES, "reread": ("reread", {"reread_chunk": 25})}[rule]
+    preset, d2o = {**RULES, **ONCE}[rule]
     size = parallel.tp * parallel.sp
     found = run_ranks(size, last_bits.decided, parallel, preset, d2o, parallel.tp - 1, fresh=True)
     for number, one in enumerate(found):

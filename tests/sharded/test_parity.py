@@ -78,6 +78,7 @@ def test_copied_heads_and_token_shards(layout):
         ("span", {}),
         ("span", {"max_decode_tail": 2, "eviction_interval": 7}),
         ("span", {"selection_reach": 6.5}),
+        ("reach", {"selection": "joint", "joint_share": 0.6, "allocation": "profile", "profile": (1.0, 3.0, 2.0)}),
         ("reach", {"min_layer_tokens": 104, "eviction_interval": 7}),
         ("snapkv", {}),
         ("pyramidkv", {}),

@@ -37,6 +37,8 @@ def shape_of(model_config: Any) -> ModelShape:
         border=rope_border(model_config),
         has_dynamic_rope=any("dynamic" in kind for kind in rope_types(config)),
         has_states=any(state_counts(config)),
+        source=getattr(model_config, "name_or_path", None) or None,
+        revision=getattr(model_config, "_commit_hash", None),
     )
 
 
