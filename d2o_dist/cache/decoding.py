@@ -73,9 +73,9 @@ class Decoding:
         self.step.choose(present)
         return self.step
 
-    def begin(self) -> list[list[BlockStep]]:
+    def begin(self, is_steady: bool) -> list[list[BlockStep]]:
         """On the device: the part of each block of each layer, which writes and attends before `step.end`."""
-        steps = iter(self.step.begin([block.widths for block in self._blocks]))
+        steps = iter(self.step.begin([block.widths if is_steady else None for block in self._blocks]))
         return [[next(steps) for _ in layer.blocks] for layer in self._layers]
 
     def close(self, num_seen: Sequence[int]) -> None:

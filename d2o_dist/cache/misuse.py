@@ -34,6 +34,26 @@ def check_step(cache: Any, present: Sequence[bool] | None) -> None:
         raise ValueError(f"a step of {len(present)} rows was announced, but the cache has {len(cache.num_seen)}")
 
 
+def check_finalize(cache: Any) -> None:
+    """Refuse to end a prompt.
+
+    Raises:
+        ValueError: in the middle of a forward; nothing was read yet, or not a second time where that is needed.
+    """
+    if cache.in_forward:
+        raise ValueError("finalize() was called in the middle of a forward")
+    if not cache.num_seen_columns:
+        raise ValueError(
+            "finalize() was called before any token was seen: no forward of the model was given this cache. Read the "
+            "prompt first, with past_key_values=cache"
+        )
+    if cache.config.needs_reread and cache.plans is None and not any(cache.num_reread):
+        raise ValueError(
+            'score.rule "reread" ranks tokens by a second reading of the prompt, and there was none: call '
+            "cache.reread(model, input_ids) before finalize() or generate()"
+        )
+
+
 def check_joinable(one: Any, other: Any) -> None:
     """Refuse to let rows of two caches share their steps.
 

@@ -16,7 +16,14 @@ from d2o_dist.cache.dealing import Dealing
 from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layer import Layer
-from d2o_dist.cache.misuse import check_first_prefill, check_joinable, check_rows, check_step, with_blocks
+from d2o_dist.cache.misuse import (
+    check_finalize,
+    check_first_prefill,
+    check_joinable,
+    check_rows,
+    check_step,
+    with_blocks,
+)
 from d2o_dist.cache.plans import RowBudgets, check_gathered, on_full_layers
 from d2o_dist.cache.tiles import Tiles
 from d2o_dist.cache.window import WindowLayer
@@ -45,6 +52,7 @@ class CompressedCache:
         phase: `prefill` until a decode step or `finalize`; `decode` after it.
         num_reread: tokens of each row that were read a second time; reread_chunk: in forwards of so many; None: none.
         reads_layerwise: whether every prefill forward is a whole prompt or turn, and compressed layer by layer.
+        is_steady: whether a row attends over its own segment alone, so that its last bits do not depend on others.
         dealing: how the chunks of a prompt are spread over ranks.
         step_announced: whether the next forward is a decode step that was announced.
         in_inference: whether it was ever used in `torch.inference_mode`.
@@ -61,7 +69,7 @@ class CompressedCache:
         self._compressed_config = on_full_layers(config, windows)
         check_total(self._compressed_config.budget, config.size, len(self.full_layers))
         self.ranks.parallel.check_rules(config)
-        self.reads_layerwise = False
+        self.reads_layerwise = self.is_steady = False
         self.reset()
 
     def reset(self) -> None:
@@ -212,7 +220,7 @@ class CompressedCache:
             if not self.step_announced:
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
             to_heads = self.ranks.deals_tokens and not self.dealing.layout.is_spread
-            return Step(self._decoding.begin(), self.ranks if to_heads else None)
+            return Step(self._decoding.begin(self.is_steady), self.ranks if to_heads else None)
         if self.step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
         if not self._rereading:
@@ -329,20 +337,9 @@ class CompressedCache:
     @in_own_mode
     def finalize(self) -> None:
         """End the prefill: set the budgets and evict every layer to its own. A second call does nothing."""
-        if self.in_forward:
-            raise ValueError("finalize() was called in the middle of a forward")
-        if self.phase == "decode":
+        if self.phase == "decode" and not self.in_forward:
             return
-        if not self.num_seen_columns:
-            raise ValueError(
-                "finalize() was called before any token was seen: no forward of the model was given this cache. Read "
-                "the prompt first, with past_key_values=cache"
-            )
-        if self.config.needs_reread and self.plans is None and not any(self.num_reread):
-            raise ValueError(
-                'score.rule "reread" ranks tokens by a second reading of the prompt, and there was none: call '
-                "cache.reread(model, input_ids) before finalize() or generate()"
-            )
+        check_finalize(self)
         with self.ranks.counter.phase("finalize"):
             layerwise, self._compression = self._compression, None
             self.plans = self._compress().at_once() if layerwise is None else layerwise.end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from d2o_dist.engine.encode import BadRow, Request
 from d2o_dist.engine.reading import TILE
 from d2o_dist.plan.memory import PromptMemory, prompt_memory, reading_of
 from d2o_dist.plan.meshes import share_of
-from d2o_dist.plan.model_size import config_of, size_of
+from d2o_dist.plan.model_size import config_of, known_models, size_of
 
 # The arithmetic was within a tenth of what real runs took: what exceeds a device by less may fit.
 TOLERANCE = 1.1
@@ -64,6 +65,8 @@ def refuse_too_long(
         memory = memory_of(config, device)
     except ValueError:
         return list(rows)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return list(rows)
     room = room_of(device) if room is None else room
     longest = sorted({len(row.input_ids) for row in rows if isinstance(row, Request)}, reverse=True)
     errors = {}
@@ -84,8 +87,10 @@ def refuse_too_long(
 
 
 def memory_comment(config: InferConfig) -> str:
-    """Lines of a comment: what the longest prompt of a run would need."""
+    """Lines of a comment: what the longest prompt of a run would need. A hub is not asked for it."""
     try:
+        if config.model not in known_models() and not Path(config.model).expanduser().is_dir():
+            raise ValueError(f"{config.model} is no folder")
         # On the device that it would run on, which need not be here.
         memory, found = memory_of(config, torch.device("cpu" if config.device == "cpu" else "cuda")), config_of(config)
     except ValueError as error:

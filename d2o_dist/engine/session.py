@@ -83,6 +83,7 @@ class Session:
     ) -> None:
         self.model = adapt(model)
         self.cache = self.model.make_cache(d2o, mesh, parallel, counter)
+        self.cache.compressed.is_steady = steady
         self._reading = settle_reading(reading, self.model, self.cache.d2o)
         recorder = graph_recorder(decode_graph, self.model.shape, self.device, self.cache.ranks)
         multiple = STEADY_ROWS if steady and self.cache.takes_padding else 1

@@ -239,10 +239,8 @@ class Profile(BudgetRule):
         if self.shares is None:
             raise ValueError("budget.rule (profile) needs budget.shares, or `d2o-dist profile MODEL` once")
         if len(self.shares) != num_layers:
-            raise ValueError(
-                f"budget.shares has {len(self.shares)} numbers, but the model has {num_layers} layers with full "
-                "attention"
-            )
+            what = f"{len(self.shares)} numbers, but the model has {num_layers} layers with full attention"
+            raise ValueError(f"budget.shares has {what}")
 
     def log_weights(self, num_layers: int, measured: Sequence[float] | None) -> list[float]:
         """As `BudgetRule.log_weights`."""

@@ -32,7 +32,7 @@ class BlockStep:
         stop: [B] int64, slots in use with it, of blocks that keep their slots in order; None of others.
         present: [B] bool, rows that take a token; None: all of them.
         columns: [>= C] int64, 0, 1, 2 and so on.
-        widths: per row, how many columns of the buffers may be in use.
+        widths: per row, how many columns of the buffers may be in use; None: all.
     """
 
     position: Tensor
@@ -41,7 +41,7 @@ class BlockStep:
     stop: Tensor | None
     present: Tensor | None
     columns: Tensor
-    widths: Sequence[int]
+    widths: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class DecodeStep:
             self._present.copy_(torch.tensor(counts))
         self.counts = counts
 
-    def begin(self, widths: Sequence[Sequence[int]]) -> list[BlockStep]:
+    def begin(self, widths: Sequence[Sequence[int] | None]) -> list[BlockStep]:
         """The part of each block, which writes and attends before `end`; widths: of its rows."""
         if self._present is None:
             position, stop = self._seen, self._held + 1

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from d2o_dist.cache.sequence import CompressedCache
+from d2o_dist.core.softmax import Softmax
 from tests.models import left_padded
 from tests.oracle.naive_cache import OracleCache
+from tests.oracle.naive_softmax import OracleSoftmax
 from tests.spec import pair
 
 HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 8, 2
@@ -74,12 +76,13 @@ def test_blocks_are_those_of_the_oracle(preset, chunks):
         here = slice(start, start + chunk)
         for layer in range(LAYERS):
             q, k, v = states(len(lengths), chunk, seed=100 * start + layer)
-            out = cache.attend(layer, q, k, v, 0.3, mask[:, : here.stop], blocks=numbers[:, here])
+            out = cache.attend(layer, q, k, v, Softmax(0.3), mask[:, : here.stop], blocks=numbers[:, here])
             for row, oracle in enumerate(oracles):
                 real = mask[row, here].bool()
                 if real.any():
                     mine = (tensor[row][:, real] for tensor in (q, k, v))
-                    torch.testing.assert_close(out[row][:, real], oracle.prefill_chunk(layer, *mine, 0.3))
+                    wanted = oracle.prefill_chunk(layer, *mine, OracleSoftmax(0.3))
+                    torch.testing.assert_close(out[row][:, real], wanted)
         for row, oracle in enumerate(oracles):
             if count := int(mask[row, here].sum()):
                 oracle.finish_prefill_chunk(count)
@@ -105,7 +108,7 @@ def test_a_window_holds_inside_a_block_too(block):
     numbers, _ = numbers_of([length], [[block]])
     for layer in range(2):
         q, k, v = states(1, length, seed=layer)
-        out = cache.attend(layer, q, k, v, 0.3, None, blocks=numbers)
+        out = cache.attend(layer, q, k, v, Softmax(0.3), None, blocks=numbers)
     at = torch.arange(length)
     seen = at <= at[:, None]
     seen[block[0] : block[1], block[0] : block[1]] = True
@@ -120,8 +123,8 @@ def test_what_blocks_cannot_be_with():
     numbers = torch.tensor([[0, 0, -1, 0, 0, -1, -1, -1, -1]])
     config, _ = pair("d2o", keep_ratio=0.5, min_layer_tokens=2)
     with pytest.raises(ValueError, match=r"have others amid them \(block 0, again from token 3 of the chunk\)"):
-        CompressedCache(config, [None]).attend(0, q, k, v, 0.3, None, blocks=numbers)
+        CompressedCache(config, [None]).attend(0, q, k, v, Softmax(0.3), None, blocks=numbers)
     strided, _ = pair("paper_minmax", keep_ratio=0.5, min_layer_tokens=2, score_queries="strided",
                       score_query_stride=4, score_near_distance=3)  # fmt: skip
     with pytest.raises(ValueError, match=r"statistics.query_stride \(4\) must be 1"):
-        CompressedCache(strided, [None]).attend(0, q, k, v, 0.3, None, blocks=numbers)
+        CompressedCache(strided, [None]).attend(0, q, k, v, Softmax(0.3), None, blocks=numbers)

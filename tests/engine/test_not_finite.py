@@ -310,7 +310,7 @@ def test_all_ranks_of_a_request_take_the_same_branch(folder, tmp_path, shape, wh
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 @pytest.mark.parametrize("on", ["all ranks", "the last"])
 def test_a_prompt_whose_attention_is_no_number(folder, tmp_path, shape, on):
-    """Budgets by attention cannot be made for it. All ranks learn that together, and try the rows one by one."""
+    """Budgets by attention cannot be made for it. All ranks learn that together, and others go on."""
     values = values_of(folder, tmp_path, *shape, sampling=GREEDY, d2o=DYNAMIC)
     want = sound(values)
     ranks = None if on == "all ranks" else [1]
@@ -318,7 +318,7 @@ def test_a_prompt_whose_attention_is_no_number(folder, tmp_path, shape, on):
     assert {counts for counts, _ in many} == {(4, 1)}
     bad = check(values, 0, 1, want)
     assert bad["error"].startswith("the prompt's attention is not finite in 1 of 2 layers, the first of them 1: ")
-    assert "a batch of 5 rows failed (the prompt's attention" in many[0][1][0]
+    assert "row 2 ('bad') failed: the prompt's attention" in many[0][1][0]
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import d2o_dist.layout.heads
 from benchmarks.checks import decode_graph
 from d2o_dist import D2OCache
 from d2o_dist.cache import evictions as cache_evictions
+from d2o_dist.cache import moving
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine import session as session_module
 from d2o_dist.engine.cuda_graph import graph_recorder, obstacle
@@ -317,7 +318,7 @@ def test_nothing_outlives_the_session():
 def test_an_eviction_asks_the_device_nothing(monkeypatch, preset):
     """Beside what the kernels for a CPU ask: how many there are to keep and to evict follows from lengths. The first of
     a batch brings the rows' budgets."""
-    monkeypatch.setattr(cache_evictions, "nearest_kept", nearest_kept)
+    monkeypatch.setattr(moving, "nearest_kept", nearest_kept)
     plain, other, logits = pair(tiny_model(), PRESETS[preset], BATCHES["ragged"])
     logits = go_on(plain, other, logits, INTERVAL)
     evict, evictions = cache_evictions.Evictions.while_decoding, []

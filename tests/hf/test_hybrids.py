@@ -19,6 +19,7 @@ from tests.cached_families import CHANGES, class_of
 from tests.families import build, tiny_config
 from tests.models import left_padded, tokens
 from tests.oracle.naive_cache import OracleCache
+from tests.oracle.naive_softmax import OracleSoftmax
 from tests.ranks import run_ranks
 from tests.spec import pair
 
@@ -82,15 +83,17 @@ def test_layers_that_attend_follow_the_oracle_over_chunks_and_a_later_turn(model
     oracle = OracleCache(oracle_config, count, past.shape.num_heads, heads)
     attend_layer, met = past.attend_layer, []
 
-    def compare(layer, q, k, v, scale, *others):
+    def compare(layer, q, k, v, softmax, *others):
         step = q.shape[2] == 1
         if step and layer == 0:
             oracle.finalize()
             oracle.num_seen_tokens += 1
-        expected = (oracle.decode_step if step else oracle.prefill_chunk)(layer, q[0], k[0], v[0], scale)
+        expected = (oracle.decode_step if step else oracle.prefill_chunk)(
+            layer, q[0], k[0], v[0], OracleSoftmax(softmax.scale)
+        )
         if not step and layer == count - 1:
             oracle.finish_prefill_chunk(q.shape[2])
-        found = attend_layer(layer, q, k, v, scale, *others)
+        found = attend_layer(layer, q, k, v, softmax, *others)
         torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-10)
         met.append(layer)
         return found

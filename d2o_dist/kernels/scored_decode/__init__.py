@@ -52,7 +52,7 @@ def scored_decode(
             of the KV heads. None: they are complete.
     """
     attend = dict(q=q, k=k, v=v, scale=scale, valid=valid, log_mass=log_mass, softcap=softcap)
-    rows = None if q.device.type != "cpu" else [k.shape[2]] * len(k) if widths is None else widths
+    rows = widths if q.device.type == "cpu" else None
     update = dict(scores=scores, rates=rates, newest=newest, rate_window=rate_window, present=present)
     unscored = scores is None and rates is None
     path = _OP.pick(q, k, v, unscored=unscored, peaks=peaks, total=total is not None)

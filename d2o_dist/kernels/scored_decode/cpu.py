@@ -49,4 +49,7 @@ def decode_rows(
         torch.sum(weights, 1, out=probs[row, :, :width])
         for here in spans:
             out[row] += torch.bmm(weights[:, :, here], v[row, :, here].to(acc))
-    return out.view(batch, num_heads, value_dim).to(q.dtype), probs
+    # A head that sees nothing: its softmax was no number.
+    blind = ~valid.any(-1, keepdim=True)
+    probs.masked_fill_(blind, 0)
+    return out.masked_fill_(blind.unsqueeze(-1), 0).view(batch, num_heads, value_dim).to(q.dtype), probs
