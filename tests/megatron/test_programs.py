@@ -148,7 +148,9 @@ def experts(rank, world, folder):
         metadata.all_local_plans = [SavePlan([WriteItem(index, WriteItemType.SHARD)])]
         (folder / ".metadata").write_bytes(pickle.dumps(metadata))
         both = MegatronModel(model.eval(), 89), load_model(config)
-        assert torch.equal(*(Session(one, spec("lean")).prefill(ids, mask) for one in both))
+        # Weights that lie elsewhere in memory may round otherwise.
+        logits = (Session(one, spec("lean")).prefill(ids, mask) for one in both)
+        torch.testing.assert_close(*logits, rtol=1e-12, atol=1e-12)
         for change in ({"qk_layernorm": False}, {"vocab_size": 90}, {"num_layers": 3, "moe_layer_freq": [0, 1, 1]}):
             (folder / ARGUMENTS).write_text(dump_yaml({**EXPERTS.to_dict(), **change}))
             said.append(refusal())
