@@ -33,6 +33,8 @@ from d2o_dist.policy.config import D2OConfig
 # layers are read, so much more than the share that these would have among themselves.
 HEADROOM = 1.5
 TRIMS = ((0.5, 1.2), (0.8, 1.2))
+# What all layers then hold at once, over what they keep in the end.
+HELD_AT_MOST = 1.3
 
 
 class Compression:

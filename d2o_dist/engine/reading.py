@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2o_dist.cache.compress import HELD_AT_MOST
 from d2o_dist.cache.plans import known_before
 from d2o_dist.models.base import ModelAdapter
 from d2o_dist.models.cache import ModelCache
@@ -34,6 +35,19 @@ def settle_reading(reading: str, model: ModelAdapter, d2o: D2OConfig) -> str:
     if reading == "layerwise" and model.tile_refusal is not None:
         raise ValueError(f"reading (layerwise) needs a model that takes tiles, but {model.tile_refusal}")
     return reading
+
+
+def tokens_while_reading(reading: str, d2o: D2OConfig, num_layers: int, tokens: int) -> float:
+    """Of how many tokens the cache is in memory at once while a prompt of `tokens` is read.
+
+    Args:
+        reading: as it was settled; num_layers: of the model.
+    """
+    if reading == "whole":
+        return tokens
+    kept = max(d2o.size.ratio_of(tokens), d2o.budget.min_layer_tokens / tokens)
+    kept *= 1 if known_before(d2o) else HELD_AT_MOST
+    return min(kept + 1 / num_layers, 1.0) * tokens
 
 
 def chunk_ends(length: int, chunk: int | None) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from d2o_dist.cache.report import CacheReport
@@ -17,6 +18,7 @@ from d2o_dist.engine.loop import Generated, Running
 from d2o_dist.engine.output import lock_path
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.plan import InferPlan
+from d2o_dist.engine.reading import settle_reading, tokens_while_reading
 from d2o_dist.engine.records import Record, cut_off_record, error_record, make_record
 from d2o_dist.engine.results import BatchError, Results
 from d2o_dist.engine.resume import Earlier, begin, check_job, find_earlier
@@ -98,7 +100,10 @@ class InferRunner:
         Raises:
             BatchError: only where several ranks hold a request.
         """
-        room = Room(self._max_rows, self.config.max_batch_tokens, self.model.shape.border)
+        shape, d2o = self.model.shape, self.config.d2o
+        reading = settle_reading(self.config.reading, self.model, d2o)
+        needs = partial(tokens_while_reading, reading, d2o, len(shape.windows))
+        room = Room(self._max_rows, self.config.max_batch_tokens, shape.border, needs)
         self._scheduler = Scheduler(
             waiting, self.read, room, alone=self._cut_off, on_failure=self._check_failure, on_step=on_step,
             log=self._log,

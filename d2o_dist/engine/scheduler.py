@@ -32,25 +32,29 @@ Kept = list[float]
 class Room:
     """How much runs at once.
 
-    Tokens are counted as they take memory: a prompt that is read with all of them, a row that decodes with the slots
-    that it keeps at most, which are known when it was read, in each layer as the widest of the rows. The limit holds
+    Tokens are counted as they take memory: a prompt that is read with all of them, or with what it keeps and one layer
+    where it is read layer by layer; a row that decodes with the slots that it keeps at most, which are known when it
+    was read, in each layer as the widest of the rows. The limit holds
     for both together while a prompt is read, and for what all rows keep that decode together.
 
     Attributes:
         rows, tokens: at most.
         border: rows of up to so many tokens and longer ones do not run together; None: all may.
+        reading: tokens of a prompt -> of how many the cache is in memory at once while it is read.
     """
 
     rows: int
     tokens: int
     border: int | None = None
+    reading: Callable[[int], float] = float
 
     def reads(self, kept: Sequence[Kept], beside: Sequence[Request], new: Request) -> bool:
         """Whether a prompt can be read beside rows that keep so much. Where there are none it always can."""
         if not beside:
             return True
         sides = {self.border is not None and len(each.input_ids) > self.border for each in (*beside, new)}
-        return len(beside) < self.rows and len(sides) == 1 and _size(kept) + len(new.input_ids) <= self.tokens
+        needed = _size(kept) + self.reading(len(new.input_ids))
+        return len(beside) < self.rows and len(sides) == 1 and needed <= self.tokens
 
     def holds(self, kept: Sequence[Kept]) -> bool:
         """Whether rows can decode together. One always can: a row beyond the limit runs alone."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from d2o_dist.cache.compress import HELD_AT_MOST
 from d2o_dist.cache.plans import known_before
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.plan.meshes import Share
@@ -26,8 +27,6 @@ READINGS = ("whole", "layerwise")
 _POSITION_BYTES = 8
 # Where slots of a head lie on several ranks: statistics of all of them, as gathered and in order, of a token and head.
 _GATHERED_BYTES = 64
-# What layers hold at once over what they keep, where shares are known at the end: see `cache.compress.TRIMS`.
-_HELD_AT_MOST = 1.3
 # Keys of a block that column sums convert, and attend to, at once.
 _CONVERTED_KEYS, _BLOCK_KEYS = 4096, 512
 
@@ -113,7 +112,7 @@ def prompt_memory(
         if d2o.eviction_interval is not None and moves_early:
             held = kept  # of all layers, in the arena, from the beginning
         else:
-            held = round(kept * (1 if known_before(d2o) else _HELD_AT_MOST) * (full - 1) / max(full, 1))
+            held = round(kept * (1 if known_before(d2o) else HELD_AT_MOST) * (full - 1) / max(full, 1))
         reading_peak = held + one_layer + of_layer + hidden + forward
         moved = 0 if moves_early or d2o.eviction_interval is None else 2 * kept + hidden
         n = -(-min(chunk or tokens, tokens) // share.sp)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from d2o_dist.config.sampling import SamplingConfig
+from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import Running, generate
+from d2o_dist.engine.reading import tokens_while_reading
 from d2o_dist.engine.scheduler import Room, Scheduler, longest_first
 from d2o_dist.engine.session import STEADY_ROWS, Session
 from d2o_dist.evict.budgets import NotFiniteError
@@ -313,3 +315,14 @@ def test_what_a_failure_raises_ends_the_run():
     watch.scheduler._on_failure = give_up
     with pytest.raises(Ends):
         watch.run()
+
+
+def test_a_prompt_that_is_read_layer_by_layer_takes_less_room():
+    d2o = spec("lean", keep_ratio=0.2, min_layer_tokens=16)
+    assert tokens_while_reading("whole", d2o, 10, 1000) == 1000
+    assert tokens_while_reading("layerwise", d2o, 10, 1000) == pytest.approx(300)  # a fifth, and one layer
+    assert tokens_while_reading("layerwise", d2o, 10, 20) == pytest.approx(18)  # as many as a layer keeps at least
+    assert tokens_while_reading("layerwise", d2o, 10, 10) == 10
+    new, held = Request(0, "a", (5,) * 1000, 8), [[300.0] * 10]
+    assert not Room(4, 1000).reads(held, [new], new)
+    assert Room(4, 1000, reading=lambda count: 0.3 * count).reads(held, [new], new)
