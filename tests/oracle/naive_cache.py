@@ -9,6 +9,7 @@ import torch
 
 from .naive_budgets import layer_log_weights, layer_slots, protected_set
 from .naive_config import OracleConfig, floor
+from .naive_sampling import OracleSampling
 from .naive_slots import Eviction, Slot, merge_into, nearest_targets, snapshot
 from .naive_softmax import OracleSoftmax
 
@@ -16,7 +17,7 @@ RATE_EPSILON = 1e-9  # section 4b: "plus 1e-9"
 MIXED_MIN_AGE = 32  # section 3: "a / max(tokens seen - position, 32)"
 
 
-class OracleCache:
+class OracleCache(OracleSampling):
     def __init__(self, config: OracleConfig, num_layers: int, num_heads: int, num_kv_heads: int) -> None:
         self.config = config
         self.num_layers, self.num_heads, self.num_kv_heads = num_layers, num_heads, num_kv_heads
@@ -131,47 +132,6 @@ class OracleCache:
         # "a[g,j] = sum over the G query heads of the group of c[h,j]".
         for slot, column_sum in zip(self.slots[layer][h // self.group_size], sums.tolist(), strict=True):
             slot.score += column_sum
-
-    def _sampled_rows(self, layer: int, h: int, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        """`score_queries: strided`: what is added for the attention rows [slots] of a chunk's tokens in query head h.
-
-        Token i of the prefill (from 0): its attention on tokens of the same prefill less than `score_near_distance`
-        away counts once; the rest of its row counts `stride` times if i + 1 is a multiple of the stride, else it waits.
-        """
-        config = self.config
-        if self.num_old[layer][h] is None:
-            self.num_old[layer][h] = len(rows[0]) - len(rows)
-        added = []
-        for i, row in enumerate(rows, start=self.num_prefilled):
-            token = torch.arange(len(row)) - self.num_old[layer][h]  # below 0: from before this prefill
-            near = (token >= 0) & (i - token < config.score_near_distance)
-            added.append(torch.where(near, row, 0.0))
-            far = torch.where(near, 0.0, row)
-            if (i + 1) % config.score_query_stride == 0:
-                added.append(far * config.score_query_stride)
-                self.waiting[layer][h] = []
-            else:
-                self.waiting[layer][h].append(far)
-        return added
-
-    def _add_waiting(self) -> None:
-        """The prefill has ended: tokens that no sampled one stands for count once."""
-        for layer, heads in enumerate(self.waiting):
-            for h, rows in enumerate(heads):
-                for row in rows:  # an earlier chunk's row lacks the later slots
-                    wide = torch.zeros(len(self.slots[layer][h // self.group_size]), dtype=torch.float64)
-                    wide[: len(row)] = row
-                    self._add_column_sums(layer, h, wide)
-        self._begin_sampling()
-
-    def _begin_sampling(self) -> None:
-        """With `score_queries: strided`: per layer and query head the slots when this prefill began; tokens since then;
-        and the far parts of the attention rows [slots] of the tokens since the last sampled one."""
-        self.num_old: list[list[int | None]] = [[None] * self.num_heads for _ in range(self.num_layers)]
-        self.num_prefilled = 0
-        self.waiting: list[list[list[torch.Tensor]]] = [
-            [[] for _ in range(self.num_heads)] for _ in range(self.num_layers)
-        ]
 
     def finish_prefill_chunk(self, num_tokens: int) -> None:
         self.num_seen_tokens += num_tokens

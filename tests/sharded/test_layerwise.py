@@ -13,16 +13,11 @@ from d2o_dist.models.hf.cache import D2OCache
 from tests.models import left_padded, tiny_model
 from tests.ranks import run_ranks
 from tests.sharded.play import Play, assert_same, on_rank, play
+from tests.sharded.test_parity import LAYOUTS
 from tests.spec import spec
 
 pytestmark = pytest.mark.multirank
 
-LAYOUTS = {
-    "heads": {"sp_prefill": "ulysses", "cache_layout": "heads"},
-    "moved": {"sp_prefill": "ulysses", "cache_layout": "sequence"},
-    "allgather": {"sp_prefill": "allgather"},
-    "ring": {"sp_prefill": "ring"},
-}
 # Ragged prompts, a second turn, tiles that the prompts do not divide.
 PLAY = Play(lengths=(61, 97), chunk=20, turn=(33, 40), steps=10, layers=4, reading="layerwise")
 
