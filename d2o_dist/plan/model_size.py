@@ -80,11 +80,6 @@ class ModelSize:
             return 0.0
         return self.experts * (1 - (1 - self.experts_per_token / self.num_experts) ** tokens)
 
-    @property
-    def num_active_parameters(self) -> int:
-        """Those that one token goes through."""
-        return self.num_parameters - self.experts + round(self.experts_of(1))
-
 
 def known_models() -> dict[str, dict[str, Any]]:
     """Name -> fields of the models that are known without their files."""
