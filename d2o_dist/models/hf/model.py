@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class HFModel(ModelAdapter):
         """See `ModelAdapter`."""
         return self.model.device
 
-    @property
+    @cached_property
     def tile_refusal(self) -> str | None:
         """See `ModelAdapter`."""
         return tile_refusal(self.model)
