@@ -25,7 +25,8 @@ from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
-from d2o_dist.plan.memory import READINGS, prompt_memory
+from d2o_dist.models.cache import CACHE_READINGS
+from d2o_dist.plan.memory import prompt_memory
 from d2o_dist.plan.meshes import share_of
 from d2o_dist.plan.model_size import size_of
 from d2o_dist.policy.config import D2OConfig
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model, rows = small_model(), []
     shape = size_of(model.config)
-    for preset, reading in itertools.product(args.presets, READINGS):
+    for preset, reading in itertools.product(args.presets, CACHE_READINGS):
         d2o = D2OConfig.preset(preset)
         if reading == "layerwise" and d2o.needs_reread:
             continue

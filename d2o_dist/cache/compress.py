@@ -22,7 +22,6 @@ from d2o_dist.cache.plans import (
     assign_budgets,
     head_counts,
     head_variances,
-    known_before,
     measures_layers,
     plan_budgets,
 )
@@ -89,7 +88,7 @@ class Compression:
 
     def of_layer(self, index: int) -> None:
         """Compress a layer that has read the whole prompt, as far as its budget is known. Layers come in order."""
-        layer, is_known = self._layers[index], not self._is_first or known_before(self._config)
+        layer, is_known = self._layers[index], not self._is_first or self._config.knows_budgets
         assert not (self._is_first and self._config.budget.by_ranking)
         layer.complete_statistics()
         self._close(layer)
@@ -113,7 +112,7 @@ class Compression:
     def end(self) -> list[RowBudgets]:
         """After the last layer: the plan of each row's budgets, to which every layer is evicted."""
         assert self._num_done == len(self._layers)
-        if self._is_first and not known_before(self._config):
+        if self._is_first and not self._config.knows_budgets:
             held, self._plans = self._plans, self._plan(None)
             for plan, most in zip(self._plans, held, strict=True):
                 both = zip(plan.slots, most.slots, strict=True)

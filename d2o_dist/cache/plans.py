@@ -100,11 +100,6 @@ def measures_layers(config: D2OConfig) -> bool:
     return COLUMN_SUMS in config.budget.statistics and not config.keeps_everything
 
 
-def known_before(config: D2OConfig) -> bool:
-    """Whether budgets follow from the number of tokens alone."""
-    return config.keeps_everything or not (measures_layers(config) or config.budget.by_ranking)
-
-
 def head_variances(sums: Sequence[Tensor], layer: Layer, num_seen: Sequence[int], ranks: RequestRanks) -> Tensor:
     """[B, L, Hq] variance of the column sums of all query heads of the model: one exchange for all layers.
 

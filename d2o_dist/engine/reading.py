@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from d2o_dist.cache.compress import HELD_AT_MOST
-from d2o_dist.cache.plans import known_before
 from d2o_dist.models.base import ModelAdapter
 from d2o_dist.models.cache import ModelCache
 from d2o_dist.policy.config import D2OConfig
@@ -30,7 +29,7 @@ def settle_reading(reading: str, model: ModelAdapter, d2o: D2OConfig) -> str:
         ValueError: the rules or the model do not allow it.
     """
     if reading == "auto":
-        return "layerwise" if known_before(d2o) and model.tile_refusal is None else "whole"
+        return "layerwise" if d2o.knows_budgets and model.tile_refusal is None else "whole"
     d2o.check_reading(reading)
     if reading == "layerwise" and model.tile_refusal is not None:
         raise ValueError(f"reading (layerwise) needs a model that takes tiles, but {model.tile_refusal}")
@@ -46,7 +45,7 @@ def tokens_while_reading(reading: str, d2o: D2OConfig, num_layers: int, tokens: 
     if reading == "whole":
         return tokens
     kept = max(d2o.size.ratio_of(tokens), d2o.budget.min_layer_tokens / tokens)
-    kept *= 1 if known_before(d2o) else HELD_AT_MOST
+    kept *= 1 if d2o.knows_budgets else HELD_AT_MOST
     return min(kept + 1 / num_layers, 1.0) * tokens
 
 

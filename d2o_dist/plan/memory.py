@@ -13,17 +13,16 @@ from dataclasses import dataclass
 import torch
 
 from d2o_dist.cache.compress import HELD_AT_MOST
-from d2o_dist.cache.plans import known_before
 from d2o_dist.cache.window import WindowLayer
+from d2o_dist.models.cache import CACHE_READINGS
 from d2o_dist.plan.meshes import Share
 from d2o_dist.plan.model_size import ModelSize
-from d2o_dist.policy.budget import Uniform, layer_slots
+from d2o_dist.policy.budget import Profile, Uniform, layer_slots
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.score import Reread
 from d2o_dist.slots.slots import stats_dtype
 from d2o_dist.slots.store import GROWTH
 
-READINGS = ("whole", "layerwise")
 _POSITION_BYTES = 8
 # Where slots of a head lie on several ranks: statistics of all of them, as gathered and in order, of a token and head.
 _GATHERED_BYTES = 64
@@ -36,7 +35,7 @@ def reading_of(reading: str, d2o: D2OConfig) -> str:
     length: layer by layer is what a chunk of it takes."""
     if reading == "stream":
         return "layerwise"
-    return ("layerwise" if known_before(d2o) else "whole") if reading == "auto" else reading
+    return ("layerwise" if d2o.knows_budgets else "whole") if reading == "auto" else reading
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,9 @@ def prompt_memory(
 
     Args:
         chunk: tokens of one forward, of all sequence ranks together; None: the whole prompt.
-        reading: one of READINGS; see `reading_of`.
+        reading: one of `CACHE_READINGS`; see `reading_of`.
     """
-    assert reading in READINGS, reading
+    assert reading in CACHE_READINGS, reading
     full, slot = model.num_full_layers, _slot_bytes(model, dtype)
     here = -(-tokens // share.sp)  # tokens of a rank where tokens are dealt
     heads, width = (share.kv_here, tokens) if share.reads_by_heads else (share.kv_heads, here)
@@ -108,11 +107,11 @@ def prompt_memory(
     if not share.reads_by_heads:
         copies += batch * share.kv_heads * tokens * _GATHERED_BYTES
     if reading == "layerwise":
-        moves_early = known_before(d2o) and share.holds_by_heads and share.sp == 1
+        moves_early = d2o.knows_budgets and share.holds_by_heads and share.sp == 1
         if d2o.eviction_interval is not None and moves_early:
             held = kept  # of all layers, in the arena, from the beginning
         else:
-            held = round(kept * (1 if known_before(d2o) else HELD_AT_MOST) * (full - 1) / max(full, 1))
+            held = round(kept * (1 if d2o.knows_budgets else HELD_AT_MOST) * (full - 1) / max(full, 1))
         reading_peak = held + one_layer + of_layer + hidden + forward
         moved = 0 if moves_early or d2o.eviction_interval is None else 2 * kept + hidden
         n = -(-min(chunk or tokens, tokens) // share.sp)
@@ -147,7 +146,7 @@ def weight_bytes(model: ModelSize, share: Share, dtype: torch.dtype) -> int:
 
 def slots_of_layers(model: ModelSize, d2o: D2OConfig, tokens: int) -> list[int | None]:
     """Slots that each compressed layer keeps of a prompt, or each of its KV heads where these have budgets of their
-    own; None: it is never evicted. Shares that are measured on the prompt are taken as equal."""
+    own; None: it is never evicted. Shares that are measured on the prompt, or not looked up, are taken as equal."""
     full = [index for index, window in enumerate(model.windows) if window is None]
     if not full:
         return []
@@ -155,8 +154,8 @@ def slots_of_layers(model: ModelSize, d2o: D2OConfig, tokens: int) -> list[int |
     units = model.num_kv_heads if d2o.budget.per_head else 1
     never = [n * units + unit for n, index in enumerate(full) if index in protected for unit in range(units)]
     rule = d2o.replace(budget={"protected_layers": tuple(never)}).budget
-    measured = not rule.is_known_before or d2o.keeps_everything
-    log_weights = (Uniform() if measured else rule).log_weights(len(full) * units, None)
+    is_open = d2o.keeps_everything or not rule.is_known_before or (isinstance(rule, Profile) and rule.shares is None)
+    log_weights = (Uniform() if is_open else rule).log_weights(len(full) * units, None)
     slots = layer_slots(log_weights, tokens, rule, d2o.size)
     return [None if number in never else count for number, count in enumerate(slots)]
 

@@ -229,11 +229,6 @@ class Profile(BudgetRule):
                 raise ValueError(f"budget.shares has {shown(share)}; shares are numbers above 0")
         object.__setattr__(self, "shares", tuple(map(float, self.shares)))
 
-    @property
-    def is_known_before(self) -> bool:
-        """As `BudgetRule.is_known_before`; once they are looked up."""
-        return self.shares is not None
-
     def check_layers(self, num_layers: int) -> None:
         """As `BudgetRule.check_layers`."""
         if self.shares is None:

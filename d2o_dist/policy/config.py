@@ -168,6 +168,11 @@ class D2OConfig:
         """
         return not (self.needs_reread or self.budget.by_ranking or self.budget.per_head)
 
+    @property
+    def knows_budgets(self) -> bool:
+        """Whether budgets follow from the number of tokens alone, so that they are known before a prompt is read."""
+        return self.keeps_everything or self.budget.is_known_before
+
     def check_reading(self, reading: str) -> None:
         """Refuse a way to read prompts that these rules do not allow.
 
@@ -175,19 +180,15 @@ class D2OConfig:
             ValueError: all layers of a prompt are needed at once, and it is not read `whole`; a `stream` whose budgets
                 would grow, or follow from its beginning.
         """
-        if reading == "stream" and (self.keep_tokens is None or self.budget.statistics):
+        if reading == "stream" and (self.keep_tokens is None or not self.budget.is_known_before):
             raise ValueError(
                 f"reading (stream) needs keep_tokens and equal or fixed shares, but keep_tokens is {self.keep_tokens} "
                 f"and budget.rule is {self.budget.name}"
             )
-        if reading in ("layerwise", "stream"):
-            self._check_layerwise()
-
-    def _check_layerwise(self) -> None:
-        rule, why = self.score, "reads the prompt a second time"
-        if not self.needs_reread:
+        if reading in ("layerwise", "stream") and (self.needs_reread or self.budget.by_ranking):
             rule, why = self.budget, "compares the tokens of all layers"
-        if self.needs_reread or self.budget.by_ranking:
+            if self.needs_reread:
+                rule, why = self.score, "reads the prompt a second time"
             raise ValueError(f"{rule.path}.rule ({rule.name}) {why}: it cannot be compressed layer by layer")
 
     @property
