@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from d2o_dist.fields.io import to_json
+from d2o_dist.files.whole import replace_text
 from d2o_dist.policy.budget import Profile
 from d2o_dist.policy.config import D2OConfig
 
@@ -86,21 +86,13 @@ def write_profile(source: str, profile: ModelProfile) -> Path:
     """
     text, reasons = to_json(dataclasses.asdict(profile), indent=1) + "\n", []
     for path in places(source, profile.model):
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(text, encoding="utf-8")
-            os.replace(scratch, path)
+            replace_text(path, text)
             return path
         except OSError as error:
-            _remove(scratch)
             reasons.append(f"{path}: {error.strerror}")
     raise ValueError(f"the profile of {source} cannot be written ({'; '.join(reasons)})")
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
 
 
 def places(source: str, identity: str) -> list[Path]:
