@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from d2o_dist.layout.forward import Chunk, Forward
 
 
@@ -82,8 +80,8 @@ def check_rows(rows: Sequence[int], count: int) -> None:
             raise ValueError(f"row {row} was selected, but the cache has {count} rows")
 
 
-def with_blocks(cache: Any, forward: Forward, blocks: Tensor) -> Chunk:
-    """The forward of a chunk, in which tokens of one number attend to each other both ways.
+def check_blocks(cache: Any, forward: Forward) -> None:
+    """Refuse a forward in which tokens attend to each other both ways.
 
     Raises:
         ValueError: ranks share its tokens, or column sums are taken from some of the queries.
@@ -97,4 +95,3 @@ def with_blocks(cache: Any, forward: Forward, blocks: Tensor) -> Chunk:
             f"statistics.query_stride ({cache.config.statistics.query_stride}) must be 1 for a text in which tokens "
             "attend to later ones (images)"
         )
-    return forward.with_blocks(blocks)

@@ -17,12 +17,12 @@ from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layer import Layer
 from d2o_dist.cache.misuse import (
+    check_blocks,
     check_finalize,
     check_first_prefill,
     check_joinable,
     check_rows,
     check_step,
-    with_blocks,
 )
 from d2o_dist.cache.plans import RowBudgets, check_gathered, on_full_layers
 from d2o_dist.cache.tiles import Tiles
@@ -184,7 +184,9 @@ class CompressedCache:
             ValueError: a layer out of order; a mask or positions that contradict what was seen (see `Columns`).
         """
         forward = self._tiles.take(layer, lambda: self._begin(k, mask, positions))
-        forward = forward if blocks is None else with_blocks(self, forward, blocks)
+        if blocks is not None:
+            check_blocks(self, forward)
+            forward = forward.with_blocks(blocks)
         with self.ranks.counter.phase(self.phase):
             out = forward.attend(layer, self.layers[layer], q, k, v, softmax)
         if layer == 0 and self._tiles.counts_at_once:

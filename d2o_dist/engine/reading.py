@@ -15,8 +15,6 @@ from d2o_dist.policy.config import D2OConfig
 
 # Columns that go through a layer at once, where a prompt is read layer by layer and nothing else is said.
 TILE = 4096
-
-
 # Columns that a stream takes in before it evicts, where nothing is said.
 STREAM_CHUNK = 2048
 

@@ -91,8 +91,10 @@ def memory_comment(config: InferConfig) -> str:
     try:
         if config.model not in known_models() and not Path(config.model).expanduser().is_dir():
             raise ValueError(f"{config.model} is no folder")
-        # On the device that it would run on, which need not be here.
-        memory, found = memory_of(config, torch.device("cpu" if config.device == "cpu" else "cuda")), config_of(config)
+        # A device that is named need not be here.
+        is_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+        device = torch.device("cpu" if is_cpu else "cuda")
+        memory, found = memory_of(config, device), config_of(config)
     except ValueError as error:
         return f"# memory: not known: {' '.join(str(error).split())}\n"
     positions = getattr(found, "max_position_embeddings", None)
@@ -100,6 +102,6 @@ def memory_comment(config: InferConfig) -> str:
     other = replace(config, reading="whole") if memory(tokens).reading == "layerwise" else None
     lines = [f"# memory of a prompt of {tokens} tokens: {describe(memory(tokens))}\n"]
     if other is not None:
-        whole = memory_of(other, torch.device("cpu" if config.device == "cpu" else "cuda"))(tokens)
+        whole = memory_of(other, device)(tokens)
         lines.append(f"# with reading=whole: {whole.peak / 2**30:.2f} GiB\n")
     return "".join(lines)
