@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "joint_share": 0.5,
     "rate_window": 32,
     "reread_chunk": 2048,
-    "score_queries": "all",
+    "score_queries": "auto",  # all | strided | auto: strided by 32, near 16, where only shares of layers need sums
     "score_query_stride": 8,
     "score_near_distance": 64,
     "merge": "mass",
@@ -97,6 +97,9 @@ PRESETS |= {
 }
 
 
+SHARES_SAMPLE = {"score_queries": "strided", "score_query_stride": 32, "score_near_distance": 16}
+
+
 def flat(preset: str = "d2o", **fields: Any) -> SimpleNamespace:
     """All fields of the specification of a preset, for loops that read them."""
     assert set(fields) <= set(DEFAULTS), set(fields) - set(DEFAULTS)
@@ -106,7 +109,6 @@ def flat(preset: str = "d2o", **fields: Any) -> SimpleNamespace:
 def spec(preset: str = "d2o", **fields: Any) -> D2OConfig:
     """A preset of the specification with fields of the specification."""
     f = vars(flat(preset, **fields))
-    sums = f["score_queries"] == "strided"
     return D2OConfig(
         keep_ratio=f["keep_ratio"],
         keep_tokens=f["keep_tokens"],
@@ -118,7 +120,11 @@ def spec(preset: str = "d2o", **fields: Any) -> D2OConfig:
         merge=_merge(f),
         statistics=StatisticsConfig(
             f["rate_window"],
-            *((f["score_query_stride"], f["score_near_distance"]) if sums and f["score_query_stride"] > 1 else ()),
+            *{
+                "auto": (),
+                "all": (1,),
+                "strided": (f["score_query_stride"], *[f["score_near_distance"]] * (f["score_query_stride"] > 1)),
+            }[f["score_queries"]],
         ),
     )
 
@@ -129,6 +135,9 @@ def pair(preset: str, **fields: Any) -> tuple[D2OConfig, OracleConfig]:
         fields.pop("keep_ratio")
     values = vars(flat(preset, **fields))
     values.pop("pyramid_beta")  # the oracle knows one
+    if values["score_queries"] == "auto":
+        ranks = values["selection"] in ("cumulative", "average", "mixed", "joint")
+        values |= {"score_queries": "all"} if ranks else SHARES_SAMPLE
     return spec(preset, **fields), OracleConfig(**values)
 
 

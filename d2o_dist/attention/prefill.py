@@ -50,24 +50,43 @@ def chunk_attention(
         return out, lse, None
     if sample is None:
         return out, lse, column_sums(q, k, lse, **softmax.logits, q_start=past, bias=log_mass)
-    start = past - num_old
-    sums = sampled_column_sums(
-        q, k, lse, softmax, sample,
-        start=start, num_old=num_old, tokens=torch.arange(start), with_own=True, bias=log_mass,
-    )  # fmt: skip
-    return out, lse, sums
+    return out, lse, _sampled_sums(q, k, lse, softmax, sample, num_old, log_mass)
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, with_sums: bool, log_mass: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax: Softmax,
+    *,
+    with_sums: bool,
+    sample: QuerySample | None = None,
+    num_old: int = 0,
+    log_mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A run of tokens that attend to each other both ways: every query over all slots, their own (the last n) included.
 
-    Args, Returns: as `chunk_attention`, of all queries.
+    Args, Returns: as `chunk_attention`.
     """
     out, lse = with_sinks(*cross_attention(q, k, v, **softmax.logits, bias=log_mass), softmax.sinks)
-    sums = column_sums(q, k, lse, **softmax.logits, bias=log_mass, causal=False) if with_sums else None
+    sums = None
+    if with_sums and sample is None:
+        sums = column_sums(q, k, lse, **softmax.logits, bias=log_mass, causal=False)
+    elif with_sums:
+        sums = _sampled_sums(q, k, lse, softmax, sample, num_old, log_mass, causal=False)
     return out.to(q.dtype), lse, sums
+
+
+def _sampled_sums(
+    q: Tensor, k: Tensor, lse: Tensor, softmax: Softmax, sample: QuerySample, num_old: int, log_mass: Tensor | None, *,
+    causal: bool = True,
+) -> Tensor:  # fmt: skip
+    """Of a chunk whose own tokens are the last of the slots k [B, Hkv, S, D]."""
+    start = k.shape[2] - q.shape[2] - num_old
+    return sampled_column_sums(
+        q, k, lse, softmax, sample, start=start, num_old=num_old, tokens=torch.arange(start), with_own=True,
+        bias=log_mass, causal=causal,
+    )  # fmt: skip
 
 
 def reread_attention(

@@ -2,8 +2,8 @@
 
 Token i of a running prefill (counted from 0 where the prefill began) is sampled if i + 1 is a multiple of the stride;
 it stands for itself and the `stride - 1` tokens before it. The tokens after the last sampled one stand for themselves,
-which is known only when the prefill ends (`rest_sums`). A pair is near if both are tokens of this prefill, less than
-`near` apart. Near pairs are summed exactly: they carry much of the attention, and each key has few of them. All of it
+which is known only when the prefill ends (`rest_sums`). A pair is near if both are tokens of this prefill, and the key
+is less than `near` before the query, or after it (in a run of tokens that attend to each other both ways). Near pairs are summed exactly: they carry much of the attention, and each key has few of them. All of it
 depends on tokens alone, so chunks, padding and ranks change nothing.
 
 Shape legend: B rows, Hq query heads, Hkv KV heads, n queries, S slots, T tokens of a prompt, D head dim.
@@ -32,6 +32,7 @@ def sampled_column_sums(
     tokens: Tensor,
     with_own: bool,
     bias: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """What these queries bring to the column sums of these slots, but for `rest_sums`: [B, Hq, S].
 
@@ -40,6 +41,7 @@ def sampled_column_sums(
         k: [B, Hkv, S, D]: `num_old` slots from before the prefill, then `tokens` (int64 on the host, ascending, all
             below `start`), then, if `with_own`, the n tokens of the queries.
         bias: [B, Hkv, >= num_old], added to the logits of the old slots; others have none.
+        causal: whether the queries see of their own tokens those up to themselves; else all.
     """
     stride, near = sample.stride, sample.near
     close = int((tokens > start - near).sum())  # tokens before the queries that are near one of them
@@ -64,7 +66,10 @@ def sampled_column_sums(
         own = k[:, :, before:]
         sums[:, :, before:] = column_sums(q, own, lse, **softmax.logits, q_start=-near, **strided)
         sums[:, :, before:] *= stride
-        if near:
+        if not causal:
+            sums[:, :, before:] += column_sums(q, own, lse, **softmax.logits, causal=False)
+            sums[:, :, before:] -= column_sums(q, own, lse, **softmax.logits, q_start=-near)
+        elif near:
             sums[:, :, before:] += column_sums(q, own, lse, **softmax.logits, window=near)
     return sums
 

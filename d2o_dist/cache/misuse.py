@@ -84,14 +84,9 @@ def check_blocks(cache: Any, forward: Forward) -> None:
     """Refuse a forward in which tokens attend to each other both ways.
 
     Raises:
-        ValueError: ranks share its tokens, or column sums are taken from some of the queries.
+        ValueError: ranks share its tokens.
     """
     if cache.ranks.deals_tokens or not isinstance(forward, Chunk):
         raise ValueError(
             f"sp ({cache.ranks.sp.size}) cannot share a text in which tokens attend to later ones (images): use tp, dp"
-        )
-    if cache.config.query_sample is not None:
-        raise ValueError(
-            f"statistics.query_stride ({cache.config.statistics.query_stride}) must be 1 for a text in which tokens "
-            "attend to later ones (images)"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from d2o_dist.policy.budget import Uniform
@@ -25,12 +24,13 @@ def gathering_config(configs: Sequence[D2OConfig]) -> D2OConfig:
         raise ValueError("one prefill cannot gather column sums from different queries: group_by_queries() first")
     second_reading(configs)
     rates = [config.statistics.rate_window for config in configs if config.needs_rates]
-    statistics = scored[0].statistics if scored else StatisticsConfig()
+    sample = scored[0].query_sample if scored else None
+    queries = {"query_stride": 1} if sample is None else {"query_stride": sample.stride, "near_distance": sample.near}
     return D2OConfig(
         score=Reach(add_accumulated=bool(scored)) if scored or rates else Newest(),
         budget=Uniform(),
         merge=Drop(),
-        statistics=dataclasses.replace(statistics, rate_window=max(rates, default=1)),
+        statistics=StatisticsConfig(max(rates, default=1), **queries),
     )
 
 

@@ -79,16 +79,12 @@ class HeadLayout:
                 mass = slots.log_mass[rows, :, here] if reading.has_mass else None
                 # The last token that each query sees.
                 seen = [one[first:stop] for one in tokens[rows]]
+                out, lse, sums = (block_attention if both_ways else chunk_attention)(
+                    q, keys, values, softmax,
+                    with_sums=reading.sums is not None, sample=config.query_sample, num_old=old[row], log_mass=mass,
+                )  # fmt: skip
                 if both_ways:
-                    out, lse, sums = block_attention(
-                        q, keys, values, softmax, with_sums=reading.sums is not None, log_mass=mass
-                    )
                     seen = [one[-1:].expand(len(one)) for one in seen]
-                else:
-                    out, lse, sums = chunk_attention(
-                        q, keys, values, softmax,
-                        with_sums=reading.sums is not None, sample=config.query_sample, num_old=old[row], log_mass=mass,
-                    )  # fmt: skip
                 if reading.peaks.wanted:
                     # A later turn, or what follows the second reading before anything is compressed.
                     reading.peaks.observe(

@@ -194,7 +194,9 @@ class D2OConfig:
     @property
     def query_sample(self) -> QuerySample | None:
         """Which queries column sums are taken from; None: all, or there are none to take."""
-        return self.statistics.query_sample if self.needs_column_sums else None
+        if not self.needs_column_sums:
+            return None
+        return self.statistics.query_sample(ranks_tokens=COLUMN_SUMS in self.score.statistics)
 
     @property
     def num_last_queries(self) -> int:

@@ -31,6 +31,10 @@ class QuerySample:
     near: int
 
 
+# Shares of layers need a variance a head, not every query: so many are off by 1% of a share at most (docs/results/shares.md).
+FOR_SHARES = QuerySample(stride=32, near=16)
+
+
 @dataclass(frozen=True)
 class StatisticsConfig:
     """How the statistics are taken.
@@ -38,22 +42,28 @@ class StatisticsConfig:
     Attributes:
         rate_window: prompt queries that rates are averaged over, and the decay of their average while decoding.
         query_stride: 1: column sums are exact, from every query of the prompt; n: estimated, from one query in n and,
-            for the nearest keys, from all. Cheaper. Rates are exact in either case.
+            for the nearest keys, from all. Cheaper. Rates are exact in either case. None: exact where tokens are ranked
+            by them, `FOR_SHARES` where only layers are.
         near_distance: with a stride, keys at less than this distance from a query are summed over all queries.
     """
 
     rate_window: int = integer(32, low=1)
-    query_stride: int = integer(1, low=1)
+    query_stride: int | None = integer(None, low=1, optional=True)
     near_distance: int = integer(64, low=0)
 
     def __post_init__(self) -> None:
         check_fields(self, "statistics")
-        if self.query_stride == 1 and self.near_distance != type(self).near_distance:
+        if self.query_stride in (None, 1) and self.near_distance != type(self).near_distance:
             raise ValueError(
                 f"statistics.near_distance ({self.near_distance}) is read only where statistics.query_stride is above 1"
             )
 
-    @property
-    def query_sample(self) -> QuerySample | None:
-        """Which queries column sums are taken from; None: all."""
+    def query_sample(self, *, ranks_tokens: bool) -> QuerySample | None:
+        """Which queries column sums are taken from; None: all.
+
+        Args:
+            ranks_tokens: whether tokens are ranked by the sums, not only layers compared.
+        """
+        if self.query_stride is None:
+            return None if ranks_tokens else FOR_SHARES
         return None if self.query_stride == 1 else QuerySample(self.query_stride, self.near_distance)

@@ -110,9 +110,11 @@ class Reading:
             sample = config.query_sample
             rest = 0 if sample is None or self.sums is None else self.num_read[row] % sample.stride
             if rest:
+                # Tokens follow each other; `at` is what they see, which may be later ones.
+                own = at[-1] + torch.arange(1 - rest, 1)
                 sums = rest_sums(
                     queries[:, :, -rest:], keys, lse[:, :, -rest:], softmax, sample,
-                    query_tokens=at[-rest:], key_tokens=tokens, bias=bias,
+                    query_tokens=own, key_tokens=tokens, bias=bias,
                 )  # fmt: skip
                 self.sums.observe(slots, here, sums)
 

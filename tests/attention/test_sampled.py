@@ -15,7 +15,7 @@ from d2o_dist.attention.sampled import (
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.prefill_attention import naive_prefill_attention
-from d2o_dist.policy.config import QuerySample
+from d2o_dist.policy.config import D2OConfig, QuerySample
 from d2o_dist.policy.statistics import StatisticsConfig
 from tests.kernels.helpers import make
 from tests.spec import spec
@@ -130,7 +130,12 @@ def test_keys_of_other_ranks(sample):
 
 
 def test_which_queries_a_configuration_takes():
-    assert spec().query_sample is None
+    # Shares of layers by a sample; what ranks tokens, and the paper's rules, by all queries.
+    assert D2OConfig.preset("d2o").query_sample == QuerySample(32, 16)
+    assert D2OConfig.preset("d2o").num_last_queries == 32
+    for preset, fields in (("d2o", {"score": "joint"}), ("paper", {}), ("released", {}), ("h2o", {}), ("lean", {})):
+        assert D2OConfig.preset(preset, **fields).query_sample is None
+    assert spec(score_queries="all").query_sample is None
     assert spec(score_queries="strided").query_sample == QuerySample(8, 64)
     assert spec(score_queries="strided", score_query_stride=1).query_sample is None
     assert spec("snapkv", score_queries="strided").query_sample is None

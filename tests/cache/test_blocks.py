@@ -51,14 +51,19 @@ CASES = {
     "mass": ([37, 20], [[(2, 9), (9, 20)], [(4, 5)]]),
     "paper_minmax": ([29, 40], [[], [(25, 36)]]),
     "snapkv": ([36, 25], [[(20, 36)], [(1, 24)]]),
+    "sampled": ([39, 30], [[(2, 3), (7, 21), (36, 39)], [(9, 30)]]),
 }
+
+
+SAMPLED = {"score_queries": "strided", "score_query_stride": 4, "score_near_distance": 3}
 
 
 @pytest.mark.parametrize("preset", CASES)
 @pytest.mark.parametrize("chunks", [None, [16, 13]])
 def test_blocks_are_those_of_the_oracle(preset, chunks):
     lengths, blocks = CASES[preset]
-    config, oracle_config = pair(preset, keep_ratio=0.4, min_layer_tokens=6, eviction_interval=3)
+    fields = {"keep_ratio": 0.4, "min_layer_tokens": 6, "eviction_interval": 3}
+    config, oracle_config = pair("paper_minmax", **fields, **SAMPLED) if preset == "sampled" else pair(preset, **fields)
     width = max(lengths)
     chunks = [width] if chunks is None else [*chunks, width - sum(chunks)]
     numbers, mask = numbers_of(lengths, blocks)
@@ -124,7 +129,3 @@ def test_what_blocks_cannot_be_with():
     config, _ = pair("d2o", keep_ratio=0.5, min_layer_tokens=2)
     with pytest.raises(ValueError, match=r"have others amid them \(block 0, again from token 3 of the chunk\)"):
         CompressedCache(config, [None]).attend(0, q, k, v, Softmax(0.3), None, blocks=numbers)
-    strided, _ = pair("paper_minmax", keep_ratio=0.5, min_layer_tokens=2, score_queries="strided",
-                      score_query_stride=4, score_near_distance=3)  # fmt: skip
-    with pytest.raises(ValueError, match=r"statistics.query_stride \(4\) must be 1"):
-        CompressedCache(strided, [None]).attend(0, q, k, v, Softmax(0.3), None, blocks=numbers)

@@ -49,7 +49,7 @@ def test_every_preset_is_what_it_is(name):
     config = D2OConfig.preset(name)
     found = (config.recent_fraction, config.eviction_interval, config.score, config.budget, config.merge)
     assert found == EXPECTED[name]
-    assert config.statistics == StatisticsConfig(32, 1, 64) and config.num_sink_tokens == 4
+    assert config.statistics == StatisticsConfig(32, None, 64) and config.num_sink_tokens == 4
     assert config.keep_tokens is None and config.keep_ratio == (1.0 if name == "full" else 0.2)
 
 

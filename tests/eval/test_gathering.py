@@ -110,8 +110,8 @@ def test_gathers_no_more_than_is_needed():
 
 
 def test_column_sums_from_different_queries_are_gathered_apart():
-    strided, exact, none = ALL["strided"], ALL["d2o"], ALL["snapkv"]
-    assert group_by_queries([none, strided, exact]) == [[strided, none], [exact]]
+    strided, exact, shares, none = ALL["strided"], ALL["paper"], ALL["d2o"], ALL["snapkv"]
+    assert group_by_queries([none, strided, shares, exact]) == [[strided, none], [shares], [exact]]
     assert group_by_queries([none]) == [[none]]
     assert gathering_config([strided, none]).query_sample == strided.query_sample
     with pytest.raises(ValueError, match="from different queries"):
@@ -124,7 +124,7 @@ def test_refusals(model, reading):
     with pytest.raises(ValueError, match="needs column sums, and the prefill did not gather"):
         bare.cache.with_config(ALL["d2o"])
     with pytest.raises(ValueError, match=r"rate_window \(64\) must be at most the 32"):
-        reading.cache.with_config(config_of("mass", rate_window=64))
+        reading.cache.with_config(config_of("snapkv", rate_window=64))
     done = reading.cache.with_config(ALL["h2o"])
     done.finalize()
     with pytest.raises(ValueError, match="phase decode"):

@@ -30,7 +30,7 @@ RAGGED = [60, 33, 7]
 REREAD = D2OConfig.preset("reread", keep_ratio=0.5, budget={"min_layer_tokens": 1}, score={"chunk": 32})
 CONFIGS = {
     "default": spec(keep_ratio=0.4, min_layer_tokens=1, eviction_interval=5),
-    "sampled": spec(keep_ratio=0.4, min_layer_tokens=1, score_queries="sampled", allocation="dynamic"),
+    "sampled": spec(keep_ratio=0.4, min_layer_tokens=1, score_queries="strided", allocation="dynamic"),
     "protected": spec(keep_ratio=0.6, min_layer_tokens=1, protected_layers=(0,)),
     "full": D2OConfig.preset("full"),
     "reread": REREAD,
