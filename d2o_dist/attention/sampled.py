@@ -3,8 +3,9 @@
 Token i of a running prefill (counted from 0 where the prefill began) is sampled if i + 1 is a multiple of the stride;
 it stands for itself and the `stride - 1` tokens before it. The tokens after the last sampled one stand for themselves,
 which is known only when the prefill ends (`rest_sums`). A pair is near if both are tokens of this prefill, and the key
-is less than `near` before the query, or after it (in a run of tokens that attend to each other both ways). Near pairs are summed exactly: they carry much of the attention, and each key has few of them. All of it
-depends on tokens alone, so chunks, padding and ranks change nothing.
+is less than `near` before the query, or after it (in a run of tokens that attend to each other both ways). Near pairs
+are summed exactly: they carry much of the attention, and each key has few of them. All of it depends on tokens alone,
+so chunks, padding and ranks change nothing.
 
 Shape legend: B rows, Hq query heads, Hkv KV heads, n queries, S slots, T tokens of a prompt, D head dim.
 """

@@ -176,7 +176,8 @@ class Compression:
             measured = self._deviations[:count]
             if measured:
                 variances = head_variances(measured, layer, self._num_seen, self._ranks)
-                mean = variances.log().mean(1, keepdim=True).exp()
+                # Of one layer to the last bit: rules that standardise would make much of the difference.
+                mean = variances if len(measured) == 1 else variances.log().mean(1, keepdim=True).exp()
                 variances = torch.cat([variances, mean.expand(-1, total - len(measured), -1)], 1)
             else:
                 variances = torch.ones(len(self._num_seen), total, units, device=device)

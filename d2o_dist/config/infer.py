@@ -56,7 +56,7 @@ class InferConfig:
         max_batch_tokens: tokens that they take memory for, at most: a prompt that is read, and what rows that decode
             keep at most (`engine.scheduler.Room`); a longer row runs alone.
         reading: when a prompt is compressed: `whole` (when all layers have read it), `layerwise` (each layer as soon as
-            it has, so that the whole cache is never in memory), `auto` (`layerwise` where the result is the same),
+            it has, so that the whole cache is never in memory), `auto` (`layerwise` where it suits rules and model),
             `stream` (after every `prefill_chunk` tokens, so that memory does not grow with the text; loses more).
         prefill_chunk: prompt tokens of one forward, or of one tile of a layer where `reading` is layer by layer; null:
             the whole prompt at once, tiles of 4096, or 2048 of a stream.

@@ -76,7 +76,7 @@ def refuse_too_long(
             break
         errors[tokens] = (
             f"the prompt has {tokens} tokens, which need {describe(needed)}, and {device} has {room / 2**30:.2f} GiB: "
-            "read it layerwise, keep less, or let more ranks share it"
+            + ("read it layerwise, " if needed.reading == "whole" else "") + "keep less, or let more ranks share it"
         )
     return [
         BadRow(row.index, row.id, errors[len(row.input_ids)], len(row.input_ids))

@@ -138,7 +138,9 @@ class SharedSession(Session):
     """
 
     def __init__(self, reading: SharedReading, config: D2OConfig, questions: TokenRows | None) -> None:
-        super().__init__(reading.model, config, reading._mesh, reading._parallel)
+        # As `Reading` reads, for records that do not depend on the mesh.
+        how = "auto" if config.knows_budgets else "whole"
+        super().__init__(reading.model, config, reading._mesh, reading._parallel, reading=how)
         self.compressed: list[RowUsage] | None = None
         self._reading, self._questions = reading, questions
 

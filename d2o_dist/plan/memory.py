@@ -35,7 +35,7 @@ def reading_of(reading: str, d2o: D2OConfig) -> str:
     length: layer by layer is what a chunk of it takes."""
     if reading == "stream":
         return "layerwise"
-    return ("layerwise" if d2o.knows_budgets else "whole") if reading == "auto" else reading
+    return ("layerwise" if d2o.suits_layerwise else "whole") if reading == "auto" else reading
 
 
 @dataclass(frozen=True)

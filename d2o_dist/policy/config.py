@@ -173,6 +173,13 @@ class D2OConfig:
         """Whether budgets follow from the number of tokens alone, so that they are known before a prompt is read."""
         return self.keeps_everything or self.budget.is_known_before
 
+    @property
+    def suits_layerwise(self) -> bool:
+        """Whether a prompt can be compressed layer by layer, and what is left is as if it had been compressed at once:
+        its budgets are known, or later trims hand on what was merged before."""
+        possible = not (self.needs_reread or self.budget.by_ranking)
+        return possible and (self.knows_budgets or self.merge.composes)
+
     def check_reading(self, reading: str) -> None:
         """Refuse a way to read prompts that these rules do not allow.
 

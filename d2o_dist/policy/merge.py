@@ -32,6 +32,8 @@ class MergeRule(Rule):
         averages_keys: whether keys are averaged as well as values.
         keeps_mass: whether a slot draws the attention of all it stands for, by a bias on its logit.
         plain_mean: whether a slot becomes the mean of all that meet there, whatever their weights.
+        composes: whether a token that is merged into a slot which is itself merged later weighs there what it would
+            have weighed at once.
         gate, targets: which are merged, and into which slots.
     """
 
@@ -40,6 +42,7 @@ class MergeRule(Rule):
     averages_keys: ClassVar[bool] = False
     keeps_mass: ClassVar[bool] = False
     plain_mean: ClassVar[bool] = False
+    composes: ClassVar[bool] = False
     gate: ClassVar[GateRule] = Threshold()
     targets: ClassVar[TargetRule] = Kept()
 
@@ -66,6 +69,7 @@ class Drop(MergeRule):
 
     name: ClassVar[str] = "drop"
     merges: ClassVar[bool] = False
+    composes: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class Mass(MergeRule):
     name: ClassVar[str] = "mass"
     statistics: ClassVar[frozenset[str]] = frozenset({RATES})
     keeps_mass: ClassVar[bool] = True
+    composes: ClassVar[bool] = True
     max_log_mass: float = real(3.0, low=0)
     gate: GateRule = part(Quantile(), GATES)
     targets: TargetRule = part(Tail(), TARGETS)

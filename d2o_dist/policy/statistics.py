@@ -31,7 +31,8 @@ class QuerySample:
     near: int
 
 
-# Shares of layers need a variance a head, not every query: so many are off by 1% of a share at most (docs/results/shares.md).
+# Shares of layers need a variance a head, not every query: from so many they are off by 0.5 to 1% in the mean
+# (docs/results/shares.md).
 FOR_SHARES = QuerySample(stride=32, near=16)
 
 

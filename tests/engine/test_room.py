@@ -21,8 +21,8 @@ def test_only_rows_that_do_not_fit_are_refused(tmp_path):
     one, two, three, four = refuse_too_long(rows, config, CPU, room)
     assert [one, three, four] == [rows[0], rows[2], rows[3]]
     assert (two.index, two.id, two.num_prompt_tokens) == (1, "r1", 200)
-    assert two.error.startswith("the prompt has 200 tokens, which need ") and "read whole (weights " in two.error
-    assert f"and cpu has {room / 2**30:.2f} GiB: read it layerwise, keep less, or let more ranks share it" in two.error
+    assert two.error.startswith("the prompt has 200 tokens, which need ") and "read layerwise (weights " in two.error
+    assert f"and cpu has {room / 2**30:.2f} GiB: keep less, or let more ranks share it" in two.error
 
 
 def test_reading_layer_by_layer_needs_less(tmp_path):

@@ -44,12 +44,17 @@ def run(model, d2o, prompts, sampling=None, *, new=NEW, first_index=0, eos=(), s
     return generate(Session(model, d2o), requests, sampling, Numbers(), eos_ids=frozenset(eos), **options)
 
 
+def cache_like_a_session(model, d2o):
+    """Which compresses prompts when a session would."""
+    return D2OCache(model.config, d2o, reading="layerwise" if d2o.suits_layerwise else "whole")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("lengths", [[47], RAGGED], ids=["one", "ragged"])
 def test_greedy_equals_generate(model, preset, lengths):
     ids, mask = left_padded(lengths, 1)
     out = model.generate(
-        ids, attention_mask=mask, past_key_values=D2OCache(model.config, PRESETS[preset]), do_sample=False,
+        ids, attention_mask=mask, past_key_values=cache_like_a_session(model, PRESETS[preset]), do_sample=False,
         max_new_tokens=NEW, pad_token_id=0,
     )  # fmt: skip
     found = run(model, PRESETS[preset], prompts_of(lengths))
@@ -167,7 +172,7 @@ def test_refusals(model):
 def test_a_later_turn_is_that_of_the_model(model):
     """Through the session as through the model with the cache by hand."""
     ids, more = tokens(2, 30), tokens(2, 11, seed=1)
-    session, cache = Session(model, PRESETS["d2o"]), D2OCache(config=model.config, d2o=PRESETS["d2o"])
+    session, cache = Session(model, PRESETS["d2o"]), cache_like_a_session(model, PRESETS["d2o"])
     session.prefill(ids, torch.ones_like(ids))
     model(ids, past_key_values=cache)
     for _ in range(3):
@@ -182,7 +187,7 @@ def test_a_later_turn_is_that_of_the_model(model):
 def test_a_dealt_prompt_on_one_rank_is_the_prompt(model):
     """`deal` works without other ranks too: code written for many runs on one."""
     ids, mask = left_padded(RAGGED)
-    session, cache = Session(model, PRESETS["d2o"]), D2OCache(config=model.config, d2o=PRESETS["d2o"])
+    session, cache = Session(model, PRESETS["d2o"], reading="whole"), D2OCache(model.config, PRESETS["d2o"])
     expected = session.prefill(ids, mask)
     torch.testing.assert_close(model(**cache.deal(ids, mask), past_key_values=cache).logits[:, -1], expected)
     cache.finalize()

@@ -50,9 +50,9 @@ def prompts_of(lengths: list[int], seed: int = 1) -> list[list[int]]:
     return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
-def pair(model, config, lengths):
+def pair(model, config, lengths, reading="auto"):
     """Two sessions that read the same prompts: run by Python, and recorded. And their first logits."""
-    plain, taped = Session(model, config), Session(model, config)
+    plain, taped = Session(model, config, reading=reading), Session(model, config, reading=reading)
     record_by(taped, TapeRecorder())
     first = [session.prefill(*left_pad(prompts_of(lengths), 0)) for session in (plain, taped)]
     assert torch.equal(*first)
@@ -317,9 +317,9 @@ def test_nothing_outlives_the_session():
 @pytest.mark.parametrize("preset", ["d2o", "paper_minmax", "mass", "released", "reread", "h2o"])
 def test_an_eviction_asks_the_device_nothing(monkeypatch, preset):
     """Beside what the kernels for a CPU ask: how many there are to keep and to evict follows from lengths. The first of
-    a batch brings the rows' budgets."""
+    a batch brings the rows' budgets, and so does that of a layer which was left with fewer slots."""
     monkeypatch.setattr(moving, "nearest_kept", nearest_kept)
-    plain, other, logits = pair(tiny_model(), PRESETS[preset], BATCHES["ragged"])
+    plain, other, logits = pair(tiny_model(), PRESETS[preset], BATCHES["ragged"], "whole")
     logits = go_on(plain, other, logits, INTERVAL)
     evict, evictions = cache_evictions.Evictions.while_decoding, []
 
