@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
+from d2o_dist.models.hf.per_layer import of_layers
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Types of layers that attend, those with a window, those that keep a state of the text, and those that keep nothing.
 WINDOWED = (SLIDING, "hybrid_sliding")
@@ -31,14 +33,18 @@ _BY_LAYER = {
 }
 # What configurations do not tell, by their type.
 _BY_TYPE = {
+    "blip_text_model": "cross attention",
     "bigbird_pegasus": "causal masks in modules that say they are not causal",
     "diffllama": "differential attention",
+    "diffusion_gemma_text": "a decoder that draws many tokens at once, over the keys of another",
     "doge": "a mask for each head",
     "evolla": "a `generate` that reads the text again for each token",
     "git": "attention beside transformers' attention interface",
     "jetmoe": "experts in its attention",
+    "kosmos_2_text_model": "masks that it makes itself",
     "moshi": "a sliding window that its masks do not have",
-    **dict.fromkeys(("minimax", "reformer", "xlnet"), "a cache of its own kind"),
+    **dict.fromkeys(("blt", "minimax", "reformer", "xlnet"), "a cache of its own kind"),
+    "pi0": "actions for answers, and no text",
     "recurrent_gemma": "states outside its cache",
     **dict.fromkeys(("inkling_text", "inkling2_text"), "biases of relative positions in its attention"),
 }
@@ -81,9 +87,9 @@ def _cause(config: Any, *, has_prefix: bool) -> str | None:
     if config.model_type in _BY_TYPE:
         return _BY_TYPE[config.model_type]
     for name, what in _BY_FIELD.items():
-        if value := getattr(config, name, None):
+        if value := next(filter(None, of_layers(config, name)), None):
             return f"{what} ({name} {value})"
-    if not hasattr(config, "num_attention_heads"):
+    if None in of_layers(config, "num_attention_heads"):
         return "no attention layers that its configuration tells of (num_attention_heads)"
     if not has_prefix and getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "tokens that attend to later ones (use_bidirectional_attention)"
@@ -93,6 +99,11 @@ def _cause(config: Any, *, has_prefix: bool) -> str | None:
             return f"{_BY_LAYER.get(kind, 'layers of a kind that is not known')} (layer {index} is of type {kind!r})"
     if not set(ATTENTION) & set(types):
         return f"no layer with attention ({len(types)} layers)"
+    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+        values = of_layers(config, name)
+        full = [value for value, kind in zip(values, types, strict=False) if kind in (FULL, "hybrid")]
+        if len(values) > 1 and len(set(full)) > 1:
+            return f"layers with full attention that differ in {name} ({', '.join(map(str, full))})"
     known = MODEL_MAPPING.get(type(config), None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     for model in known if isinstance(known, (tuple, list)) else [known]:
         uses_interface = getattr(model, "_can_set_attn_implementation", None)
