@@ -44,7 +44,7 @@ _MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
 _HALF_MROPE = {"head_dim": 16, "rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 0.5}}
 _TWO_ROPES = {
     "rope_parameters": {"full_attention": _MROPE["rope_parameters"], "sliding_attention": _ROPE},
-    "layer_types": ["full_attention", "sliding_attention"],
+    "layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2
 }
 # Image tokens by number, in place of a codec of images.
 _CODEC = {"base_channels": 32, "latent_channels": 32, "embed_dim": 8, "channel_multiplier": [1, 1], "resolution": 16,
@@ -86,6 +86,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"text_config": {"head_dim": 8, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "janus": {"vq_config": _CODEC},
+    # Heads by layer, of queries.
+    "laguna": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse"], "num_attention_heads_per_layer": [4, 8]
+    },
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
     "ministral": {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},

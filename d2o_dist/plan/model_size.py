@@ -14,7 +14,7 @@ from d2o_dist.fields.io import load_yaml
 from d2o_dist.models.hf.guards import text_config
 from d2o_dist.models.hf.loading import load_config
 from d2o_dist.models.hf.per_layer import of_layers
-from d2o_dist.models.hf.shape import shape_of
+from d2o_dist.models.hf.shape import HEADS, shape_of
 from d2o_dist.models.hf.supported import check_supported
 from d2o_dist.models.loading import megatron_library
 
@@ -109,7 +109,7 @@ def size_of(config: Any) -> ModelSize:
     """
     check_supported(config)
     config = text_config(config)
-    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+    for name in HEADS:
         if len(values := of_layers(config, name)) > 1:
             raise ValueError(f"{config.model_type}: layers whose {name} differ cannot be planned ({values})")
     shape = shape_of(config)

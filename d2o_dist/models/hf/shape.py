@@ -7,19 +7,25 @@ from typing import Any
 from d2o_dist.models.hf.guards import layer_types, layer_windows, rope_types, state_counts, text_config
 from d2o_dist.models.hf.per_layer import of_each_layer, of_layers
 from d2o_dist.models.hf.rope import rope_border
-from d2o_dist.models.hf.supported import ATTENTION, WINDOWED
+from d2o_dist.models.hf.supported import ATTENTION, INSTEAD, WINDOWED
 from d2o_dist.models.shape import ModelShape
 
 # Set on the configuration of a model whose KV heads were copied, so that every tensor rank has one.
 KV_REPLICAS = "d2o_kv_replicas"
+# Fields that say how many heads a layer has, and of which size.
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def layer_heads(config: Any) -> list[tuple[int, int]]:
     """(query heads, KV heads) of the whole model, each once: first of layers with full attention, then of others.
 
     Models without KV heads in their configuration have one for each query head.
+
+    Raises:
+        ValueError: layers with full attention that differ in these.
     """
     config = text_config(config)
+    _check_alike(config)
     each = zip(of_each_layer(config, "num_attention_heads"), of_each_layer(config, "num_key_value_heads"), strict=True)
     counts = [(heads, kv_heads or heads) for heads, kv_heads in each]
     layers = [(kind in WINDOWED, heads) for kind, heads in zip(layer_types(config), counts, strict=True)
@@ -27,11 +33,23 @@ def layer_heads(config: Any) -> list[tuple[int, int]]:
     return list(dict.fromkeys(heads for _, heads in sorted(layers, key=lambda layer: layer[0])))
 
 
+def _check_alike(config: Any) -> None:
+    for name in HEADS:
+        both = zip(of_each_layer(config, name), layer_types(config), strict=True)
+        values = [value for value, kind in both if kind in ATTENTION and kind not in WINDOWED]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"{config.model_type} has layers with full attention that differ in {name} "
+                f"({', '.join(map(str, values))}), which a D2OCache does not support: {INSTEAD}"
+            )
+
+
 def shape_of(model_config: Any) -> ModelShape:
     """The shape of the decoder.
 
     Raises:
-        ValueError: encoder-decoder models, layers that share keys and values, or layers of an unsupported kind.
+        ValueError: encoder-decoder models, layers that share keys and values, or layers of an unsupported kind, or with
+            full attention and heads that differ.
     """
     config = text_config(model_config)
     (heads, kv_heads), *others = layer_heads(config)

@@ -15,7 +15,7 @@ WINDOWED = (SLIDING, "hybrid_sliding")
 ATTENTION = (FULL, "hybrid", *WINDOWED)
 STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 NOTHING = ("moe", "mlp")
-_INSTEAD = "use transformers' own cache, and its attention \"sdpa\" or \"eager\""
+INSTEAD = "use transformers' own cache, and its attention \"sdpa\" or \"eager\""
 # Fields that say so where they are set.
 _BY_FIELD = {
     "is_encoder_decoder": "an encoder beside its decoder",
@@ -71,7 +71,7 @@ def check_supported(config: Any) -> None:
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config must be a model's configuration (model.config), not {type(config).__name__}")
     if cause := unsupported(config):
-        raise ValueError(f"{cause}, which a D2OCache does not support: {_INSTEAD}")
+        raise ValueError(f"{cause}, which a D2OCache does not support: {INSTEAD}")
 
 
 def unsupported(config: Any) -> str | None:
@@ -99,11 +99,6 @@ def _cause(config: Any, *, has_prefix: bool) -> str | None:
             return f"{_BY_LAYER.get(kind, 'layers of a kind that is not known')} (layer {index} is of type {kind!r})"
     if not set(ATTENTION) & set(types):
         return f"no layer with attention ({len(types)} layers)"
-    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-        values = of_layers(config, name)
-        full = [value for value, kind in zip(values, types, strict=False) if kind in (FULL, "hybrid")]
-        if len(values) > 1 and len(set(full)) > 1:
-            return f"layers with full attention that differ in {name} ({', '.join(map(str, full))})"
     known = MODEL_MAPPING.get(type(config), None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     for model in known if isinstance(known, (tuple, list)) else [known]:
         uses_interface = getattr(model, "_can_set_attn_implementation", None)

@@ -72,10 +72,10 @@ def check_separate_projections(config: Any) -> None:
     found = {name.rsplit(".", 1)[-1]: style for name, style in plan.items() if ".self_attn." in name}
     wrong = [name for name in _HEAD_PROJECTIONS if found.get(name) != "colwise"]
     if wrong:
+        plan = ", ".join(f"{name} ({style})" for name, style in found.items()) or "no tensor parallel plan"
         raise ValueError(
-            f"tp needs a model whose {', '.join(_HEAD_PROJECTIONS)} are separate, so that every rank has heads of its "
-            f"own; {config.model_type} has {', '.join(found) or 'no tensor parallel plan'}: use "
-            f"{_other_axis(config)} instead"
+            f"tp needs a model whose {', '.join(_HEAD_PROJECTIONS)} are separate and cut by heads, so that every rank "
+            f"has heads of its own; {config.model_type} has {plan}: use {_other_axis(config)} instead"
         )
 
 
