@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 import d2o_dist
 from d2o_dist import D2OCache, D2OConfig
 from tests.families import TOLERANCE, VARIANTS, VOCABULARY, Outcome, build, said, tiny_config
+from tests.most_used import MOST_USED
 
 RECORD = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -298,14 +299,33 @@ def worse(outcomes: Mapping[str, Outcome], recorded: Mapping[str, Any]) -> list[
     return lines
 
 
+def cause_of(one: Mapping[str, Any]) -> str:
+    """The kind of a recorded type, or, of one that is refused, what it has."""
+    if one["kind"] != "refused":
+        return one["kind"]
+    return one["why"].split(" has ", 1)[-1].split(", which", 1)[0].split(" (", 1)[0]
+
+
+def most_used(types: Mapping[str, Any]) -> list[str]:
+    """Which of the families that people run most are served whole, and a line for each of the others."""
+    whole, lines = [], []
+    for family, names in MOST_USED.items():
+        others = [f"`{name}` ({cause_of(types[name])})" for name in names if types[name]["kind"] != "compressed"]
+        whole += [] if others else [family]
+        lines += [f"- {family}: {', '.join(others)}"] if others else []
+    return [
+        f"**Most used in 2025-26, in our judgement** (`tests/most_used.py`): all types of {len(whole)} of the "
+        f"{len(MOST_USED)} families are exact and compressed: {', '.join(whole)}. The others:",
+        "",
+        *lines,
+    ]  # fmt: skip
+
+
 def tables(recorded: Mapping[str, Any]) -> str:
     """The part of docs/models.md that is made of the record."""
     groups: dict[str, list[str]] = {}
     for model_type, one in recorded["types"].items():
-        cause = one["kind"]
-        if cause == "refused":
-            cause = one["why"].split(" has ", 1)[-1].split(", which", 1)[0].split(" (", 1)[0]
-        groups.setdefault(cause, []).append(f"`{model_type}`")
+        groups.setdefault(cause_of(one), []).append(f"`{model_type}`")
     served, untried = groups.pop("compressed"), groups.pop("no reference", [])
     rows = sorted(groups.items(), key=lambda item: -len(item[1]))
     return "\n".join([
@@ -314,6 +334,8 @@ def tables(recorded: Mapping[str, Any]) -> str:
         f"{', '.join(f'`{name}`' for name in WITH_IMAGES)} read an image with it.",
         "",
         f"**Exact with all tokens kept, and compressed to 30%** ({len(served)}): {', '.join(served)}.",
+        "",
+        *most_used(recorded["types"]),
         "",
         "| refused when the cache is made: the model has | types |",
         "|---|---|",
