@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import signal
 import traceback
 from collections import Counter
@@ -30,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 import d2o_dist
 from d2o_dist import D2OCache, D2OConfig
 from tests.families import TOLERANCE, VARIANTS, VOCABULARY, Outcome, build, said, tiny_config
+from tests.most_used import MOST_USED
 
 RECORD = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -38,29 +40,75 @@ MODEL_TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_
 # Best first. `late`: refused in a forward, after the weights were loaded; `failed`: an error that is not ours.
 KINDS = ("compressed", "refused", "no reference", "late", "failed", "wrong")
 LENGTH, PADDED, STEPS, LIMIT = 36, 9, 5, 60
-_MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
+_HALF_MROPE = {"head_dim": 16, "rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 0.5}}
+_TWO_ROPES = {
+    "rope_parameters": {"full_attention": _MROPE["rope_parameters"], "sliding_attention": _ROPE},
+    "layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2
+}
+# Image tokens by number, in place of a codec of images.
+_CODEC = {"base_channels": 32, "latent_channels": 32, "embed_dim": 8, "channel_multiplier": [1, 1], "resolution": 16,
+          "num_embeddings": 16, "codebook_size": 16, "image_token_embed_dim": 32}  # fmt: skip
+# Of the models that read a few queries of each image.
+_QUERIES = {"num_query_tokens": 4, "image_token_index": 97, "video_token_index": 96}
 # Fields that a tiny model of the type needs.
 CHANGES: dict[str, dict[str, Any]] = {
     # A window is for all layers or for none.
     **dict.fromkeys(("mistral", "mistral3", "idefics2"), {"sliding_window": None}),
-    **dict.fromkeys("glm46v glm4v glm4v_moe glm_ocr glmga qwen2_vl qwen2_5_vl qwen2_5_omni_thinker".split(), _MROPE),
+    **dict.fromkeys("glm46v glm4v qwen2_vl qwen2_5_vl qwen2_5_omni_thinker".split(), {"text_config": _MROPE}),
+    **dict.fromkeys(("glm4v_moe", "glm_ocr", "glmga"), {"text_config": _HALF_MROPE}),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _QUERIES),
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
-    "chameleon": {"vocabulary_map": {"<image>": 97}},
+    "chameleon": {"vocabulary_map": {"<image>": 97}, "vq_config": _CODEC},
+    "cohere_compass": {"text_config": _TWO_ROPES},
+    "cohere_compass_text": _TWO_ROPES,
     "dbrx": {"rope_theta": 1e4, "clip_qkv": 8.0},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": {
+        "vocabulary_map": {"<image>": 97, "<|extra_200|>": 96, "<|visual token 000000|>": 95},
+        "vq_config": _CODEC
+    },
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}}},
+    # Their own tower is timm's.
+    "fast_vlm": {"vision_config": {"model_type": "clip_vision_model"}},
+    "perception_lm": {"vision_config": {"model_type": "clip_vision_model", "model_args": {"embed_dim": 32}}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    # Heads by layer: fewer for keys where all is seen.
+    "gemma4_text": {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 16},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "granite4_vision": {
+        "downsample_rate": "1/2", "deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1],
+        "vision_config": {"hidden_size": 64, "num_attention_heads": 4}
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_vl": {"text_config": {"head_dim": 8, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "janus": {"vq_config": _CODEC},
+    # Heads by layer, of queries.
+    "laguna": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse"], "num_attention_heads_per_layer": [4, 8]
+    },
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
     "ministral": {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "muse_glimmer": {"projector_hidden_size": 32},
+    "muse_spark": {"projector_hidden_size": 32, "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [32] * 4}},
     "nemotron_h": {"chunk_size": 16},
     "nemotron_h_omni": {
         "chunk_size": 16,
         "projector_hidden_size": 32, "vision_config": {"video_temporal_patch_size": 2, "max_img_size": 16}
     },
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), {"text_config": {"vocab_size": VOCABULARY}}),
+    "step3p7": {"text_config": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_hidden_layers": 3, "num_sliding_attention_heads": 8, "sliding_window": 5, "share_expert_dim": 24
+    }},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
@@ -68,6 +116,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 # What tells them which tokens attend to later ones; without it `sdpa` and `eager` differ.
 WITH_TYPES = ("paligemma",)
+# They answer no text alone: with it they read an image, by fields of these names.
+WITH_IMAGES = {
+    "blip-2": ("pixel_values",),
+    "idefics": ("pixel_values", "image_attention_mask"),
+    "instructblip": ("pixel_values", "qformer_input_ids"),
+    "instructblipvideo": ("pixel_values", "qformer_input_ids"),
+}
 
 
 def class_of(model_type: str) -> Any:
@@ -88,9 +143,28 @@ def generated(model: Any, **given: Any) -> Tensor:
     ids[0, :PADDED] = mask[0, :PADDED] = 0
     if model.config.model_type in WITH_TYPES:
         given["token_type_ids"] = torch.zeros_like(ids)
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False,
-                            output_logits=True, return_dict_in_generate=True, **given)  # fmt: skip
+    given |= image_of(model, ids)
+    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=STEPS, min_new_tokens=STEPS,
+                            do_sample=False, output_logits=True, return_dict_in_generate=True, **given)  # fmt: skip
     return torch.stack(output.logits, 1).double()
+
+
+def image_of(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """What a type of `WITH_IMAGES` reads of an image, or of a film of four, whose tokens are put into ids [2, T]."""
+    kind = model.config.model_type
+    names = WITH_IMAGES.get(kind, ())
+    if not names:
+        return {}
+    frames = {"idefics": (1,), "instructblipvideo": (4,)}.get(kind, ())
+    count = _QUERIES["num_query_tokens"] * math.prod(frames)
+    if kind != "idefics":  # it has layers that attend to images
+        ids[:, PADDED + 2 : PADDED + 2 + count] = 96 if kind == "instructblipvideo" else 97
+    pixels = torch.randn(2, *frames, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made = {
+        "pixel_values": pixels.to(model.dtype), "qformer_input_ids": ids.clamp(max=VOCABULARY - 20),
+        "image_attention_mask": torch.ones(*ids.shape, 1, dtype=torch.long)
+    }  # fmt: skip
+    return {name: made[name] for name in names}
 
 
 def is_own(error: Exception) -> bool:
@@ -225,27 +299,49 @@ def worse(outcomes: Mapping[str, Outcome], recorded: Mapping[str, Any]) -> list[
     return lines
 
 
+def cause_of(one: Mapping[str, Any]) -> str:
+    """The kind of a recorded type, or, of one that is refused, what it has."""
+    if one["kind"] != "refused":
+        return one["kind"]
+    return one["why"].split(" has ", 1)[-1].split(", which", 1)[0].split(" (", 1)[0]
+
+
+def most_used(types: Mapping[str, Any]) -> list[str]:
+    """Which of the families that people run most are served whole, and a line for each of the others."""
+    whole, lines = [], []
+    for family, names in MOST_USED.items():
+        others = [f"`{name}` ({cause_of(types[name])})" for name in names if types[name]["kind"] != "compressed"]
+        whole += [] if others else [family]
+        lines += [f"- {family}: {', '.join(others)}"] if others else []
+    return [
+        f"**Most used in 2025-26, in our judgement** (`tests/most_used.py`): all types of {len(whole)} of the "
+        f"{len(MOST_USED)} families are exact and compressed: {', '.join(whole)}. The others:",
+        "",
+        *lines,
+    ]  # fmt: skip
+
+
 def tables(recorded: Mapping[str, Any]) -> str:
     """The part of docs/models.md that is made of the record."""
     groups: dict[str, list[str]] = {}
     for model_type, one in recorded["types"].items():
-        cause = one["kind"]
-        if cause == "refused":
-            cause = one["why"].split(" has ", 1)[-1].split(", which", 1)[0].split(" (", 1)[0]
-        groups.setdefault(cause, []).append(f"`{model_type}`")
-    served, unknown = groups.pop("compressed"), groups.pop("no reference", [])
+        groups.setdefault(cause_of(one), []).append(f"`{model_type}`")
+    served, untried = groups.pop("compressed"), groups.pop("no reference", [])
     rows = sorted(groups.items(), key=lambda item: -len(item[1]))
     return "\n".join([
         f"Made by `python -m tests.cached_families --record` with transformers {recorded['transformers']}, of "
-        f"{len(recorded['types'])} types of causal and image-text models. Text alone was read; images were not.",
+        f"{len(recorded['types'])} types of causal and image-text models. Text alone was read; "
+        f"{', '.join(f'`{name}`' for name in WITH_IMAGES)} read an image with it.",
         "",
         f"**Exact with all tokens kept, and compressed to 30%** ({len(served)}): {', '.join(served)}.",
+        "",
+        *most_used(recorded["types"]),
         "",
         "| refused when the cache is made: the model has | types |",
         "|---|---|",
         *(f"| {cause} | {', '.join(names)} |" for cause, names in rows),
-        "",
-        f"**Not tried** ({len(unknown)}), since no tiny model of the type answers a text: {', '.join(unknown)}.",
+        *(["", "| not tried | why |", "|---|---|"] if untried else []),
+        *(f"| {name} | {recorded['types'][name.strip('`')]['why']} |" for name in untried),
     ])  # fmt: skip
 
 

@@ -74,7 +74,9 @@ def tiny_config(kind: type, changes: dict[str, Any] | None = None, leave: Collec
         changes: of the outermost one and of its parts, or under the name of a part, of that one alone.
         leave: fields that stay as they are.
     """
-    changes, default = changes or {}, kind()
+    changes, parts = changes or {}, getattr(kind, "sub_configs", {})
+    # Some parts are of another type, or not valid, as they are by default.
+    default = kind(**{name: changes[name] for name in parts if name in changes})
     fields = default.to_dict()
     small = {name: value for name, value in {**SMALL, **changes}.items() if fields.get(name) is not None}
     small = {name: value for name, value in small.items() if name not in leave or name in changes}
@@ -82,7 +84,6 @@ def tiny_config(kind: type, changes: dict[str, Any] | None = None, leave: Collec
         if isinstance(fields[name], (list, tuple)) and isinstance(value, int):
             small[name] = [value] * len(fields[name])
     small |= {} if "layer_types" in changes else _layers(fields)
-    parts = getattr(kind, "sub_configs", {})
     inside = {name: value for name, value in changes.items() if name not in parts}
     for name in parts:
         part = getattr(default, name, None)

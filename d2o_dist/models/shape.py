@@ -19,7 +19,8 @@ class ModelShape:
 
     Attributes:
         windows: per layer with attention None (full attention) or its sliding window. Other layers are not counted.
-        num_heads, num_kv_heads: query heads and KV heads of a layer of the whole model; head_dim: of each.
+        num_heads, num_kv_heads: query heads and KV heads of a layer of the whole model; head_dim: of each, the largest.
+        other_heads: the same two of layers with windows that have others.
         kv_replicas: tensor ranks that hold a copy of each KV head, where there are fewer heads than ranks.
         vocab_size: ids it has embeddings for; max_positions: tokens it has positions for. None: not known.
         border: tokens beyond which it turns a whole text otherwise (`longrope`); None: none.
@@ -38,6 +39,7 @@ class ModelShape:
     border: int | None = None
     has_dynamic_rope: bool = False
     has_states: bool = False
+    other_heads: tuple[tuple[int, int], ...] = ()
     source: str | None = None
     revision: str | None = None
 
@@ -47,21 +49,29 @@ class ModelShape:
         Raises:
             ValueError: the heads cannot be dealt evenly, or there are fewer than ranks and they were not copied.
         """
-        if self.num_heads % tp:
-            raise ValueError(f"num_attention_heads ({self.num_heads}) must be divisible by tp ({tp})")
-        if self.num_kv_heads * self.kv_replicas % tp:
-            raise ValueError(
-                f"num_key_value_heads ({self.num_kv_heads}, {self.kv_replicas} copies of each) must be divisible by tp "
-                f"({tp})"
-            )
+        for heads, kv_heads in ((self.num_heads, self.num_kv_heads), *self.other_heads):
+            if heads % tp:
+                raise ValueError(f"num_attention_heads ({heads}) must be divisible by tp ({tp})")
+            if kv_heads * self.kv_replicas % tp:
+                raise ValueError(
+                    f"num_key_value_heads ({kv_heads}, {self.kv_replicas} copies of each) must be divisible by tp "
+                    f"({tp})"
+                )
         return self.num_kv_heads * self.kv_replicas // tp
 
     def check_sequence_ranks(self, sp: int) -> None:
-        """Refuse ranks that would share a text whose every token some layers must read in order.
+        """Refuse ranks that would share a text whose every token some layers must read in order, or heads of layers
+        with windows that cannot be dealt as those of the others are.
 
         Raises:
             ValueError: more than one of them.
         """
+        for _, kv_heads in self.other_heads:
+            if sp > 1 and kv_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"sp ({sp}) cannot share a text to this model: its layers with windows have {kv_heads} KV heads, "
+                    f"which is no multiple of the {self.num_kv_heads} of the others. Use tp or dp"
+                )
         if self.has_states and sp > 1:
             raise ValueError(
                 f"sp ({sp}) cannot share a text to this model: its layers of linear attention, Mamba or convolution "

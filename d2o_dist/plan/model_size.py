@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.fields.io import load_yaml
-from d2o_dist.models.hf.guards import layer_windows, text_config
+from d2o_dist.models.hf.guards import text_config
 from d2o_dist.models.hf.loading import load_config
-from d2o_dist.models.hf.shape import num_kv_heads
+from d2o_dist.models.hf.per_layer import of_layers
+from d2o_dist.models.hf.shape import HEADS, shape_of
 from d2o_dist.models.hf.supported import check_supported
 from d2o_dist.models.loading import megatron_library
 
@@ -104,11 +105,14 @@ def size_of(config: Any) -> ModelSize:
 
     Raises:
         ValueError: a model that a `D2OCache` cannot serve, or one whose configuration does not say how many experts a
-            token goes through.
+            token goes through, or of which layers have heads of several numbers or sizes.
     """
     check_supported(config)
     config = text_config(config)
-    windows = tuple(layer_windows(config))
+    for name in HEADS:
+        if len(values := of_layers(config, name)) > 1:
+            raise ValueError(f"{config.model_type}: layers whose {name} differ cannot be planned ({values})")
+    shape = shape_of(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = dict(model.named_parameters())
@@ -138,14 +142,14 @@ def size_of(config: Any) -> ModelSize:
         experts = {**fields, "expert_mlp": width}
     return ModelSize(
         config=config,
-        windows=windows,
+        windows=shape.windows,
         hidden=config.hidden_size,
         mlp=_dense_width(config, list(parameters)) if experts else config.intermediate_size,
         vocab=config.vocab_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=num_kv_heads(config),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        max_positions=getattr(config, "max_position_embeddings", None),
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_positions=shape.max_positions,
         **count,
         **experts,
     )

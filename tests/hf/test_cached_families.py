@@ -22,7 +22,8 @@ def test_a_type_is_what_the_record_says(model_type):
 
 def test_every_type_is_recorded_and_none_is_wrong_or_refused_late():
     kinds = {name: one["kind"] for name, one in RECORDED["types"].items()}
-    assert set(kinds) >= set(MODEL_TYPES) and set(kinds.values()) == {"compressed", "refused", "no reference"}
+    assert set(kinds) >= set(MODEL_TYPES) and set(kinds.values()) == {"compressed", "refused"}
+    assert list(kinds.values()).count("compressed") >= 190
 
 
 def test_the_tables_of_the_page_are_those_of_the_record():

@@ -9,6 +9,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 
+from d2o_dist.models.hf.per_layer import of_each_layer
 from d2o_dist.models.hf.supported import ATTENTION, FULL, SLIDING, STATE, WINDOWED
 
 MINIMUM = "5.17"
@@ -40,7 +41,7 @@ def layer_types(config: Any) -> list[str]:
     count = config.num_hidden_layers
     types = getattr(config, "layer_types", None)
     if types is None:
-        types = [SLIDING if getattr(config, "sliding_window", None) else FULL] * count
+        types = [SLIDING if window else FULL for window in of_each_layer(config, "sliding_window")]
     if len(types) != count:
         raise ValueError(f"layer_types has {len(types)} entries, but num_hidden_layers is {count}")
     return list(types)
@@ -52,12 +53,12 @@ def layer_windows(config: Any) -> list[int | None]:
     Raises:
         ValueError: layers that are not as many as their types, or windows without a size.
     """
-    window = getattr(config, "sliding_window", None)
-    types = [kind for kind in layer_types(config) if kind in ATTENTION]
-    for kind in types:
+    both = zip(layer_types(config), of_each_layer(config, "sliding_window"), strict=True)
+    layers = [(kind, window) for kind, window in both if kind in ATTENTION]
+    for kind, window in layers:
         if kind in WINDOWED and not window:
             raise ValueError(f"{config.model_type}: layer_types has {kind}, but sliding_window is {window}")
-    return [window if kind in WINDOWED else None for kind in types]
+    return [window if kind in WINDOWED else None for kind, window in layers]
 
 
 def state_counts(config: Any) -> list[int]:

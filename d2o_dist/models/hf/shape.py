@@ -4,33 +4,61 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2o_dist.models.hf.guards import layer_windows, rope_types, state_counts, text_config
+from d2o_dist.models.hf.guards import layer_types, layer_windows, rope_types, state_counts, text_config
+from d2o_dist.models.hf.per_layer import of_each_layer, of_layers
 from d2o_dist.models.hf.rope import rope_border
+from d2o_dist.models.hf.supported import ATTENTION, INSTEAD, WINDOWED
 from d2o_dist.models.shape import ModelShape
 
 # Set on the configuration of a model whose KV heads were copied, so that every tensor rank has one.
 KV_REPLICAS = "d2o_kv_replicas"
+# Fields that say how many heads a layer has, and of which size.
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
-def num_kv_heads(config: Any) -> int:
-    """KV heads of the whole model; models without the field have one for each query head."""
+def layer_heads(config: Any) -> list[tuple[int, int]]:
+    """(query heads, KV heads) of the whole model, each once: first of layers with full attention, then of others.
+
+    Models without KV heads in their configuration have one for each query head.
+
+    Raises:
+        ValueError: layers with full attention that differ in these.
+    """
     config = text_config(config)
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    _check_alike(config)
+    each = zip(of_each_layer(config, "num_attention_heads"), of_each_layer(config, "num_key_value_heads"), strict=True)
+    counts = [(heads, kv_heads or heads) for heads, kv_heads in each]
+    layers = [(kind in WINDOWED, heads) for kind, heads in zip(layer_types(config), counts, strict=True)
+              if kind in ATTENTION]  # fmt: skip
+    return list(dict.fromkeys(heads for _, heads in sorted(layers, key=lambda layer: layer[0])))
+
+
+def _check_alike(config: Any) -> None:
+    for name in HEADS:
+        both = zip(of_each_layer(config, name), layer_types(config), strict=True)
+        values = [value for value, kind in both if kind in ATTENTION and kind not in WINDOWED]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"{config.model_type} has layers with full attention that differ in {name} "
+                f"({', '.join(map(str, values))}), which a D2OCache does not support: {INSTEAD}"
+            )
 
 
 def shape_of(model_config: Any) -> ModelShape:
     """The shape of the decoder.
 
     Raises:
-        ValueError: encoder-decoder models, layers that share keys and values, or layers of an unsupported kind.
+        ValueError: encoder-decoder models, layers that share keys and values, or layers of an unsupported kind, or with
+            full attention and heads that differ.
     """
     config = text_config(model_config)
-    heads = config.num_attention_heads
+    (heads, kv_heads), *others = layer_heads(config)
     return ModelShape(
         windows=tuple(layer_windows(config)),
         num_heads=heads,
-        num_kv_heads=num_kv_heads(config),
-        head_dim=_head_dim(config) or config.hidden_size // heads,
+        num_kv_heads=kv_heads,
+        other_heads=tuple(others),
+        head_dim=max(dim or config.hidden_size // heads for dim in of_layers(config, "head_dim")),
         kv_replicas=getattr(config, KV_REPLICAS, 1),
         vocab_size=getattr(config, "vocab_size", None),
         max_positions=getattr(config, "max_position_embeddings", None),
@@ -40,10 +68,3 @@ def shape_of(model_config: Any) -> ModelShape:
         source=getattr(model_config, "name_or_path", None) or None,
         revision=getattr(model_config, "_commit_hash", None),
     )
-
-
-def _head_dim(config: Any) -> int | None:
-    """What the configuration says; of layers that differ, the largest."""
-    if "head_dim" in (getattr(config, "per_layer_attributes", None) or ()):
-        return max(layer.head_dim for layer in config.per_layer_config)
-    return getattr(config, "head_dim", None)

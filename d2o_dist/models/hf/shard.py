@@ -10,7 +10,7 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.models.hf.deepspeed import check_installed, shard_with_deepspeed
 from d2o_dist.models.hf.guards import text_config
-from d2o_dist.models.hf.shape import KV_REPLICAS, num_kv_heads
+from d2o_dist.models.hf.shape import KV_REPLICAS, layer_heads
 from d2o_dist.models.hf.tensor_parallel import (
     check_engine,
     check_not_quantised,
@@ -56,11 +56,12 @@ def shard_model(model: Any, mesh: ParallelMesh, parallel: ParallelConfig, device
     if mesh.tp == 1:
         return model.to(device)
     replicas = mark_replicas(model.config, parallel)
-    config, heads = text_config(model.config), num_kv_heads(model.config)
+    config, (_, kv_heads) = text_config(model.config), layer_heads(model.config)[0]
     if replicas > 1:
         repeat_kv_heads(model, replicas)
     engine = shard_with_deepspeed if parallel.tp_engine == "deepspeed" else shard_with_transformers
     try:
         return engine(model, mesh, device)
     finally:
-        config.num_key_value_heads = heads
+        if replicas > 1:
+            config.num_key_value_heads = kv_heads

@@ -7,13 +7,15 @@ from typing import Any
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
+from d2o_dist.models.hf.per_layer import of_layers
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Types of layers that attend, those with a window, those that keep a state of the text, and those that keep nothing.
 WINDOWED = (SLIDING, "hybrid_sliding")
 ATTENTION = (FULL, "hybrid", *WINDOWED)
 STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 NOTHING = ("moe", "mlp")
-_INSTEAD = "use transformers' own cache, and its attention \"sdpa\" or \"eager\""
+INSTEAD = "use transformers' own cache, and its attention \"sdpa\" or \"eager\""
 # Fields that say so where they are set.
 _BY_FIELD = {
     "is_encoder_decoder": "an encoder beside its decoder",
@@ -31,14 +33,18 @@ _BY_LAYER = {
 }
 # What configurations do not tell, by their type.
 _BY_TYPE = {
+    "blip_text_model": "cross attention",
     "bigbird_pegasus": "causal masks in modules that say they are not causal",
     "diffllama": "differential attention",
+    "diffusion_gemma_text": "a decoder that draws many tokens at once, over the keys of another",
     "doge": "a mask for each head",
     "evolla": "a `generate` that reads the text again for each token",
     "git": "attention beside transformers' attention interface",
     "jetmoe": "experts in its attention",
+    "kosmos_2_text_model": "masks that it makes itself",
     "moshi": "a sliding window that its masks do not have",
-    **dict.fromkeys(("minimax", "reformer", "xlnet"), "a cache of its own kind"),
+    **dict.fromkeys(("blt", "minimax", "reformer", "xlnet"), "a cache of its own kind"),
+    "pi0": "actions for answers, and no text",
     "recurrent_gemma": "states outside its cache",
     **dict.fromkeys(("inkling_text", "inkling2_text"), "biases of relative positions in its attention"),
 }
@@ -65,7 +71,7 @@ def check_supported(config: Any) -> None:
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config must be a model's configuration (model.config), not {type(config).__name__}")
     if cause := unsupported(config):
-        raise ValueError(f"{cause}, which a D2OCache does not support: {_INSTEAD}")
+        raise ValueError(f"{cause}, which a D2OCache does not support: {INSTEAD}")
 
 
 def unsupported(config: Any) -> str | None:
@@ -81,9 +87,9 @@ def _cause(config: Any, *, has_prefix: bool) -> str | None:
     if config.model_type in _BY_TYPE:
         return _BY_TYPE[config.model_type]
     for name, what in _BY_FIELD.items():
-        if value := getattr(config, name, None):
+        if value := next(filter(None, of_layers(config, name)), None):
             return f"{what} ({name} {value})"
-    if not hasattr(config, "num_attention_heads"):
+    if None in of_layers(config, "num_attention_heads"):
         return "no attention layers that its configuration tells of (num_attention_heads)"
     if not has_prefix and getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "tokens that attend to later ones (use_bidirectional_attention)"

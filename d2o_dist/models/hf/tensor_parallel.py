@@ -19,7 +19,7 @@ from d2o_dist.comm.adapters import to_device_mesh
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.models.hf.guards import state_counts, text_config
 from d2o_dist.models.hf.quantised import quant_method
-from d2o_dist.models.hf.shape import num_kv_heads
+from d2o_dist.models.hf.shape import layer_heads
 
 _HEAD_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -29,18 +29,23 @@ def kv_replicas(config: Any, tp: int) -> int:
 
     Raises:
         ValueError: query heads that do not divide among the ranks, or KV heads of which neither ranks nor heads are a
-            multiple.
+            multiple; layers of several head counts where heads would be copied.
     """
-    config = text_config(config)
-    heads = config.num_attention_heads
-    kv_heads = num_kv_heads(config)
-    if heads % tp:
-        raise ValueError(f"num_attention_heads ({heads}) must be divisible by tp ({tp})")
-    if kv_heads % tp and tp % kv_heads:
+    counts = layer_heads(config)
+    for heads, kv_heads in counts:
+        if heads % tp:
+            raise ValueError(f"num_attention_heads ({heads}) must be divisible by tp ({tp})")
+        if kv_heads % tp and tp % kv_heads:
+            raise ValueError(
+                f"num_key_value_heads ({kv_heads}) must be divisible by tp ({tp}), or tp by num_key_value_heads"
+            )
+    fewest = min(kv_heads for _, kv_heads in counts)
+    if len(counts) > 1 and fewest < tp:
         raise ValueError(
-            f"num_key_value_heads ({kv_heads}) must be divisible by tp ({tp}), or tp by num_key_value_heads"
+            f"tp ({tp}) is more than the {fewest} KV heads of some layers, and other layers have other heads, so that "
+            f"they cannot be copied: use {_other_axis(config)}"
         )
-    return max(1, tp // kv_heads)
+    return max(1, tp // fewest)
 
 
 def check_not_quantised(config: Any, tp: int) -> None:
@@ -67,10 +72,10 @@ def check_separate_projections(config: Any) -> None:
     found = {name.rsplit(".", 1)[-1]: style for name, style in plan.items() if ".self_attn." in name}
     wrong = [name for name in _HEAD_PROJECTIONS if found.get(name) != "colwise"]
     if wrong:
+        plan = ", ".join(f"{name} ({style})" for name, style in found.items()) or "no tensor parallel plan"
         raise ValueError(
-            f"tp needs a model whose {', '.join(_HEAD_PROJECTIONS)} are separate, so that every rank has heads of its "
-            f"own; {config.model_type} has {', '.join(found) or 'no tensor parallel plan'}: use "
-            f"{_other_axis(config)} instead"
+            f"tp needs a model whose {', '.join(_HEAD_PROJECTIONS)} are separate and cut by heads, so that every rank "
+            f"has heads of its own; {config.model_type} has {plan}: use {_other_axis(config)} instead"
         )
 
 
@@ -102,7 +107,7 @@ def repeat_kv_heads(model: nn.Module, replicas: int) -> None:
         ValueError: a layer with another number of KV heads.
     """
     config = text_config(model.config)
-    old = num_kv_heads(config)
+    ((_, old),) = layer_heads(config)
     for module in model.modules():
         if not all(isinstance(getattr(module, name, None), nn.Linear) for name in _HEAD_PROJECTIONS):
             continue
