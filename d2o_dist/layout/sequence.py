@@ -23,7 +23,7 @@ from d2o_dist.layout.forward import DealtChunk
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.shares import Shares
-from d2o_dist.slots.slots import Slots, last_of
+from d2o_dist.slots.slots import Slots, join_values, last_of
 from d2o_dist.slots.step import BlockStep, Held
 from d2o_dist.slots.store import GROWTH, SlotStore
 from d2o_dist.statistics.last_queries import LastQueries
@@ -174,7 +174,7 @@ class SequenceLayout:
         Args:
             num_seen: tokens seen by each row, which are one prompt; most: M, newest slots of which positions are known.
         """
-        sp, slots, kv_len = self.ranks.sp, source.slots, list(source.kv_len)
+        sp, slots, kv_len = self.ranks.sp, join_values(source.slots, source.latent), list(source.kv_len)
         width = -(-slots.positions.shape[-1] // sp.size)
         batch, dim = slots.keys.shape[0], slots.keys.shape[3]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2o_dist.models.hf.guards import layer_windows, rope_types, state_counts, text_config
+from d2o_dist.models.hf.guards import latent_dim, layer_windows, rope_types, state_counts, text_config
 from d2o_dist.models.hf.rope import rope_border
 from d2o_dist.models.shape import ModelShape
 
@@ -13,8 +13,10 @@ KV_REPLICAS = "d2o_kv_replicas"
 
 
 def num_kv_heads(config: Any) -> int:
-    """KV heads of the whole model; models without the field have one for each query head."""
+    """KV heads of the whole model; models without the field have one for each query head, latent attention has one."""
     config = text_config(config)
+    if latent_dim(config) is not None:
+        return 1
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
@@ -31,6 +33,7 @@ def shape_of(model_config: Any) -> ModelShape:
         num_heads=heads,
         num_kv_heads=num_kv_heads(config),
         head_dim=_head_dim(config) or config.hidden_size // heads,
+        latent=latent_dim(config),
         kv_replicas=getattr(config, KV_REPLICAS, 1),
         vocab_size=getattr(config, "vocab_size", None),
         max_positions=getattr(config, "max_position_embeddings", None),
@@ -43,7 +46,9 @@ def shape_of(model_config: Any) -> ModelShape:
 
 
 def _head_dim(config: Any) -> int | None:
-    """What the configuration says; of layers that differ, the largest."""
+    """What the configuration says; of layers that differ, the largest; of latent attention both parts of what is cached."""
+    if (latent := latent_dim(config)) is not None:
+        return latent + config.qk_rope_head_dim
     if "head_dim" in (getattr(config, "per_layer_attributes", None) or ()):
         return max(layer.head_dim for layer in config.per_layer_config)
     return getattr(config, "head_dim", None)
