@@ -9,7 +9,7 @@ import torch
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.models.hf.deepspeed import check_installed, shard_with_deepspeed
-from d2o_dist.models.hf.guards import text_config
+from d2o_dist.models.hf.guards import latent_dim, text_config
 from d2o_dist.models.hf.shape import KV_REPLICAS, num_kv_heads
 from d2o_dist.models.hf.tensor_parallel import (
     check_engine,
@@ -56,8 +56,9 @@ def shard_model(model: Any, mesh: ParallelMesh, parallel: ParallelConfig, device
     if mesh.tp == 1:
         return model.to(device)
     replicas = mark_replicas(model.config, parallel)
-    config, heads = text_config(model.config), num_kv_heads(model.config)
-    if replicas > 1:
+    config = text_config(model.config)
+    heads = getattr(config, "num_key_value_heads", None) or num_kv_heads(config)
+    if replicas > 1 and latent_dim(config) is None:
         repeat_kv_heads(model, replicas)
     engine = shard_with_deepspeed if parallel.tp_engine == "deepspeed" else shard_with_transformers
     try:
