@@ -25,8 +25,7 @@ from d2o_dist.models.hf.shape import num_kv_heads
 
 _HEAD_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 # Of latent attention, what transformers' plans say where they say it; those of many types leave attention whole.
-_OF_LATENTS = {"q_proj": "colwise", "q_b_proj": "colwise", "kv_b_proj": "colwise", "g_proj": "colwise",
-               "o_proj": "rowwise"}  # fmt: skip
+_OF_LATENTS = {"q_proj": "colwise", "q_b_proj": "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
 
 
 def kv_replicas(config: Any, tp: int) -> int:
@@ -69,6 +68,11 @@ def check_separate_projections(config: Any) -> None:
     """
     config = text_config(config)
     if latent_dim(config) is not None:
+        if any(state_counts(config)):
+            raise ValueError(
+                f"tp cannot cut {config.model_type}: its layers of linear attention have projections of the same names "
+                f"as those of latent attention: use {_other_axis(config)} instead"
+            )
         return
     plan = getattr(config, "base_model_tp_plan", None) or {}
     found = {name.rsplit(".", 1)[-1]: style for name, style in plan.items() if ".self_attn." in name}
