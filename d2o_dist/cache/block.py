@@ -133,7 +133,8 @@ class HeadBlock:
         """A block of one KV head of this one, whose first prefill is over; it holds views of this one's slots."""
         assert not self._first and self.state.num_dropped is None
         slots = self.store.slots.map(lambda tensor: tensor[:, head : head + 1])
-        made = HeadBlock(self.config, HeadLayout(self.layout.ranks, SlotStore.of(slots, self.kv_len, self.store.latent)))
+        store = SlotStore.of(slots, self.kv_len, self.store.latent)
+        made = HeadBlock(self.config, HeadLayout(self.layout.ranks, store))
         made._first = False
         return made
 

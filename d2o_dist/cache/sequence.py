@@ -63,12 +63,10 @@ class CompressedCache:
     """
 
     def __init__(
-        self, config: D2OConfig, windows: list[int | None], ranks: RequestRanks | None = None,
-        latent: int | None = None,
-    ) -> None:  # fmt: skip
-        self.config, self.latent = config, latent
+        self, config: D2OConfig, windows: list[int | None], ranks: RequestRanks | None = None, latent: int | None = None
+    ) -> None:
+        self.config, self.windows, self.latent = config, list(windows), latent
         self.ranks = RequestRanks.alone() if ranks is None else ranks
-        self.windows = list(windows)
         self.full_layers = [index for index, window in enumerate(windows) if window is None]
         self._compressed_config = on_full_layers(config, windows)
         check_total(self._compressed_config.budget, config.size, len(self.full_layers))
@@ -269,9 +267,7 @@ class CompressedCache:
     def _compress(self) -> Compression:
         full = {index: self.layers[index] for index in self.full_layers}
         heads, config = self.kv_heads((*self.full_layers, 0)[0]), self.config
-        return Compression(
-            full, self.plans, config, self._compressed_config, self.num_seen, heads, self.ranks
-        )
+        return Compression(full, self.plans, config, self._compressed_config, self.num_seen, heads, self.ranks)
 
     # ---- one decode step -----------------------------------------------------------------------------------------
 

@@ -104,6 +104,7 @@ class SequenceLayout:
                 tokens=[placement.tokens(row, rank) for rank in range(deal.world)],
                 segments=placement.segments(row, deal),
                 rank=deal.rank,
+                latent=self.store.latent,
             )
             part, lse, sums = attend(
                 self.ranks.sp, queries, view, softmax, with_sums=reading.sums is not None, sample=config.query_sample
@@ -114,7 +115,8 @@ class SequenceLayout:
 
     def _rings(self, k: Tensor, v: Tensor, width: int) -> bool:
         """Whether keys and values travel around rather than being gathered; a cache moved from heads has no ring."""
-        gathered = self.ranks.sp.size * width * (k.shape[3] + v.shape[3]) * k.element_size()
+        size = k.shape[3] + (v.shape[3] if self.store.latent is None else 0)
+        gathered = self.ranks.sp.size * width * size * k.element_size()
         too_long = self.ranks.may_ring and gathered > RING_FROM_BYTES
         return too_long or self.ranks.parallel.sp_prefill == "ring"
 

@@ -11,15 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.fields.io import load_yaml
-from d2o_dist.models.hf.guards import layer_windows, text_config
+from d2o_dist.models.hf.guards import text_config
 from d2o_dist.models.hf.loading import load_config
-from d2o_dist.models.hf.shape import num_kv_heads
+from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.models.hf.supported import check_supported
 from d2o_dist.models.loading import megatron_library
 
 _TABLE = Path(__file__).with_name("models.yaml")
 # In the names of parameters of layers that no engine cuts: norms, and what chooses the experts.
-_WHOLE = ("norm", ".mlp.gate.", ".shared_expert_gate.")
+_WHOLE = ("norm", ".mlp.gate.", ".shared_expert_gate.", ".q_a_proj.", ".kv_a_proj_with_mqa.")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class ModelSize:
         windows: per layer None (full attention) or its sliding window.
         hidden, mlp, vocab: widths of the hidden states, of the MLP that all tokens go through (0: there is none) and of
             the logits.
-        num_heads, num_kv_heads, head_dim: of each layer.
+        num_heads, num_kv_heads, head_dim: of each layer; head_dim: of keys, and of values but with latent attention.
+        latent: elements of a key that are its value too (latent attention); None: values are as keys, and apart.
         matrices: parameters of all layers' matrices and their biases, without those of keys and values.
         kv_matrices: those of keys and values.
         embeddings: of the embedding and the output head; once where they are one.
@@ -54,10 +55,21 @@ class ModelSize:
     embeddings: int
     others: int
     max_positions: int | None
+    latent: int | None = None
     experts: int = 0
     num_experts: int = 0
     experts_per_token: int = 0
     expert_mlp: int = 0
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of a value."""
+        return self.head_dim if self.latent is None else self.latent
+
+    @property
+    def pair(self) -> int:
+        """Elements of a key and its value, as a slot holds them and as they travel."""
+        return self.head_dim + (self.head_dim if self.latent is None else 0)
 
     @property
     def num_layers(self) -> int:
@@ -108,7 +120,7 @@ def size_of(config: Any) -> ModelSize:
     """
     check_supported(config)
     config = text_config(config)
-    windows = tuple(layer_windows(config))
+    shape = shape_of(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = dict(model.named_parameters())
@@ -126,7 +138,7 @@ def size_of(config: Any) -> ModelSize:
     experts = {}
     if count["experts"]:
         fields = {
-            "num_experts": getattr(config, "num_experts", None),
+            "num_experts": getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None),
             "experts_per_token": getattr(config, "num_experts_per_tok", None),
         }
         if None in fields.values():
@@ -138,13 +150,14 @@ def size_of(config: Any) -> ModelSize:
         experts = {**fields, "expert_mlp": width}
     return ModelSize(
         config=config,
-        windows=windows,
+        windows=shape.windows,
         hidden=config.hidden_size,
         mlp=_dense_width(config, list(parameters)) if experts else config.intermediate_size,
         vocab=config.vocab_size,
         num_heads=config.num_attention_heads,
-        num_kv_heads=num_kv_heads(config),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        latent=shape.latent,
         max_positions=getattr(config, "max_position_embeddings", None),
         **count,
         **experts,

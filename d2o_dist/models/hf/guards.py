@@ -32,7 +32,7 @@ def text_config(config: Any) -> Any:
 
 
 def latent_dim(config: Any) -> int | None:
-    """Elements of the latent that a decoder with latent attention caches for a token; None: it caches keys and values."""
+    """Elements of the latent that a decoder with latent attention caches of a token; None: it has no such attention."""
     return getattr(config, "kv_lora_rank", None)
 
 

@@ -1,11 +1,11 @@
 """Latent attention: what a module would make of the latents that a cache holds is put into its queries and its output.
 
-Keys and values of all heads are linear in the latent c of a token: k_h = W_h c, and v_h = V_h c; the rotated part of the
-key is the same for all heads. So q_h . k_h = (W_h^T q_h) . c, and sum_j p_j v_hj = V_h (sum_j p_j c_j): over latents it is
+Keys and values of all heads are linear in the latent c of a token: k_h = W_h c, v_h = V_h c; the rotated part of a key
+is the same for all heads. So q_h . k_h = (W_h^T q_h) . c, and sum_j p_j v_hj = V_h (sum_j p_j c_j). Over latents it is
 attention with one KV head, whose key is the latent and the rotated part, and whose value is the latent.
 
-Shape legend: B rows, Hq query heads, n tokens, r elements of a latent, R of the rotated part, d of the rest of a key, D of
-a value.
+Shape legend: B rows, Hq query heads, n tokens, r elements of a latent, R of the rotated part, d of the rest of a key, D
+of a value.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def shape_of(model_config: Any) -> ModelShape:
 
 
 def _head_dim(config: Any) -> int | None:
-    """What the configuration says; of layers that differ, the largest; of latent attention both parts of what is cached."""
+    """What the configuration says; of layers that differ, the largest; of latent attention all that is cached."""
     if (latent := latent_dim(config)) is not None:
         return latent + config.qk_rope_head_dim
     if "head_dim" in (getattr(config, "per_layer_attributes", None) or ()):
