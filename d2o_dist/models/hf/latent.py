@@ -63,9 +63,20 @@ class Expansion:
     def absorbed(self, query: Tensor) -> Tensor:
         """[B, Hq, n, d + R] as the model has it -> [B, Hq, n, r + R], over latents."""
         plain, rotated = query.tensor_split([self.keys.shape[-1]], -1)
-        return torch.cat([torch.einsum("bhnd,hrd->bhnr", plain, self.keys.to(query.dtype)), rotated], -1)
+        return torch.cat([_times(plain, self.keys.mT), rotated], -1)
 
     def expanded(self, out: Tensor) -> Tensor:
         """[B, Hq, n, r], sums of latents -> [B, Hq, n, D], of values."""
-        values = torch.einsum("bhnr,hrd->bhnd", out, self.values.to(out.dtype))
+        values = _times(out, self.values)
         return values if self.offset is None else values + self.offset.to(out.dtype)
+
+
+def _times(vectors: Tensor, matrices: Tensor) -> Tensor:
+    """[B, Hq, n, i] by the matrix [Hq, i, o] of each head: [B, Hq, n, o] in the dtype of the vectors.
+
+    On a CPU row by row, so that a row gets the bits that it gets alone.
+    """
+    matrices = matrices.to(vectors.dtype)
+    if vectors.device.type == "cpu":
+        return torch.stack([row @ matrices for row in vectors])
+    return torch.einsum("bhni,hio->bhno", vectors, matrices)
