@@ -16,9 +16,11 @@ from transformers import CONFIG_MAPPING
 
 from d2o_dist import D2OCache, D2OConfig
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.config.train import TrainConfig
 from d2o_dist.engine.session import Session
 from d2o_dist.models.hf.latent import Expansion
 from d2o_dist.models.hf.shard import mark_replicas
+from d2o_dist.train.model import check_trainable
 from tests.cached_families import CHANGES, class_of
 from tests.families import VARIANTS, build, tiny_config
 from tests.models import left_padded, tiny_model, tokens
@@ -158,6 +160,9 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"tp_engine \(deepspeed\) was never tried with latent attention"):
         mark_replicas(model.config, ParallelConfig(tp=2, tp_engine="deepspeed"))
     assert mark_replicas(model.config, ParallelConfig(tp=2, tp_engine="transformers")) == 2
+    training = TrainConfig.from_dict({"model": "m", "data": {"train": "t.txt"}, "output": "o"})
+    with pytest.raises(ValueError, match="deepseek_v3 has latent attention, which is not supported in training"):
+        check_trainable(model.config, training)
     monkeypatch.delattr(type(modules_of(model)[0]), "expand_kv")
     with pytest.raises(ValueError, match=r"latent attention \(kv_lora_rank 12\) whose modules do not cache the latent"):
         D2OCache(config=model.config)
