@@ -64,7 +64,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": _TWO_ROPES},
     "cohere_compass_text": _TWO_ROPES,
     "dbrx": {"rope_theta": 1e4, "clip_qkv": 8.0},
+    "bailing_hybrid": {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "emu3": {
@@ -92,7 +94,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention"],
         "mlp_layer_types": ["dense", "sparse"], "num_attention_heads_per_layer": [4, 8]
     },
+    "kimi_linear": {"num_key_value_heads": 4, "num_experts_per_tok": 2, "linear_num_heads": 4, "linear_head_dim": 8},
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), {"layer_types": ["conv", "full_attention"]}),
+    "longcat_flash": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "moe_topk": 2, "zero_expert_num": 2,
+                      "num_layers": 1, "num_key_value_heads": 4, "head_dim": 4},
     "ministral": {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_glimmer": {"projector_hidden_size": 32},

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -90,12 +92,21 @@ OTHERS = {
         {"head_dim": 24, "v_head_dim": 16, "layer_types": _FULL, "mlp_layer_types": ["dense"] * 4},
     ),
     "granite_swa": (GraniteSWAConfig, GraniteSWAForCausalLM, {"layer_types": _FULL}),
+    # Latents of 12, and 4 rotated elements of a key that has 6 more; values of 10.
+    "deepseek": (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        {"num_key_value_heads": 4, "first_k_dense_replace": 4, "n_routed_experts": 4, "q_lora_rank": 16,
+         "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10},
+    ),
 }  # fmt: skip
 
 
 def windowed(family: str) -> dict[str, Any]:
-    """Overrides of `tiny_model`: every other layer of the family has a window."""
+    """Overrides of `tiny_model`: every other layer of the family has a window, if layers of its can have one."""
     assert family in OTHERS
+    if family == "deepseek":
+        return {}
     return {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 

@@ -39,15 +39,14 @@ def allgather_attention(
     before = view.world * view.past
 
     def ask(head: int) -> Pending:
-        both = torch.cat([view.keys[:, head : head + 1], view.values[:, head : head + 1]], -1)
-        return sp.all_gather_async(both, 2)
+        return sp.all_gather_async(torch.cat([one[:, head : head + 1] for one in view.vectors], -1), 2)
 
     pending = ask(0)
     for head in range(num_kv_heads):
         gathered = pending.wait()
         if head + 1 < num_kv_heads:
             pending = ask(head + 1)  # travels while this head is worked on
-        keys, values = gathered.index_select(2, view.order).tensor_split([dim], -1)
+        keys, values = view.keys_values(gathered.index_select(2, view.order).tensor_split([dim], -1))
         of_head, at = slice(head * group, (head + 1) * group), 0
         own = softmax.of_heads(lambda heads, of_head=of_head: heads[:, of_head])
         for start, stop, part in view.queries(q[:, of_head]):

@@ -36,10 +36,11 @@ def ring_attention(
     biases = None if view.bias is None else sp.all_gather(view.bias.unsqueeze(0), 0)
     queries = view.queries(q)
     merged: list[tuple[Tensor, Tensor] | None] = [None] * len(queries)
-    keys, values = view.keys, view.values
+    vectors = view.vectors
     for step in range(sp.size):
         source = (sp.rank - step) % sp.size
-        pending = sp.ring_shift([keys, values]) if step + 1 < sp.size else None
+        pending = sp.ring_shift(vectors) if step + 1 < sp.size else None
+        keys, values = view.keys_values(vectors)
         for number, (start, stop, part) in enumerate(queries):
             bias = None if biases is None else biases[source]
             seen = _visible(view, source, start, stop)
@@ -49,7 +50,7 @@ def ring_attention(
                 before = merged[number]
                 merged[number] = result if before is None else merge_partials(*zip(before, result, strict=True))
         if pending is not None:
-            keys, values = pending.wait()
+            vectors = pending.wait()
     merged = [with_sinks(*one, softmax.sinks) for one in merged]
     dtype = stats_dtype(q.dtype)
     out = torch.cat([out for out, _ in merged], 2).to(q.dtype) if merged else q.new_empty(*q.shape[:3], values.shape[3])

@@ -11,6 +11,7 @@ of this prefill on all ranks, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,7 @@ class ShardView:
         tokens: per rank the tokens that it holds, ascending, in slots C, C + 1, ...
         segments: the runs [start, stop) of tokens that this rank's queries are, ascending.
         rank: this rank.
+        latent: elements of a key, the first ones, that are its value too, and travel once; None: none are.
     """
 
     keys: Tensor
@@ -36,6 +38,17 @@ class ShardView:
     tokens: list[Tensor]
     segments: list[tuple[int, int]]
     rank: int
+    latent: int | None = None
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """What other ranks must get of the slots: keys and values, [b, Hkv, W, X] each."""
+        return [self.keys, self.values] if self.latent is None else [self.keys]
+
+    def keys_values(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values in the `vectors` of any rank."""
+        keys = vectors[0]
+        return keys, vectors[1] if self.latent is None else keys[..., : self.latent]
 
     @property
     def width(self) -> int:

@@ -133,13 +133,14 @@ class HeadBlock:
         """A block of one KV head of this one, whose first prefill is over; it holds views of this one's slots."""
         assert not self._first and self.state.num_dropped is None
         slots = self.store.slots.map(lambda tensor: tensor[:, head : head + 1])
-        made = HeadBlock(self.config, HeadLayout(self.layout.ranks, SlotStore.of(slots, self.kv_len)))
+        store = SlotStore.of(slots, self.kv_len, self.store.latent)
+        made = HeadBlock(self.config, HeadLayout(self.layout.ranks, store))
         made._first = False
         return made
 
     def spread(self, num_seen: Sequence[int]) -> None:
         """Hold some slots of all heads of the tensor rank, after a prompt whose slots were held by heads."""
-        layout = SequenceLayout(self.layout.ranks, SlotStore(len(self.kv_len)))
+        layout = SequenceLayout(self.layout.ranks, SlotStore(len(self.kv_len), self.store.latent))
         budgets = self.slot_budgets or [0]
         layout.spread(self.store, num_seen, max(self.config.split(slots)[1] for slots in budgets))
         self.layout, self.state = layout, self.state.map_counts(layout.ranks.sp.all_reduce)

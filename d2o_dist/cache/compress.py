@@ -141,8 +141,7 @@ class Compression:
         evicted = set(range(len(self._layers))) - self._counted.budget.protected(len(self._layers))
         budgets = [[plan.slots[n * units + unit] for plan in self._plans] for n in sorted(evicted) for unit in here]
         heads = [block.store.shape[0] for block in layer.blocks] * len(evicted)
-        like = layer.blocks[0].store.keys_values
-        return Move(budgets, heads, self._config, like, self._ranks) if budgets else None
+        return Move(budgets, heads, self._config, layer.blocks[0].store, self._ranks) if budgets else None
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 

@@ -46,10 +46,12 @@ class Dealing:
         """Whether a chunk was dealt whose forward has not begun."""
         return bool(self._announced)
 
-    def make_layer(self, config: D2OConfig, window: int | None, batch: int) -> Layer | WindowLayer:
-        """An empty layer of `batch` rows, with a sliding window or (None) compressed."""
+    def make_layer(
+        self, config: D2OConfig, window: int | None, batch: int, latent: int | None
+    ) -> Layer | WindowLayer:
+        """An empty layer of `batch` rows, with a sliding window or (None) compressed; latent: see `SlotStore`."""
         if window is None:
-            return Layer(HeadBlock(config, self.layout(self.ranks, SlotStore(batch))))
+            return Layer(HeadBlock(config, self.layout(self.ranks, SlotStore(batch, latent))))
         return WindowLayer(batch, window, self.ranks)
 
     def num_kv_heads(self, held: int) -> int:

@@ -30,7 +30,7 @@ from d2o_dist.evict.prompt_shards import Shards
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.arena import Arena
-from d2o_dist.slots.slots import D2OState, LayerBudget, Slots, last_of
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots, join_values, last_of
 
 
 class Due(NamedTuple):
@@ -110,7 +110,7 @@ class Evictions:
         budget, kv_len = self._budget_of(block)
         left = self._step(held, block, budget, is_last)
         room = max(*block.slot_budgets, *kv_len) + (self.config.eviction_interval or 0)
-        slots, counts, positions = held.level(left, room)
+        slots, counts, positions = held.level(join_values(left, block.store.latent), room)
         most = max(self.config.split(slots)[1] for slots in block.slot_budgets)
         block.layout.settle(slots, counts, kv_len, last_of(positions, kv_len, most))
         self._check({index: [positions, counts]})

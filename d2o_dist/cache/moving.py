@@ -16,6 +16,7 @@ from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.arena import Arena, Block
 from d2o_dist.slots.codec import Codec
+from d2o_dist.slots.store import SlotStore
 
 
 class Move:
@@ -23,13 +24,13 @@ class Move:
 
     Args:
         budgets: per block the slots of each row; heads: KV heads of each block.
-        like: keys and values [.., D] of some block, before the move.
+        like: of some block, before the move.
         least: slots of a segment that a block needs at least, where its slots are spread over ranks.
     """
 
     def __init__(
         self, budgets: Sequence[Sequence[int]], heads: Sequence[int], config: D2OConfig,
-        like: tuple[Tensor, Tensor], ranks: RequestRanks, least: Sequence[int] | None = None,
+        like: SlotStore, ranks: RequestRanks, least: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self._config, self._ranks, self._is_spread = config, ranks, least is not None
         rooms = [[slots + config.eviction_interval for slots in rows] for rows in budgets]
@@ -37,8 +38,9 @@ class Move:
             parts = [max(-(-max(room) // ranks.sp.size), most) for room, most in zip(rooms, least, strict=True)]
             rooms = [[part] * len(room) for part, room in zip(parts, rooms, strict=True)]
         blocks = [Block(count, max(room), tuple(room)) for count, room in zip(heads, rooms, strict=True)]
-        codec = Codec(config.storage, tuple(one.shape[-1] for one in like), like[0].dtype)
-        self._arena = Arena(blocks, codec, like[0].device)
+        both = like.keys_values
+        codec = Codec(config.storage, tuple(one.shape[-1] for one in both), like.dtype, like.latent)
+        self._arena = Arena(blocks, codec, both[0].device)
         self._recent = [max(config.split(slots)[1] for slots in rows) for rows in budgets]
         self._moved: list[HeadBlock] = []
         self._newest: list[Tensor] = []
@@ -50,7 +52,7 @@ class Move:
         spread = blocks[0].layout.is_spread
         return cls(
             [block.slot_budgets for block in blocks], [block.store.shape[0] for block in blocks], config,
-            blocks[0].store.keys_values, ranks, [block.store.capacity for block in blocks] if spread else None,
+            blocks[0].store, ranks, [block.store.capacity for block in blocks] if spread else None,
         )  # fmt: skip
 
     def enter(self, block: HeadBlock) -> None:

@@ -45,6 +45,7 @@ class CompressedCache:
         config: how to compress.
         windows: per layer of the model None (full attention, compressed) or its sliding window (kept as it is).
         ranks: those that share the request; this process alone by default.
+        latent: elements of a key, the first ones, that are its value too, and are stored once; None: none are.
 
     Attributes:
         num_seen: tokens seen by each row, padding not counted (the logical length).
@@ -61,10 +62,11 @@ class CompressedCache:
         ValueError: protected layers or minima that exceed the total; a rule that ranks cannot share.
     """
 
-    def __init__(self, config: D2OConfig, windows: list[int | None], ranks: RequestRanks | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: D2OConfig, windows: list[int | None], ranks: RequestRanks | None = None, latent: int | None = None
+    ) -> None:
+        self.config, self.windows, self.latent = config, list(windows), latent
         self.ranks = RequestRanks.alone() if ranks is None else ranks
-        self.windows = list(windows)
         self.full_layers = [index for index, window in enumerate(windows) if window is None]
         self._compressed_config = on_full_layers(config, windows)
         check_total(self._compressed_config.budget, config.size, len(self.full_layers))
@@ -206,7 +208,7 @@ class CompressedCache:
         deal, dealt_rows = self.dealing.take(batch, length, is_chunk=is_chunk)
         if not self.layers:
             self.num_seen, self.columns = [0] * batch, Columns(batch)
-            self.layers = [self.dealing.make_layer(self.config, window, batch) for window in self.windows]
+            self.layers = [self.dealing.make_layer(self.config, one, batch, self.latent) for one in self.windows]
         self._last_positions = None
         if deal is not None:
             self._rows, rows = dealt_rows, Rows.of(batch, length, deal.mask())
@@ -265,9 +267,7 @@ class CompressedCache:
     def _compress(self) -> Compression:
         full = {index: self.layers[index] for index in self.full_layers}
         heads, config = self.kv_heads((*self.full_layers, 0)[0]), self.config
-        return Compression(
-            full, self.plans, config, self._compressed_config, self.num_seen, heads, self.ranks
-        )
+        return Compression(full, self.plans, config, self._compressed_config, self.num_seen, heads, self.ranks)
 
     # ---- one decode step -----------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from d2o_dist.policy.merge import MergeSums, apply_merge, unit
 from d2o_dist.policy.statistics import COLUMN_SUMS, PEAKS, RATES
 from d2o_dist.slots.arena import Arena
 from d2o_dist.slots.shares import count_held
-from d2o_dist.slots.slots import D2OState, Slots, stats_dtype
+from d2o_dist.slots.slots import D2OState, Slots, join_values, part_values, stats_dtype
 
 # Columns of a matrix product have the same last bits in any width that is a multiple of it.
 _MULTIPLE = 16
@@ -105,7 +105,9 @@ class ArenaEvictions:
         if not self.config.merge.merges:
             state = count_dropped(valid, heads, state)
         else:
-            evicted = self.exchange.everywhere(self._take(where, groups), victim)
+            latent = self.arena.codec.latent
+            evicted = self.exchange.everywhere(join_values(self._take(where, groups), latent), victim)
+            evicted = part_values(evicted, latent)
             similarity, target = self._nearest(tables, evicted, victim, tail, due)
             found = slots.positions[target]
             similarity, takes = self.exchange.nearest(similarity, found, victim.mine.view(groups, heads, -1))
@@ -232,9 +234,10 @@ class ArenaEvictions:
             values=sums(evicted.values),
         )
         where = target.masked_fill(~leads, self.arena.num_slots)
-        kept = apply_merge(self._take(where.flatten(0, 1), groups), added, rule)
-        flat = where.flatten()
-        for name in ("values", "keys") if rule.averages_keys else ("values",):
+        latent = self.arena.codec.latent
+        kept = join_values(apply_merge(self._take(where.flatten(0, 1), groups), added, rule), latent)
+        flat, vectors = where.flatten(), ("values", "keys") if rule.averages_keys else ("values",)
+        for name in vectors if latent is None else ("keys",):
             getattr(storage, name)[flat] = self.arena.codec.encode(getattr(kept, name)).flatten(0, 2)
         for name in ("rates", "log_mass") if rule.keeps_mass else ():
             getattr(storage, name)[flat] = getattr(kept, name).flatten(0, 2)

@@ -23,7 +23,7 @@ from d2o_dist.layout.forward import DealtChunk
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.shares import Shares
-from d2o_dist.slots.slots import Slots, last_of
+from d2o_dist.slots.slots import Slots, join_values, last_of
 from d2o_dist.slots.step import BlockStep, Held
 from d2o_dist.slots.store import GROWTH, SlotStore
 from d2o_dist.statistics.last_queries import LastQueries
@@ -104,6 +104,7 @@ class SequenceLayout:
                 tokens=[placement.tokens(row, rank) for rank in range(deal.world)],
                 segments=placement.segments(row, deal),
                 rank=deal.rank,
+                latent=self.store.latent,
             )
             part, lse, sums = attend(
                 self.ranks.sp, queries, view, softmax, with_sums=reading.sums is not None, sample=config.query_sample
@@ -114,7 +115,8 @@ class SequenceLayout:
 
     def _rings(self, k: Tensor, v: Tensor, width: int) -> bool:
         """Whether keys and values travel around rather than being gathered; a cache moved from heads has no ring."""
-        gathered = self.ranks.sp.size * width * (k.shape[3] + v.shape[3]) * k.element_size()
+        size = k.shape[3] + (v.shape[3] if self.store.latent is None else 0)
+        gathered = self.ranks.sp.size * width * size * k.element_size()
         too_long = self.ranks.may_ring and gathered > RING_FROM_BYTES
         return too_long or self.ranks.parallel.sp_prefill == "ring"
 
@@ -174,7 +176,7 @@ class SequenceLayout:
         Args:
             num_seen: tokens seen by each row, which are one prompt; most: M, newest slots of which positions are known.
         """
-        sp, slots, kv_len = self.ranks.sp, source.slots, list(source.kv_len)
+        sp, slots, kv_len = self.ranks.sp, join_values(source.slots, source.latent), list(source.kv_len)
         width = -(-slots.positions.shape[-1] // sp.size)
         batch, dim = slots.keys.shape[0], slots.keys.shape[3]
 

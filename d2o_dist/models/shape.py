@@ -19,8 +19,11 @@ class ModelShape:
 
     Attributes:
         windows: per layer with attention None (full attention) or its sliding window. Other layers are not counted.
-        num_heads, num_kv_heads: query heads and KV heads of a layer of the whole model; head_dim: of each, the largest.
+        num_heads, num_kv_heads: query heads and KV heads of a layer of the whole model; head_dim: of each key, the
+            largest.
         other_heads: the same two of layers with windows that have others.
+        latent: elements of a key, the first ones, that are its value too (latent attention, whose one KV head is the
+            latent and the rotated part of the key); None: values are stored apart.
         kv_replicas: tensor ranks that hold a copy of each KV head, where there are fewer heads than ranks.
         vocab_size: ids it has embeddings for; max_positions: tokens it has positions for. None: not known.
         border: tokens beyond which it turns a whole text otherwise (`longrope`); None: none.
@@ -33,6 +36,7 @@ class ModelShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    latent: int | None = None
     kv_replicas: int = 1
     vocab_size: int | None = None
     max_positions: int | None = None

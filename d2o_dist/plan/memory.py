@@ -162,7 +162,7 @@ def slots_of_layers(model: ModelSize, d2o: D2OConfig, tokens: int) -> list[int |
 
 def _slot_bytes(model: ModelSize, dtype: torch.dtype) -> int:
     """Of a slot of one KV head: key and value, position, three statistics."""
-    return 2 * model.head_dim * dtype.itemsize + _POSITION_BYTES + 3 * stats_dtype(dtype).itemsize
+    return model.pair * dtype.itemsize + _POSITION_BYTES + 3 * stats_dtype(dtype).itemsize
 
 
 def _window_bytes(model: ModelSize, tokens: int, slot: int) -> int:
@@ -223,12 +223,17 @@ def _forward_bytes(
     always = n * (4 * model.hidden + 2 * dim) * item
     # Queries, keys and values before and after rotation, and what attention gives.
     attention = n * (3 * share.query_heads + 3 * share.kv_heads) * dim * item
+    if model.latent is not None:
+        # Queries, keys and values of all heads as the model makes them; queries over latents, and their parts; what
+        # attention gives, of latents and of values.
+        key, value = model.config.qk_nope_head_dim + model.config.qk_rope_head_dim, model.config.v_head_dim
+        attention = n * share.query_heads * (3 * key + 3 * value + 2 * dim + model.latent) * item
     if share.sp > 1 and share.reads_by_heads:
         attention += 2 * n * (share.query_heads + 2 * share.kv_heads) * dim * item  # packed, and arrived
     elif share.parallel.sp_prefill == "ring":
-        attention += 2 * -(-tokens // share.sp) * share.kv_heads * 2 * dim * item  # a block that comes, one that goes
+        attention += 2 * -(-tokens // share.sp) * share.kv_heads * model.pair * item  # one that comes, one that goes
     elif share.sp > 1:
-        attention += 3 * tokens * 2 * dim * item  # a head as gathered and in order, and the next on its way
+        attention += 3 * tokens * model.pair * item  # a head as gathered and in order, and the next on its way
         attention += 3 * share.query_heads * tokens * stat if d2o.needs_column_sums else 0
     mlp = 3 * n * model.mlp // share.tp * item
     # A token's copy for each of its experts, what it gives back, and the three tensors of the MLP between.

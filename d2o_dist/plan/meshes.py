@@ -10,7 +10,7 @@ import torch
 from d2o_dist.comm.shard import Contiguous
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.layout.sequence import RING_FROM_BYTES
-from d2o_dist.models.hf.tensor_parallel import check_separate_projections, kv_replicas
+from d2o_dist.models.hf.tensor_parallel import check_engine, check_separate_projections, kv_replicas
 from d2o_dist.plan.model_size import ModelSize
 from d2o_dist.policy.config import D2OConfig
 
@@ -69,6 +69,7 @@ def share_of(model: ModelSize, d2o: D2OConfig, parallel: ParallelConfig) -> Shar
     if parallel.tp > 1:
         copies = kv_replicas(model.config, parallel.tp)
         check_separate_projections(model.config)
+        check_engine(model.config, parallel.tp_engine)
     kv_heads = model.num_kv_heads * copies // parallel.tp
     settled = parallel.resolve(kv_heads)
     settled.check_rules(d2o)
@@ -79,7 +80,7 @@ def share_of(model: ModelSize, d2o: D2OConfig, parallel: ParallelConfig) -> Shar
 
 def rings(share: Share, model: ModelSize, width: int, dtype: torch.dtype, *, is_auto: bool) -> Share:
     """The same, with `ring` where `auto` would find one gathered head of `width` tokens a rank too long."""
-    gathered = share.sp * width * 2 * model.head_dim * dtype.itemsize
+    gathered = share.sp * width * model.pair * dtype.itemsize
     if is_auto and share.parallel.sp_prefill == "allgather" and gathered > RING_FROM_BYTES:
         return replace(share, parallel=replace(share.parallel, sp_prefill="ring"))
     return share

@@ -20,7 +20,7 @@ from d2o_dist.models.loading import megatron_library
 
 _TABLE = Path(__file__).with_name("models.yaml")
 # In the names of parameters of layers that no engine cuts: norms, and what chooses the experts.
-_WHOLE = ("norm", ".mlp.gate.", ".shared_expert_gate.")
+_WHOLE = ("norm", ".mlp.gate.", ".shared_expert_gate.", ".q_a_proj.", ".kv_a_proj_with_mqa.")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class ModelSize:
         windows: per layer None (full attention) or its sliding window.
         hidden, mlp, vocab: widths of the hidden states, of the MLP that all tokens go through (0: there is none) and of
             the logits.
-        num_heads, num_kv_heads, head_dim: of each layer.
+        num_heads, num_kv_heads, head_dim: of each layer; head_dim: of keys, and of values but with latent attention.
+        latent: elements of a key that are its value too (latent attention); None: values are as keys, and apart.
         matrices: parameters of all layers' matrices and their biases, without those of keys and values.
         kv_matrices: those of keys and values.
         embeddings: of the embedding and the output head; once where they are one.
@@ -55,10 +56,21 @@ class ModelSize:
     embeddings: int
     others: int
     max_positions: int | None
+    latent: int | None = None
     experts: int = 0
     num_experts: int = 0
     experts_per_token: int = 0
     expert_mlp: int = 0
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of a value."""
+        return self.head_dim if self.latent is None else self.latent
+
+    @property
+    def pair(self) -> int:
+        """Elements of a key and its value, as a slot holds them and as they travel."""
+        return self.head_dim + (self.head_dim if self.latent is None else 0)
 
     @property
     def num_layers(self) -> int:
@@ -130,7 +142,7 @@ def size_of(config: Any) -> ModelSize:
     experts = {}
     if count["experts"]:
         fields = {
-            "num_experts": getattr(config, "num_experts", None),
+            "num_experts": getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None),
             "experts_per_token": getattr(config, "num_experts_per_tok", None),
         }
         if None in fields.values():
@@ -149,6 +161,7 @@ def size_of(config: Any) -> ModelSize:
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        latent=shape.latent,
         max_positions=shape.max_positions,
         **count,
         **experts,

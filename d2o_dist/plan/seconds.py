@@ -113,7 +113,7 @@ def attention_flops(traffic: PlannedTraffic) -> float:
     seen = sum(
         tokens * tokens / 2 if window is None else tokens * min(window, tokens / 2) for window in model.windows
     )
-    passes = 2.0
+    passes = 1 + model.value_dim / model.head_dim
     if d2o.needs_column_sums:
         sample = d2o.query_sample
         passes += 1 if sample is None else 1 / sample.stride

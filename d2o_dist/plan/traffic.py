@@ -80,7 +80,8 @@ class PlannedTraffic:
             each = self.batch * share.queries_here * dim * self.dtype.itemsize
             yield self._gather("decode", "sp", self.model.num_layers, each)
         elif share.sp > 1:
-            yield self._gather("decode", "sp", self._full, self.batch * share.query_heads * (dim + 1) * self._stat)
+            each = self.batch * share.query_heads * (self.model.value_dim + 1) * self._stat
+            yield self._gather("decode", "sp", self._full, each)
         if share.copies > 1 and (self.d2o.needs_column_sums or self.d2o.needs_rates or self.d2o.needs_reread):
             rooms = [self.tokens if one is None else one + (self.d2o.eviction_interval or 0) for one in self._slots]
             rooms = rooms if share.holds_by_heads else [self._width(room) for room in rooms]
@@ -111,7 +112,7 @@ class PlannedTraffic:
                 yield self._from_first_copy("evict", 1, heads * offered * (numbers + 1) * 8)
             found = 3  # beside reports: similarity, target, and whether it lies here
             if merge.merges and share.parallel.merge_scope == "global":
-                both = 2 * self.model.head_dim * self.dtype.itemsize
+                both = self.model.pair * self.dtype.itemsize
                 yield self._all_reduce("evict", 1, heads * layers * gone * both)
                 if stat == 4:
                     yield self._all_reduce("evict", 1, heads * layers * gone * 8)
@@ -146,14 +147,14 @@ class PlannedTraffic:
                 sent = self.batch * n * dim * item * heads * (sp - 1) / sp
                 yield Sent(phase, "sp", "all_to_all", 2 * self.model.num_layers, self.model.num_layers * sent)
             elif here.parallel.sp_prefill == "ring":
-                block = self.batch * share.kv_heads * width * dim * item
+                block = self.batch * share.kv_heads * width * item
                 sums = self.batch * share.query_heads * width * self._stat
-                calls, sent = sp - 1, 2 * block * (sp - 1)
+                calls, sent = sp - 1, self.model.pair * block * (sp - 1)
                 if self.d2o.needs_column_sums:
-                    calls, sent = calls + 2 * sp - 1, sent + block * (sp - 1) + sums * sp
+                    calls, sent = calls + 2 * sp - 1, sent + dim * block * (sp - 1) + sums * sp
                 yield Sent(phase, "sp", "ring_shift", self._full * calls, self._full * sent)
             else:
-                one_head = self.batch * width * 2 * dim * item
+                one_head = self.batch * width * self.model.pair * item
                 yield self._gather(phase, "sp", self._full * share.kv_heads, one_head)
                 if self.d2o.needs_column_sums:
                     sent = self.batch * share.query_heads * width * self._stat * (sp - 1)
@@ -214,7 +215,7 @@ class PlannedTraffic:
 
     def _spread(self, num_due: int) -> Iterator[Sent]:
         """From all slots of some heads to some slots of all heads."""
-        share, phase, pair = self.share, "finalize", 2 * self.model.head_dim * self.dtype.itemsize
+        share, phase, pair = self.share, "finalize", self.model.pair * self.dtype.itemsize
         each = self.batch * share.kv_here * (share.sp - 1) * (pair + 3 * self._stat + 8)
         held = sum(self._width(self.tokens if one is None else min(one, self.tokens)) for one in self._slots)
         yield Sent(phase, "sp", "all_to_all", 3 * self._full, each * held)
@@ -237,7 +238,7 @@ class PlannedTraffic:
         if not gone:
             return
         sp, (heavy, newest) = share.sp, self.d2o.split(kept)
-        moved = newest * (1 - 1 / sp) / sp * (2 * dim * self.dtype.itemsize + 3 * stat)
+        moved = newest * (1 - 1 / sp) / sp * (self.model.pair * self.dtype.itemsize + 3 * stat)
         yield Sent(phase, "sp", "all_to_all", 2, heads * moved)
         yield Sent(phase, "sp", "broadcast", 1, (sp - 1) / sp * heads * sp * width)
         if share.copies > 1:
@@ -250,7 +251,7 @@ class PlannedTraffic:
             width = self._report_width(gone) + (2 * gone if share.copies > 1 else 0)
             yield self._gather(phase, "tp", 1, heads * width * stat)
             if is_global:
-                sums = 2 + dim * (2 if self.d2o.merge.averages_keys else 1)
+                sums = 2 + self.model.value_dim + (dim if self.d2o.merge.averages_keys else 0)
                 yield Sent(phase, "sp", "all_to_all", 1, heads * (self._width(heavy) + newest) * (sp - 1) * sums * stat)
 
     # ---- parts -------------------------------------------------------------------------------------------------------

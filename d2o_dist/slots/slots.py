@@ -78,6 +78,24 @@ class Slots:
         return self.take(order, self.live.gather(2, order))
 
 
+def join_values(slots: Slots, latent: int | None) -> Slots:
+    """Slots as they are stored: with `latent` the value has no tensor of its own, but is the first elements of the key.
+
+    What became of it in a merge becomes of both. Slots that are so stored already stay as they are.
+    """
+    if latent is None:
+        return slots
+    keys, values = slots.keys, slots.values
+    if values.shape[-1] and values.data_ptr() != keys.data_ptr():
+        keys = torch.cat([values, keys[..., latent:]], -1)
+    return slots.replace(keys=keys, values=keys.new_empty(*keys.shape[:-1], 0))
+
+
+def part_values(slots: Slots, latent: int | None) -> Slots:
+    """The inverse of `join_values`: with `latent` the value is a view of the key."""
+    return slots if latent is None else slots.replace(values=slots.keys[..., :latent])
+
+
 def unused_slots(
     batch: int, heads: int, capacity: int, keys: Tensor, values: Tensor, dtype: torch.dtype | None = None, *,
     is_empty: bool = False,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.rows import Rows
-from d2o_dist.slots.slots import Slots, stats_dtype, unused_slots
+from d2o_dist.slots.slots import Slots, join_values, part_values, stats_dtype, unused_slots
 
 # Slots added at once when a layer that is never evicted outgrows its buffer while decoding.
 GROWTH = 256
@@ -28,10 +28,12 @@ class SlotStore:
         codec: how keys and values are stored in the arena that the buffers are a block of, in which slots are a set;
             None: they lie in no arena, and as they are.
         expected: slots of the fullest row when the running prompt is read, if that is known; else 0.
+        latent: elements of a key, the first ones, that are its value too, which then has no buffer; None: none are.
     """
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, latent: int | None = None) -> None:
         self.kv_len: list[int] = [0] * batch
+        self.latent = latent
         self._buffers: Slots | None = None
         self.codec: Codec | None = None
         self.expected = 0
@@ -39,16 +41,17 @@ class SlotStore:
         self._room: list[int] = []
 
     @classmethod
-    def of(cls, slots: Slots, kv_len: list[int]) -> SlotStore:
+    def of(cls, slots: Slots, kv_len: list[int], latent: int | None = None) -> SlotStore:
         """A store of these slots, in order of position; their tensors become its buffers, without a copy."""
-        store = cls(len(kv_len))
-        store._buffers, store.kv_len = slots, list(kv_len)
+        store = cls(len(kv_len), latent)
+        store._buffers, store.kv_len = join_values(slots, latent), list(kv_len)
         return store
 
     def hold(self, slots: Slots, kv_len: Sequence[int]) -> None:
         """Hold these slots instead; their tensors become the buffers, without a copy where nothing else is held with
         them."""
-        self._buffers, self.kv_len, self.codec = slots.map(_alone), list(kv_len), None
+        self._buffers = join_values(slots, self.latent).map(_alone)
+        self.kv_len, self.codec = list(kv_len), None
         self.expected = 0
 
     @property
@@ -70,7 +73,7 @@ class SlotStore:
         if self._buffers is None:
             return None
         both = (self._buffers.keys, self._buffers.values)
-        return sum(one.shape[-1] for one in both) if self.codec is None else sum(self.codec.head_dims)
+        return sum(one.shape[-1] for one in both) if self.codec is None else self.codec.token_size
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -99,7 +102,10 @@ class SlotStore:
         """
         if self._buffers is None:
             return None
-        held = self._buffers if self.codec is None else self.codec.decode_slots(self._buffers.in_order())
+        if self.codec is None:
+            held = part_values(self._buffers, self.latent)
+        else:
+            held = self.codec.decode_slots(self._buffers.in_order())
         width = max(self.kv_len)
         return held.map(lambda tensor: tensor[:, :, :width])
 
@@ -111,8 +117,9 @@ class SlotStore:
     @property
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, in use or not, [B, Hkv, C, D], as attention takes them."""
-        both = self._buffers.keys, self._buffers.values
-        return both if self.codec is None else (self.codec.decode(both[0]), self.codec.decode(both[1]))
+        buffers = self._buffers
+        held = part_values(buffers, self.latent) if self.codec is None else self.codec.decode_slots(buffers)
+        return held.keys, held.values
 
     @property
     def num_allocated_bytes(self) -> int:
@@ -126,11 +133,11 @@ class SlotStore:
     def view(self, width: int) -> Slots:
         """Views of the first `width` slots, [B, Hkv, width, ...], in use or not; there must be room for them."""
         assert width <= self.capacity
-        return self._buffers.map(lambda tensor: tensor[:, :, :width])
+        return part_values(self._buffers, self.latent).map(lambda tensor: tensor[:, :, :width])
 
     def append(self, keys: Tensor, values: Tensor, rows: Rows, num_seen: list[int]) -> None:
         """Add each row's tokens [B, Hkv, rows.length, D]; the first gets position `num_seen[row]`, score 0."""
-        start = list(self.kv_len)
+        start, values = list(self.kv_len), self._apart(values)
         self.kv_len = [old + new for old, new in zip(start, rows.counts, strict=True)]
         room = max(max(self.kv_len), self.expected)
         if self._buffers is None and rows.index is None and room == rows.length:
@@ -166,7 +173,7 @@ class SlotStore:
         rows, of_head = torch.arange(batch, device=slot.device)[:, None], torch.arange(heads, device=slot.device)
         position = position.expand(batch, heads)
         where = (rows, of_head, slot.clamp_max(self.capacity - 1) if masked else slot)
-        new = {"keys": keys[:, :, 0], "values": values[:, :, 0]}
+        new = {"keys": keys[:, :, 0]} | ({"values": values[:, :, 0]} if self.latent is None else {})
         if self.codec is None:
             new["positions"] = position
         else:
@@ -181,6 +188,10 @@ class SlotStore:
     def advance(self, counts: list[int]) -> None:
         """Count tokens that were `put`."""
         self.kv_len = [old + new for old, new in zip(self.kv_len, counts, strict=True)]
+
+    def _apart(self, values: Tensor) -> Tensor:
+        """Of values what is stored beside their keys."""
+        return values if self.latent is None else values[..., :0]
 
     def _adopt(self, keys: Tensor, values: Tensor, num_seen: list[int]) -> None:
         """Take the first tokens as the buffers themselves, without a copy where nothing else is held with them."""
@@ -210,6 +221,7 @@ class SlotStore:
 
         Slots that are views of the buffers lie where they belong.
         """
+        slots = join_values(slots, self.latent)
         batch, heads, width, _ = slots.keys.shape
         if capacity is not None:
             self._buffers = unused_slots(batch, heads, max(capacity, width), slots.keys, slots.values)
@@ -244,7 +256,7 @@ class SlotStore:
     def leave(self) -> None:
         """Hold the slots in buffers of their own, in order."""
         if self.codec is not None:
-            self._buffers, self.codec = self.slots, None
+            self._buffers, self.codec = join_values(self.slots, self.latent), None
 
     def join(self, other: SlotStore) -> None:
         """Hold the rows of another store too, after those that are here. Slots of an arena are its own to join."""

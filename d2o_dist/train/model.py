@@ -38,6 +38,8 @@ def check_trainable(model_config: Any, config: TrainConfig) -> None:
             f"{text.model_type} has layers that keep a state (linear attention, Mamba, convolutions), which is not "
             "supported in training"
         )
+    if shape.latent is not None:
+        raise ValueError(f"{text.model_type} has latent attention, which is not supported in training")
     for name in _AFTER_HEAD:
         if getattr(text, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{text.model_type}: {name} ({getattr(text, name)}) is not supported in training")

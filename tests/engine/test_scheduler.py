@@ -140,8 +140,9 @@ def assert_like(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("family", "preset", "dtype"),
     [("llama", preset, torch.float32) for preset in PRESETS]
-    + [("mistral_sliding", "d2o", torch.float32), ("llama", "d2o", torch.bfloat16), ("llama", "paper", torch.float64)],
-)
+    + [("mistral_sliding", "d2o", torch.float32), ("llama", "d2o", torch.bfloat16), ("llama", "paper", torch.float64),
+       ("deepseek", "d2o", torch.float32)],
+)  # fmt: skip
 def test_logits_are_those_of_the_row_alone_to_the_last_bit(family, preset, dtype):
     """Whenever a row comes, whatever the others hold, and whichever its place is."""
     model, seen = tiny_model(family).to(dtype), []

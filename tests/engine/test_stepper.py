@@ -111,7 +111,7 @@ def test_replays_are_the_steps_of_python(family, preset, batch):
         assert gone == heads * (4 * sum(plain.cache.compressed.num_seen) - held), "evictions took place"
 
 
-@pytest.mark.parametrize("family", ["mistral_sliding", "gemma3", "phi3", "llama_mha", "qwen2"])
+@pytest.mark.parametrize("family", ["mistral_sliding", "gemma3", "phi3", "llama_mha", "qwen2", "deepseek"])
 def test_other_models(family, monkeypatch):
     """Windows that move, packed projections, biases; a window's buffers grow to their size first."""
     monkeypatch.setattr(d2o_dist.cache.window.WindowLayer, "SLACK", 9)

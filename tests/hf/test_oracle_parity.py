@@ -75,6 +75,9 @@ RUNS = [
 # Soft caps; sinks, whose share is in all statistics; values shorter than keys.
 RUNS += [pytest.param(family, 71, 22, case, id=f"{case}-{family}")
          for family in ("gemma2", "gpt_oss", "mimo") for case in ("d2o", "paper_minmax", "strided_mass")]  # fmt: skip
+# Latents: merged by mass, with and without their keys, and by the published code.
+RUNS += [pytest.param("deepseek", 71, 22, case, id=f"{case}-deepseek")
+         for case in ("d2o", "paper", "values", "released")]  # fmt: skip
 TURNS = ["d2o", "paper_minmax", "mass", "reach", "snapkv", "tokens", "mixed", "joint", "strided", "strided_mass",
          "strided_only"]  # fmt: skip
 
@@ -115,7 +118,8 @@ def test_equals_the_oracle_after_prefill_and_decode(family, length, steps, case)
 
 @pytest.mark.parametrize(
     ("family", "case"),
-    [*(("llama", case) for case in TURNS), ("gemma2", "mixed"), ("gpt_oss", "mixed"), ("mimo", "paper_minmax")],
+    [*(("llama", case) for case in TURNS), ("gemma2", "mixed"), ("gpt_oss", "mixed"), ("mimo", "paper_minmax"),
+     ("deepseek", "mixed")],
 )
 def test_equals_the_oracle_over_a_chunked_prompt_and_a_later_turn(family, case):
     model = use_float64_norms(tiny_model(family, seed=3))

@@ -9,9 +9,7 @@ from d2o_dist import D2OCache, D2OConfig
 from tests.models import tiny_model
 
 CAUSES = {
-    "deepseek_v3": r"latent attention \(kv_lora_rank 512\)",
-    "minicpm3": "latent attention",
-    "deepseek_v32": "sparse attention",
+    "deepseek_v32": r"sparse attention \(index_topk 2048\)",
     "glm_moe_dsa": "sparse attention",
     "mamba": r"no attention layers that its configuration tells of \(num_attention_heads\)",
     "xlstm": "no attention layers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -29,6 +30,9 @@ class OracleCache(OracleSampling):
         protected = protected_set(config, num_layers)
         self.protected = {unit for unit, (layer, _) in enumerate(self.units) if layer in protected}
         self.reread_done = self.has_sinks = False
+        # Latent attention: elements of a key that are the value too, and what a layer's slots are expanded to.
+        self.latent: int | None = None
+        self.expand: Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
         self.slots: list[list[list[Slot]]] = [[[] for _ in range(num_kv_heads)] for _ in range(num_layers)]
         self.thresholds: list[float | None] = [None] * len(self.units)
         self.budgets: list[tuple[int, int]] | None = None  # (N_l, M_l) of each unit
@@ -68,7 +72,10 @@ class OracleCache(OracleSampling):
             values = torch.stack([s.value for s in slots])
             log_mass = torch.tensor([s.log_mass for s in slots], dtype=torch.float64)
             later = torch.tensor([s.position for s in slots]) > torch.tensor(positions)[:, None]
+            of_heads = None if self.expand is None else self.expand(layer, keys)
             for h in self._group(head):
+                if of_heads is not None:
+                    keys, values = of_heads[0][h], of_heads[1][h]
                 p = softmax.probabilities(h, queries[h] @ keys.T, log_mass, later)
                 outputs.append(p @ values)
                 probabilities.append(p)
@@ -328,6 +335,8 @@ class OracleCache(OracleSampling):
                     if mine:
                         sources = [evicted[head][i] for i in mine]
                         merge_into(config, target, sources, [similarity[head][i] for i in mine])
+                        if self.latent is not None:  # "a slot has one latent: the merged value is in its key too"
+                            target.key = torch.cat([target.value, target.key[self.latent :]])
         self.evictions.append(
             Eviction(
                 layer=layer,

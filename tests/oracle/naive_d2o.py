@@ -49,8 +49,8 @@ def use_float64_norms(model: torch.nn.Module) -> torch.nn.Module:
 class OracleSession:
     """One sequence going through a Llama-type model: `feed` tokens in any order of prompts, chunks and decode steps.
 
-    It may have sinks and experts (gpt-oss), soft caps and norms behind its parts (Gemma 2), or values of another dim
-    than keys (MiMo).
+    It may have sinks and experts (gpt-oss), soft caps and norms behind its parts (Gemma 2), values of another dim than
+    keys (MiMo), or latents (DeepSeek).
     """
 
     def __init__(self, model: torch.nn.Module, config: OracleConfig) -> None:
@@ -58,10 +58,16 @@ class OracleSession:
             model = copy.deepcopy(model).double()
         self.model, self.decoder = model.eval(), model.model
         first = self.decoder.layers[0].self_attn
-        self.head_dim = first.head_dim
-        num_heads = first.q_proj.out_features // self.head_dim
-        self.num_kv_heads = first.k_proj.out_features // self.head_dim
+        self.is_latent = hasattr(first, "kv_b_proj")
+        if self.is_latent:
+            num_heads, self.num_kv_heads = first.num_heads, 1
+        else:
+            self.head_dim = first.head_dim
+            num_heads = first.q_proj.out_features // self.head_dim
+            self.num_kv_heads = first.k_proj.out_features // self.head_dim
         self.cache = OracleCache(config, len(self.decoder.layers), num_heads, self.num_kv_heads)
+        if self.is_latent:
+            self.cache.latent, self.cache.expand = first.kv_lora_rank, self._expand
         self.apply_rotary = importlib.import_module(type(self.decoder).__module__).apply_rotary_pos_emb
         for layer in self.decoder.layers:
             if getattr(layer.self_attn, "sliding_window", None) is not None:
@@ -92,11 +98,14 @@ class OracleSession:
         for index, layer in enumerate(self.decoder.layers):
             attention = layer.self_attn
             normed = layer.input_layernorm(hidden)
-            queries = self._heads(attention.q_proj(normed), getattr(attention, "q_norm", None))
-            keys = self._heads(attention.k_proj(normed), getattr(attention, "k_norm", None))
-            values = attention.v_proj(normed).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
-            values = values * getattr(attention, "v_scale", 1)
-            queries, keys = self.apply_rotary(queries, keys, cos, sin)
+            if self.is_latent:
+                queries, keys, values = self._latent(attention, normed, cos, sin)
+            else:
+                queries = self._heads(attention.q_proj(normed), getattr(attention, "q_norm", None))
+                keys = self._heads(attention.k_proj(normed), getattr(attention, "k_norm", None))
+                values = attention.v_proj(normed).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+                values = values * getattr(attention, "v_scale", 1)
+                queries, keys = self.apply_rotary(queries, keys, cos, sin)
             step = cache.decode_step if decoding else cache.reread_chunk if again else cache.prefill_chunk
             softmax = OracleSoftmax(
                 attention.scaling, getattr(attention, "attn_logit_softcapping", None), getattr(attention, "sinks", None)
@@ -119,6 +128,28 @@ class OracleSession:
             return hidden + (added[0] if isinstance(added, tuple) else added)  # experts say too how they were chosen
         hidden = hidden + layer.post_attention_layernorm(mixed)
         return hidden + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
+
+    def _latent(self, attention: torch.nn.Module, normed: torch.Tensor, cos, sin) -> tuple[torch.Tensor, ...]:
+        """Latent attention (DeepSeek): a token's key is its latent c and one rotated part that all heads share, its
+        value is c."""
+        queries = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(normed)))
+        queries = queries.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        latent, rotated = attention.kv_a_proj_with_mqa(normed).unsqueeze(1).split(
+            [attention.kv_lora_rank, attention.qk_rope_head_dim], -1
+        )
+        latent = attention.kv_a_layernorm(latent)
+        plain, turned = queries.split([attention.qk_nope_head_dim, attention.qk_rope_head_dim], -1)
+        module = importlib.import_module(type(self.decoder).__module__)
+        turned, rotated = module.apply_rotary_pos_emb_interleave(turned, rotated, cos, sin)
+        return torch.cat([plain, turned], -1), torch.cat([latent, rotated], -1), latent
+
+    def _expand(self, layer: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots [S, r + R] -> keys [Hq, S, d + R] and values [Hq, S, D]: "k_h = [W_h c; rotated], v_h = V_h c"."""
+        attention = self.decoder.layers[layer].self_attn
+        latent, rotated = keys.split([attention.kv_lora_rank, attention.qk_rope_head_dim], -1)
+        both = attention.kv_b_proj(latent).unflatten(-1, (attention.num_heads, -1)).transpose(0, 1)
+        plain, values = both.split([attention.qk_nope_head_dim, attention.v_head_dim], -1)
+        return torch.cat([plain, rotated.expand(len(plain), -1, -1)], -1), values
 
     def _heads(self, x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
         x = x.view(1, x.shape[1], -1, self.head_dim)

@@ -29,6 +29,7 @@ ALONE = [
     Case("lean", d2o={"keep_ratio": None, "keep_tokens": 100}),
     Case("lean", "gemma3"),
     Case("d2o", "mistral_sliding", length=400),
+    Case("lean", "deepseek"),
     Case("lean", d2o={"budget": {"protected_layers": (0, -1), "min_layer_ratio": 0.01}, "keep_ratio": 0.7}),
 ]
 RANKS = [
@@ -42,6 +43,7 @@ RANKS = [
     Case("d2o", model={**FOUR, "num_attention_heads": 8}, parallel=ParallelConfig(sp=3)),
     Case("d2o", "qwen2", parallel=ParallelConfig(tp=2, **TP)),
     Case("lean", "qwen2", model={"num_key_value_heads": 1}, parallel=ParallelConfig(tp=2, **TP)),
+    Case("lean", "deepseek", parallel=ParallelConfig(tp=2, **TP)),
     pytest.param(Case("lean", "qwen2", parallel=ParallelConfig(tp=2)), marks=pytest.mark.slow),
 ]
 

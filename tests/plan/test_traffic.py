@@ -22,6 +22,8 @@ CASES = [
     Case("h2o", steps=STEPS, parallel=ParallelConfig(sp=2, **GATHER)),
     Case("reread", steps=STEPS, d2o={"score": {"chunk": 128}}, parallel=ParallelConfig(sp=2)),
     Case("lean", steps=STEPS, parallel=ParallelConfig(sp=2, merge_scope="local", **GATHER)),
+    Case("lean", "deepseek", steps=STEPS, parallel=ParallelConfig(sp=2, **GATHER)),
+    Case("d2o", "deepseek", steps=STEPS, parallel=ParallelConfig(sp=2, sp_prefill="ring")),
     Case("d2o", "qwen2", steps=STEPS, parallel=ParallelConfig(tp=2, **TP)),
     Case("d2o", "qwen2", steps=STEPS, model={"num_key_value_heads": 1}, parallel=ParallelConfig(tp=2, **TP)),
 ]

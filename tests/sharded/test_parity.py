@@ -173,6 +173,14 @@ def test_soft_caps_sinks_and_short_values_of_tensor_ranks(family):
     check(one, ParallelConfig(tp=2, tp_engine="transformers"))
 
 
+@pytest.mark.parametrize("ranks", [{"sp": 2, "sp_prefill": "allgather"}, {"sp": 2, "sp_prefill": "ring"}, {"tp": 2}],
+                         ids=str)  # fmt: skip
+def test_latents(ranks):
+    """One KV head: its slots are spread over sequence ranks, and every tensor rank has them."""
+    one = Play(family="deepseek", lengths=(61, 40), turn=(20, 31), **_SUMS_AND_RATES)
+    check(one, ParallelConfig(**ranks, tp_engine="transformers", check_replicas=True))
+
+
 def test_heads_that_the_ranks_do_not_divide():
     """3 KV heads on 2 ranks: 2 and 1."""
     model = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}

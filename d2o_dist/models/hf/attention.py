@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from d2o_dist.attention.dense import dense_attention
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.models.hf.guards import ATTENTION_NAME, check_arguments
+from d2o_dist.models.hf.latent import Expansion
 from d2o_dist.models.hf.masks import LazyMask, make_mask
 from d2o_dist.models.hf.packed import by_document, document_lengths, lengths_of
 
@@ -52,11 +53,12 @@ def d2o_attention(
             "d2o attention makes no attention weights (output_attentions): load the model with "
             'attn_implementation="eager" to see them'
         )
-    cache = getattr(key, CACHE_TAG, None)
+    cache = cache_of(key, attention_mask)
     if cache is None:
         check_arguments(kwargs, (*_OF_SDPA, *_IN_THE_MASK, *_OF_SOFTMAX), "d2o attention")
         return exact_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs), None
-    cache.check_pending(key)
+    latents = cache.latents
+    cache.check_pending(key if latents is None else latents)
     check_arguments(kwargs, ("is_causal", *_OF_SOFTMAX), "a D2OCache")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         raise ValueError("a D2OCache does not carry gradients: run the model under torch.no_grad()")
@@ -72,9 +74,28 @@ def d2o_attention(
         # Positions are added in float32 there, so that queries and keys are no longer what values are.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        latents = None if latents is None else latents.to(dtype)
+    expansion = None
+    if latents is not None:
+        parts = latents.tensor_split([cache.shape.latent], -1)
+        expansion = Expansion.of(module, *parts)
+        query, key, value = expansion.absorbed(query), latents, parts[0]
     out = cache.attend(module, query, key, value, softmax, padding, kwargs.get("position_ids"), blocks)
+    out = out if expansion is None else expansion.expanded(out)
     # Some models take a view of it.
     return out.transpose(1, 2).contiguous(), None
+
+
+def cache_of(key: Tensor, mask: Tensor | None) -> Any:
+    """The `D2OCache` that the keys are of; None: there is none.
+
+    Keys carry it. Those that a model has made of latents cannot: the mask of the forward was made for its cache, which
+    knows whether latents were announced.
+    """
+    cache = getattr(key, CACHE_TAG, None)
+    if cache is None and isinstance(mask, LazyMask) and getattr(mask.cache, "latents", None) is not None:
+        return mask.cache
+    return cache
 
 
 def softmax_of(query: Tensor, scaling: float | None, kwargs: dict[str, Any], rank: int = 0) -> Softmax:

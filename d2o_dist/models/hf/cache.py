@@ -117,6 +117,8 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
         self._is_true = not is_let_go_of(config)
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._pending: int | None = None
+        # Of latent attention, what was announced: [B, 1, n, D], the latent and the rotated part of the key.
+        self.latents: Tensor | None = None
         self._is_checked = False
         self._filled_with: dict[str, Any] | None = None
 
@@ -130,6 +132,8 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Announce a layer's new keys and values; the attention function stores them, once it knows the padding.
+
+        Of latent attention they are the latent and the rotated part of the key, which the model then expands.
 
         Raises:
             ValueError: attention is not `d2o`, or the model is not the one this cache was filled by.
@@ -146,10 +150,21 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
                 f"{len(self._numbers)} have attention"
             )
         # A graph of torch.compile would be made anew whenever what is held has another shape: asked outside of it.
-        self._is_checked = not torch.compiler.is_compiling()
+        self._is_checked, latent = not torch.compiler.is_compiling(), self.shape.latent
+        if latent is not None:
+            if (key_states.shape[1], key_states.shape[3]) != (1, latent):
+                raise ValueError(
+                    f"layer {layer_idx} brings {key_states.shape[1]} keys of {key_states.shape[3]}, not one latent of "
+                    f"{latent} (kv_lora_rank): a D2OCache serves latent attention that caches latents"
+                )
+            self.latents = torch.cat([key_states, value_states], -1)
         if self._is_checked:
-            self._check_shape(key_states, layer_idx)
+            self._check_shape(key_states if latent is None else self.latents, layer_idx)
+            if latent is not None and self._numbers[layer_idx] == 0 and not self.compressed.in_forward:
+                self.check_begun()
         self._pending = self._numbers[layer_idx]
+        if latent is not None:  # no tag outlives what the model makes of them: the mask leads to this cache
+            return key_states, value_states
         # An alias, so that the tag is not left on the model's own tensor.
         tagged = key_states.view_as(key_states)
         setattr(tagged, CACHE_TAG, self)
@@ -204,10 +219,10 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
             mask: 2D, of all columns; positions: the position ids of the new ones. None says nothing.
             blocks: see `CompressedCache.attend`.
         """
-        layer, self._pending = self._pending, None
+        layer, self._pending, self.latents = self._pending, None, None
         if layer is None:
             raise ValueError("d2o attention met keys of this cache that were not announced by update()")
-        if layer == 0:
+        if layer == 0 and self.states and self.shape.latent is None:
             self.check_begun()
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
@@ -216,7 +231,7 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
 
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded, not run, and broken off."""
-        self._pending = None
+        self._pending = self.latents = None
         super().abandon_step()
 
     # ---- called by whoever runs the model ------------------------------------------------------------------------
@@ -274,7 +289,7 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
         """Forget everything but the configuration."""
         super().reset()
         self._modules.clear()
-        self._pending = self._filled_with = None
+        self._pending = self.latents = self._filled_with = None
 
     def ended_rows(self, eos_token_id: int | Sequence[int], pad_token_id: int) -> EndedRows:
         """For `generate(..., stopping_criteria=[cache.ended_rows(eos, pad)])` of a batch that goes on to a next turn.

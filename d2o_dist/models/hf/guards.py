@@ -32,6 +32,11 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
+def latent_dim(config: Any) -> int | None:
+    """Elements of the latent that a decoder with latent attention caches of a token; None: it has no such attention."""
+    return getattr(config, "kv_lora_rank", None)
+
+
 def layer_types(config: Any) -> list[str]:
     """Per layer of a decoder its type, as transformers names it.
 

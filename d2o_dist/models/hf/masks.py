@@ -89,19 +89,20 @@ class LazyMask(Tensor):
     Attributes:
         padding: 2D [B, T] bool, False marks padding; None: no padding.
         pattern: of a mask that is made causal, or both ways in blocks; None: of another.
+        cache: that the forward was given, if it has a method `begin_forward`; else None.
         may_be_changed: whether it was written to, or a view of it was taken, through which it may have been.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, arguments: dict[str, Any], made: dict[str, Tensor]) -> LazyMask:
+    def __new__(cls, arguments: dict[str, Any], made: dict[str, Tensor], cache: Any = None) -> LazyMask:
         """arguments: what a mask function of transformers is called with; made: masks there are, by their attention."""
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         dtype, device = arguments.get("dtype", torch.float32), arguments.get("device", "cpu")
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         mask.padding = arguments.get("attention_mask")
-        mask.pattern = read_pattern(arguments["mask_function"])
+        mask.pattern, mask.cache = read_pattern(arguments["mask_function"]), cache
         mask.may_be_changed, mask._arguments, mask._made = False, arguments, made
         return mask
 
@@ -192,4 +193,4 @@ def make_mask(**arguments: Any) -> Tensor | None:
             f"the cache hands out {keys} keys, but only {seen} tokens were seen: caches of static size are not "
             "supported by d2o attention; use D2OCache or DynamicCache"
         )
-    return LazyMask(arguments, made)
+    return LazyMask(arguments, made, cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2o_dist.models.hf.guards import layer_types, layer_windows, rope_types, state_counts, text_config
+from d2o_dist.models.hf.guards import latent_dim, layer_types, layer_windows, rope_types, state_counts, text_config
 from d2o_dist.models.hf.per_layer import of_each_layer, of_layers
 from d2o_dist.models.hf.rope import rope_border
 from d2o_dist.models.hf.supported import ATTENTION, INSTEAD, WINDOWED
@@ -19,13 +19,15 @@ HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 def layer_heads(config: Any) -> list[tuple[int, int]]:
     """(query heads, KV heads) of the whole model, each once: first of layers with full attention, then of others.
 
-    Models without KV heads in their configuration have one for each query head.
+    Models without KV heads in their configuration have one for each query head, latent attention has one.
 
     Raises:
         ValueError: layers with full attention that differ in these.
     """
     config = text_config(config)
     _check_alike(config)
+    if latent_dim(config) is not None:
+        return [(config.num_attention_heads, 1)]
     each = zip(of_each_layer(config, "num_attention_heads"), of_each_layer(config, "num_key_value_heads"), strict=True)
     counts = [(heads, kv_heads or heads) for heads, kv_heads in each]
     layers = [(kind in WINDOWED, heads) for kind, heads in zip(layer_types(config), counts, strict=True)
@@ -58,7 +60,8 @@ def shape_of(model_config: Any) -> ModelShape:
         num_heads=heads,
         num_kv_heads=kv_heads,
         other_heads=tuple(others),
-        head_dim=max(dim or config.hidden_size // heads for dim in of_layers(config, "head_dim")),
+        head_dim=_head_dim(config, heads),
+        latent=latent_dim(config),
         kv_replicas=getattr(config, KV_REPLICAS, 1),
         vocab_size=getattr(config, "vocab_size", None),
         max_positions=getattr(config, "max_position_embeddings", None),
@@ -68,3 +71,10 @@ def shape_of(model_config: Any) -> ModelShape:
         source=getattr(model_config, "name_or_path", None) or None,
         revision=getattr(model_config, "_commit_hash", None),
     )
+
+
+def _head_dim(config: Any, heads: int) -> int:
+    """Of a key, the largest; of latent attention all that is cached."""
+    if (latent := latent_dim(config)) is not None:
+        return latent + config.qk_rope_head_dim
+    return max(dim or config.hidden_size // heads for dim in of_layers(config, "head_dim"))

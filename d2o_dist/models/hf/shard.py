@@ -9,7 +9,7 @@ import torch
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.models.hf.deepspeed import check_installed, shard_with_deepspeed
-from d2o_dist.models.hf.guards import text_config
+from d2o_dist.models.hf.guards import latent_dim, text_config
 from d2o_dist.models.hf.shape import KV_REPLICAS, layer_heads
 from d2o_dist.models.hf.tensor_parallel import (
     check_engine,
@@ -57,11 +57,12 @@ def shard_model(model: Any, mesh: ParallelMesh, parallel: ParallelConfig, device
         return model.to(device)
     replicas = mark_replicas(model.config, parallel)
     config, (_, kv_heads) = text_config(model.config), layer_heads(model.config)[0]
-    if replicas > 1:
+    are_copied = replicas > 1 and latent_dim(config) is None
+    if are_copied:
         repeat_kv_heads(model, replicas)
     engine = shard_with_deepspeed if parallel.tp_engine == "deepspeed" else shard_with_transformers
     try:
         return engine(model, mesh, device)
     finally:
-        if replicas > 1:
+        if are_copied:
             config.num_key_value_heads = kv_heads

@@ -52,10 +52,10 @@ class StatefulCache(ModelCache):
             ValueError: another batch size than the cache has; padding after a row's tokens; a chunk after others, of a
                 model that does not resume.
         """
+        self._begun, seen = True, self.compressed.num_seen
         if not self.states or self._reads_again or self.compressed.step_announced:
             return
         self.states.put_back()
-        self._begun, seen = True, self.compressed.num_seen
         self.check_batch(batch)
         if length == 1 and self.compressed.num_seen_columns:
             padded = set() if mask is None else set((~mask[:, -1]).nonzero().flatten().tolist())
@@ -74,10 +74,10 @@ class StatefulCache(ModelCache):
 
     def check_begun(self) -> None:
         """Refuse a forward that `begin_forward` was not told of: the model makes its masks itself, or was given one."""
-        if self.states and not (self._begun or self._reads_again or self.compressed.step_announced):
+        if not (self._begun or self._reads_again or self.compressed.step_announced):
             raise ValueError(
                 "the model's masks are not made by transformers, so that rows with padding are not known before layers "
-                "that keep a state: leave the attention mask 2D"
+                "that keep a state, nor the cache where latents are expanded: leave the attention mask 2D"
             )
         self._begun = False
 

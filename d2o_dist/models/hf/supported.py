@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,6 @@ _BY_FIELD = {
     "add_cross_attention": "cross attention",
     "cross_attention_layers": "cross attention",
     "index_topk": "sparse attention",
-    "kv_lora_rank": "latent attention",
     "num_kv_shared_layers": "layers that share keys and values",
 }
 # What types of layers say.
@@ -100,8 +100,17 @@ def _cause(config: Any, *, has_prefix: bool) -> str | None:
     if not set(ATTENTION) & set(types):
         return f"no layer with attention ({len(types)} layers)"
     known = MODEL_MAPPING.get(type(config), None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    for model in known if isinstance(known, (tuple, list)) else [known]:
+    known = known if isinstance(known, (tuple, list)) else [known]
+    if (latent := getattr(config, "kv_lora_rank", None)) and not any(map(_caches_latents, known)):
+        return f"latent attention (kv_lora_rank {latent}) whose modules do not cache the latent"
+    for model in known:
         uses_interface = getattr(model, "_can_set_attn_implementation", None)
         if uses_interface is not None and not uses_interface():
             return f"attention beside transformers' attention interface ({model.__name__})"
     return None
+
+
+def _caches_latents(model: Any) -> bool:
+    """Whether attention of this class of model caches latents, and expands them itself (transformers 5.23)."""
+    module = vars(sys.modules.get(getattr(model, "__module__", ""), object))
+    return any(hasattr(one, "expand_kv") for one in module.values() if isinstance(one, type))

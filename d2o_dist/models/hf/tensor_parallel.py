@@ -2,11 +2,13 @@
 
 The engines cut the projections of a layer into runs of whole heads: rank r of n holds query heads r Hq/n .. (r+1) Hq/n
 and KV heads r Hkv/n .. (r+1) Hkv/n. Where there are fewer KV heads than ranks, each is first repeated n / Hkv times in
-place, so that the same cut gives rank r a copy of head r // (n / Hkv): the one its query heads belong to.
+place, so that the same cut gives rank r a copy of head r // (n / Hkv): the one its query heads belong to. Latent
+attention has one KV head, the latent, which every rank computes: what queries and output make of it is cut.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +19,13 @@ from transformers import PreTrainedModel
 
 from d2o_dist.comm.adapters import to_device_mesh
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.models.hf.guards import state_counts, text_config
+from d2o_dist.models.hf.guards import latent_dim, state_counts, text_config
 from d2o_dist.models.hf.quantised import quant_method
 from d2o_dist.models.hf.shape import layer_heads
 
 _HEAD_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+# Of latent attention, what transformers' plans say where they say it; those of many types leave attention whole.
+_OF_LATENTS = {"q_proj": "colwise", "q_b_proj": "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
 
 
 def kv_replicas(config: Any, tp: int) -> int:
@@ -68,6 +72,13 @@ def check_separate_projections(config: Any) -> None:
         ValueError: the model has no plan of its own, or one that does not give each rank its own heads.
     """
     config = text_config(config)
+    if latent_dim(config) is not None:
+        if any(state_counts(config)):
+            raise ValueError(
+                f"tp cannot cut {config.model_type}: its layers of linear attention have projections of the same names "
+                f"as those of latent attention: use {_other_axis(config)} instead"
+            )
+        return
     plan = getattr(config, "base_model_tp_plan", None) or {}
     found = {name.rsplit(".", 1)[-1]: style for name, style in plan.items() if ".self_attn." in name}
     wrong = [name for name in _HEAD_PROJECTIONS if found.get(name) != "colwise"]
@@ -80,11 +91,17 @@ def check_separate_projections(config: Any) -> None:
 
 
 def check_engine(config: Any, engine: str) -> None:
-    """Refuse an engine that does not know layers that keep a state: DeepSpeed cuts whatever looks like a projection.
+    """Refuse an engine that does not know layers that keep a state, or latents: DeepSpeed cuts whatever looks like a
+    projection.
 
     Raises:
         ValueError: names the engine that does.
     """
+    if engine == "deepspeed" and latent_dim(text_config(config)) is not None:
+        raise ValueError(
+            "tp_engine (deepspeed) was never tried with latent attention, of which some projections must stay whole: "
+            "use tp_engine transformers"
+        )
     if engine == "deepspeed" and any(state_counts(text_config(config))):
         raise ValueError(
             "tp_engine (deepspeed) cannot cut layers that keep a state (linear attention, Mamba, convolutions): use "
@@ -152,12 +169,22 @@ def shard_with_transformers(model: Any, mesh: ParallelMesh, device: torch.device
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-    settings = DistributedConfig(tp_size=mesh.tp, tp_plan="auto")
+    settings = DistributedConfig(tp_size=mesh.tp, tp_plan=_latent_plan(model) or "auto")
     plan, _, _ = model._resolve_parallel_plans(settings)
     model._tp_size = mesh.tp
     with _untied(model):
         model = apply_tensor_parallelism(model, to_device_mesh(mesh, "tp", device.type), plan)
     return model.to(device)
+
+
+def _latent_plan(model: nn.Module) -> dict[str, str]:
+    """What is added to the model's own plan: how projections of latent attention are cut by heads, by their names in
+    the model, with a * for the number of the layer."""
+    return {
+        re.sub(r"\.\d+(?=\.)", ".*", f"{name}.{part}"): style
+        for name, module in model.named_modules() if hasattr(module, "expand_kv")
+        for part, style in _OF_LATENTS.items() if isinstance(getattr(module, part, None), nn.Linear)
+    }  # fmt: skip
 
 
 @contextmanager
