@@ -14,6 +14,8 @@ from transformers import (
     GptOssForCausalLM,
     GraniteSWAConfig,
     GraniteSWAForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MiMoV2FlashConfig,
@@ -92,6 +94,16 @@ OTHERS = {
     "granite_swa": (GraniteSWAConfig, GraniteSWAForCausalLM, {"layer_types": _FULL}),
 }  # fmt: skip
 
+# Layers that attend in chunks, and others without rope, whose queries grow with the text: `tests/hf/test_chunked.py`.
+CHUNKED = {
+    "llama4": (
+        Llama4TextConfig,
+        Llama4ForCausalLM,
+        {"head_dim": 16, "intermediate_size_mlp": 96, "moe_layers": [],
+         "attention_chunk_size": 24, "no_rope_layers": [1, 0, 1, 0], "floor_scale": 7, "attn_scale": 0.5},
+    ),
+}  # fmt: skip
+
 
 def windowed(family: str) -> dict[str, Any]:
     """Overrides of `tiny_model`: every other layer of the family has a window."""
@@ -101,7 +113,7 @@ def windowed(family: str) -> dict[str, Any]:
 
 def tiny_model(family: str = "llama", *, attention: str = "d2o", seed: int = 0, **overrides) -> PreTrainedModel:
     """A random model of `family` in float64, in evaluation mode. The same seed gives the same weights."""
-    config_class, model_class, extra = {**FAMILIES, **OTHERS}[family]
+    config_class, model_class, extra = {**FAMILIES, **OTHERS, **CHUNKED}[family]
     torch.manual_seed(seed)
     values = {**_COMMON, **extra, **overrides}
     for name in ("layer_types", "mlp_layer_types"):

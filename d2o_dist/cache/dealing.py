@@ -18,10 +18,12 @@ from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
 from d2o_dist.layout.forward import Chunk, DealtChunk, SecondReading
 from d2o_dist.layout.heads import HeadLayout
+from d2o_dist.layout.places import Places, in_deal
 from d2o_dist.layout.sequence import SequenceLayout
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.store import SlotStore
+from d2o_dist.slots.windows import Window
 
 
 class Dealing:
@@ -46,8 +48,8 @@ class Dealing:
         """Whether a chunk was dealt whose forward has not begun."""
         return bool(self._announced)
 
-    def make_layer(self, config: D2OConfig, window: int | None, batch: int) -> Layer | WindowLayer:
-        """An empty layer of `batch` rows, with a sliding window or (None) compressed."""
+    def make_layer(self, config: D2OConfig, window: Window | None, batch: int) -> Layer | WindowLayer:
+        """An empty layer of `batch` rows, with a window or (None) compressed."""
         if window is None:
             return Layer(HeadBlock(config, self.layout(self.ranks, SlotStore(batch))))
         return WindowLayer(batch, window, self.ranks)
@@ -103,16 +105,17 @@ class Dealing:
         self._placement = None
 
     def forward(
-        self, deal: Deal | None, rows: Rows, num_seen: list[int], *, rereads: bool
+        self, deal: Deal | None, rows: Rows, num_seen: list[int], places: Places, *, rereads: bool
     ) -> Chunk | DealtChunk | SecondReading:
-        """Of a chunk whose tokens here are `rows`; num_seen: tokens of each row before it."""
-        exchange = None
+        """Of a chunk whose tokens here are `rows`; num_seen: tokens of each row before it; places: of its queries, if
+        it was not dealt."""
+        exchange, places = None, places if deal is None else in_deal(deal, num_seen)
         if deal is not None and self.ranks.deals_tokens:
             if self.layout.is_spread:
                 self._placement = self._placement.with_chunk(deal)
-                return DealtChunk(deal, self._placement, rows, num_seen)
+                return DealtChunk(deal, self._placement, rows, num_seen, places)
             rows, exchange = Rows.first(deal.counts), HeadExchange(self.ranks, deal)
-        return SecondReading(rows, exchange) if rereads else Chunk(rows, num_seen, exchange)
+        return SecondReading(rows, exchange, places) if rereads else Chunk(rows, num_seen, places, exchange)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Rows in this order, repeated where repeated."""

@@ -10,20 +10,13 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from d2o_dist.cache import misuse
 from d2o_dist.cache.columns import Columns
 from d2o_dist.cache.compress import Compression
 from d2o_dist.cache.dealing import Dealing
 from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layer import Layer
-from d2o_dist.cache.misuse import (
-    check_blocks,
-    check_finalize,
-    check_first_prefill,
-    check_joinable,
-    check_rows,
-    check_step,
-)
 from d2o_dist.cache.plans import RowBudgets, check_gathered, on_full_layers
 from d2o_dist.cache.tiles import Tiles
 from d2o_dist.cache.window import WindowLayer
@@ -31,11 +24,13 @@ from d2o_dist.comm.deal import Deal
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import Forward, SecondReading, Step
+from d2o_dist.layout.places import Tune, in_columns, in_rows
 from d2o_dist.layout.sequence import SequenceLayout
 from d2o_dist.policy.budget import check_total
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.step import DecodeStep
+from d2o_dist.slots.windows import Window
 
 
 class CompressedCache:
@@ -43,7 +38,7 @@ class CompressedCache:
 
     Args:
         config: how to compress.
-        windows: per layer of the model None (full attention, compressed) or its sliding window (kept as it is).
+        windows: per layer of the model None (full attention, compressed) or its window (kept as it is).
         ranks: those that share the request; this process alone by default.
 
     Attributes:
@@ -61,7 +56,7 @@ class CompressedCache:
         ValueError: protected layers or minima that exceed the total; a rule that ranks cannot share.
     """
 
-    def __init__(self, config: D2OConfig, windows: list[int | None], ranks: RequestRanks | None = None) -> None:
+    def __init__(self, config: D2OConfig, windows: list[Window | None], ranks: RequestRanks | None = None) -> None:
         self.config = config
         self.ranks = RequestRanks.alone() if ranks is None else ranks
         self.windows = list(windows)
@@ -79,7 +74,8 @@ class CompressedCache:
         self.num_reread: list[int] = []
         self.reread_chunk: int | None = None
         self._expected = 0
-        self._rereading = False
+        # Whether places are those of rows, not columns: rows are then to be what they are alone.
+        self._in_rows = self._rereading = False
         self.columns = Columns(0)
         self.phase = "prefill"
         self.plans: list[RowBudgets] | None = None
@@ -104,7 +100,7 @@ class CompressedCache:
         Raises:
             ValueError: the first prefill is over or has not begun, or did not gather what `config` needs.
         """
-        check_first_prefill(self, "only a cache in its first prefill can change its configuration")
+        misuse.check_first_prefill(self, "only a cache in its first prefill can change its configuration")
         check_gathered(config, self.config, reread_chunk=self.reread_chunk)
         compressed = on_full_layers(config, self.windows)
         check_total(compressed.budget, config.size, len(self.full_layers))
@@ -145,6 +141,7 @@ class CompressedCache:
         if is_layerwise:
             self.config.check_reading("layerwise")
         self._expected, self._tiles = expected, Tiles(num_tiles, is_layerwise=is_layerwise)
+        self._in_rows = True
 
     def deal(self, mask: Tensor, *, more: bool = False) -> Deal:
         """Announce the next forward: a chunk, of which mask [B, n] has zeros in padding, spread over sequence ranks.
@@ -166,7 +163,7 @@ class CompressedCache:
     @in_own_mode
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, mask: Tensor | None,
-        positions: Tensor | None = None, blocks: Tensor | None = None,
+        positions: Tensor | None = None, blocks: Tensor | None = None, tune: Tune | None = None,
     ) -> Tensor:  # fmt: skip
         """Append a chunk to one layer and attend from it. Layers come in order, 0 first.
 
@@ -176,6 +173,7 @@ class CompressedCache:
             positions: [1 or B, n] position ids, to see that they go on where the text ended. Of a chunk that was dealt,
                 and of a step that was announced, neither is read.
             blocks: [B, n] int64 on the host: tokens of one number attend to each other both ways; -1, None: to none.
+            tune: what makes the queries, of what they are and where; None: they are made.
 
         Returns:
             [B, Hq, n, D] in the dtype of q; zeros at padding.
@@ -185,8 +183,10 @@ class CompressedCache:
         """
         forward = self._tiles.take(layer, lambda: self._begin(k, mask, positions))
         if blocks is not None:
-            check_blocks(self, forward)
+            misuse.check_blocks(self, forward)
             forward = forward.with_blocks(blocks)
+        if tune is not None:
+            q = tune(q, forward.places(q.device))
         with self.ranks.counter.phase(self.phase):
             out = forward.attend(layer, self.layers[layer], q, k, v, softmax)
         if layer == 0 and self._tiles.counts_at_once:
@@ -222,7 +222,8 @@ class CompressedCache:
             if not self.step_announced:
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
             to_heads = self.ranks.deals_tokens and not self.dealing.layout.is_spread
-            return Step(self._decoding.begin(self.is_steady), self.ranks if to_heads else None)
+            places = self._decoding.places if self.step_announced else in_columns(self.num_seen_columns, 1)
+            return Step(self._decoding.begin(self.is_steady), self.ranks if to_heads else None, places)
         if self.step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
         if not self._rereading:
@@ -232,7 +233,8 @@ class CompressedCache:
                 self._expected = 0
             self._decoding, self.phase = None, "prefill"
             self._tiles.is_layerwise |= self.reads_layerwise
-        return self.dealing.forward(deal, rows, self.num_seen, rereads=self._rereading)
+        places = in_rows(rows, self.num_seen) if self._in_rows else in_columns(self.num_seen_columns, length)
+        return self.dealing.forward(deal, rows, self.num_seen, places, rereads=self._rereading)
 
     def _end_layer(self, layer: int) -> None:
         """After the last tile of a layer: compress it, if that is to be; after the last layer count the tokens, and
@@ -265,9 +267,7 @@ class CompressedCache:
     def _compress(self) -> Compression:
         full = {index: self.layers[index] for index in self.full_layers}
         heads, config = self.kv_heads((*self.full_layers, 0)[0]), self.config
-        return Compression(
-            full, self.plans, config, self._compressed_config, self.num_seen, heads, self.ranks
-        )
+        return Compression(full, self.plans, config, self._compressed_config, self.num_seen, heads, self.ranks)
 
     # ---- one decode step -----------------------------------------------------------------------------------------
 
@@ -284,7 +284,7 @@ class CompressedCache:
         Raises:
             ValueError: see `check_step`.
         """
-        check_step(self, present)
+        misuse.check_step(self, present)
         step = self._open_step(present)
         self.step_announced, self._last_positions = True, None
         return step
@@ -321,7 +321,7 @@ class CompressedCache:
         Raises:
             ValueError: the first prefill is over or has not begun; the prompt was not read by heads (`sp_prefill`).
         """
-        check_first_prefill(self, "a prompt is read a second time after the first and before it is compressed")
+        misuse.check_first_prefill(self, "a prompt is read a second time after the first and before it is compressed")
         if self.dealing.layout.is_spread:
             raise ValueError(
                 f"sp_prefill ({self.ranks.parallel.sp_prefill}) must be ulysses to read a prompt a second time with sp "
@@ -341,7 +341,7 @@ class CompressedCache:
         """End the prefill: set the budgets and evict every layer to its own. A second call does nothing."""
         if self.phase == "decode" and not self.in_forward:
             return
-        check_finalize(self)
+        misuse.check_finalize(self)
         with self.ranks.counter.phase("finalize"):
             layerwise, self._compression = self._compression, None
             self.plans = self._compress().at_once() if layerwise is None else layerwise.end()
@@ -366,7 +366,7 @@ class CompressedCache:
             ValueError: see `check_joinable`.
         """
         for other in others:
-            check_joinable(self, other)
+            misuse.check_joinable(self, other)
         for other in others:
             for mine, theirs in zip(self.layers, other.layers, strict=True):
                 mine.join(theirs)
@@ -382,7 +382,7 @@ class CompressedCache:
         host = index.tolist()
         if not self.layers:
             return
-        check_rows(host, len(self.num_seen))
+        misuse.check_rows(host, len(self.num_seen))
         for layer in self.layers:
             layer.select_rows(index)
         if self._decoding is not None:

@@ -42,6 +42,7 @@ from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.shares import Shares
 from d2o_dist.slots.slots import D2OState, Slots
 from d2o_dist.slots.store import SlotStore
+from d2o_dist.slots.windows import Chunked
 from d2o_dist.statistics.column_sums import ColumnSums
 from d2o_dist.statistics.last_queries import LastQueries
 from d2o_dist.statistics.peaks import Peaks
@@ -50,8 +51,8 @@ from d2o_dist.statistics.reading import Reading
 _CLASSES = {
     kind.__name__: kind
     for kind in (
-        Arena, ArenaEvictions, Block, ByHeads, BySequence, Codec, ColumnSums, Columns, Contiguous, D2OState, Deal,
-        Dealing, Decoding, HeadBlock, HeadElsewhere, HeadLayout, LastQueries, Layer, Peaks, Placement, Reading,
+        Arena, ArenaEvictions, Block, ByHeads, BySequence, Chunked, Codec, ColumnSums, Columns, Contiguous, D2OState,
+        Deal, Dealing, Decoding, HeadBlock, HeadElsewhere, HeadLayout, LastQueries, Layer, Peaks, Placement, Reading,
         RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, Softmax, Tiles, WindowLayer, Zigzag,
     )
 }  # fmt: skip

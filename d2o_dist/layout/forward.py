@@ -16,12 +16,19 @@ from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
+from d2o_dist.layout.places import Places
 from d2o_dist.slots.rows import Rows, is_uniform
 from d2o_dist.slots.step import BlockStep
 
 
 class Forward(Protocol):
-    """What a forward of any kind can do."""
+    """What a forward of any kind can do.
+
+    Attributes:
+        places: of its queries.
+    """
+
+    places: Places
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """Let layer `index` take q [B, Hq, n, D] and k, v [B, Hkv, n, D]; returns [B, Hq, n, D]."""
@@ -33,7 +40,7 @@ class Chunk:
 
     Attributes:
         rows: the tokens of the whole chunk.
-        num_seen: tokens of each row before it.
+        num_seen: tokens of each row before it; places: of its queries.
         exchange: takes tokens that are spread over ranks to where their heads are, and back; None: they lie here.
         blocks: per row the runs [first, stop) of its tokens in the chunk that attend to all of their run, also to later
             tokens of it (those of an image, say); None: there are none.
@@ -41,6 +48,7 @@ class Chunk:
 
     rows: Rows
     num_seen: list[int]
+    places: Places
     exchange: HeadExchange | None = None
     blocks: list[list[tuple[int, int]]] | None = None
 
@@ -84,13 +92,14 @@ class DealtChunk:
     Attributes:
         deal: of this chunk; placement: of all tokens since the prefill began, this chunk included.
         rows: the tokens among the columns of this rank's part.
-        num_seen: tokens of each row before it.
+        num_seen: tokens of each row before it; places: of the queries here.
     """
 
     deal: Deal
     placement: Placement
     rows: Rows
     num_seen: list[int]
+    places: Places
 
     @property
     def counts(self) -> list[int]:
@@ -124,10 +133,12 @@ class SecondReading:
     Attributes:
         rows: the tokens of the whole chunk.
         exchange: takes them to where all tokens of some heads are, and back; None for a chunk that lies here.
+        places: of its queries.
     """
 
     rows: Rows
     exchange: HeadExchange | None
+    places: Places
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
@@ -144,10 +155,12 @@ class Step:
     Attributes:
         layers: by layer, the step of each block of it.
         to_heads: the ranks, if each takes its heads only of a token that all of them have; None otherwise.
+        places: of its queries.
     """
 
     layers: list[list[BlockStep]]
     to_heads: RequestRanks | None
+    places: Places
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""

@@ -8,6 +8,7 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.slots.windows import Window
 
 # How Hugging Face configurations call the border; messages say it, whatever library the model is from.
 BORDER = "original_max_position_embeddings"
@@ -18,7 +19,7 @@ class ModelShape:
     """What of a model the cache, the engine and the ranks need to know.
 
     Attributes:
-        windows: per layer with attention None (full attention) or its sliding window. Other layers are not counted.
+        windows: per layer with attention None (full attention) or its window. Other layers are not counted.
         num_heads, num_kv_heads: query heads and KV heads of a layer of the whole model; head_dim: of each.
         kv_replicas: tensor ranks that hold a copy of each KV head, where there are fewer heads than ranks.
         vocab_size: ids it has embeddings for; max_positions: tokens it has positions for. None: not known.
@@ -28,7 +29,7 @@ class ModelShape:
         source: folder or hub name that it was loaded from, and revision: the hub's commit; None: not known.
     """
 
-    windows: tuple[int | None, ...]
+    windows: tuple[Window | None, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int

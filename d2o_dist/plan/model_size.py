@@ -16,10 +16,11 @@ from d2o_dist.models.hf.loading import load_config
 from d2o_dist.models.hf.shape import num_kv_heads
 from d2o_dist.models.hf.supported import check_supported
 from d2o_dist.models.loading import megatron_library
+from d2o_dist.slots.windows import Window
 
 _TABLE = Path(__file__).with_name("models.yaml")
 # In the names of parameters of layers that no engine cuts: norms, and what chooses the experts.
-_WHOLE = ("norm", ".mlp.gate.", ".shared_expert_gate.")
+_WHOLE = ("norm", ".mlp.gate.", ".shared_expert_gate.", ".router.")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ModelSize:
 
     Attributes:
         config: of its decoder, as transformers has it.
-        windows: per layer None (full attention) or its sliding window.
+        windows: per layer None (full attention) or its window.
         hidden, mlp, vocab: widths of the hidden states, of the MLP that all tokens go through (0: there is none) and of
             the logits.
         num_heads, num_kv_heads, head_dim: of each layer.
@@ -42,7 +43,7 @@ class ModelSize:
     """
 
     config: Any
-    windows: tuple[int | None, ...]
+    windows: tuple[Window | None, ...]
     hidden: int
     mlp: int
     vocab: int
@@ -126,7 +127,7 @@ def size_of(config: Any) -> ModelSize:
     experts = {}
     if count["experts"]:
         fields = {
-            "num_experts": getattr(config, "num_experts", None),
+            "num_experts": getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None),
             "experts_per_token": getattr(config, "num_experts_per_tok", None),
         }
         if None in fields.values():
@@ -155,5 +156,7 @@ def _dense_width(config: Any, names: list[str]) -> int:
     """Of the MLP in layers without experts, or beside them, where a model with experts has one."""
     if any(".mlp.down_proj." in name for name in names):
         return config.intermediate_size
+    if any(".feed_forward.down_proj." in name for name in names):  # Llama 4's
+        return config.intermediate_size_mlp
     has_shared = any(".shared_expert" in name for name in names)
     return getattr(config, "shared_expert_intermediate_size", 0) if has_shared else 0

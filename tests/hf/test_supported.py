@@ -21,7 +21,6 @@ CAUSES = {
     "qwen4_exp": "sparse attention",
     "recurrent_gemma": "states outside its cache",
     "unlimited_ocr": "windows that keep the prompt .*'reference_sliding_attention'",
-    "llama4": "chunked attention .*'chunked_attention'",
     "gemma3n": "layers that share keys and values",
     "mllama": "cross attention",
     "xlnet": "a cache of its own kind",

@@ -173,6 +173,21 @@ def test_soft_caps_sinks_and_short_values_of_tensor_ranks(family):
     check(one, ParallelConfig(tp=2, tp_engine="transformers"))
 
 
+@pytest.mark.parametrize(
+    ("parallel", "reading"),
+    [
+        (ParallelConfig(sp=2, **LAYOUTS["moved"]), "whole"),
+        (ParallelConfig(sp=3, **LAYOUTS["ring"]), "layerwise"),
+        (ParallelConfig(tp=2, tp_engine="transformers"), "whole"),
+    ],
+    ids=["moved", "ring", "tensor"],
+)
+def test_chunked_attention(parallel, reading):
+    """Every rank holds the chunk; queries of other layers grow with the text, which no rank sees whole."""
+    one = Play(family="llama4", lengths=(61, 48), chunk=20, turn=(20, 31), steps=18, layers=4, reading=reading)
+    check(one, parallel)
+
+
 def test_heads_that_the_ranks_do_not_divide():
     """3 KV heads on 2 ranks: 2 and 1."""
     model = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}

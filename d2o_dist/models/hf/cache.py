@@ -28,6 +28,7 @@ from d2o_dist.models.hf.rope import is_let_go_of
 from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.models.hf.stateful import StatefulCache
 from d2o_dist.models.hf.supported import ATTENTION, check_supported, resumes
+from d2o_dist.models.hf.temperature import Nowhere, tuned, tuned_layers
 from d2o_dist.models.layer import LayerView
 from d2o_dist.policy.config import D2OConfig
 
@@ -114,6 +115,7 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
         self._numbers = {index: number for number, index in enumerate(attends)}
         views = dict(zip(attends, self.layers, strict=True))
         Cache.__init__(self, layers=[views.get(index, other) for index, other in enumerate(self.states.layers)])
+        self._tuned = tuned_layers(self.model_config)
         self._is_true = not is_let_go_of(config)
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._pending: int | None = None
@@ -212,7 +214,8 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
-        return self.attend_layer(layer, query, key, value, softmax, mask, positions, blocks)
+        tune = partial(tuned, module) if getattr(module, "layer_idx", None) in self._tuned else None
+        return self.attend_layer(layer, query, key, value, softmax, mask, positions, blocks, tune)
 
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded, not run, and broken off."""
@@ -234,8 +237,14 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
     # ---- what generate asks --------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen (columns of the batch), not slots held."""
+    def get_seq_length(self, layer_idx: int | None = None) -> int | Nowhere:
+        """Tokens seen (columns of the batch), not slots held. Layers that would tune their queries by it are told
+        nothing: see `attend`."""
+        return Nowhere() if layer_idx in self._tuned else self.compressed.num_seen_columns
+
+    @torch.compiler.disable
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Tokens seen (columns of the batch): masks derive from it."""
         return self.compressed.num_seen_columns
 
     @torch.compiler.disable

@@ -7,9 +7,10 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 
-from d2o_dist.models.hf.supported import ATTENTION, FULL, SLIDING, STATE, WINDOWED
+from d2o_dist.models.hf.supported import ATTENTION, CHUNKED, FULL, SLIDING, STATE, WINDOWED
+from d2o_dist.slots.windows import Chunked, Window
 
 MINIMUM = "5.17"
 ATTENTION_NAME = "d2o"
@@ -46,18 +47,31 @@ def layer_types(config: Any) -> list[str]:
     return list(types)
 
 
-def layer_windows(config: Any) -> list[int | None]:
-    """Per layer with attention None (full attention) or its sliding window; of a decoder that is supported.
+def layer_windows(config: Any) -> list[Window | None]:
+    """Per layer with attention None (full attention) or its window; of a decoder that is supported.
 
     Raises:
         ValueError: layers that are not as many as their types, or windows without a size.
     """
-    window = getattr(config, "sliding_window", None)
-    types = [kind for kind in layer_types(config) if kind in ATTENTION]
-    for kind in types:
-        if kind in WINDOWED and not window:
-            raise ValueError(f"{config.model_type}: layer_types has {kind}, but sliding_window is {window}")
-    return [window if kind in WINDOWED else None for kind in types]
+    return [_window(config, kind) for kind in layer_types(config) if kind in ATTENTION]
+
+
+def _window(config: Any, kind: str) -> Window | None:
+    """Of a layer of this type."""
+    if kind not in (CHUNKED, *WINDOWED):
+        return None
+    name = "attention_chunk_size" if kind == CHUNKED else "sliding_window"
+    size = getattr(config, name, None)
+    if not size:
+        raise ValueError(f"{config.model_type}: layer_types has {kind}, but {name} is {size}")
+    return Chunked(size) if kind == CHUNKED else size
+
+
+def chunks_of(module: nn.Module) -> Chunked | None:
+    """Those that an attention module of a decoder attends in; None: it does not, as far as its configuration tells."""
+    config, number = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    return _window(config, CHUNKED) if types and number is not None and types[number] == CHUNKED else None
 
 
 def state_counts(config: Any) -> list[int]:

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
+from d2o_dist.slots.windows import Chunked, Window
+
 # Functions of transformers whose masks are read here; of another version some may be missing, and are then not read.
 _PACKED = ("packed_sequence_mask_function", "remap_positions_for_packed_sequence")
 _SLIDING = ("sliding_window_overlay", "causal_mask_function")
+_CHUNKED = ("chunked_overlay", "causal_mask_function")
 _IN_BLOCKS, _IN_BLOCKS_AND_WINDOW = "blockwise_overlay", ("or_masks", "sliding_window_overlay")
 
 
@@ -25,13 +28,13 @@ class Pattern:
     """A causal mask.
 
     Attributes:
-        window: keys that a query sees, itself included; None: all before it.
+        window: keys that a query sees; chunks begin with the first token of a row. None: all before it.
         documents: [B, T] int64, the number of the document that each token of a packed row belongs to; None: one.
         blocks: [B, T] int64: tokens of one number, but -1, attend to each other both ways; None: never.
         cuts_blocks: whether the window holds inside blocks too.
     """
 
-    window: int | None = None
+    window: Window | None = None
     documents: Tensor | None = None
     blocks: Tensor | None = None
     cuts_blocks: bool = False
@@ -50,11 +53,15 @@ def read_pattern(mask_function: Callable[..., Any]) -> Pattern | None:
     if name == "or_masks":
         if inner is None or len(names) != 2 or names[1] != _IN_BLOCKS or inner.documents is not None:
             return None
+        if isinstance(inner.window, Chunked):
+            return None
         return replace(inner, blocks=parts[1][1]["block_sequence_ids"])
     if names == _IN_BLOCKS_AND_WINDOW and inner is not None and inner.window is None:
         return replace(inner, window=parts[1][1]["sliding_window"], cuts_blocks=True)
     if names == _SLIDING:
         return Pattern(window=parts[0][1]["sliding_window"])
+    if names == _CHUNKED:
+        return Pattern(window=Chunked(parts[0][1]["chunk_size"]))
     if names == _PACKED:
         inner = read_pattern(parts[1][1]["mask_function"])
         return None if inner is None else replace(inner, documents=parts[0][1]["packed_sequence_mask"])

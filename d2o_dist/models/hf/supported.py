@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-# Types of layers that attend, those with a window, those that keep a state of the text, and those that keep nothing.
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+# Types of layers that attend, those with a sliding window, those that keep a state of the text, and those that keep
+# nothing.
 WINDOWED = (SLIDING, "hybrid_sliding")
-ATTENTION = (FULL, "hybrid", *WINDOWED)
+ATTENTION = (FULL, "hybrid", CHUNKED, *WINDOWED)
 STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 NOTHING = ("moe", "mlp")
 _INSTEAD = "use transformers' own cache, and its attention \"sdpa\" or \"eager\""
@@ -26,7 +27,6 @@ _BY_FIELD = {
 # What types of layers say.
 _BY_LAYER = {
     "indexed_attention": "sparse attention",
-    "chunked_attention": "chunked attention",
     "reference_sliding_attention": "windows that keep the prompt",
 }
 # What configurations do not tell, by their type.
