@@ -39,6 +39,10 @@ MODEL_TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_
 KINDS = ("compressed", "refused", "no reference", "late", "failed", "wrong")
 LENGTH, PADDED, STEPS, LIMIT = 36, 9, 5, 60
 _MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}}
+# Layers with keys of their own, with and without a window, and as many that share them.
+_SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
+           "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": VOCABULARY}
+_SHARED_3N = {**_SHARED, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4}
 # Fields that a tiny model of the type needs.
 CHANGES: dict[str, dict[str, Any]] = {
     # A window is for all layers or for none.
@@ -50,6 +54,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    **{name: {"text_config": _SHARED} for name in ("gemma4", "gemma4_unified")},
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _SHARED),
+    "gemma3n": {"text_config": _SHARED_3N},
+    "gemma3n_text": _SHARED_3N,
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},

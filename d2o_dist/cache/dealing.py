@@ -12,6 +12,7 @@ from torch import Tensor
 from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.layer import Layer
+from d2o_dist.cache.order import Order
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
@@ -48,11 +49,20 @@ class Dealing:
         """Whether a chunk was dealt whose forward has not begun."""
         return bool(self._announced)
 
-    def make_layer(self, config: D2OConfig, window: Window | None, batch: int) -> Layer | WindowLayer:
-        """An empty layer of `batch` rows, with a window or (None) compressed."""
-        if window is None:
-            return Layer(HeadBlock(config, self.layout(self.ranks, SlotStore(batch))))
-        return WindowLayer(batch, window, self.ranks)
+    def make_layers(
+        self, config: D2OConfig, windows: Sequence[Window | None], order: Order, batch: int
+    ) -> list[Layer | WindowLayer]:
+        """Empty layers of `batch` rows, each with a window or (None) compressed."""
+        return [self._layer(config, one, batch, order.sharing(index)) for index, one in enumerate(windows)]
+
+    def _layer(
+        self, config: D2OConfig, window: Window | None, batch: int, sharing: tuple[int, int]
+    ) -> Layer | WindowLayer:
+        if window is not None:
+            return WindowLayer(batch, window, self.ranks, is_looked_at=sharing[0] > 1)
+        store = SlotStore(batch)
+        layout = self.layout(self.ranks, store) if sharing[0] == 1 else HeadLayout(self.ranks, store, sharing[0])
+        return Layer(HeadBlock(config, layout, sharing[1]))
 
     def num_kv_heads(self, held: int) -> int:
         """KV heads of a layer of the whole model, of which `held` are on this rank."""

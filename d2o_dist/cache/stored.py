@@ -20,6 +20,7 @@ from d2o_dist.cache.columns import Columns
 from d2o_dist.cache.dealing import Dealing
 from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.layer import HeadElsewhere, Layer
+from d2o_dist.cache.order import Order
 from d2o_dist.cache.plans import RowBudgets
 from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.cache.tiles import Tiles
@@ -52,8 +53,8 @@ _CLASSES = {
     kind.__name__: kind
     for kind in (
         Arena, ArenaEvictions, Block, ByHeads, BySequence, Chunked, Codec, ColumnSums, Columns, Contiguous, D2OState,
-        Deal, Dealing, Decoding, HeadBlock, HeadElsewhere, HeadLayout, LastQueries, Layer, Peaks, Placement, Reading,
-        RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, Softmax, Tiles, WindowLayer, Zigzag,
+        Deal, Dealing, Decoding, HeadBlock, HeadElsewhere, HeadLayout, LastQueries, Layer, Order, Peaks, Placement,
+        Reading, RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, Softmax, Tiles, WindowLayer, Zigzag,
     )
 }  # fmt: skip
 # Named, not stored: a layout's class, and a kernel.

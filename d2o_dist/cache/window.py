@@ -35,15 +35,16 @@ class WindowLayer:
         store: the slots; a few more than a query sees between trims. The first one of a row begins a chunk, if there
             are any.
         window: what a query sees; most: slots between trims.
+        is_looked_at: whether other layers attend to a chunk before it is trimmed (see `end_chunk`).
     """
 
     # Tokens that may pile up before the window is moved to the front of the buffers again.
     SLACK = 64
 
-    def __init__(self, batch: int, window: Window, ranks: RequestRanks) -> None:
+    def __init__(self, batch: int, window: Window, ranks: RequestRanks, *, is_looked_at: bool = False) -> None:
         self.store = SlotStore(batch)
         self.window, self.ranks = window, ranks
-        self.most = size_of(window) + self.SLACK
+        self.most, self.is_looked_at = size_of(window) + self.SLACK, is_looked_at
 
     kv_len = property(lambda self: self.store.kv_len, doc="Slots of each row, of each of its heads.")
     mean_kv_len = property(lambda self: self.store.kv_len, doc="The same: all heads hold as many.")
@@ -83,18 +84,36 @@ class WindowLayer:
 
             alike = is_uniform(start) and chunk.blocks is None
             out = over_rows(chunk.rows, q, attend, v.shape[3], alike=alike)
-        self._trim()
+        if not self.is_looked_at:
+            self._trim()
         return out
+
+    def look(self, q: Tensor, softmax: Softmax, chunk: Chunk, place: int) -> Tensor:
+        """Attend from queries of another layer to what is held; see `Forward.look`."""
+        slots, ends = self.store.slots, self.store.kv_len
+
+        def attend(rows: slice, queries: Tensor) -> Tensor:
+            row, skipped = rows.start, chunk.counts[rows.start] - queries.shape[2]
+            blocks = () if chunk.blocks is None else chunk.blocks[row]
+            return self._attend(queries, slots, rows, ends[row] - chunk.counts[row], softmax, blocks, skipped)
+
+        alike = is_uniform(ends) and is_uniform(chunk.counts) and chunk.blocks is None
+        return over_rows(chunk.rows.last(q.shape[2]), q, attend, slots.values.shape[3], alike=alike)
+
+    def end_chunk(self) -> None:
+        """All layers that look at a chunk have."""
+        self._trim()
 
     def _attend(
         self, q: Tensor, slots: Slots, rows: slice, first: int, softmax: Softmax,
-        blocks: Sequence[tuple[int, int]] = (),
+        blocks: Sequence[tuple[int, int]] = (), skipped: int = 0,
     ) -> Tensor:  # fmt: skip
-        """From the queries of slots [first, first + n) of a group of rows; blocks: see `Chunk`."""
-        here = slice(0, first + q.shape[2])
+        """From the queries of slots [first, first + n) of a group of rows, but the `skipped` first of them; blocks: see
+        `Chunk`."""
+        here = slice(0, first + skipped + q.shape[2])
         keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
         if not blocks:
-            return self._over_keys(q, keys, values, softmax, first)
+            return self._over_keys(q, keys, values, softmax, first + skipped)
         assert not isinstance(self.window, Chunked)
         key = torch.arange(here.stop, device=q.device)
         query = key[first:, None]
@@ -102,7 +121,7 @@ class WindowLayer:
         for start, stop in blocks:
             visible[start:stop, first + start : first + stop] = True
         visible &= key > query - self.window
-        return dense_attention(q, keys, values, visible, softmax)
+        return dense_attention(q, keys, values, visible[skipped:], softmax)
 
     def _over_keys(self, q: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, q_start: int) -> Tensor:
         outs, slides = [], None if isinstance(self.window, Chunked) else self.window
@@ -161,8 +180,12 @@ class WindowLayer:
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep) -> Tensor:
         """Store one token a row and attend over what it sees: [B, Hq, 1, D]. As `Layer.decode`."""
-        buffers, capacity = self.store.buffers, self.store.capacity
         self.store.put(k, v, step.slot, step.position)
+        return self.look_in_step(q, softmax, 0, step)
+
+    def look_in_step(self, q: Tensor, softmax: Softmax, place: int, step: BlockStep) -> Tensor:
+        """Attend from queries of a step whose tokens were stored, of this layer or another."""
+        buffers, capacity = self.store.buffers, self.store.capacity
         valid = step.live & (step.columns[:capacity] >= first_seen(self.window, step.stop - 1)[:, None])
         out = scored_decode(
             q[:, :, 0], buffers.keys, buffers.values, **softmax.logits, sinks=softmax.sinks,

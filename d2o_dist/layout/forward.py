@@ -33,6 +33,10 @@ class Forward(Protocol):
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """Let layer `index` take q [B, Hq, n, D] and k, v [B, Hkv, n, D]; returns [B, Hq, n, D]."""
 
+    def look(self, index: int, layer, q: Tensor, softmax: Softmax, place: int) -> Tensor:
+        """Let queries of another layer see what layer `index` has, which took the forward: [B, Hq, m, D], of its last m
+        columns. place: which of the layers that see it."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -69,13 +73,15 @@ class Chunk:
         columns = self.rows.index or [slice(None)] * self.rows.batch
         return replace(self, blocks=[_runs(row[here].tolist()) for row, here in zip(numbers, columns, strict=True)])
 
-    def pieces(self, row: int) -> list[tuple[int, int, bool]]:
-        """What a row's tokens in the chunk are cut into: (first, stop, whether they attend to all of their piece)."""
+    def pieces(self, row: int, start: int = 0) -> list[tuple[int, int, bool]]:
+        """What a row's tokens in the chunk are cut into, from the token `start` on: (first, stop, whether they attend
+        to all of their piece)."""
         pieces, at = [], 0
         for first, stop in self.blocks[row] if self.blocks is not None else ():
             pieces += [(at, first, False)] * (at < first) + [(first, stop, True)]
             at = stop
-        return pieces + [(at, self.rows.counts[row], False)] * (at < self.rows.counts[row])
+        pieces += [(at, self.rows.counts[row], False)] * (at < self.rows.counts[row])
+        return [(max(first, start), stop, both) for first, stop, both in pieces if stop > start]
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
@@ -83,6 +89,11 @@ class Chunk:
             return layer.prefill(q, k, v, softmax, self)
         mine = softmax.of_heads(self.exchange.my_heads)
         return self.exchange.to_tokens(layer.prefill(*self.exchange.to_heads(q, k, v), mine, self))
+
+    def look(self, index: int, layer, q: Tensor, softmax: Softmax, place: int) -> Tensor:
+        """As `Forward.look`."""
+        assert self.exchange is None
+        return layer.look(q, softmax, self, place)
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,11 @@ class Step:
         mine = (self.to_heads.my_heads(tensor) for tensor in (q, k, v))
         of_mine = softmax.of_heads(self.to_heads.my_heads)
         return self.to_heads.join_heads(layer.decode(*mine, of_mine, *self.layers[index]))
+
+    def look(self, index: int, layer, q: Tensor, softmax: Softmax, place: int) -> Tensor:
+        """As `Forward.look`."""
+        assert self.to_heads is None
+        return layer.look_in_step(q, softmax, place, *self.layers[index])
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

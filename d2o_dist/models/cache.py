@@ -82,7 +82,7 @@ class ModelCache:
         d2o = with_profile(d2o, shape.source, shape.revision)
         self.shape = shape
         self.ranks = shape.request_ranks(mesh, parallel, counter)
-        self.compressed = CompressedCache(d2o, list(shape.windows), self.ranks)
+        self.compressed = CompressedCache(d2o, list(shape.windows), self.ranks, shape.order)
         if reading == "layerwise":
             self.d2o.check_reading(reading)
             self.compressed.reads_layerwise = True

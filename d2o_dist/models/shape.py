@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from d2o_dist.cache.order import Order
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.traffic import TrafficCounter
@@ -20,6 +21,8 @@ class ModelShape:
 
     Attributes:
         windows: per layer with attention None (full attention) or its window. Other layers are not counted.
+        looks: of each layer that has no keys of its own, in order, the layer whose keys it attends to; cuts_prompts:
+            whether these get the columns of a prompt alone whose logits are asked for.
         num_heads, num_kv_heads: query heads and KV heads of a layer of the whole model; head_dim: of each.
         kv_replicas: tensor ranks that hold a copy of each KV head, where there are fewer heads than ranks.
         vocab_size: ids it has embeddings for; max_positions: tokens it has positions for. None: not known.
@@ -39,8 +42,15 @@ class ModelShape:
     border: int | None = None
     has_dynamic_rope: bool = False
     has_states: bool = False
+    looks: tuple[int, ...] = ()
+    cuts_prompts: bool = False
     source: str | None = None
     revision: str | None = None
+
+    @property
+    def order(self) -> Order:
+        """In which its layers attend."""
+        return Order(len(self.windows), self.looks, reads_prompts=not self.cuts_prompts)
 
     def kv_heads_of_rank(self, tp: int) -> int:
         """KV heads of each of `tp` tensor ranks, copies included.
@@ -67,6 +77,11 @@ class ModelShape:
             raise ValueError(
                 f"sp ({sp}) cannot share a text to this model: its layers of linear attention, Mamba or convolution "
                 "read all of it in order. Use tp or dp"
+            )
+        if self.looks and sp > 1:
+            raise ValueError(
+                f"sp ({sp}) cannot share a text to this model: {len(self.looks)} of its layers attend to the keys and "
+                "values of others. Use tp or dp"
             )
 
     def request_ranks(

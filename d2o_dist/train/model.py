@@ -41,6 +41,8 @@ def check_trainable(model_config: Any, config: TrainConfig) -> None:
         )
     if any(isinstance(window, Chunked) for window in shape.windows):
         raise ValueError(f"{text.model_type} has chunked attention, which is not supported in training")
+    if shape.looks:
+        raise ValueError(f"{text.model_type} has layers that share keys and values, which is not supported in training")
     for name in _AFTER_HEAD:
         if getattr(text, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{text.model_type}: {name} ({getattr(text, name)}) is not supported in training")

@@ -21,7 +21,7 @@ CAUSES = {
     "qwen4_exp": "sparse attention",
     "recurrent_gemma": "states outside its cache",
     "unlimited_ocr": "windows that keep the prompt .*'reference_sliding_attention'",
-    "gemma3n": "layers that share keys and values",
+    "gemma4_unified_assistant": "keys and values of another model in all of its layers",
     "mllama": "cross attention",
     "xlnet": "a cache of its own kind",
     "reformer": "a cache of its own kind",

@@ -48,8 +48,9 @@ def use_float64_norms(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         name = type(module).__name__
         if name.endswith("RMSNorm"):
-            is_around_one = hasattr(module, "eps") and not name.startswith("Llama4")
-            module.forward = types.MethodType(around_one if is_around_one else forward, module)
+            is_around_one = hasattr(module, "eps") and not name.startswith(("Llama4", "Gemma3n", "Gemma4"))
+            plain = forward if getattr(module, "with_scale", True) else unit
+            module.forward = types.MethodType(around_one if is_around_one else plain, module)
         elif name == "Llama4TextL2Norm":
             module.forward = types.MethodType(unit, module)
         elif name == "Llama4TextAttention":

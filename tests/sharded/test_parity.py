@@ -188,6 +188,13 @@ def test_chunked_attention(parallel, reading):
     check(one, parallel)
 
 
+@pytest.mark.parametrize(("family", "heads"), [("gemma3n", 2), ("gemma4", 2), ("gemma3n", 1)])
+def test_layers_that_share_keys_on_tensor_ranks(family, heads):
+    one = Play(family=family, lengths=(61, 40), turn=(20, 31), layers=6, model={"num_key_value_heads": heads},
+               **_SUMS_AND_RATES)  # fmt: skip
+    check(one, ParallelConfig(tp=2, tp_engine="transformers"))
+
+
 def test_heads_that_the_ranks_do_not_divide():
     """3 KV heads on 2 ranks: 2 and 1."""
     model = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}

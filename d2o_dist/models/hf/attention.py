@@ -57,7 +57,7 @@ def d2o_attention(
     if cache is None:
         check_arguments(kwargs, (*_OF_SDPA, *_IN_THE_MASK, *_OF_SOFTMAX), "d2o attention")
         return exact_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs), None
-    cache.check_pending(key)
+    cache.check_pending(key, module)
     check_arguments(kwargs, ("is_causal", *_OF_SOFTMAX), "a D2OCache")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         raise ValueError("a D2OCache does not carry gradients: run the model under torch.no_grad()")
@@ -66,7 +66,7 @@ def d2o_attention(
     padding = padding_of(attention_mask, cache.pending_window)
     softmax, blocks = softmax_of(query, scaling, kwargs, cache.ranks.tp.rank), None
     if isinstance(attention_mask, LazyMask) and attention_mask.pattern.blocks is not None:
-        blocks = attention_mask.blocks  # such a mask is never left out
+        blocks = attention_mask.whole.blocks  # such a mask is never left out
     elif query.shape[2] > 1:  # one query sees all keys, either way
         check_causal(module, kwargs, "a D2OCache attends causally")
     if torch.is_autocast_enabled(query.device.type):
@@ -151,7 +151,8 @@ def exact_attention(
     softmax = softmax_of(query, scaling, kwargs)
     documents = window = None
     if isinstance(mask, LazyMask):
-        if not mask.may_be_changed and mask.pattern is not None and mask.pattern.documents is not None:
+        is_whole = not mask.may_be_changed and key.shape[2] == query.shape[2]
+        if is_whole and mask.pattern is not None and mask.pattern.documents is not None:
             documents, window = lengths_of(mask.pattern.documents), mask.pattern.window
     elif mask is not None and mask.dim() != 4:
         raise ValueError(f"d2o attention takes a mask [B, 1, n, S], not one of shape {tuple(mask.shape)}")

@@ -53,7 +53,23 @@ def layer_windows(config: Any) -> list[Window | None]:
     Raises:
         ValueError: layers that are not as many as their types, or windows without a size.
     """
-    return [_window(config, kind) for kind in layer_types(config) if kind in ATTENTION]
+    types = layer_types(config)
+    return [_window(config, types[index]) for index in attending(config)]
+
+
+def attending(config: Any) -> list[int]:
+    """Layers that attend to keys of their own."""
+    others = sharers(config)
+    return [index for index, kind in enumerate(layer_types(config)) if kind in ATTENTION and index not in others]
+
+
+def sharers(config: Any) -> dict[int, int]:
+    """Of each layer without keys of its own the layer whose keys and values it attends to."""
+    if not getattr(config, "num_kv_shared_layers", 0):
+        return {}
+    types, modes = layer_types(config), config.kv_sharing_modes
+    owners = {types[index]: index for index, mode in enumerate(modes) if mode == "store"}
+    return {index: owners[types[index]] for index, mode in enumerate(modes) if mode == "reuse"}
 
 
 def _window(config: Any, kind: str) -> Window | None:

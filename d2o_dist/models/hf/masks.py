@@ -97,6 +97,7 @@ class LazyMask(Tensor):
         padding: 2D [B, T] bool, False marks padding; None: no padding.
         pattern: of a mask that is made causal, or both ways in blocks; None: of another.
         may_be_changed: whether it was written to, or a view of it was taken, through which it may have been.
+        whole: the mask that this one is of the last queries of, or this one itself.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -109,8 +110,27 @@ class LazyMask(Tensor):
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         mask.padding = arguments.get("attention_mask")
         mask.pattern = read_pattern(arguments["mask_function"])
-        mask.may_be_changed, mask._arguments, mask._made = False, arguments, made
+        mask.may_be_changed, mask._arguments, mask._made, mask._first = False, arguments, made, None
         return mask
+
+    @property
+    def whole(self) -> LazyMask:
+        """See the class."""
+        return self if self._first is None else self._first.whole
+
+    def _of_last(self, count: int) -> LazyMask:
+        """The mask of the last `count` queries: what it would be, if it were a tensor, a view of this one."""
+        given = self._arguments
+        skipped = self.shape[2] - count
+        made = LazyMask({**given, "q_length": count, "q_offset": given.get("q_offset", 0) + skipped}, {})
+        made.may_be_changed, made._first = self.may_be_changed, self
+        return made
+
+    def _may_change(self) -> None:
+        """It is written to, or a view of it is taken; what it is a view of, too."""
+        self.may_be_changed = True
+        if self._first is not None:
+            self._first._may_change()
 
     def __repr__(self) -> str:
         return f"LazyMask({tuple(self.shape)}, {self.pattern})"
@@ -145,6 +165,8 @@ class LazyMask(Tensor):
         """The mask that transformers makes for this attention: "sdpa" [B, 1, n, S] bool, or None where `is_causal` or
         nothing will do; "eager" [B, 1, n, S] in the dtype of the model, to be added to logits."""
         attention = "eager" if self.may_be_changed else attention
+        if attention not in self._made and attention == "eager" and self._first is not None:
+            self._made[attention] = self._first.of(attention)[:, :, -self.shape[2] :]
         if attention not in self._made:
             make = {"sdpa": masking_utils.sdpa_mask, "eager": masking_utils.eager_mask}[attention]
             self._made[attention] = make(**self._arguments)
@@ -157,11 +179,33 @@ class LazyMask(Tensor):
 
         def made(mask: LazyMask) -> Tensor:
             tensor = mask.of("eager")
-            mask.may_be_changed |= shared
+            if shared:
+                mask._may_change()
             return tensor
+
+        if (count := _last_queries(func, args)) is not None:
+            return args[0]._of_last(count)
 
         args, kwargs = tree_map_only(LazyMask, made, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _last_queries(func: Any, args: tuple[Any, ...]) -> int | None:
+    """Of how many of its last queries an operator takes a mask that is its first argument; None: it does something
+    else."""
+    if not isinstance(args[0], LazyMask):
+        return None
+    if func is torch.ops.aten.alias.default:
+        return args[0].shape[2]
+    if func is not torch.ops.aten.slice.Tensor:
+        return None
+    mask, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    length = mask.shape[dim]
+    start, stop = ((length if at is None else at) if number else at or 0 for number, at in enumerate((start, stop)))
+    start, stop = (max(0, at + length) if at < 0 else min(at, length) for at in (start, stop))
+    if step != 1 or stop < length or start == length or (start and dim not in (2, -2)):
+        return None
+    return mask.shape[2] - start
 
 
 class Width(int):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2o_dist.models.hf.guards import layer_windows, rope_types, state_counts, text_config
+from d2o_dist.models.hf.guards import attending, layer_windows, rope_types, sharers, state_counts, text_config
 from d2o_dist.models.hf.rope import rope_border
+from d2o_dist.models.hf.supported import cuts_prompts
 from d2o_dist.models.shape import ModelShape
 
 # Set on the configuration of a model whose KV heads were copied, so that every tensor rank has one.
@@ -22,7 +23,7 @@ def shape_of(model_config: Any) -> ModelShape:
     """The shape of the decoder.
 
     Raises:
-        ValueError: encoder-decoder models, layers that share keys and values, or layers of an unsupported kind.
+        ValueError: encoder-decoder models, or layers of an unsupported kind.
     """
     config = text_config(model_config)
     heads = config.num_attention_heads
@@ -37,6 +38,8 @@ def shape_of(model_config: Any) -> ModelShape:
         border=rope_border(model_config),
         has_dynamic_rope=any("dynamic" in kind for kind in rope_types(config)),
         has_states=any(state_counts(config)),
+        looks=tuple(attending(config).index(owner) for owner in sharers(config).values()),
+        cuts_prompts=cuts_prompts(config),
         source=getattr(model_config, "name_or_path", None) or None,
         revision=getattr(model_config, "_commit_hash", None),
     )

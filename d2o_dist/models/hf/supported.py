@@ -22,7 +22,6 @@ _BY_FIELD = {
     "cross_attention_layers": "cross attention",
     "index_topk": "sparse attention",
     "kv_lora_rank": "latent attention",
-    "num_kv_shared_layers": "layers that share keys and values",
 }
 # What types of layers say.
 _BY_LAYER = {
@@ -47,6 +46,13 @@ _BY_TYPE = {
 _WITH_PREFIX = ("paligemma",)
 # Types whose Mamba layers begin anew with each forward of more than one token, in transformers.
 _IN_ONE_PIECE = ("jamba", "zamba")
+# Types whose layers without keys of their own get the columns of a prompt alone whose logits are asked for.
+_CUTTING = ("gemma4_text", "gemma4_unified_text")
+
+
+def cuts_prompts(config: Any) -> bool:
+    """Whether a decoder does so."""
+    return config.model_type in _CUTTING
 
 
 def resumes(config: Any) -> bool:
@@ -83,6 +89,8 @@ def _cause(config: Any, *, has_prefix: bool) -> str | None:
     for name, what in _BY_FIELD.items():
         if value := getattr(config, name, None):
             return f"{what} ({name} {value})"
+    if getattr(config, "num_kv_shared_layers", 0) >= getattr(config, "num_hidden_layers", 1):
+        return f"keys and values of another model in all of its layers ({config.num_hidden_layers})"
     if not hasattr(config, "num_attention_heads"):
         return "no attention layers that its configuration tells of (num_attention_heads)"
     if not has_prefix and getattr(config, "use_bidirectional_attention", None) in (True, "all"):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from d2o_dist.comm.adapters import to_device_mesh
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.models.hf.guards import state_counts, text_config
+from d2o_dist.models.hf.guards import sharers, state_counts, text_config
 from d2o_dist.models.hf.quantised import quant_method
 from d2o_dist.models.hf.shape import num_kv_heads
 
@@ -75,7 +75,8 @@ def check_separate_projections(config: Any) -> None:
 
 
 def check_engine(config: Any, engine: str) -> None:
-    """Refuse an engine that does not know layers that keep a state: DeepSpeed cuts whatever looks like a projection.
+    """Refuse an engine that does not know layers that keep a state or share keys: DeepSpeed cuts whatever looks like a
+    projection.
 
     Raises:
         ValueError: names the engine that does.
@@ -85,11 +86,16 @@ def check_engine(config: Any, engine: str) -> None:
             "tp_engine (deepspeed) cannot cut layers that keep a state (linear attention, Mamba, convolutions): use "
             "tp_engine transformers"
         )
+    if engine == "deepspeed" and sharers(text_config(config)):
+        raise ValueError(
+            "tp_engine (deepspeed) was not made for layers that share keys and values: use tp_engine transformers"
+        )
 
 
 def _other_axis(config: Any) -> str:
     """What shares a request, or the requests, where tensor ranks cannot."""
-    return "dp" if any(state_counts(text_config(config))) else "sp"
+    config = text_config(config)
+    return "dp" if any(state_counts(config)) or sharers(config) else "sp"
 
 
 def repeat_kv_heads(model: nn.Module, replicas: int) -> None:
