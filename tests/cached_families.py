@@ -52,6 +52,10 @@ _CODEC = {"base_channels": 32, "latent_channels": 32, "embed_dim": 8, "channel_m
           "num_embeddings": 16, "codebook_size": 16, "image_token_embed_dim": 32}  # fmt: skip
 # Of the models that read a few queries of each image.
 _QUERIES = {"num_query_tokens": 4, "image_token_index": 97, "video_token_index": 96}
+# Layers with keys of their own, with and without a window, and as many that share them.
+_SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
+           "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": VOCABULARY}
+_SHARED_3N = {**_SHARED, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4}
 # Fields that a tiny model of the type needs.
 CHANGES: dict[str, dict[str, Any]] = {
     # A window is for all layers or for none.
@@ -69,6 +73,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    **{name: {"text_config": _SHARED} for name in ("gemma4", "gemma4_unified")},
+    "gemma4_unified_text": _SHARED,
+    "gemma3n": {"text_config": _SHARED_3N},
+    "gemma3n_text": _SHARED_3N,
     "emu3": {
         "vocabulary_map": {"<image>": 97, "<|extra_200|>": 96, "<|visual token 000000|>": 95},
         "vq_config": _CODEC

@@ -11,11 +11,17 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteSWAConfig,
     GraniteSWAForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MiMoV2FlashConfig,
@@ -101,6 +107,30 @@ OTHERS = {
     ),
 }  # fmt: skip
 
+# Layers that attend in chunks, and others without rope, whose queries grow with the text: `tests/hf/test_chunked.py`.
+CHUNKED = {
+    "llama4": (
+        Llama4TextConfig,
+        Llama4ForCausalLM,
+        {"head_dim": 16, "intermediate_size_mlp": 96, "moe_layers": [],
+         "attention_chunk_size": 24, "no_rope_layers": [1, 0, 1, 0], "floor_scale": 7, "attn_scale": 0.5},
+    ),
+}  # fmt: skip
+
+# Layers that attend to keys of others: `tests/hf/test_shared.py`. A full layer with two, a windowed one with one.
+_PER_LAYER = {"head_dim": 16, "sliding_window": 24, "num_hidden_layers": 6, "num_kv_shared_layers": 3,
+              "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
+              "layer_types": ["full_attention", "sliding_attention", "full_attention",
+                              "full_attention", "sliding_attention", "full_attention"]}  # fmt: skip
+SHARED = {
+    "gemma3n": (
+        Gemma3nTextConfig,
+        Gemma3nForCausalLM,
+        {**_PER_LAYER, "altup_num_inputs": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 6},
+    ),
+    "gemma4": (Gemma4TextConfig, Gemma4ForCausalLM, {**_PER_LAYER, "global_head_dim": 16}),
+}
+
 
 def windowed(family: str) -> dict[str, Any]:
     """Overrides of `tiny_model`: every other layer of the family has a window, if layers of its can have one."""
@@ -112,7 +142,7 @@ def windowed(family: str) -> dict[str, Any]:
 
 def tiny_model(family: str = "llama", *, attention: str = "d2o", seed: int = 0, **overrides) -> PreTrainedModel:
     """A random model of `family` in float64, in evaluation mode. The same seed gives the same weights."""
-    config_class, model_class, extra = {**FAMILIES, **OTHERS}[family]
+    config_class, model_class, extra = {**FAMILIES, **OTHERS, **CHUNKED, **SHARED}[family]
     torch.manual_seed(seed)
     values = {**_COMMON, **extra, **overrides}
     for name in ("layer_types", "mlp_layer_types"):

@@ -26,6 +26,9 @@ from d2o_dist.statistics.reading import Reading
 class HeadBlock:
     """Heads that attend to everything before them, and are compressed together.
 
+    Args:
+        layers_in_prompts: layers that attend to these slots and count in a prompt's statistics.
+
     Attributes:
         layout: where the slots lie among the ranks of the request.
         slot_budgets: per row the slots `S_l` it is evicted to; None before finalize and for a protected layer.
@@ -34,8 +37,8 @@ class HeadBlock:
         order: by which a prompt's slots that are here are trimmed once more; None: they are not.
     """
 
-    def __init__(self, config: D2OConfig, layout: HeadLayout | SequenceLayout) -> None:
-        self.config, self.layout = config, layout
+    def __init__(self, config: D2OConfig, layout: HeadLayout | SequenceLayout, layers_in_prompts: int = 1) -> None:
+        self.config, self.layout, self.layers_in_prompts = config, layout, layers_in_prompts
         self.slot_budgets: list[int] | None = None
         self.state = D2OState()
         self.slot_aims: list[int] | None = None
@@ -63,11 +66,18 @@ class HeadBlock:
     def begin_prefill(self, expected: int) -> None:
         """A prompt, or a later turn, is read from here on; expected: its tokens, 0: not known."""
         self.layout.leave()
-        self._reading = Reading(self.config, self.layout.ranks, self.layout.begin(expected), first=self._first)
+        self._reading = Reading(
+            self.config, self.layout.ranks, self.layout.begin(expected), first=self._first,
+            layers=self.layers_in_prompts,
+        )  # fmt: skip
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, chunk: Chunk | DealtChunk) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
         return self.layout.prefill(q, k, v, softmax, chunk, self._reading, self.config)
+
+    def look(self, q: Tensor, softmax: Softmax, chunk: Chunk, place: int) -> Tensor:
+        """Attend from another layer's queries of a chunk that was appended, [B, Hq, m, D] of its last m columns."""
+        return self.layout.look(q, softmax, chunk, self._reading, self.config, place)
 
     def reread(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, rows: Rows) -> Tensor:
         """Attend from a chunk that is not kept, and note what each slot got; the same shape, zeros at padding."""
@@ -91,8 +101,8 @@ class HeadBlock:
     def complete_statistics(self) -> None:
         """The last chunk was read: measure what needs the last queries."""
         reading = self._reading
-        if reading.last is not None:
-            reading.close(self.store.slots, self.store.kv_len, self.layout.last_queries(reading.last))
+        for place, last in enumerate(reading.lasts):
+            reading.close(self.store.slots, self.store.kv_len, self.layout.last_queries(last), place)
 
     def finish_prefill(self) -> None:
         """Free what only a prefill needs."""
@@ -118,6 +128,10 @@ class HeadBlock:
         """
         return self.layout.decode(q, k, v, softmax, step, self.config)
 
+    def look_in_step(self, q: Tensor, softmax: Softmax, step: BlockStep, place: int) -> Tensor:
+        """Attend from another layer's queries of a step whose tokens were stored, [B, Hq, 1, D]."""
+        return self.layout.look_in_step(q, softmax, step, self.config, place)
+
     @property
     def widths(self) -> list[int]:
         """Of each row, how many columns of the buffers a step looks at: of its own segment, or those in use."""
@@ -134,7 +148,7 @@ class HeadBlock:
         assert not self._first and self.state.num_dropped is None
         slots = self.store.slots.map(lambda tensor: tensor[:, head : head + 1])
         store = SlotStore.of(slots, self.kv_len, self.store.latent)
-        made = HeadBlock(self.config, HeadLayout(self.layout.ranks, store))
+        made = HeadBlock(self.config, HeadLayout(self.layout.ranks, store, self.layout.layers), self.layers_in_prompts)
         made._first = False
         return made
 

@@ -12,16 +12,19 @@ from torch import Tensor
 from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.layer import Layer
+from d2o_dist.cache.order import Order
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.shard import Contiguous, Zigzag
 from d2o_dist.layout.forward import Chunk, DealtChunk, SecondReading
 from d2o_dist.layout.heads import HeadLayout
+from d2o_dist.layout.places import Places, in_deal
 from d2o_dist.layout.sequence import SequenceLayout
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.store import SlotStore
+from d2o_dist.slots.windows import Window
 
 
 class Dealing:
@@ -46,13 +49,20 @@ class Dealing:
         """Whether a chunk was dealt whose forward has not begun."""
         return bool(self._announced)
 
-    def make_layer(
-        self, config: D2OConfig, window: int | None, batch: int, latent: int | None
+    def make_layers(
+        self, config: D2OConfig, windows: Sequence[Window | None], order: Order, batch: int, latent: int | None
+    ) -> list[Layer | WindowLayer]:
+        """Empty layers of `batch` rows, each with a window or (None) compressed; latent: see `SlotStore`."""
+        return [self._layer(config, one, batch, order.sharing(index), latent) for index, one in enumerate(windows)]
+
+    def _layer(
+        self, config: D2OConfig, window: Window | None, batch: int, sharing: tuple[int, int], latent: int | None
     ) -> Layer | WindowLayer:
-        """An empty layer of `batch` rows, with a sliding window or (None) compressed; latent: see `SlotStore`."""
-        if window is None:
-            return Layer(HeadBlock(config, self.layout(self.ranks, SlotStore(batch, latent))))
-        return WindowLayer(batch, window, self.ranks)
+        if window is not None:
+            return WindowLayer(batch, window, self.ranks, is_looked_at=sharing[0] > 1)
+        store = SlotStore(batch, latent)
+        layout = self.layout(self.ranks, store) if sharing[0] == 1 else HeadLayout(self.ranks, store, sharing[0])
+        return Layer(HeadBlock(config, layout, sharing[1]))
 
     def num_kv_heads(self, held: int) -> int:
         """KV heads of a layer of the whole model, of which `held` are on this rank."""
@@ -105,16 +115,17 @@ class Dealing:
         self._placement = None
 
     def forward(
-        self, deal: Deal | None, rows: Rows, num_seen: list[int], *, rereads: bool
+        self, deal: Deal | None, rows: Rows, num_seen: list[int], places: Places, *, rereads: bool
     ) -> Chunk | DealtChunk | SecondReading:
-        """Of a chunk whose tokens here are `rows`; num_seen: tokens of each row before it."""
-        exchange = None
+        """Of a chunk whose tokens here are `rows`; num_seen: tokens of each row before it; places: of its queries, if
+        it was not dealt."""
+        exchange, places = None, places if deal is None else in_deal(deal, num_seen)
         if deal is not None and self.ranks.deals_tokens:
             if self.layout.is_spread:
                 self._placement = self._placement.with_chunk(deal)
-                return DealtChunk(deal, self._placement, rows, num_seen)
+                return DealtChunk(deal, self._placement, rows, num_seen, places)
             rows, exchange = Rows.first(deal.counts), HeadExchange(self.ranks, deal)
-        return SecondReading(rows, exchange) if rereads else Chunk(rows, num_seen, exchange)
+        return SecondReading(rows, exchange, places) if rereads else Chunk(rows, num_seen, places, exchange)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Rows in this order, repeated where repeated."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from d2o_dist.cache.block import HeadBlock
@@ -72,6 +73,10 @@ class Decoding:
             self.step = DecodeStep(num_seen, held, present, arena)
         self.step.choose(present)
         return self.step
+
+    def places(self, device: torch.device) -> Tensor:
+        """[B, 1] int64 of the tokens of a step that was opened, in their rows."""
+        return self.step.positions[:, None]
 
     def begin(self, is_steady: bool) -> list[list[BlockStep]]:
         """On the device: the part of each block of each layer, which writes and attends before `step.end`."""

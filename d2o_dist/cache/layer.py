@@ -169,26 +169,33 @@ class Layer:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
         for head in self.elsewhere:
             head.advance(chunk.counts)
-        return self._over_blocks(lambda block, *given: block.prefill(*given, chunk), q, k, v, softmax)
+        return self._over_blocks(lambda block, *given: block.prefill(*given, chunk), softmax, q, k, v)
 
     def reread(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, rows: Rows) -> Tensor:
         """Attend from a chunk that is not kept, and note what each slot got; the same shape, zeros at padding."""
-        return self._over_blocks(lambda block, *given: block.reread(*given, rows), q, k, v, softmax)
+        return self._over_blocks(lambda block, *given: block.reread(*given, rows), softmax, q, k, v)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *steps: BlockStep) -> Tensor:
         """Store one token a row, attend over all slots, and score them: [B, Hq, 1, D]; a step for each block."""
         step = iter(steps)
-        return self._over_blocks(lambda block, *given: block.decode(*given, next(step)), q, k, v, softmax)
+        return self._over_blocks(lambda block, *given: block.decode(*given, next(step)), softmax, q, k, v)
 
-    def _over_blocks(
-        self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, softmax: Softmax
-    ) -> Tensor:
-        """Each block with its heads, one after the other."""
+    def look(self, q: Tensor, softmax: Softmax, chunk: Chunk, place: int) -> Tensor:
+        """Attend from queries of another layer to what is held; see `Forward.look`."""
+        return self._over_blocks(lambda block, *given: block.look(*given, chunk, place), softmax, q)
+
+    def look_in_step(self, q: Tensor, softmax: Softmax, place: int, *steps: BlockStep) -> Tensor:
+        """As `look`, in a decode step."""
+        step = iter(steps)
+        return self._over_blocks(lambda block, *given: block.look_in_step(*given, next(step), place), softmax, q)
+
+    def _over_blocks(self, attend: Callable[..., Tensor], softmax: Softmax, *tensors: Tensor) -> Tensor:
+        """Each block with its heads of queries (and keys, values), one after the other."""
         if len(self.blocks) == 1:
-            return attend(self.blocks[0], q, k, v, softmax)
+            return attend(self.blocks[0], *tensors, softmax)
         count = len(self.blocks)
         own = [softmax.of_heads(lambda heads, number=number: heads.chunk(count, 1)[number]) for number in range(count)]
-        heads = zip(self.blocks, q.chunk(count, 1), k.split(1, 1), v.split(1, 1), own, strict=True)
+        heads = zip(self.blocks, *(tensor.chunk(count, 1) for tensor in tensors), own, strict=True)
         return torch.cat([attend(*of_head) for of_head in heads], 1)
 
     def advance(self, counts: Sequence[int]) -> bool:

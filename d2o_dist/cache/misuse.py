@@ -18,6 +18,34 @@ def check_first_prefill(cache: Any, rule: str) -> None:
         raise ValueError(f"{rule}; this cache is in phase {cache.phase} and has seen {cache.num_seen_columns} tokens")
 
 
+def check_looks(cache: Any, rereads: bool) -> None:
+    """Refuse to read a prompt twice for a model some of whose layers attend to keys of others.
+
+    Raises:
+        ValueError: says so.
+    """
+    if rereads and cache.order.looks:
+        raise ValueError(
+            f"a prompt cannot be read a second time (score.rule reread) by a model whose layers share keys and values: "
+            f"{len(cache.order.looks)} of them have none of their own"
+        )
+
+
+def check_rereading(cache: Any) -> None:
+    """Refuse a second reading of a prompt.
+
+    Raises:
+        ValueError: the first is not done, or is compressed, or was not by heads (`sp_prefill`); see `check_looks`.
+    """
+    check_looks(cache, rereads=True)
+    check_first_prefill(cache, "a prompt is read a second time after the first and before it is compressed")
+    if cache.dealing.layout.is_spread:
+        raise ValueError(
+            f"sp_prefill ({cache.ranks.parallel.sp_prefill}) must be ulysses to read a prompt a second time with sp "
+            f"({cache.ranks.sp.size})"
+        )
+
+
 def check_step(cache: Any, present: Sequence[bool] | None) -> None:
     """Refuse to announce a decode step.
 

@@ -20,6 +20,7 @@ from d2o_dist.core.select import ranking_rates
 from d2o_dist.evict.budgets import highest_of_heads, row_log_weights, row_slots
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.statistics import COLUMN_SUMS
+from d2o_dist.slots.windows import Window
 
 
 @dataclass
@@ -41,10 +42,10 @@ class RowBudgets:
         return dataclasses.replace(self, slots=list(self.slots))
 
 
-def on_full_layers(config: D2OConfig, windows: list[int | None]) -> D2OConfig:
+def on_full_layers(config: D2OConfig, windows: list[Window | None]) -> D2OConfig:
     """The configuration with `protected_layers` counted among the compressed layers only.
 
-    Layer indices in a configuration are the model's; sliding-window layers need no protection and take no part in
+    Layer indices in a configuration are the model's; layers with windows need no protection and take no part in
     the budget.
     """
     full = [index for index, window in enumerate(windows) if window is None]

@@ -10,6 +10,7 @@ from typing import Any
 
 from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.cache.window import WindowLayer
+from d2o_dist.slots.windows import kept, kind_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class LayerReport:
     """One layer. Per-row lists are in the order of the batch; tokens are counted per KV head.
 
     Attributes:
-        layer: index among the model's layers with attention; kind: `compressed`, `protected` or `sliding`.
+        layer: index among the model's layers with attention; kind: `compressed`, `protected`,
+            `sliding` or `chunked`.
         num_heavy, num_recent: the budget of each row; None before finalize and for layers that are never evicted.
         kv_len: slots held by each row. Where heads have budgets of their own, these three are means over the KV heads.
         dispersion: statistic that the budget came from, per row; None if the budget rule does not use it.
@@ -49,7 +51,7 @@ class CacheReport:
         requested_keep_ratio: `keep_ratio`, or `keep_tokens` over the tokens seen at the last finalize.
         achieved_keep_ratio: tokens held over tokens seen, in the layers that are compressed or protected; None if no
             token was seen, as by a cache that the model was never given.
-        held_bytes, full_bytes: keys and values of all layers, sliding windows included in both as they are; of the
+        held_bytes, full_bytes: keys and values of all layers, windows and chunks included in both as they are; of the
             whole request, however many ranks share it.
         allocated_bytes: all buffers of this rank: room to grow, positions, statistics and states included.
         num_seen_tokens: per row, padding not counted.
@@ -118,7 +120,7 @@ class CacheReport:
         held = [sum(layer.kv_len) / max(len(layer.kv_len), 1) for layer in self.layers]
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         left = figure.add_subplot()
-        colors = {"compressed": "#4878a8", "protected": "#c08040", "sliding": "#a0a0a0"}
+        colors = {"compressed": "#4878a8", "protected": "#c08040", "sliding": "#a0a0a0", "chunked": "#a0a0a0"}
         for kind, color in colors.items():
             bars = [(i, h) for i, h, layer in zip(index, held, self.layers, strict=True) if layer.kind == kind]
             if bars:
@@ -142,7 +144,7 @@ class CacheReport:
 def make_report(cache: CompressedCache, state_bytes: int = 0) -> CacheReport:
     """The report of a cache as it stands; state_bytes: of layers that are not in it, on this rank."""
     reports = [_layer_report(cache, index) for index in range(len(cache.layers))]
-    counted = [report for report in reports if report.kind != "sliding"]
+    counted = [report for report in reports if report.kind not in ("sliding", "chunked")]
     seen = sum(cache.num_seen) * len(counted)
     held = sum(sum(report.kv_len) for report in counted)
     config = cache.config
@@ -171,9 +173,10 @@ def _layer_report(cache: CompressedCache, index: int) -> LayerReport:
     per_token = heads * layer.token_bytes
     num_bytes = round(heads * layer.slot_bytes * sum(kv_len))
     if isinstance(layer, WindowLayer):
-        kept = [min(count, layer.window - 1) for count in seen]
+        full = [kept(layer.window, count) for count in seen]
         return LayerReport(
-            index, "sliding", None, None, kv_len, None, [None] * len(seen), 0, 0, num_bytes, per_token * sum(kept),
+            index, kind_of(layer.window), None, None, kv_len, None, [None] * len(seen), 0, 0, num_bytes,
+            per_token * sum(full),
         )  # fmt: skip
     state, heads = layer.state, layer.budgeted
     first = cache.full_layers.index(index) * len(heads)

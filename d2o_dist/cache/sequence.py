@@ -10,20 +10,14 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from d2o_dist.cache import misuse
 from d2o_dist.cache.columns import Columns
 from d2o_dist.cache.compress import Compression
 from d2o_dist.cache.dealing import Dealing
 from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.inference import in_own_mode
 from d2o_dist.cache.layer import Layer
-from d2o_dist.cache.misuse import (
-    check_blocks,
-    check_finalize,
-    check_first_prefill,
-    check_joinable,
-    check_rows,
-    check_step,
-)
+from d2o_dist.cache.order import Order
 from d2o_dist.cache.plans import RowBudgets, check_gathered, on_full_layers
 from d2o_dist.cache.tiles import Tiles
 from d2o_dist.cache.window import WindowLayer
@@ -31,11 +25,13 @@ from d2o_dist.comm.deal import Deal
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import Forward, SecondReading, Step
+from d2o_dist.layout.places import Tune, in_columns, in_rows
 from d2o_dist.layout.sequence import SequenceLayout
 from d2o_dist.policy.budget import check_total
 from d2o_dist.policy.config import D2OConfig
-from d2o_dist.slots.rows import Rows
+from d2o_dist.slots.rows import Rows, added
 from d2o_dist.slots.step import DecodeStep
+from d2o_dist.slots.windows import Window
 
 
 class CompressedCache:
@@ -43,8 +39,9 @@ class CompressedCache:
 
     Args:
         config: how to compress.
-        windows: per layer of the model None (full attention, compressed) or its sliding window (kept as it is).
+        windows: per layer of the model None (full attention, compressed) or its window (kept as it is).
         ranks: those that share the request; this process alone by default.
+        order: of these layers, and of others that attend to their keys; by default there are none.
         latent: elements of a key, the first ones, that are its value too, and are stored once; None: none are.
 
     Attributes:
@@ -63,14 +60,14 @@ class CompressedCache:
     """
 
     def __init__(
-        self, config: D2OConfig, windows: list[int | None], ranks: RequestRanks | None = None, latent: int | None = None
-    ) -> None:
-        self.config, self.windows, self.latent = config, list(windows), latent
+        self, config: D2OConfig, windows: list[Window | None], ranks: RequestRanks | None = None,
+        order: Order | None = None, latent: int | None = None,
+    ) -> None:  # fmt: skip
+        self.order, self.windows, self.latent = order or Order(len(windows)), list(windows), latent
         self.ranks = RequestRanks.alone() if ranks is None else ranks
         self.full_layers = [index for index, window in enumerate(windows) if window is None]
-        self._compressed_config = on_full_layers(config, windows)
-        check_total(self._compressed_config.budget, config.size, len(self.full_layers))
-        self.ranks.parallel.check_rules(config)
+        misuse.check_looks(self, config.needs_reread)
+        self._configure(config)
         self.reads_layerwise = self.is_steady = False
         self.reset()
 
@@ -80,10 +77,8 @@ class CompressedCache:
         self.num_seen: list[int] = []
         self.num_reread: list[int] = []
         self.reread_chunk: int | None = None
-        self._expected = 0
-        self._rereading = False
-        self.columns = Columns(0)
-        self.phase = "prefill"
+        self._expected, self._rereading, self._in_rows = 0, False, False
+        self.columns, self.phase = Columns(0), "prefill"
         self.plans: list[RowBudgets] | None = None
         self.dealing = Dealing(self.ranks)
         self._tiles = Tiles()
@@ -93,8 +88,7 @@ class CompressedCache:
         self._last_positions: list[int] | None = None
         self.left_out: frozenset[int] = frozenset()
         self._decoding: Decoding | None = None
-        self.step_announced = False
-        self.in_inference = False
+        self.step_announced = self.in_inference = False
 
     @in_own_mode
     def adopt(self, config: D2OConfig) -> None:
@@ -106,14 +100,17 @@ class CompressedCache:
         Raises:
             ValueError: the first prefill is over or has not begun, or did not gather what `config` needs.
         """
-        check_first_prefill(self, "only a cache in its first prefill can change its configuration")
+        misuse.check_first_prefill(self, "only a cache in its first prefill can change its configuration")
         check_gathered(config, self.config, reread_chunk=self.reread_chunk)
+        self._configure(config)
+        for index in self.full_layers:
+            self.layers[index].blocks[0].adopt(config)
+
+    def _configure(self, config: D2OConfig) -> None:
         compressed = on_full_layers(config, self.windows)
         check_total(compressed.budget, config.size, len(self.full_layers))
         self.ranks.parallel.check_rules(config)
         self.config, self._compressed_config = config, compressed
-        for index in self.full_layers:
-            self.layers[index].blocks[0].adopt(config)
 
     # ---- one forward ---------------------------------------------------------------------------------------------
 
@@ -146,7 +143,8 @@ class CompressedCache:
         assert not self.in_forward
         if is_layerwise:
             self.config.check_reading("layerwise")
-        self._expected, self._tiles = expected, Tiles(num_tiles, is_layerwise=is_layerwise)
+        # Places are those of rows from here on, not columns: rows are to be what they are alone.
+        self._expected, self._in_rows, self._tiles = expected, True, Tiles(num_tiles, is_layerwise=is_layerwise)
 
     def deal(self, mask: Tensor, *, more: bool = False) -> Deal:
         """Announce the next forward: a chunk, of which mask [B, n] has zeros in padding, spread over sequence ranks.
@@ -168,9 +166,10 @@ class CompressedCache:
     @in_own_mode
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, mask: Tensor | None,
-        positions: Tensor | None = None, blocks: Tensor | None = None,
+        positions: Tensor | None = None, blocks: Tensor | None = None, tune: Tune | None = None,
     ) -> Tensor:  # fmt: skip
-        """Append a chunk to one layer and attend from it. Layers come in order, 0 first.
+        """Append a chunk to one layer and attend from it. Layers come in order, 0 first. Those without keys of their
+        own follow, numbered on: their k and v are not read, and q may be of the last columns alone.
 
         Args:
             q: [B, Hq, n, D]; k, v: [B, Hkv, n, D], of this rank's tokens, after RoPE; n = 1 after a prefill: a step.
@@ -178,6 +177,7 @@ class CompressedCache:
             positions: [1 or B, n] position ids, to see that they go on where the text ended. Of a chunk that was dealt,
                 and of a step that was announced, neither is read.
             blocks: [B, n] int64 on the host: tokens of one number attend to each other both ways; -1, None: to none.
+            tune: what makes the queries, of what they are and where; None: they are made.
 
         Returns:
             [B, Hq, n, D] in the dtype of q; zeros at padding.
@@ -187,10 +187,16 @@ class CompressedCache:
         """
         forward = self._tiles.take(layer, lambda: self._begin(k, mask, positions))
         if blocks is not None:
-            check_blocks(self, forward)
+            misuse.check_blocks(self, forward)
             forward = forward.with_blocks(blocks)
+        if tune is not None:
+            q = tune(q, forward.places(q.device))
+        owner, place = self.order.owner(layer), self.order.place(layer)
         with self.ranks.counter.phase(self.phase):
-            out = forward.attend(layer, self.layers[layer], q, k, v, softmax)
+            if place:
+                out = forward.look(owner, self.layers[owner], q, softmax, place)
+            else:
+                out = forward.attend(layer, self.layers[layer], q, k, v, softmax)
         if layer == 0 and self._tiles.counts_at_once:
             self._count(forward)
         if self._tiles.done():
@@ -201,14 +207,14 @@ class CompressedCache:
         """Settle the phase and the kind of this forward, or of its next tile."""
         batch, _, length, _ = k.shape
         left_out, self.left_out = self.left_out, frozenset()
-        is_chunk = length > 1 or not self.num_seen_columns or self._rereading or self.dealing.is_announced
-        is_chunk = is_chunk or self._tiles.counts_at_once
+        is_chunk = length > 1 or not self.num_seen_columns or self._tiles.counts_at_once
+        is_chunk = is_chunk or self._rereading or self.dealing.is_announced
         if mask is not None and self._tiles.count > 1:  # that of the whole prompt
             mask = mask[:, : self.num_seen_columns + length]
         deal, dealt_rows = self.dealing.take(batch, length, is_chunk=is_chunk)
         if not self.layers:
             self.num_seen, self.columns = [0] * batch, Columns(batch)
-            self.layers = [self.dealing.make_layer(self.config, one, batch, self.latent) for one in self.windows]
+            self.layers = self.dealing.make_layers(self.config, self.windows, self.order, batch, self.latent)
         self._last_positions = None
         if deal is not None:
             self._rows, rows = dealt_rows, Rows.of(batch, length, deal.mask())
@@ -224,7 +230,8 @@ class CompressedCache:
             if not self.step_announced:
                 self._open_step(None if rows.index is None else [bool(count) for count in rows.counts])
             to_heads = self.ranks.deals_tokens and not self.dealing.layout.is_spread
-            return Step(self._decoding.begin(self.is_steady), self.ranks if to_heads else None)
+            places = self._decoding.places if self.step_announced else in_columns(self.num_seen_columns, 1)
+            return Step(self._decoding.begin(self.is_steady), self.ranks if to_heads else None, places)
         if self.step_announced:
             raise ValueError(f"a decode step was announced, but a chunk of {length} columns came")
         if not self._rereading:
@@ -234,17 +241,20 @@ class CompressedCache:
                 self._expected = 0
             self._decoding, self.phase = None, "prefill"
             self._tiles.is_layerwise |= self.reads_layerwise
-        return self.dealing.forward(deal, rows, self.num_seen, rereads=self._rereading)
+        places = in_rows(rows, self.num_seen) if self._in_rows else in_columns(self.num_seen_columns, length)
+        return self.dealing.forward(deal, rows, self.num_seen, places, rereads=self._rereading)
 
     def _end_layer(self, layer: int) -> None:
-        """After the last tile of a layer: compress it, if that is to be; after the last layer count the tokens, and
-        evict what is due."""
-        if self._tiles.is_layerwise:
+        """After the last tile of a layer: compress what no other will attend to, if that is to be; after the last layer
+        count the tokens, and evict what is due."""
+        done = self.order.done_after(layer)
+        if self._tiles.is_layerwise and done in self.full_layers:
             self._compression = self._compression or self._compress()
-            if self.windows[layer] is None:
-                with self.ranks.counter.phase("finalize"):
-                    self._compression.of_layer(layer)
-        if layer + 1 < len(self.windows):
+            with self.ranks.counter.phase("finalize"):
+                self._compression.of_layer(done)
+        if done in self.order.looks and done not in self.full_layers and self.phase == "prefill":
+            self.layers[done].end_chunk()
+        if not self.order.is_last(layer):
             return
         tiles, self._tiles = self._tiles, Tiles()
         (*_, forward) = tiles.forwards
@@ -259,9 +269,9 @@ class CompressedCache:
 
     def _count(self, forward: Forward) -> None:
         if isinstance(forward, SecondReading):
-            self.num_reread = _added(self.num_reread, forward.rows.counts)
+            self.num_reread = added(self.num_reread, forward.rows.counts)
         else:
-            self.num_seen = _added(self.num_seen, forward.counts)
+            self.num_seen = added(self.num_seen, forward.counts)
             self.columns.add(self._rows, self._last_positions)
 
     def _compress(self) -> Compression:
@@ -284,7 +294,7 @@ class CompressedCache:
         Raises:
             ValueError: see `check_step`.
         """
-        check_step(self, present)
+        misuse.check_step(self, present)
         step = self._open_step(present)
         self.step_announced, self._last_positions = True, None
         return step
@@ -306,7 +316,7 @@ class CompressedCache:
 
     def _close_step(self) -> None:
         counts = self._decoding.step.counts
-        self.num_seen = _added(self.num_seen, counts)
+        self.num_seen = added(self.num_seen, counts)
         self.columns.add(Rows.of_step(counts), self._last_positions)
         self._decoding.close(self.num_seen)
 
@@ -321,12 +331,7 @@ class CompressedCache:
         Raises:
             ValueError: the first prefill is over or has not begun; the prompt was not read by heads (`sp_prefill`).
         """
-        check_first_prefill(self, "a prompt is read a second time after the first and before it is compressed")
-        if self.dealing.layout.is_spread:
-            raise ValueError(
-                f"sp_prefill ({self.ranks.parallel.sp_prefill}) must be ulysses to read a prompt a second time with sp "
-                f"({self.ranks.sp.size})"
-            )
+        misuse.check_rereading(self)
         self.num_reread = self.num_reread or [0] * len(self.num_seen)
         self.reread_chunk, self._rereading = chunk, True
         try:
@@ -341,7 +346,7 @@ class CompressedCache:
         """End the prefill: set the budgets and evict every layer to its own. A second call does nothing."""
         if self.phase == "decode" and not self.in_forward:
             return
-        check_finalize(self)
+        misuse.check_finalize(self)
         with self.ranks.counter.phase("finalize"):
             layerwise, self._compression = self._compression, None
             self.plans = self._compress().at_once() if layerwise is None else layerwise.end()
@@ -366,7 +371,7 @@ class CompressedCache:
             ValueError: see `check_joinable`.
         """
         for other in others:
-            check_joinable(self, other)
+            misuse.check_joinable(self, other)
         for other in others:
             for mine, theirs in zip(self.layers, other.layers, strict=True):
                 mine.join(theirs)
@@ -382,7 +387,7 @@ class CompressedCache:
         host = index.tolist()
         if not self.layers:
             return
-        check_rows(host, len(self.num_seen))
+        misuse.check_rows(host, len(self.num_seen))
         for layer in self.layers:
             layer.select_rows(index)
         if self._decoding is not None:
@@ -393,8 +398,3 @@ class CompressedCache:
         self.num_reread = [self.num_reread[row] for row in host] if self.num_reread else []
         if self.plans:
             self.plans = [self.plans[row].copy() for row in host]
-
-
-def _added(old: Sequence[int], new: Sequence[int]) -> list[int]:
-    """Row by row."""
-    return [one + other for one, other in zip(old, new, strict=True)]

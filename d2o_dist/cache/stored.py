@@ -20,6 +20,7 @@ from d2o_dist.cache.columns import Columns
 from d2o_dist.cache.dealing import Dealing
 from d2o_dist.cache.decoding import Decoding
 from d2o_dist.cache.layer import HeadElsewhere, Layer
+from d2o_dist.cache.order import Order
 from d2o_dist.cache.plans import RowBudgets
 from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.cache.tiles import Tiles
@@ -42,6 +43,7 @@ from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.shares import Shares
 from d2o_dist.slots.slots import D2OState, Slots
 from d2o_dist.slots.store import SlotStore
+from d2o_dist.slots.windows import Chunked
 from d2o_dist.statistics.column_sums import ColumnSums
 from d2o_dist.statistics.last_queries import LastQueries
 from d2o_dist.statistics.peaks import Peaks
@@ -50,9 +52,9 @@ from d2o_dist.statistics.reading import Reading
 _CLASSES = {
     kind.__name__: kind
     for kind in (
-        Arena, ArenaEvictions, Block, ByHeads, BySequence, Codec, ColumnSums, Columns, Contiguous, D2OState, Deal,
-        Dealing, Decoding, HeadBlock, HeadElsewhere, HeadLayout, LastQueries, Layer, Peaks, Placement, Reading,
-        RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, Softmax, Tiles, WindowLayer, Zigzag,
+        Arena, ArenaEvictions, Block, ByHeads, BySequence, Chunked, Codec, ColumnSums, Columns, Contiguous, D2OState,
+        Deal, Dealing, Decoding, HeadBlock, HeadElsewhere, HeadLayout, LastQueries, Layer, Order, Peaks, Placement,
+        Reading, RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, Softmax, Tiles, WindowLayer, Zigzag,
     )
 }  # fmt: skip
 # Named, not stored: a layout's class, and a kernel.

@@ -1,4 +1,4 @@
-"""A layer with a sliding window: it holds the window's tokens, and is never compressed.
+"""A layer with a window that slides, or with chunks: it holds what it still sees, and is never compressed.
 
 Shape legend: B rows, Hq query heads, n tokens of a chunk, D head dim.
 """
@@ -21,25 +21,30 @@ from d2o_dist.slots.rows import Rows, is_uniform
 from d2o_dist.slots.slots import Slots
 from d2o_dist.slots.step import BlockStep, Held
 from d2o_dist.slots.store import GROWTH, SlotStore
+from d2o_dist.slots.windows import Chunked, Window, first_seen, kept, pieces, size_of
 
 
 class WindowLayer:
-    """A layer that attends to its last `window` tokens only. It holds them, and is never compressed.
+    """A layer that attends to its last `window` tokens only, or to those of the running chunk. It holds them, and is
+    never compressed.
 
-    A window is small: where ranks share the tokens of a prompt, every rank holds all of it, and gathers the keys and
+    They are few: where ranks share the tokens of a prompt, every rank holds all of them, and gathers the keys and
     values of a chunk. Decode steps need no exchange.
 
     Attributes:
-        store: the slots; a few more than the window between trims.
-        window: tokens a query sees, itself included.
+        store: the slots; a few more than a query sees between trims. The first one of a row begins a chunk, if there
+            are any.
+        window: what a query sees; most: slots between trims.
+        is_looked_at: whether other layers attend to a chunk before it is trimmed (see `end_chunk`).
     """
 
     # Tokens that may pile up before the window is moved to the front of the buffers again.
     SLACK = 64
 
-    def __init__(self, batch: int, window: int, ranks: RequestRanks) -> None:
+    def __init__(self, batch: int, window: Window, ranks: RequestRanks, *, is_looked_at: bool = False) -> None:
         self.store = SlotStore(batch)
         self.window, self.ranks = window, ranks
+        self.most, self.is_looked_at = size_of(window) + self.SLACK, is_looked_at
 
     kv_len = property(lambda self: self.store.kv_len, doc="Slots of each row, of each of its heads.")
     mean_kv_len = property(lambda self: self.store.kv_len, doc="The same: all heads hold as many.")
@@ -79,29 +84,54 @@ class WindowLayer:
 
             alike = is_uniform(start) and chunk.blocks is None
             out = over_rows(chunk.rows, q, attend, v.shape[3], alike=alike)
-        self._trim()
+        if not self.is_looked_at:
+            self._trim()
         return out
+
+    def look(self, q: Tensor, softmax: Softmax, chunk: Chunk, place: int) -> Tensor:
+        """Attend from queries of another layer to what is held; see `Forward.look`."""
+        slots, ends = self.store.slots, self.store.kv_len
+
+        def attend(rows: slice, queries: Tensor) -> Tensor:
+            row, skipped = rows.start, chunk.counts[rows.start] - queries.shape[2]
+            blocks = () if chunk.blocks is None else chunk.blocks[row]
+            return self._attend(queries, slots, rows, ends[row] - chunk.counts[row], softmax, blocks, skipped)
+
+        alike = is_uniform(ends) and is_uniform(chunk.counts) and chunk.blocks is None
+        return over_rows(chunk.rows.last(q.shape[2]), q, attend, slots.values.shape[3], alike=alike)
+
+    def end_chunk(self) -> None:
+        """All layers that look at a chunk have."""
+        self._trim()
 
     def _attend(
         self, q: Tensor, slots: Slots, rows: slice, first: int, softmax: Softmax,
-        blocks: Sequence[tuple[int, int]] = (),
+        blocks: Sequence[tuple[int, int]] = (), skipped: int = 0,
     ) -> Tensor:  # fmt: skip
-        """From the queries of slots [first, first + n) of a group of rows; blocks: see `Chunk`."""
-        here = slice(0, first + q.shape[2])
+        """From the queries of slots [first, first + n) of a group of rows, but the `skipped` first of them; blocks: see
+        `Chunk`."""
+        here = slice(0, first + skipped + q.shape[2])
         keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
         if not blocks:
-            return self._over_keys(q, keys, values, softmax, first)
+            return self._over_keys(q, keys, values, softmax, first + skipped)
+        assert not isinstance(self.window, Chunked)
         key = torch.arange(here.stop, device=q.device)
         query = key[first:, None]
         visible = key <= query
         for start, stop in blocks:
             visible[start:stop, first + start : first + stop] = True
         visible &= key > query - self.window
-        return dense_attention(q, keys, values, visible, softmax)
+        return dense_attention(q, keys, values, visible[skipped:], softmax)
 
     def _over_keys(self, q: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, q_start: int) -> Tensor:
-        out, lse = prefill_attention(q, keys, values, **softmax.logits, q_start=q_start, window=self.window)
-        return with_sinks(out, lse, softmax.sinks)[0]
+        outs, slides = [], None if isinstance(self.window, Chunked) else self.window
+        for start, first, stop in pieces(self.window, q_start, q_start + q.shape[2]):
+            out, lse = prefill_attention(
+                q[:, :, first - q_start : stop - q_start], keys[:, :, start:stop], values[:, :, start:stop],
+                **softmax.logits, q_start=first - start, window=slides,
+            )  # fmt: skip
+            outs.append(with_sinks(out, lse, softmax.sinks)[0])
+        return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
     def _gather(self, k: Tensor, v: Tensor, chunk: DealtChunk) -> list[Tensor]:
         """Keys and values of all ranks' part of a chunk, [B, Hkv, T, D] by token. One collective."""
@@ -141,18 +171,22 @@ class WindowLayer:
         keys, values = wide.tensor_split([slots.keys.shape[-1]], -1)
         rest = [tensor[:, :1].expand(-1, keys.shape[1], -1).clone()
                 for tensor in (slots.positions, slots.scores, slots.rates, slots.log_mass)]  # fmt: skip
-        self.store.replace(Slots(keys, values, *rest), self.store.kv_len, capacity=self.window + self.SLACK)
+        self.store.replace(Slots(keys, values, *rest), self.store.kv_len, capacity=self.most)
 
     def make_room(self) -> None:
         """Before a decode step: room for one token, and for some more while the buffers are short of the window's."""
-        needed, most = max(self.kv_len) + 1, self.window + self.SLACK
-        self.store.reserve(needed, slack=max(0, min(GROWTH, most - needed)))
+        needed = max(self.kv_len) + 1
+        self.store.reserve(needed, slack=max(0, min(GROWTH, self.most - needed)))
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep) -> Tensor:
-        """Store one token a row and attend over the window: [B, Hq, 1, D]. As `Layer.decode`."""
-        buffers, capacity = self.store.buffers, self.store.capacity
+        """Store one token a row and attend over what it sees: [B, Hq, 1, D]. As `Layer.decode`."""
         self.store.put(k, v, step.slot, step.position)
-        valid = step.live & (step.columns[:capacity] >= (step.stop - self.window)[:, None])
+        return self.look_in_step(q, softmax, 0, step)
+
+    def look_in_step(self, q: Tensor, softmax: Softmax, place: int, step: BlockStep) -> Tensor:
+        """Attend from queries of a step whose tokens were stored, of this layer or another."""
+        buffers, capacity = self.store.buffers, self.store.capacity
+        valid = step.live & (step.columns[:capacity] >= first_seen(self.window, step.stop - 1)[:, None])
         out = scored_decode(
             q[:, :, 0], buffers.keys, buffers.values, **softmax.logits, sinks=softmax.sinks,
             valid=valid, newest=step.slot, present=step.present, widths=step.widths,
@@ -164,28 +198,28 @@ class WindowLayer:
     def advance(self, counts: list[int]) -> bool:
         """Count what each row took in a decode step; whether slots moved, to the front of the buffers."""
         self.store.advance(counts)
-        due = max(self.kv_len) >= self.window + self.SLACK
+        due = max(self.kv_len) >= self.most
         if due:
-            self._trim(self.window + self.SLACK)
+            self._trim(self.most)
         return due
 
     def _trim(self, most: int = 0) -> None:
-        """Keep the last `window - 1` tokens of each row of `most` or more: what the next query sees beside itself.
+        """Keep what the next query sees beside itself, of each row of `most` slots or more.
 
         So where the slots of a row lie does not depend on others.
         """
-        kept = [min(count, self.window - 1) if count >= most else count for count in self.store.kv_len]
-        if kept == self.store.kv_len:
+        left = [kept(self.window, count) if count >= most else count for count in self.store.kv_len]
+        if left == self.store.kv_len:
             return
         slots = self.store.slots
         device = slots.positions.device
-        width = max(kept)
+        width = max(left)
         slot = torch.arange(width, device=device)
-        first = torch.tensor([n - m for n, m in zip(self.store.kv_len, kept, strict=True)], device=device)
-        valid = slot < torch.tensor(kept, device=device)[:, None, None]
+        first = torch.tensor([n - m for n, m in zip(self.store.kv_len, left, strict=True)], device=device)
+        valid = slot < torch.tensor(left, device=device)[:, None, None]
         index = ((first[:, None, None] + slot) * valid).expand(-1, slots.positions.shape[1], -1)
-        capacity = self.window + self.SLACK
-        self.store.replace(slots.take(index, valid), kept, None if self.store.capacity == capacity else capacity)
+        capacity = None if self.store.capacity == self.most else self.most
+        self.store.replace(slots.take(index, valid), left, capacity)
 
     def join(self, other: WindowLayer) -> None:
         """Hold the rows of the same layer of another cache too."""

@@ -21,6 +21,7 @@ from d2o_dist.engine.reading import STREAM_CHUNK, TILE, read, read_stream, settl
 from d2o_dist.engine.stepper import Stepper
 from d2o_dist.models.loading import adapt
 from d2o_dist.policy.config import D2OConfig
+from d2o_dist.slots.windows import kept
 
 # A matrix product gives each of its rows the same bits for all multiples of 4 rows, in every place: MKL and oneDNN on
 # AVX-512, with 1 to 4 threads, in float32, bfloat16 and float64. With 1, 2, 3, 5, 6, 7 or 9 rows it does not.
@@ -31,7 +32,7 @@ STEADY_ROWS = 4
 class RowUsage:
     """What the cache holds for one row, on all ranks that share it.
 
-    `achieved_keep_ratio` leaves sliding-window layers out, the bytes do not.
+    `achieved_keep_ratio` leaves layers with windows out, the bytes do not.
     """
 
     achieved_keep_ratio: float
@@ -164,7 +165,7 @@ class Session:
                 held_tokens, seen_tokens = held_tokens + held, seen_tokens + seen
                 full_bytes += seen * token_bytes
             else:
-                full_bytes += min(seen, window - 1) * token_bytes
+                full_bytes += kept(window, seen) * token_bytes
         return RowUsage(held_tokens / seen_tokens if seen_tokens else 1.0, held_bytes, full_bytes)
 
     def most_kept(self, row: int, num_tokens: int) -> list[float]:

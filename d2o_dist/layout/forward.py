@@ -16,15 +16,26 @@ from d2o_dist.attention.exchange import HeadExchange
 from d2o_dist.comm.deal import Deal, Placement
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
+from d2o_dist.layout.places import Places
 from d2o_dist.slots.rows import Rows, is_uniform
 from d2o_dist.slots.step import BlockStep
 
 
 class Forward(Protocol):
-    """What a forward of any kind can do."""
+    """What a forward of any kind can do.
+
+    Attributes:
+        places: of its queries.
+    """
+
+    places: Places
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """Let layer `index` take q [B, Hq, n, D] and k, v [B, Hkv, n, D]; returns [B, Hq, n, D]."""
+
+    def look(self, index: int, layer, q: Tensor, softmax: Softmax, place: int) -> Tensor:
+        """Let queries of another layer see what layer `index` has, which took the forward: [B, Hq, m, D], of its last m
+        columns. place: which of the layers that see it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Chunk:
 
     Attributes:
         rows: the tokens of the whole chunk.
-        num_seen: tokens of each row before it.
+        num_seen: tokens of each row before it; places: of its queries.
         exchange: takes tokens that are spread over ranks to where their heads are, and back; None: they lie here.
         blocks: per row the runs [first, stop) of its tokens in the chunk that attend to all of their run, also to later
             tokens of it (those of an image, say); None: there are none.
@@ -41,6 +52,7 @@ class Chunk:
 
     rows: Rows
     num_seen: list[int]
+    places: Places
     exchange: HeadExchange | None = None
     blocks: list[list[tuple[int, int]]] | None = None
 
@@ -61,13 +73,15 @@ class Chunk:
         columns = self.rows.index or [slice(None)] * self.rows.batch
         return replace(self, blocks=[_runs(row[here].tolist()) for row, here in zip(numbers, columns, strict=True)])
 
-    def pieces(self, row: int) -> list[tuple[int, int, bool]]:
-        """What a row's tokens in the chunk are cut into: (first, stop, whether they attend to all of their piece)."""
+    def pieces(self, row: int, start: int = 0) -> list[tuple[int, int, bool]]:
+        """What a row's tokens in the chunk are cut into, from the token `start` on: (first, stop, whether they attend
+        to all of their piece)."""
         pieces, at = [], 0
         for first, stop in self.blocks[row] if self.blocks is not None else ():
             pieces += [(at, first, False)] * (at < first) + [(first, stop, True)]
             at = stop
-        return pieces + [(at, self.rows.counts[row], False)] * (at < self.rows.counts[row])
+        pieces += [(at, self.rows.counts[row], False)] * (at < self.rows.counts[row])
+        return [(max(first, start), stop, both) for first, stop, both in pieces if stop > start]
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
@@ -75,6 +89,11 @@ class Chunk:
             return layer.prefill(q, k, v, softmax, self)
         mine = softmax.of_heads(self.exchange.my_heads)
         return self.exchange.to_tokens(layer.prefill(*self.exchange.to_heads(q, k, v), mine, self))
+
+    def look(self, index: int, layer, q: Tensor, softmax: Softmax, place: int) -> Tensor:
+        """As `Forward.look`."""
+        assert self.exchange is None
+        return layer.look(q, softmax, self, place)
 
 
 @dataclass(frozen=True)
@@ -84,13 +103,14 @@ class DealtChunk:
     Attributes:
         deal: of this chunk; placement: of all tokens since the prefill began, this chunk included.
         rows: the tokens among the columns of this rank's part.
-        num_seen: tokens of each row before it.
+        num_seen: tokens of each row before it; places: of the queries here.
     """
 
     deal: Deal
     placement: Placement
     rows: Rows
     num_seen: list[int]
+    places: Places
 
     @property
     def counts(self) -> list[int]:
@@ -124,10 +144,12 @@ class SecondReading:
     Attributes:
         rows: the tokens of the whole chunk.
         exchange: takes them to where all tokens of some heads are, and back; None for a chunk that lies here.
+        places: of its queries.
     """
 
     rows: Rows
     exchange: HeadExchange | None
+    places: Places
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
@@ -144,10 +166,12 @@ class Step:
     Attributes:
         layers: by layer, the step of each block of it.
         to_heads: the ranks, if each takes its heads only of a token that all of them have; None otherwise.
+        places: of its queries.
     """
 
     layers: list[list[BlockStep]]
     to_heads: RequestRanks | None
+    places: Places
 
     def attend(self, index: int, layer, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """As `Forward.attend`."""
@@ -156,6 +180,11 @@ class Step:
         mine = (self.to_heads.my_heads(tensor) for tensor in (q, k, v))
         of_mine = softmax.of_heads(self.to_heads.my_heads)
         return self.to_heads.join_heads(layer.decode(*mine, of_mine, *self.layers[index]))
+
+    def look(self, index: int, layer, q: Tensor, softmax: Softmax, place: int) -> Tensor:
+        """As `Forward.look`."""
+        assert self.to_heads is None
+        return layer.look_in_step(q, softmax, place, *self.layers[index])
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

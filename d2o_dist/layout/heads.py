@@ -14,6 +14,7 @@ from d2o_dist.attention.prefill import block_attention, chunk_attention, reread_
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.scored_decode import scored_decode
+from d2o_dist.kernels.update_scores import add_probabilities
 from d2o_dist.layout.forward import Chunk, over_rows
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
@@ -29,13 +30,15 @@ class HeadLayout:
     """The layout of one block of heads.
 
     Args:
-        store: its slots.
+        store: its slots; layers: that attend to them.
     """
 
     is_spread = False
 
-    def __init__(self, ranks: RequestRanks, store: SlotStore) -> None:
-        self.ranks, self.store = ranks, store
+    def __init__(self, ranks: RequestRanks, store: SlotStore, layers: int = 1) -> None:
+        self.ranks, self.store, self.layers = ranks, store, layers
+        # What slots received in a step from the layers that have attended; None: between steps.
+        self._received: Tensor | None = None
 
     @property
     def kv_len(self) -> list[int]:
@@ -63,39 +66,54 @@ class HeadLayout:
         self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, chunk: Chunk, reading: Reading, config: D2OConfig
     ) -> Tensor:
         """Append a chunk and attend from it; [B, Hq, n, D] -> the same shape, zeros at padding."""
-        start, old = list(self.store.kv_len), reading.num_old
+        start = list(self.store.kv_len)
         self.store.append(k, v, chunk.rows, chunk.num_seen)
         # Tokens are counted by their slots.
         ends = self.store.kv_len
         tokens = [torch.arange(first, stop) for first, stop in zip(start, ends, strict=True)]
         reading.grow(q, max(ends), chunk.rows.counts, tokens)
-        slots = self.store.slots
+        return self.look(q, softmax, chunk, reading, config, 0)
+
+    def look(
+        self, q: Tensor, softmax: Softmax, chunk: Chunk, reading: Reading, config: D2OConfig, place: int
+    ) -> Tensor:
+        """Attend from queries of a chunk that was appended, of the last columns of it: [B, Hq, m, D].
+
+        Args:
+            place: which of the layers that attend to these slots does.
+        """
+        slots, ends, old = self.store.slots, self.store.kv_len, reading.num_old
+        is_counted = place < reading.layers
+        assert not is_counted or q.shape[2] == chunk.rows.length
+        with_sums = is_counted and reading.sums is not None
 
         def attend(rows: slice, queries: Tensor) -> Tensor:
             row, outs = rows.start, []
-            for first, stop, both_ways in chunk.pieces(row):
-                q, here = queries[:, :, first:stop], slice(0, start[row] + stop)
+            start, skipped = ends[row] - chunk.counts[row], chunk.counts[row] - queries.shape[2]
+            for first, stop, both_ways in chunk.pieces(row, skipped):
+                q, here = queries[:, :, first - skipped : stop - skipped], slice(0, start + stop)
                 keys, values = slots.keys[rows, :, here], slots.values[rows, :, here]
                 mass = slots.log_mass[rows, :, here] if reading.has_mass else None
-                # The last token that each query sees.
-                seen = [one[first:stop] for one in tokens[rows]]
+                # The last token that each query sees; tokens are counted by their slots.
+                seen = [torch.arange(start + first, start + stop)] * len(q)
                 out, lse, sums = (block_attention if both_ways else chunk_attention)(
                     q, keys, values, softmax,
-                    with_sums=reading.sums is not None, sample=config.query_sample, num_old=old[row], log_mass=mass,
+                    with_sums=with_sums, sample=config.query_sample, num_old=old[row], log_mass=mass,
                 )  # fmt: skip
                 if both_ways:
                     seen = [one[-1:].expand(len(one)) for one in seen]
-                if reading.peaks.wanted:
+                if is_counted and reading.peaks.wanted:
                     # A later turn, or what follows the second reading before anything is compressed.
                     reading.peaks.observe(
-                        slots, rows, q, keys, lse, softmax, q_start=start[row] + first, bias=mass, causal=not both_ways
+                        slots, rows, q, keys, lse, softmax, q_start=start + first, bias=mass, causal=not both_ways
                     )
-                reading.observe(slots, rows, q, lse, softmax, sums, seen)
+                if is_counted:
+                    reading.observe(slots, rows, q, lse, softmax, sums, seen, place)
                 outs.append(out)
             return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
-        alike = is_uniform(start) and is_uniform(old) and chunk.blocks is None
-        return over_rows(chunk.rows, q, attend, v.shape[3], alike=alike)
+        alike = is_uniform(ends) and is_uniform(chunk.counts) and is_uniform(old) and chunk.blocks is None
+        return over_rows(chunk.rows.last(q.shape[2]), q, attend, slots.values.shape[3], alike=alike)
 
     def reread(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, rows: Rows, reading: Reading) -> Tensor:
         """Attend from a chunk that is not kept, over all slots and causally over itself; note what each slot got.
@@ -141,21 +159,33 @@ class HeadLayout:
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig) -> Tensor:
         """Store one token a row, attend over all slots, and score them by what they got: [B, Hq, 1, D]."""
-        buffers = self.store.buffers
         self.store.put(k, v, step.slot, step.position)
+        return self.look_in_step(q, softmax, step, config, 0)
+
+    def look_in_step(self, q: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig, place: int) -> Tensor:
+        """Attend over all slots, of which those of this step were stored, from one of the layers that do; the last of
+        them scores: [B, Hq, 1, D]."""
+        buffers = self.store.buffers
+        kept = dict(
+            scores=buffers.scores if config.needs_column_sums or config.needs_reread else None,
+            rates=buffers.rates if config.needs_rates else None,
+            peaks=config.needs_reread,
+        )
+        update = dict(newest=step.slot, rate_window=config.statistics.rate_window, present=step.present)
+        gathers = self.layers > 1 and (kept["scores"] is not None or kept["rates"] is not None)
+        if gathers and place == 0:
+            self._received = torch.zeros_like(buffers.scores)
         out = scored_decode(
             q[:, :, 0], *self.store.keys_values, **softmax.logits, sinks=softmax.sinks,
             valid=step.live,
-            newest=step.slot,
             log_mass=buffers.log_mass if config.merge.keeps_mass else None,
-            scores=buffers.scores if config.needs_column_sums or config.needs_reread else None,
-            peaks=config.needs_reread,
-            rates=buffers.rates if config.needs_rates else None,
-            rate_window=config.statistics.rate_window,
-            present=step.present,
             widths=step.widths,
             total=None if self.ranks.kv_replicas == 1 else self.ranks.sum_replicas,
+            **({"scores": self._received} if gathers else kept), **update,
         )  # fmt: skip
+        if gathers and place + 1 == self.layers:
+            received, self._received = self._received, None
+            add_probabilities(received / self.layers, **kept, **update)
         return out.unsqueeze(2)
 
     def advance(self, counts: Sequence[int]) -> None:

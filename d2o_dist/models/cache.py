@@ -20,15 +20,18 @@ from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.core.autocast import without_autocast
 from d2o_dist.core.softmax import Softmax
+from d2o_dist.layout.places import Tune
 from d2o_dist.models.layer import LayerView
 from d2o_dist.models.profile import with_profile
 from d2o_dist.models.shape import BORDER, ModelShape, check_side
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.score import Reread
 from d2o_dist.slots.step import DecodeStep
+from d2o_dist.slots.windows import kind_of
 
 # Ways in which a cache by itself reads a prompt.
 CACHE_READINGS = ("whole", "layerwise")
+_WINDOWS = {"chunked": "chunked attention", "sliding": "sliding windows"}
 
 
 class ModelCache:
@@ -71,14 +74,15 @@ class ModelCache:
             raise ValueError(f"d2o must be a D2OConfig, not {type(d2o).__name__}")
         d2o = d2o or D2OConfig()
         if None not in shape.windows and d2o.keep_ratio != 1:
+            kinds = " and ".join(sorted({_WINDOWS[kind_of(window)] for window in shape.windows}))
             raise ValueError(
-                f"the model has sliding windows in all of its layers ({len(shape.windows)}), and none of these is "
+                f"the model has {kinds} in all of its layers ({len(shape.windows)}), and none of these is "
                 "compressed: use the library's own cache, or keep_ratio 1"
             )
         d2o = with_profile(d2o, shape.source, shape.revision)
         self.shape = shape
         self.ranks = shape.request_ranks(mesh, parallel, counter)
-        self.compressed = CompressedCache(d2o, list(shape.windows), self.ranks, shape.latent)
+        self.compressed = CompressedCache(d2o, list(shape.windows), self.ranks, shape.order, shape.latent)
         if reading == "layerwise":
             self.d2o.check_reading(reading)
             self.compressed.reads_layerwise = True
@@ -99,7 +103,7 @@ class ModelCache:
 
     def attend_layer(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, mask: Tensor | None,
-        positions: Tensor | None = None, blocks: Tensor | None = None,
+        positions: Tensor | None = None, blocks: Tensor | None = None, tune: Tune | None = None,
     ) -> Tensor:  # fmt: skip
         """See `CompressedCache.attend`.
 
@@ -114,7 +118,7 @@ class ModelCache:
             q, k, v = (tensor[:-padding] for tensor in (q, k, v))
         with torch.no_grad(), without_autocast():
             # Detached: a slot must not keep the graph of the forward that made it alive.
-            out = self.compressed.attend(layer, q, k.detach(), v.detach(), softmax, mask, positions, blocks)
+            out = self.compressed.attend(layer, q, k.detach(), v.detach(), softmax, mask, positions, blocks, tune)
         return pad(out, (0, 0, 0, 0, 0, 0, 0, padding)) if padding else out
 
     def _check_side(self, length: int) -> None:

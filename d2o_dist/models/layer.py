@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from d2o_dist.cache.sequence import CompressedCache
+from d2o_dist.slots.windows import kind_of
 
 
 class LayerView:
@@ -25,10 +26,10 @@ class LayerView:
     def __init__(self, cache: CompressedCache, index: int) -> None:
         self._cache = cache
         self.index = index
-        self.is_sliding = cache.windows[index] is not None
+        self.is_sliding = cache.windows[index] is not None  # transformers calls chunks so too
 
     def __repr__(self) -> str:
-        kind = "sliding" if self.is_sliding else "compressed"
+        kind = kind_of(self._cache.windows[self.index]) if self.is_sliding else "compressed"
         return f"{type(self).__name__}({self.index}, {kind}, held={self.kv_len})"
 
     def _tensor(self, name: str) -> Tensor | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from d2o_dist.cache.order import Order
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.slots.windows import Window
 
 # How Hugging Face configurations call the border; messages say it, whatever library the model is from.
 BORDER = "original_max_position_embeddings"
@@ -18,7 +20,9 @@ class ModelShape:
     """What of a model the cache, the engine and the ranks need to know.
 
     Attributes:
-        windows: per layer with attention None (full attention) or its sliding window. Other layers are not counted.
+        windows: per layer with attention None (full attention) or its window. Other layers are not counted.
+        looks: of each layer that has no keys of its own, in order, the layer whose keys it attends to; cuts_prompts:
+            whether these get the columns of a prompt alone whose logits are asked for.
         num_heads, num_kv_heads: query heads and KV heads of a layer of the whole model; head_dim: of each key, the
             largest.
         other_heads: the same two of layers with windows that have others.
@@ -32,7 +36,7 @@ class ModelShape:
         source: folder or hub name that it was loaded from, and revision: the hub's commit; None: not known.
     """
 
-    windows: tuple[int | None, ...]
+    windows: tuple[Window | None, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -44,8 +48,15 @@ class ModelShape:
     has_dynamic_rope: bool = False
     has_states: bool = False
     other_heads: tuple[tuple[int, int], ...] = ()
+    looks: tuple[int, ...] = ()
+    cuts_prompts: bool = False
     source: str | None = None
     revision: str | None = None
+
+    @property
+    def order(self) -> Order:
+        """In which its layers attend."""
+        return Order(len(self.windows), self.looks, reads_prompts=not self.cuts_prompts)
 
     def kv_heads_of_rank(self, tp: int) -> int:
         """KV heads of each of `tp` tensor ranks, copies included.
@@ -80,6 +91,11 @@ class ModelShape:
             raise ValueError(
                 f"sp ({sp}) cannot share a text to this model: its layers of linear attention, Mamba or convolution "
                 "read all of it in order. Use tp or dp"
+            )
+        if self.looks and sp > 1:
+            raise ValueError(
+                f"sp ({sp}) cannot share a text to this model: {len(self.looks)} of its layers attend to the keys and "
+                "values of others. Use tp or dp"
             )
 
     def request_ranks(

@@ -22,6 +22,7 @@ from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.score import Reread
 from d2o_dist.slots.slots import stats_dtype
 from d2o_dist.slots.store import GROWTH
+from d2o_dist.slots.windows import size_of
 
 _POSITION_BYTES = 8
 # Where slots of a head lie on several ranks: statistics of all of them, as gathered and in order, of a token and head.
@@ -166,9 +167,9 @@ def _slot_bytes(model: ModelSize, dtype: torch.dtype) -> int:
 
 
 def _window_bytes(model: ModelSize, tokens: int, slot: int) -> int:
-    """Of layers with a sliding window, which are trimmed with some room once they are longer than the window."""
-    windows = [window for window in model.windows if window is not None]
-    return slot * sum(tokens if tokens < window else window + WindowLayer.SLACK for window in windows)
+    """Of layers with a window, which are trimmed with some room once they hold more than a query sees."""
+    sizes = [size_of(window) for window in model.windows if window is not None]
+    return slot * sum(tokens if tokens < size else size + WindowLayer.SLACK for size in sizes)
 
 
 def _kept_bytes(

@@ -17,10 +17,11 @@ from d2o_dist.models.hf.per_layer import of_layers
 from d2o_dist.models.hf.shape import HEADS, shape_of
 from d2o_dist.models.hf.supported import check_supported
 from d2o_dist.models.loading import megatron_library
+from d2o_dist.slots.windows import Window
 
 _TABLE = Path(__file__).with_name("models.yaml")
 # In the names of parameters of layers that no engine cuts: norms, and what chooses the experts.
-_WHOLE = ("norm", ".mlp.gate.", ".shared_expert_gate.", ".q_a_proj.", ".kv_a_proj_with_mqa.")
+_WHOLE = ("norm", ".mlp.gate.", ".shared_expert_gate.", ".router.", ".q_a_proj.", ".kv_a_proj_with_mqa.")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ModelSize:
 
     Attributes:
         config: of its decoder, as transformers has it.
-        windows: per layer None (full attention) or its sliding window.
+        windows: per layer None (full attention) or its window.
         hidden, mlp, vocab: widths of the hidden states, of the MLP that all tokens go through (0: there is none) and of
             the logits.
         num_heads, num_kv_heads, head_dim: of each layer; head_dim: of keys, and of values but with latent attention.
@@ -44,7 +45,7 @@ class ModelSize:
     """
 
     config: Any
-    windows: tuple[int | None, ...]
+    windows: tuple[Window | None, ...]
     hidden: int
     mlp: int
     vocab: int
@@ -172,5 +173,7 @@ def _dense_width(config: Any, names: list[str]) -> int:
     """Of the MLP in layers without experts, or beside them, where a model with experts has one."""
     if any(".mlp.down_proj." in name for name in names):
         return config.intermediate_size
+    if any(".feed_forward.down_proj." in name for name in names):  # Llama 4's
+        return config.intermediate_size_mlp
     has_shared = any(".shared_expert" in name for name in names)
     return getattr(config, "shared_expert_intermediate_size", 0) if has_shared else 0

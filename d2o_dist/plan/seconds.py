@@ -14,6 +14,7 @@ from d2o_dist.plan.gpus import Gpu
 from d2o_dist.plan.memory import prompt_memory, weight_bytes
 from d2o_dist.plan.traffic import PlannedTraffic, Sent
 from d2o_dist.policy.rule import check_fields
+from d2o_dist.slots.windows import Chunked, Window
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,7 @@ def attention_flops(traffic: PlannedTraffic) -> float:
     """Of all ranks: two products of each query with the keys and values that it sees; and a product with the keys again
     where every query's attention is added up."""
     model, d2o, tokens = traffic.model, traffic.d2o, traffic.tokens
-    seen = sum(
-        tokens * tokens / 2 if window is None else tokens * min(window, tokens / 2) for window in model.windows
-    )
+    seen = sum(tokens * _keys_of_a_query(window, tokens) for window in model.windows)
     passes = 1 + model.value_dim / model.head_dim
     if d2o.needs_column_sums:
         sample = d2o.query_sample
@@ -120,6 +119,13 @@ def attention_flops(traffic: PlannedTraffic) -> float:
     if d2o.needs_reread:
         passes += 2 * 3  # all keys, whether before or after a query; attention, and what each key got
     return 2 * traffic.batch * model.num_heads * model.head_dim * seen * passes
+
+
+def _keys_of_a_query(window: Window | None, tokens: int) -> float:
+    """That it sees, mean over the queries of a prompt."""
+    if isinstance(window, Chunked):
+        return min(window.size, tokens) / 2
+    return tokens / 2 if window is None else min(window, tokens / 2)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from d2o_dist.policy.gate import head_reports
 from d2o_dist.policy.score import Reread
 from d2o_dist.policy.statistics import COLUMN_SUMS
 from d2o_dist.slots.slots import stats_dtype
+from d2o_dist.slots.windows import kept
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class PlannedTraffic:
         for window in self.model.windows:
             if window is not None:
                 yield self._gather(
-                    phase, "sp", 1, self.batch * share.kv_here * min(self.tokens, window - 1) * pair
+                    phase, "sp", 1, self.batch * share.kv_here * kept(window, self.tokens) * pair
                 )
 
     def _select_shards(self, kept: int) -> Iterator[Sent]:

@@ -55,6 +55,14 @@ class Rows:
         index = [one[:0] if row in left_out else one for row, one in enumerate(index)]
         return Rows([len(columns) for columns in index], self.length, index)
 
+    def last(self, width: int) -> Rows:
+        """Those in the last `width` columns."""
+        first = self.length - width
+        if not first or self.index is None:
+            return Rows([width] * self.batch, width) if first else self
+        index = [one[one >= first] - first for one in self.index]
+        return Rows([len(columns) for columns in index], width, index)
+
     @property
     def batch(self) -> int:
         """Number of rows."""
@@ -80,6 +88,11 @@ class Rows:
         first, count = int(columns[0]) if len(columns) else 0, len(columns)
         beside = not count or int(columns[-1]) - first + 1 == count
         return slice(first, first + count) if beside else columns
+
+
+def added(old: Sequence[int], new: Sequence[int]) -> list[int]:
+    """Counts of rows, row by row."""
+    return [one + other for one, other in zip(old, new, strict=True)]
 
 
 def is_uniform(counts: list[int]) -> bool:

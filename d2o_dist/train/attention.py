@@ -13,6 +13,7 @@ from transformers.masking_utils import causal_mask_function
 from d2o_dist.models.hf.attention import check_causal
 from d2o_dist.models.hf.guards import check_arguments
 from d2o_dist.models.hf.masks import names_of, read_pattern
+from d2o_dist.slots.windows import Chunked
 from d2o_dist.train.passes import Pass
 
 TRAINING_ATTENTION = "d2o_train"
@@ -60,7 +61,8 @@ def no_mask(
     Raises:
         ValueError: the model's mask is more than causality, a window and packed documents.
     """
-    if read_pattern(mask_function) is None:
+    pattern = read_pattern(mask_function)
+    if pattern is None or isinstance(pattern.window, Chunked):
         names = ", ".join(names_of(mask_function))
         raise ValueError(f"training attends causally, but the model's mask is made by {names}")
     return attention_mask

@@ -15,6 +15,7 @@ from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.models.hf.supported import unsupported
 from d2o_dist.models.loading import load_model
 from d2o_dist.models.shape import BORDER, check_side
+from d2o_dist.slots.windows import Chunked
 from d2o_dist.train.attention import TRAINING_ATTENTION, register
 from d2o_dist.train.objective import Objective
 from d2o_dist.train.ulysses import GradientExchange, check_heads
@@ -40,6 +41,10 @@ def check_trainable(model_config: Any, config: TrainConfig) -> None:
         )
     if shape.latent is not None:
         raise ValueError(f"{text.model_type} has latent attention, which is not supported in training")
+    if any(isinstance(window, Chunked) for window in shape.windows):
+        raise ValueError(f"{text.model_type} has chunked attention, which is not supported in training")
+    if shape.looks:
+        raise ValueError(f"{text.model_type} has layers that share keys and values, which is not supported in training")
     for name in _AFTER_HEAD:
         if getattr(text, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{text.model_type}: {name} ({getattr(text, name)}) is not supported in training")

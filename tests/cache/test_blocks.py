@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from d2o_dist.cache.order import Order
 from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.core.softmax import Softmax
 from tests.models import left_padded
@@ -53,6 +54,26 @@ CASES = {
     "snapkv": ([36, 25], [[(20, 36)], [(1, 24)]]),
     "sampled": ([39, 30], [[(2, 3), (7, 21), (36, 39)], [(9, 30)]]),
 }
+
+
+@pytest.mark.parametrize("columns", [29, 7, 1])
+def test_layers_that_share_keys_see_in_blocks_what_their_owner_sees(columns):
+    """The same queries, all or the last of them: in windows and without, in rows that are padded, over two chunks."""
+    lengths, (config, _) = [58, 40, 11], pair("full")
+    numbers, mask = numbers_of(lengths, [[(5, 14), (45, 58)], [(0, 11), (11, 22), (36, 39)], []])
+    order = Order(2, (0, 1, 0), reads_prompts=columns == 29)
+    cache = CompressedCache(config, [None, 31], order=order)
+    for start in (0, 29):
+        here, given = slice(start, start + 29), {}
+        for layer in range(5):
+            owner = order.owner(layer)
+            q, k, v = given.setdefault(owner, states(3, 29, seed=start + layer))
+            if layer > 1:
+                q = q[:, :, -columns:]
+            out = cache.attend(layer, q, k, v, Softmax(0.3), mask[:, : here.stop], blocks=numbers[:, here])
+            if layer <= 1:
+                given[owner, "out"] = out
+            torch.testing.assert_close(out, given[owner, "out"][:, :, -q.shape[2] :])
 
 
 SAMPLED = {"score_queries": "strided", "score_query_stride": 4, "score_near_distance": 3}

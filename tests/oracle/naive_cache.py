@@ -94,6 +94,11 @@ class OracleCache(OracleSampling):
         positions = list(range(self.num_seen_tokens, self.num_seen_tokens + queries.shape[1]))
         self._append(layer, keys, values, positions)
         outputs, probabilities = self._attend(layer, queries, positions, softmax)
+        self._count_chunk(layer, probabilities)
+        return outputs
+
+    def _count_chunk(self, layer: int, probabilities: list[torch.Tensor]) -> None:
+        """By query head the attention [n, slots] of a chunk that was appended."""
         for h, attention in enumerate(probabilities):
             # "c[h,j] = sum_i A[h,i,j]".
             rows = list(attention)
@@ -106,7 +111,6 @@ class OracleCache(OracleSampling):
                 self._raise_peaks(layer, head, group_probabilities)
             rows = self.window[layer][head] + list(group_probabilities)
             self.window[layer][head] = rows[-self.config.rate_window :]
-        return outputs
 
     def _raise_peaks(self, layer: int, head: int, group_probabilities: torch.Tensor) -> None:
         """With `reread` a slot's score is the most that a query [n, S] gave it, from the second reading on."""
@@ -211,11 +215,16 @@ class OracleCache(OracleSampling):
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, softmax: OracleSoftmax
     ) -> torch.Tensor:
         """One layer of one decode step. The caller has run `finalize`, and counted the new token in num_seen_tokens."""
-        config = self.config
         position = self.num_seen_tokens - 1
         # "1. Append (k_t, v_t) with position t, score 0. 2. Attend over all live slots."
         self._append(layer, keys, values, [position])
         outputs, probabilities = self._attend(layer, queries, [position], softmax)
+        self._count_step(layer, probabilities)
+        return outputs
+
+    def _count_step(self, layer: int, probabilities: list[torch.Tensor]) -> None:
+        """By query head the attention [1, slots] of the newest token, which was appended."""
+        config, position = self.config, self.num_seen_tokens - 1
         for head in range(self.num_kv_heads):
             group_probabilities = sum(probabilities[h][0] for h in self._group(head)).tolist()
             for slot, p in zip(self.slots[layer][head], group_probabilities, strict=True):
@@ -235,7 +244,6 @@ class OracleCache(OracleSampling):
                 continue
             if self.num_live(unit) >= sum(self.budgets[unit]) + interval:
                 self.evict(unit, pooled=False)
-        return outputs
 
     # -- section 3 ----------------------------------------------------------------------------------------------------
 

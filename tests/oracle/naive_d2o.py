@@ -32,18 +32,36 @@ __all__ = ["PRESETS", "OracleConfig", "OracleResult", "OracleSession", "one_thre
 
 
 def use_float64_norms(model: torch.nn.Module) -> torch.nn.Module:
-    """Let every RMSNorm of `model` compute in the dtype of its input (Hugging Face's computes in float32)."""
+    """Let every RMSNorm of `model` compute in the dtype of its input (Hugging Face's computes in float32); from now on
+    the rotary embedding of Llama 4 too."""
+
+    def unit(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        epsilon = self.eps if hasattr(self, "eps") else self.variance_epsilon
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
 
     def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        return self.weight * unit(self, x)
 
     def around_one(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:  # Gemma's
-        return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+        return (1 + self.weight) * unit(self, x)
 
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = types.MethodType(around_one if hasattr(module, "eps") else forward, module)
+        name = type(module).__name__
+        if name.endswith("RMSNorm"):
+            is_around_one = hasattr(module, "eps") and not name.startswith(("Llama4", "Gemma3n", "Gemma4"))
+            plain = forward if getattr(module, "with_scale", True) else unit
+            module.forward = types.MethodType(around_one if is_around_one else plain, module)
+        elif name == "Llama4TextL2Norm":
+            module.forward = types.MethodType(unit, module)
+        elif name == "Llama4TextAttention":
+            importlib.import_module(type(module).__module__).apply_rotary_emb = _rotated
     return model
+
+
+def _rotated(queries: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Llama 4's rotary embedding of [B, n, H, D], which computes in float32 there."""
+    both = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns[:, :, None] for x in (queries, keys))
+    return tuple(torch.view_as_real(x).flatten(-2) for x in both)
 
 
 class OracleSession:

@@ -12,6 +12,7 @@ from d2o_dist.comm import TrafficCounter, build_mesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
 from d2o_dist.models.hf.shard import shard_model
+from d2o_dist.models.layer import LayerView
 from d2o_dist.policy import D2OConfig
 from tests.models import left_padded, tiny_model
 from tests.oracle.naive_d2o import use_float64_norms
@@ -42,10 +43,15 @@ class Play:
         return spec(self.preset, **{**size, "min_layer_tokens": 8, **self.d2o})
 
 
+def views_of(session: Session) -> list[LayerView]:
+    """Of the layers that have keys of their own."""
+    return [layer for layer in session.cache.layers if isinstance(layer, LayerView)]
+
+
 def positions_of(session: Session) -> list[torch.Tensor]:
     """Per layer the kept positions [B, H, S] of all heads of the model, ascending, -1 last, on every rank."""
     ranks, found = session.cache.ranks, []
-    for layer in session.cache.layers:
+    for layer in views_of(session):
         mine = layer.positions
         if session.cache.d2o.budget.per_head:  # ranks differ in their fullest head
             mine = pad(mine, (0, max(layer.kv_len) - mine.shape[2]), value=-1)
@@ -70,7 +76,7 @@ def budgeted(session: Session, name: str) -> list[Any]:
 def thresholds_of(session: Session) -> list[torch.Tensor | None]:
     """Per layer [B], or [B, H] of all heads of the model, on every rank."""
     ranks, found = session.cache.ranks, []
-    for view, layer in zip(session.cache.layers, session.cache.compressed.layers, strict=True):
+    for view, layer in zip(views_of(session), session.cache.compressed.layers, strict=True):
         if view.is_sliding or not session.cache.d2o.budget.per_head:
             found.append(view.threshold)
             continue

@@ -179,6 +179,26 @@ def test_latents(ranks):
     """One KV head: its slots are spread over sequence ranks, and every tensor rank has them."""
     one = Play(family="deepseek", lengths=(61, 40), turn=(20, 31), **_SUMS_AND_RATES)
     check(one, ParallelConfig(**ranks, tp_engine="transformers", check_replicas=True))
+@pytest.mark.parametrize(
+    ("parallel", "reading"),
+    [
+        (ParallelConfig(sp=2, **LAYOUTS["moved"]), "whole"),
+        (ParallelConfig(sp=3, **LAYOUTS["ring"]), "layerwise"),
+        (ParallelConfig(tp=2, tp_engine="transformers"), "whole"),
+    ],
+    ids=["moved", "ring", "tensor"],
+)
+def test_chunked_attention(parallel, reading):
+    """Every rank holds the chunk; queries of other layers grow with the text, which no rank sees whole."""
+    one = Play(family="llama4", lengths=(61, 48), chunk=20, turn=(20, 31), steps=18, layers=4, reading=reading)
+    check(one, parallel)
+
+
+@pytest.mark.parametrize(("family", "heads"), [("gemma3n", 2), ("gemma4", 2), ("gemma3n", 1)])
+def test_layers_that_share_keys_on_tensor_ranks(family, heads):
+    one = Play(family=family, lengths=(61, 40), turn=(20, 31), layers=6, model={"num_key_value_heads": heads},
+               **_SUMS_AND_RATES)  # fmt: skip
+    check(one, ParallelConfig(tp=2, tp_engine="transformers"))
 
 
 def test_heads_that_the_ranks_do_not_divide():

@@ -15,10 +15,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from d2o_dist.attention.dense import dense_attention
 from d2o_dist.core.softmax import Softmax
-from d2o_dist.models.hf.guards import ATTENTION_NAME, check_arguments
+from d2o_dist.models.hf.guards import ATTENTION_NAME, check_arguments, chunks_of
 from d2o_dist.models.hf.latent import Expansion
 from d2o_dist.models.hf.masks import LazyMask, make_mask
 from d2o_dist.models.hf.packed import by_document, document_lengths, lengths_of
+from d2o_dist.slots.windows import Window, first_seen, size_of
 
 # `D2OCache.update` hands the keys on with this attribute, through which the attention function finds its cache.
 CACHE_TAG = "d2o_cache"
@@ -58,7 +59,7 @@ def d2o_attention(
         check_arguments(kwargs, (*_OF_SDPA, *_IN_THE_MASK, *_OF_SOFTMAX), "d2o attention")
         return exact_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs), None
     latents = cache.latents
-    cache.check_pending(key if latents is None else latents)
+    cache.check_pending(key if latents is None else latents, module)
     check_arguments(kwargs, ("is_causal", *_OF_SOFTMAX), "a D2OCache")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         raise ValueError("a D2OCache does not carry gradients: run the model under torch.no_grad()")
@@ -67,7 +68,7 @@ def d2o_attention(
     padding = padding_of(attention_mask, cache.pending_window)
     softmax, blocks = softmax_of(query, scaling, kwargs, cache.ranks.tp.rank), None
     if isinstance(attention_mask, LazyMask) and attention_mask.pattern.blocks is not None:
-        blocks = attention_mask.blocks  # such a mask is never left out
+        blocks = attention_mask.whole.blocks  # such a mask is never left out
     elif query.shape[2] > 1:  # one query sees all keys, either way
         check_causal(module, kwargs, "a D2OCache attends causally")
     if torch.is_autocast_enabled(query.device.type):
@@ -126,7 +127,7 @@ def check_causal(module: nn.Module, kwargs: dict[str, Any], what: str) -> None:
         )
 
 
-def padding_of(mask: Tensor | None, window: int | None) -> Tensor | None:
+def padding_of(mask: Tensor | None, window: Window | None) -> Tensor | None:
     """The 2D padding mask in what a model hands to attention; None: no padding.
 
     Args:
@@ -144,7 +145,7 @@ def padding_of(mask: Tensor | None, window: int | None) -> Tensor | None:
     if mask.pattern is None:
         raise ValueError(
             f"a D2OCache attends causally, but the model's mask is made by {mask.names}: images and prefixes that "
-            "attend to themselves, and chunks, are not supported"
+            "attend to themselves are not supported"
         )
     if mask.pattern.window != window:
         raise ValueError(
@@ -162,7 +163,7 @@ def exact_attention(
     """Attention without a compressed cache, as `sdpa` computes it: [B, n, Hq, D].
 
     Packed rows are attended to document by document, without a mask of all pairs. Without a mask (sequence parallel
-    engines give none), position ids that restart tell the documents, and `sliding_window` holds.
+    engines give none), position ids that restart tell the documents, and `sliding_window` or chunks hold.
 
     Raises:
         ValueError: a 2D mask, which no mask function of transformers makes for this attention; a causal mask for a
@@ -171,14 +172,15 @@ def exact_attention(
     softmax = softmax_of(query, scaling, kwargs)
     documents = window = None
     if isinstance(mask, LazyMask):
-        if not mask.may_be_changed and mask.pattern is not None and mask.pattern.documents is not None:
+        is_whole = not mask.may_be_changed and key.shape[2] == query.shape[2]
+        if is_whole and mask.pattern is not None and mask.pattern.documents is not None:
             documents, window = lengths_of(mask.pattern.documents), mask.pattern.window
     elif mask is not None and mask.dim() != 4:
         raise ValueError(f"d2o attention takes a mask [B, 1, n, S], not one of shape {tuple(mask.shape)}")
     elif mask is None and is_causal(module, kwargs) and key.shape[2] == query.shape[2]:
         documents = document_lengths(kwargs.get("position_ids"), query.shape[0], query.shape[2])
-        window = kwargs.get("sliding_window")
-        if documents is None and window is not None and window < key.shape[2]:
+        window = chunks_of(module) or kwargs.get("sliding_window")
+        if documents is None and window is not None and size_of(window) < key.shape[2]:
             documents = [[key.shape[2]]] * query.shape[0]
     if documents is None or kwargs.get("position_bias") is not None:
         if isinstance(mask, LazyMask):
@@ -201,17 +203,17 @@ def exact_attention(
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, dropout: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, dropout: float, window: Window | None
 ) -> Tensor:
     """Exact causal attention of n queries to their n keys: [B, Hq, n, D].
 
     Args:
-        window: keys a query sees, itself included, or None.
+        window: what a query sees, or None.
     """
     length, mask = query.shape[2], None
-    if not softmax.is_plain or (window is not None and window < length):
+    if not softmax.is_plain or (window is not None and size_of(window) < length):
         place = torch.arange(length, device=query.device)
-        mask = (place <= place[:, None]) & (place > place[:, None] - (window or length))
+        mask = (place <= place[:, None]) & (place >= first_seen(window or length, place)[:, None])
     if not softmax.is_plain:
         return dense_attention(query, key, value, mask, softmax, dropout)
     return scaled_dot_product_attention(

@@ -22,12 +22,13 @@ from d2o_dist.models.hf.attention import CACHE_TAG
 from d2o_dist.models.hf.copies import CopiedCache
 from d2o_dist.models.hf.ended import EndedRows
 from d2o_dist.models.hf.forward import run_model
-from d2o_dist.models.hf.guards import check_attention, layer_types, state_counts, text_config
+from d2o_dist.models.hf.guards import attending, check_attention, sharers, state_counts, text_config
 from d2o_dist.models.hf.masks import Width
 from d2o_dist.models.hf.rope import is_let_go_of
 from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.models.hf.stateful import StatefulCache
-from d2o_dist.models.hf.supported import ATTENTION, check_supported, resumes
+from d2o_dist.models.hf.supported import check_supported, resumes
+from d2o_dist.models.hf.temperature import Nowhere, tuned, tuned_layers
 from d2o_dist.models.layer import LayerView
 from d2o_dist.policy.config import D2OConfig
 
@@ -109,11 +110,14 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
             self, state_counts(self.model_config), shape_of(config), d2o, mesh, parallel, counter, reading=reading,
             resumes=resumes(self.model_config),
         )  # fmt: skip
-        attends = [index for index, kind in enumerate(layer_types(self.model_config)) if kind in ATTENTION]
+        attends = attending(self.model_config)
         # What the model calls a layer -> its number among those that attend.
         self._numbers = {index: number for number, index in enumerate(attends)}
+        # Those that attend to keys of others, numbered on: they do not call `update`.
+        self._sharers = {index: number for number, index in enumerate(sharers(self.model_config), len(attends))}
         views = dict(zip(attends, self.layers, strict=True))
         Cache.__init__(self, layers=[views.get(index, other) for index, other in enumerate(self.states.layers)])
+        self._tuned = tuned_layers(self.model_config)
         self._is_true = not is_let_go_of(config)
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._pending: int | None = None
@@ -173,11 +177,14 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
     @property
     def pending_window(self) -> int | None:
         """The window of the layer whose keys were announced; None: full attention, or no such layer."""
-        return None if self._pending is None else self.compressed.windows[self._pending]
+        return None if self._pending is None else self.compressed.windows[self.compressed.order.owner(self._pending)]
 
-    def check_pending(self, keys: Tensor) -> None:
-        """Called by d2o attention with the announced keys: as `update`, if it could not ask."""
-        if not self._is_checked and self._pending is not None:
+    def check_pending(self, keys: Tensor, module: nn.Module) -> None:
+        """Called by d2o attention with keys of this cache: as `update`, if it could not ask, or was not called for a
+        module that attends to keys of another."""
+        if self._pending is None:
+            self._pending = self._sharers.get(getattr(module, "layer_idx", None))
+        elif not self._is_checked:
             layer_idx = next(index for index, number in self._numbers.items() if number == self._pending)
             self._check_shape(keys, layer_idx)
 
@@ -227,7 +234,8 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
         known = self._modules.setdefault(layer, weakref.ref(module))
         if known() is not module:
             raise ValueError(f"layer {layer} of another model uses this cache; it belongs to the model that filled it")
-        return self.attend_layer(layer, query, key, value, softmax, mask, positions, blocks)
+        tune = partial(tuned, module) if getattr(module, "layer_idx", None) in self._tuned else None
+        return self.attend_layer(layer, query, key, value, softmax, mask, positions, blocks, tune)
 
     def abandon_step(self) -> None:
         """Take back an announced step whose forward was recorded, not run, and broken off."""
@@ -249,8 +257,14 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
     # ---- what generate asks --------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen (columns of the batch), not slots held."""
+    def get_seq_length(self, layer_idx: int | None = None) -> int | Nowhere:
+        """Tokens seen (columns of the batch), not slots held. Layers that would tune their queries by it are told
+        nothing: see `attend`."""
+        return Nowhere() if layer_idx in self._tuned else self.compressed.num_seen_columns
+
+    @torch.compiler.disable
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Tokens seen (columns of the batch): masks derive from it."""
         return self.compressed.num_seen_columns
 
     @torch.compiler.disable

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from transformers.cache_utils import DummyLayer
 
 from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.cache.stored import put_together, take_apart
@@ -59,7 +60,8 @@ class CopiedCache(ModelCache):
         return copy.deepcopy(self)
 
     def _check_views(self, what: str) -> None:
-        if (unknown := next((layer for layer in self.layers if type(layer) is not self.view_class), None)) is not None:
+        known = (self.view_class, DummyLayer)  # the latter of layers that share what others hold
+        if (unknown := next((layer for layer in self.layers if type(layer) not in known), None)) is not None:
             raise ValueError(f"a cache with a {type(unknown).__name__}, which keeps a state, cannot be {what}")
 
     def save(self, folder: str | Path) -> None:

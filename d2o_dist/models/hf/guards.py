@@ -7,10 +7,11 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2o_dist.models.hf.per_layer import of_each_layer
-from d2o_dist.models.hf.supported import ATTENTION, FULL, SLIDING, STATE, WINDOWED
+from d2o_dist.models.hf.supported import ATTENTION, CHUNKED, FULL, SLIDING, STATE, WINDOWED
+from d2o_dist.slots.windows import Chunked, Window
 
 MINIMUM = "5.17"
 ATTENTION_NAME = "d2o"
@@ -52,18 +53,57 @@ def layer_types(config: Any) -> list[str]:
     return list(types)
 
 
-def layer_windows(config: Any) -> list[int | None]:
-    """Per layer with attention None (full attention) or its sliding window; of a decoder that is supported.
+def layer_windows(config: Any) -> list[Window | None]:
+    """Per layer with attention None (full attention) or its window; of a decoder that is supported.
 
     Raises:
         ValueError: layers that are not as many as their types, or windows without a size.
     """
-    both = zip(layer_types(config), of_each_layer(config, "sliding_window"), strict=True)
-    layers = [(kind, window) for kind, window in both if kind in ATTENTION]
-    for kind, window in layers:
-        if kind in WINDOWED and not window:
-            raise ValueError(f"{config.model_type}: layer_types has {kind}, but sliding_window is {window}")
-    return [window if kind in WINDOWED else None for kind, window in layers]
+    types, sizes = layer_types(config), of_each_layer(config, "sliding_window")
+    return [_window(config, types[index], sizes[index]) for index in attending(config)]
+
+
+def attending(config: Any) -> list[int]:
+    """Layers that attend to keys of their own."""
+    others = sharers(config)
+    return [index for index, kind in enumerate(layer_types(config)) if kind in ATTENTION and index not in others]
+
+
+def sharers(config: Any) -> dict[int, int]:
+    """Of each layer without keys of its own the layer whose keys and values it attends to."""
+    if not getattr(config, "num_kv_shared_layers", 0):
+        return {}
+    types, modes = layer_types(config), config.kv_sharing_modes
+    owners = {types[index]: index for index, mode in enumerate(modes) if mode == "store"}
+    return {index: owners[types[index]] for index, mode in enumerate(modes) if mode == "reuse"}
+
+
+def _window(config: Any, kind: str, slides: int | None) -> Window | None:
+    """Of a layer of this type, whose window is `slides`, if it slides."""
+    if kind == CHUNKED:
+        return chunks_of_config(config)
+    if kind in WINDOWED and not slides:
+        raise ValueError(f"{config.model_type}: layer_types has {kind}, but sliding_window is {slides}")
+    return slides if kind in WINDOWED else None
+
+
+def chunks_of_config(config: Any) -> Chunked:
+    """Those of its layers with chunks.
+
+    Raises:
+        ValueError: it does not say how long they are.
+    """
+    size = getattr(config, "attention_chunk_size", None)
+    if not size:
+        raise ValueError(f"{config.model_type}: layer_types has {CHUNKED}, but attention_chunk_size is {size}")
+    return Chunked(size)
+
+
+def chunks_of(module: nn.Module) -> Chunked | None:
+    """Those that an attention module of a decoder attends in; None: it does not, as far as its configuration tells."""
+    config, number = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    return chunks_of_config(config) if types and number is not None and types[number] == CHUNKED else None
 
 
 def state_counts(config: Any) -> list[int]:

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
+from d2o_dist.slots.windows import Chunked, Window
+
 # Functions of transformers whose masks are read here; of another version some may be missing, and are then not read.
 _PACKED = ("packed_sequence_mask_function", "remap_positions_for_packed_sequence")
 _SLIDING = ("sliding_window_overlay", "causal_mask_function")
+_CHUNKED = ("chunked_overlay", "causal_mask_function")
 _IN_BLOCKS, _IN_BLOCKS_AND_WINDOW = "blockwise_overlay", ("or_masks", "sliding_window_overlay")
 
 
@@ -25,13 +28,13 @@ class Pattern:
     """A causal mask.
 
     Attributes:
-        window: keys that a query sees, itself included; None: all before it.
+        window: keys that a query sees; chunks begin with the first token of a row. None: all before it.
         documents: [B, T] int64, the number of the document that each token of a packed row belongs to; None: one.
         blocks: [B, T] int64: tokens of one number, but -1, attend to each other both ways; None: never.
         cuts_blocks: whether the window holds inside blocks too.
     """
 
-    window: int | None = None
+    window: Window | None = None
     documents: Tensor | None = None
     blocks: Tensor | None = None
     cuts_blocks: bool = False
@@ -50,11 +53,15 @@ def read_pattern(mask_function: Callable[..., Any]) -> Pattern | None:
     if name == "or_masks":
         if inner is None or len(names) != 2 or names[1] != _IN_BLOCKS or inner.documents is not None:
             return None
+        if isinstance(inner.window, Chunked):
+            return None
         return replace(inner, blocks=parts[1][1]["block_sequence_ids"])
     if names == _IN_BLOCKS_AND_WINDOW and inner is not None and inner.window is None:
         return replace(inner, window=parts[1][1]["sliding_window"], cuts_blocks=True)
     if names == _SLIDING:
         return Pattern(window=parts[0][1]["sliding_window"])
+    if names == _CHUNKED:
+        return Pattern(window=Chunked(parts[0][1]["chunk_size"]))
     if names == _PACKED:
         inner = read_pattern(parts[1][1]["mask_function"])
         return None if inner is None else replace(inner, documents=parts[0][1]["packed_sequence_mask"])
@@ -91,6 +98,7 @@ class LazyMask(Tensor):
         pattern: of a mask that is made causal, or both ways in blocks; None: of another.
         cache: that the forward was given, if it has a method `begin_forward`; else None.
         may_be_changed: whether it was written to, or a view of it was taken, through which it may have been.
+        whole: the mask that this one is of the last queries of, or this one itself.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -103,8 +111,27 @@ class LazyMask(Tensor):
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         mask.padding = arguments.get("attention_mask")
         mask.pattern, mask.cache = read_pattern(arguments["mask_function"]), cache
-        mask.may_be_changed, mask._arguments, mask._made = False, arguments, made
+        mask.may_be_changed, mask._arguments, mask._made, mask._first = False, arguments, made, None
         return mask
+
+    @property
+    def whole(self) -> LazyMask:
+        """See the class."""
+        return self if self._first is None else self._first.whole
+
+    def _of_last(self, count: int) -> LazyMask:
+        """The mask of the last `count` queries: what it would be, if it were a tensor, a view of this one."""
+        given = self._arguments
+        skipped = self.shape[2] - count
+        made = LazyMask({**given, "q_length": count, "q_offset": given.get("q_offset", 0) + skipped}, {}, self.cache)
+        made.may_be_changed, made._first = self.may_be_changed, self
+        return made
+
+    def _may_change(self) -> None:
+        """It is written to, or a view of it is taken; what it is a view of, too."""
+        self.may_be_changed = True
+        if self._first is not None:
+            self._first._may_change()
 
     def __repr__(self) -> str:
         return f"LazyMask({tuple(self.shape)}, {self.pattern})"
@@ -139,6 +166,8 @@ class LazyMask(Tensor):
         """The mask that transformers makes for this attention: "sdpa" [B, 1, n, S] bool, or None where `is_causal` or
         nothing will do; "eager" [B, 1, n, S] in the dtype of the model, to be added to logits."""
         attention = "eager" if self.may_be_changed else attention
+        if attention not in self._made and attention == "eager" and self._first is not None:
+            self._made[attention] = self._first.of(attention)[:, :, -self.shape[2] :]
         if attention not in self._made:
             make = {"sdpa": masking_utils.sdpa_mask, "eager": masking_utils.eager_mask}[attention]
             self._made[attention] = make(**self._arguments)
@@ -151,11 +180,33 @@ class LazyMask(Tensor):
 
         def made(mask: LazyMask) -> Tensor:
             tensor = mask.of("eager")
-            mask.may_be_changed |= shared
+            if shared:
+                mask._may_change()
             return tensor
+
+        if (count := _last_queries(func, args)) is not None:
+            return args[0]._of_last(count)
 
         args, kwargs = tree_map_only(LazyMask, made, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _last_queries(func: Any, args: tuple[Any, ...]) -> int | None:
+    """Of how many of its last queries an operator takes a mask that is its first argument; None: it does something
+    else."""
+    if not isinstance(args[0], LazyMask):
+        return None
+    if func is torch.ops.aten.alias.default:
+        return args[0].shape[2]
+    if func is not torch.ops.aten.slice.Tensor:
+        return None
+    mask, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    length = mask.shape[dim]
+    start, stop = ((length if at is None else at) if number else at or 0 for number, at in enumerate((start, stop)))
+    start, stop = (max(0, at + length) if at < 0 else min(at, length) for at in (start, stop))
+    if step != 1 or stop < length or start == length or (start and dim not in (2, -2)):
+        return None
+    return mask.shape[2] - start
 
 
 class Width(int):

@@ -10,10 +10,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedC
 
 from d2o_dist.models.hf.per_layer import of_layers
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-# Types of layers that attend, those with a window, those that keep a state of the text, and those that keep nothing.
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+# Types of layers that attend, those with a sliding window, those that keep a state of the text, and those that keep
+# nothing.
 WINDOWED = (SLIDING, "hybrid_sliding")
-ATTENTION = (FULL, "hybrid", *WINDOWED)
+ATTENTION = (FULL, "hybrid", CHUNKED, *WINDOWED)
 STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 NOTHING = ("moe", "mlp")
 INSTEAD = "use transformers' own cache, and its attention \"sdpa\" or \"eager\""
@@ -23,12 +24,10 @@ _BY_FIELD = {
     "add_cross_attention": "cross attention",
     "cross_attention_layers": "cross attention",
     "index_topk": "sparse attention",
-    "num_kv_shared_layers": "layers that share keys and values",
 }
 # What types of layers say.
 _BY_LAYER = {
     "indexed_attention": "sparse attention",
-    "chunked_attention": "chunked attention",
     "reference_sliding_attention": "windows that keep the prompt",
 }
 # What configurations do not tell, by their type.
@@ -53,6 +52,13 @@ _BY_TYPE = {
 _WITH_PREFIX = ("paligemma",)
 # Types whose Mamba layers begin anew with each forward of more than one token, in transformers.
 _IN_ONE_PIECE = ("jamba", "zamba")
+# Types whose layers without keys of their own get the columns of a prompt alone whose logits are asked for.
+_CUTTING = ("gemma4_text", "gemma4_unified_text")
+
+
+def cuts_prompts(config: Any) -> bool:
+    """Whether a decoder does so."""
+    return config.model_type in _CUTTING
 
 
 def resumes(config: Any) -> bool:
@@ -89,6 +95,8 @@ def _cause(config: Any, *, has_prefix: bool) -> str | None:
     for name, what in _BY_FIELD.items():
         if value := next(filter(None, of_layers(config, name)), None):
             return f"{what} ({name} {value})"
+    if getattr(config, "num_kv_shared_layers", 0) >= getattr(config, "num_hidden_layers", 1):
+        return f"keys and values of another model in all of its layers ({config.num_hidden_layers})"
     if None in of_layers(config, "num_attention_heads"):
         return "no attention layers that its configuration tells of (num_attention_heads)"
     if not has_prefix and getattr(config, "use_bidirectional_attention", None) in (True, "all"):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from d2o_dist.comm.adapters import to_device_mesh
 from d2o_dist.comm.mesh import ParallelMesh
-from d2o_dist.models.hf.guards import latent_dim, state_counts, text_config
+from d2o_dist.models.hf.guards import latent_dim, sharers, state_counts, text_config
 from d2o_dist.models.hf.quantised import quant_method
 from d2o_dist.models.hf.shape import layer_heads
 
@@ -91,8 +91,8 @@ def check_separate_projections(config: Any) -> None:
 
 
 def check_engine(config: Any, engine: str) -> None:
-    """Refuse an engine that does not know layers that keep a state, or latents: DeepSpeed cuts whatever looks like a
-    projection.
+    """Refuse an engine that does not know layers that keep a state or share keys, or latents: DeepSpeed cuts whatever
+    looks like a projection.
 
     Raises:
         ValueError: names the engine that does.
@@ -107,11 +107,16 @@ def check_engine(config: Any, engine: str) -> None:
             "tp_engine (deepspeed) cannot cut layers that keep a state (linear attention, Mamba, convolutions): use "
             "tp_engine transformers"
         )
+    if engine == "deepspeed" and sharers(text_config(config)):
+        raise ValueError(
+            "tp_engine (deepspeed) was not made for layers that share keys and values: use tp_engine transformers"
+        )
 
 
 def _other_axis(config: Any) -> str:
     """What shares a request, or the requests, where tensor ranks cannot."""
-    return "dp" if any(state_counts(text_config(config))) else "sp"
+    config = text_config(config)
+    return "dp" if any(state_counts(config)) or sharers(config) else "sp"
 
 
 def repeat_kv_heads(model: nn.Module, replicas: int) -> None:
