@@ -88,10 +88,11 @@ def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
             f"max_position_embeddings ({most}): this is what it would take if it had the positions",
             file=sys.stderr,
         )
+    reading = reading_of(config.reading, model, config.d2o)
     return Job(
         model=model, d2o=config.d2o, gpu=find_gpu(args.gpu, args.gpu_file), tokens=args.context, new_tokens=new_tokens,
-        batch=args.batch, chunk=config.prefill_chunk, reading=reading_of(config.reading, config.d2o), dtype=dtype,
-        num_gpus=args.gpus, gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
+        batch=args.batch, chunk=config.prefill_chunk, reading=reading, dtype=dtype, num_gpus=args.gpus,
+        gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
     )  # fmt: skip
 
 

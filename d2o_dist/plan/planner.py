@@ -123,7 +123,9 @@ def plan_all(job: Job, parallel: ParallelConfig, aim: str) -> tuple[list[MeshPla
 def plan_mesh(job: Job, mesh: ParallelConfig, share: Share) -> MeshPlan:
     """One mesh that is legal."""
     is_auto = mesh.sp_prefill == "auto"
-    traffic = PlannedTraffic(job.model, job.d2o, share, job.tokens, job.batch, job.dtype, job.chunk, is_auto)
+    traffic = PlannedTraffic(
+        job.model, job.d2o, share, job.tokens, job.batch, job.dtype, job.chunk, is_auto, job.reading
+    )
     held = rings(share, job.model, -(-job.tokens // share.sp), job.dtype, is_auto=is_auto)
     times = times_of(traffic, job.gpu, job.gpus_per_node, job.assume)
     return MeshPlan(

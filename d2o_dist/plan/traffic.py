@@ -2,8 +2,9 @@
 
 For a batch of rows of one length. Bytes are a rank's mean. Which slots must move to make shards level depends on the
 prompt: the newest are taken to lie on one rank, the others to be level. Not modelled: what ranks that hold copies of a
-KV head send for a second reading, and for heads with budgets of their own. What a tensor-parallel engine sends is not
-in the counter; its phase here is `model`.
+KV head send for a second reading, and for heads with budgets of their own; what is sent when layers are trimmed, where
+a prompt is read layer by layer and its budgets are not known before. What a tensor-parallel engine sends is not in the
+counter; its phase here is `model`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class PlannedTraffic:
         share: who holds what; batch: rows; tokens: of each prompt.
         chunk: tokens of one forward of the prompt; None: all.
         is_auto: whether `sp_prefill` was `auto`, which rings where a head is too long to gather.
+        reading: `whole` or `layerwise`.
     """
 
     model: ModelSize
@@ -57,6 +59,7 @@ class PlannedTraffic:
     dtype: torch.dtype = torch.bfloat16
     chunk: int | None = None
     is_auto: bool = True
+    reading: str = "whole"
 
     # ---- the three things that are sent ------------------------------------------------------------------------------
 
@@ -160,7 +163,7 @@ class PlannedTraffic:
                     yield Sent(phase, "sp", "all_to_all", self._full, self._full * sent)
             if windows and not share.reads_by_heads:
                 yield self._gather(phase, "sp", windows, self.batch * share.kv_heads * n * 2 * dim * item)
-            if logits:
+            if logits and (end == self.tokens or self.reading == "whole"):  # of each forward
                 yield self._all_reduce(phase, 1, self.batch * self.model.vocab * item)
 
     def _finalize(self) -> Iterator[Sent]:
