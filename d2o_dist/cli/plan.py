@@ -19,6 +19,7 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.fields.io import build, dump_yaml
 from d2o_dist.fields.overrides import parse_override
+from d2o_dist.models.loading import describe
 from d2o_dist.plan import table
 from d2o_dist.plan.gpus import find_gpu
 from d2o_dist.plan.memory import reading_of
@@ -103,6 +104,12 @@ def _parallel(config: InferConfig) -> ParallelConfig:
     return dataclasses.replace(config.parallel, tp_engine="transformers")
 
 
+def _check(config: InferConfig, mesh: ParallelConfig) -> None:
+    """Refuse what Megatron cannot divide; of other models the planner checks what a run does."""
+    if config.model_kind == "megatron":
+        describe(dataclasses.replace(config, parallel=mesh))
+
+
 def configuration(config: InferConfig, job: Job, plan: MeshPlan) -> InferConfig:
     """The configuration of the run on this mesh."""
     share = plan.share
@@ -135,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read_config(args)
         job = make_job(args, config)
-        plans, refused = plan_all(job, _parallel(config), args.aim)
+        plans, refused = plan_all(job, _parallel(config), args.aim, lambda mesh: _check(config, mesh))
         if not plans:
             raise ValueError(f"no mesh of {job.num_gpus} GPUs is legal: {table.refusals(refused)}")
         fits = plans[0].fits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,12 +99,15 @@ class MeshPlan:
         return self.dp * self.batch / self.times.token
 
 
-def plan_all(job: Job, parallel: ParallelConfig, aim: str) -> tuple[list[MeshPlan], list[tuple[ParallelConfig, str]]]:
+def plan_all(
+    job: Job, parallel: ParallelConfig, aim: str, check: Callable[[ParallelConfig], Any] = lambda mesh: None
+) -> tuple[list[MeshPlan], list[tuple[ParallelConfig, str]]]:
     """Legal meshes, the best first and those that do not fit last; and the others with the reason why.
 
     Args:
         parallel: the fields that all meshes share; sizes above 1 in it are kept.
         aim: one of AIMS.
+        check: raises ValueError for a mesh that the library of the model refuses.
 
     Raises:
         ValueError: `aim`, or a budget that the model's layers cannot have.
@@ -111,6 +116,7 @@ def plan_all(job: Job, parallel: ParallelConfig, aim: str) -> tuple[list[MeshPla
     legal, refused = [], []
     for mesh in all_meshes(parallel, job.num_gpus):
         try:
+            check(mesh)
             share = share_of(job.model, job.d2o, mesh)
         except ValueError as error:
             refused.append((mesh, str(error)))

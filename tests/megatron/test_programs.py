@@ -75,14 +75,21 @@ def wanted(folders, prompts):
     return records(said)
 
 
-@pytest.mark.parametrize(("tp", "sp"), [(1, 1), (2, 1), (1, 2)])
-def test_the_text_is_that_of_the_hugging_face_folder(folders, prompts, wanted, tp, sp):
-    """The checkpoint was written by one process; its vocabulary is odd."""
+@pytest.mark.parametrize(("dp", "sp", "tp"), [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1)])
+def test_the_text_is_that_of_the_hugging_face_folder(folders, prompts, wanted, tmp_path, dp, sp, tp):
+    """The checkpoint was written by one process; its vocabulary is odd. On ranks by what the planner writes."""
     source, made = folders
-    argv = ["--model", str(made), "model_kind=megatron", f"tokenizer={source}", "--prompts", prompts, *SMALL]
-    said = run_ranks(tp * sp, run_program, "infer", [*argv, f"--tp={tp}", f"--sp={sp}"], timeout_s=TIMEOUT_S)
-    assert [status for status, _, _ in said] == [0] * (tp * sp), said
-    found = records(said[0][1])
+    argv = ["--model", str(made), "model_kind=megatron", f"tokenizer={source}", *SMALL]
+    world, output = dp * sp * tp, tmp_path / "answers.jsonl"
+    if world > 1:
+        mesh, file = [f"parallel.dp={dp}", f"parallel.sp={sp}", f"parallel.tp={tp}"], str(tmp_path / "run.yaml")
+        ask = ["--context", "300", "--gpu", "h100-80gb", "--gpus", str(world), "--write", file]
+        assert speak(plan.main, [*argv, *mesh, *ask])[0] == 0
+        argv = ["--config", file]
+    argv += ["--prompts", prompts, "--output", str(output)]
+    said = run_ranks(world, run_program, "infer", argv, timeout_s=TIMEOUT_S)
+    assert [status for status, _, _ in said] == [0] * world, said
+    found = records(output.read_text())
     assert [record["text"] for record in found] == [record["text"] for record in wanted]
     assert all(0 < record["achieved_keep_ratio"] < 0.9 for record in found)
 
@@ -110,6 +117,10 @@ def test_the_planner_reads_a_checkpoint_and_writes_what_runs_it(folders, tmp_pat
     assert speak(plan.main, [*mine, "--write", str(tmp_path / "run.yaml")])[0] == 0
     config = InferConfig.load(tmp_path / "run.yaml")
     assert (config.model, config.model_kind, config.tokenizer) == (made, "megatron", source)
+    odd = copied(Path(made), tmp_path)
+    (odd / ARGUMENTS).write_text(dump_yaml({**load_yaml(odd / ARGUMENTS), "ffn_hidden_size": 95}))
+    status, said, _ = speak(plan.main, ["--model", str(odd), *mine[2:]])
+    assert status == 0 and "illegal:\n1 x 1 x 2: ffn_hidden_size (95) must be divisible by tp (2)\n" in said
 
 
 EXPERTS = MegatronArguments(
