@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ class ModelSize:
         return self.experts * (1 - (1 - self.experts_per_token / self.num_experts) ** tokens)
 
 
+@cache
 def known_models() -> dict[str, dict[str, Any]]:
     """Name -> fields of the models that are known without their files."""
     return load_yaml(_TABLE)
@@ -243,12 +245,12 @@ def _states_of(model: Any, config: Any) -> tuple[int, int]:
 
     A forward of a model without weights tells: transformers' own cache gets states of the shape that they have.
     """
-    cache = DynamicCache(config=config)
+    past = DynamicCache(config=config)
     for name, module in model.named_modules():
         if name.endswith(".experts"):  # which tokens each of them gets, only numbers tell
             module.forward = lambda hidden_states, *args, **kwargs: hidden_states
-    model.eval().to(torch.bfloat16)(torch.zeros(1, 4, dtype=torch.long, device="meta"), past_key_values=cache)
-    held = [state for layer in cache.layers for name in ("conv_states", "recurrent_states")
+    model.eval().to(torch.bfloat16)(torch.zeros(1, 4, dtype=torch.long, device="meta"), past_key_values=past)
+    held = [state for layer in past.layers for name in ("conv_states", "recurrent_states")
             for state in (getattr(layer, name, None) or {}).values() if state is not None]  # fmt: skip
     counts = {kind: sum(state.numel() for state in held if (state.dtype == torch.float32) == kind) for kind in (0, 1)}
     return counts[0], counts[1]

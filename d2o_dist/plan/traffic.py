@@ -282,9 +282,12 @@ class PlannedTraffic:
         """X, of an eviction of so many tokens."""
         if not self.d2o.merge.merges:
             return 0
-        gate = self.d2o.merge.gate
-        of_one = head_reports(torch.zeros(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool), gate).shape[-1]
-        return of_one + (gone - 1 if gate.looks_at_each else 0)
+        return self._report_of_one + (gone - 1 if self.d2o.merge.gate.looks_at_each else 0)
+
+    @cached_property
+    def _report_of_one(self) -> int:
+        similarity, is_victim = torch.zeros(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool)
+        return head_reports(similarity, is_victim, self.d2o.merge.gate).shape[-1]
 
     def _gather(self, phase: str, axis: str, calls: int, part: float) -> Sent:
         """All-gathers of which each rank has a part of so many bytes."""
