@@ -15,7 +15,7 @@ from d2o_dist.models.hf.model import HFModel
 from d2o_dist.models.megatron_files import is_megatron
 from d2o_dist.models.shape import ModelShape
 
-load_tokenizer, quiet, base_of = hf.load_tokenizer, hf.quiet, hf.base_of
+load_tokenizer, quiet = hf.load_tokenizer, hf.quiet
 
 
 def describe(config: InferConfig) -> ModelShape:

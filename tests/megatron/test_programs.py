@@ -94,6 +94,19 @@ def test_the_text_is_that_of_the_hugging_face_folder(folders, prompts, wanted, t
     assert all(0 < record["achieved_keep_ratio"] < 0.9 for record in found)
 
 
+def test_rows_that_come_and_go_are_sampled_as_of_the_hugging_face_folder(folders, prompts):
+    source, made = folders
+    argv = ["--prompts", prompts, *SMALL, "max_batch_size=2", "sampling.temperature=0.9", "sampling.seed=5"]
+    wanted = records(speak(infer.main, ["--model", str(source), *argv])[1])
+    mine = ["--model", str(made), "model_kind=megatron", f"tokenizer={source}", *argv]
+    ((status, said, _),) = run_ranks(1, run_program, "infer", mine, timeout_s=TIMEOUT_S)
+    found = records(said)
+    assert status == 0 and len({record["text"] for record in found}) == 3
+    for one, other in zip(found, wanted, strict=True):
+        for name in ("text", "num_new_tokens", "achieved_keep_ratio", "held_bytes"):
+            assert one[name] == other[name]
+
+
 def test_a_checkpoint_comes_back_as_a_hugging_face_folder(folders, tmp_path):
     source, made = folders
     back = str(tmp_path / "back")
