@@ -17,6 +17,7 @@ import torch
 from d2o_dist.cli.voice import parse_once, quiet_unless
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.fields.checks import check_int
 from d2o_dist.fields.io import build, dump_yaml
 from d2o_dist.fields.overrides import parse_override
 from d2o_dist.models.loading import describe
@@ -140,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(args, int):
         return args
     try:
+        check_int("top", args.top, low=1)
         config = read_config(args)
         job = make_job(args, config)
         plans, refused = plan_all(job, _parallel(config), args.aim, lambda mesh: _check(config, mesh))

@@ -20,7 +20,7 @@ from d2o_dist.models.hf.quantised import quant_method
 from d2o_dist.models.hf.shape import num_kv_heads
 from d2o_dist.models.hf.supported import check_supported
 from d2o_dist.models.hf.tiles import tile_refusal
-from d2o_dist.models.loading import megatron_library
+from d2o_dist.models.loading import check_kind, megatron_library
 
 _TABLE = Path(__file__).with_name("models.yaml")
 # In the names of parameters of layers that no engine cuts: norms, and what chooses the experts.
@@ -115,7 +115,12 @@ def known_config(name: str) -> Any:
 
 
 def config_of(config: InferConfig) -> Any:
-    """The transformers configuration of the model of a run: a known one, or that of its files."""
+    """The transformers configuration of the model of a run: a known one, or that of its files.
+
+    Raises:
+        ValueError: there is no such model, or it is of another library.
+    """
+    check_kind(config)
     if config.model_kind == "megatron":
         return megatron_library().config_of_model(config)
     return known_config(config.model) if config.model in known_models() else load_config(config)

@@ -110,9 +110,12 @@ def plan_all(
         check: raises ValueError for a mesh that the library of the model refuses.
 
     Raises:
-        ValueError: `aim`, or a budget that the model's layers cannot have.
+        ValueError: `aim`, a budget that the model's layers cannot have, or sizes that so many GPUs do not have.
     """
     check_choice("aim", aim, AIMS)
+    if not any(True for _ in all_meshes(parallel, job.num_gpus)):
+        raise ValueError(f"no dp x sp x tp of {job.num_gpus} GPUs has dp {parallel.dp}, sp {parallel.sp} and tp "
+                         f"{parallel.tp}, where dp null and sizes of 1 may be any")  # fmt: skip
     legal, refused = [], []
     for mesh in all_meshes(parallel, job.num_gpus):
         try:

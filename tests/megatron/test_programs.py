@@ -130,6 +130,7 @@ def test_the_planner_reads_a_checkpoint_and_writes_what_runs_it(folders, tmp_pat
     assert speak(plan.main, [*mine, "--write", str(tmp_path / "run.yaml")])[0] == 0
     config = InferConfig.load(tmp_path / "run.yaml")
     assert (config.model, config.model_kind, config.tokenizer) == (made, "megatron", source)
+    assert "set model_kind=megatron" in speak(plan.main, ["--model", made, *argv])[2]
     odd = copied(Path(made), tmp_path)
     (odd / ARGUMENTS).write_text(dump_yaml({**load_yaml(odd / ARGUMENTS), "ffn_hidden_size": 95}))
     status, said, _ = speak(plan.main, ["--model", str(odd), *mine[2:]])
