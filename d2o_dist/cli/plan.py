@@ -17,8 +17,10 @@ import torch
 from d2o_dist.cli.voice import parse_once, quiet_unless
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.fields.checks import check_int
 from d2o_dist.fields.io import build, dump_yaml
 from d2o_dist.fields.overrides import parse_override
+from d2o_dist.models.loading import describe
 from d2o_dist.plan import table
 from d2o_dist.plan.gpus import find_gpu
 from d2o_dist.plan.memory import reading_of
@@ -88,10 +90,11 @@ def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
             f"max_position_embeddings ({most}): this is what it would take if it had the positions",
             file=sys.stderr,
         )
+    reading = reading_of(config.reading, model, config.d2o)
     return Job(
         model=model, d2o=config.d2o, gpu=find_gpu(args.gpu, args.gpu_file), tokens=args.context, new_tokens=new_tokens,
-        batch=args.batch, chunk=config.prefill_chunk, reading=reading_of(config.reading, config.d2o), dtype=dtype,
-        num_gpus=args.gpus, gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
+        batch=args.batch, chunk=config.prefill_chunk, reading=reading, dtype=dtype, num_gpus=args.gpus,
+        gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
     )  # fmt: skip
 
 
@@ -100,6 +103,12 @@ def _parallel(config: InferConfig) -> ParallelConfig:
     if config.model_kind == "transformers":
         return config.parallel
     return dataclasses.replace(config.parallel, tp_engine="transformers")
+
+
+def _check(config: InferConfig, mesh: ParallelConfig) -> None:
+    """Refuse what Megatron cannot divide; of other models the planner checks what a run does."""
+    if config.model_kind == "megatron":
+        describe(dataclasses.replace(config, parallel=mesh))
 
 
 def configuration(config: InferConfig, job: Job, plan: MeshPlan) -> InferConfig:
@@ -132,9 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(args, int):
         return args
     try:
+        check_int("top", args.top, low=1)
         config = read_config(args)
         job = make_job(args, config)
-        plans, refused = plan_all(job, _parallel(config), args.aim)
+        plans, refused = plan_all(job, _parallel(config), args.aim, lambda mesh: _check(config, mesh))
         if not plans:
             raise ValueError(f"no mesh of {job.num_gpus} GPUs is legal: {table.refusals(refused)}")
         fits = plans[0].fits

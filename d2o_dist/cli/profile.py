@@ -14,6 +14,7 @@ from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.profile import default_text, measure_profile, passages
 from d2o_dist.eval.text import read_text
 from d2o_dist.models import loading
+from d2o_dist.models.adapter_files import base_of
 from d2o_dist.models.profile import write_profile
 
 EXIT_OK, EXIT_USAGE = 0, 2
@@ -40,7 +41,7 @@ def _profile(args: argparse.Namespace) -> str:
     for name in ("passages", "tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} ({getattr(args, name)}) must be at least 1")
-    if base := loading.base_of(args.model):
+    if base := base_of(args.model):
         raise ValueError(f"{args.model} is an adapter: profile its base, {base}, which it is merged into")
     config = InferConfig(model=args.model, revision=args.revision, dtype=args.dtype, device=args.device)
     shape = loading.describe(config)

@@ -19,21 +19,6 @@ TILE = 4096
 STREAM_CHUNK = 2048
 
 
-def settle_reading(reading: str, model: ModelAdapter, d2o: D2OConfig) -> str:
-    """When prompts are compressed: `whole`, `layerwise` or `stream`; `auto` is layer by layer where that suits the
-    rules, and the model takes tiles.
-
-    Raises:
-        ValueError: the rules or the model do not allow it.
-    """
-    if reading == "auto":
-        return "layerwise" if d2o.suits_layerwise and model.tile_refusal is None else "whole"
-    d2o.check_reading(reading)
-    if reading == "layerwise" and model.tile_refusal is not None:
-        raise ValueError(f"reading (layerwise) needs a model that takes tiles, but {model.tile_refusal}")
-    return reading
-
-
 def tokens_while_reading(reading: str, d2o: D2OConfig, num_layers: int, tokens: int) -> float:
     """Of how many tokens the cache is in memory at once while a prompt of `tokens` is read.
 

@@ -30,7 +30,7 @@ def memory_of(config: InferConfig, device: torch.device) -> Callable[[int], Prom
     model, dtype = size_of(found), getattr(torch, config.dtype, None) or found.dtype or torch.float32
     if config.dtype == "auto" and device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32  # as weights are loaded
-    share, reading = share_of(model, config.d2o, config.parallel), reading_of(config.reading, config.d2o)
+    share, reading = share_of(model, config.d2o, config.parallel), reading_of(config.reading, model, config.d2o)
     chunk = config.prefill_chunk or (TILE if reading == "layerwise" else None)
     return lambda tokens: prompt_memory(
         model, config.d2o, share, tokens, dtype=dtype, chunk=chunk, reading=reading

@@ -18,7 +18,7 @@ from d2o_dist.engine.loop import Generated, Running
 from d2o_dist.engine.output import lock_path
 from d2o_dist.engine.paths import inputs_of
 from d2o_dist.engine.plan import InferPlan
-from d2o_dist.engine.reading import settle_reading, tokens_while_reading
+from d2o_dist.engine.reading import tokens_while_reading
 from d2o_dist.engine.records import Record, cut_off_record, error_record, make_record
 from d2o_dist.engine.results import BatchError, Results
 from d2o_dist.engine.resume import Earlier, begin, check_job, find_earlier
@@ -30,6 +30,7 @@ from d2o_dist.engine.trace import Trace
 from d2o_dist.evict.budgets import NotFiniteError
 from d2o_dist.fields.show import shown
 from d2o_dist.models import loading
+from d2o_dist.models.cache import settle_reading
 
 
 class InferRunner:
@@ -101,7 +102,7 @@ class InferRunner:
             BatchError: only where several ranks hold a request.
         """
         shape, d2o = self.model.shape, self.config.d2o
-        reading = settle_reading(self.config.reading, self.model, d2o)
+        reading = settle_reading(self.config.reading, self.model.tile_refusal, d2o)
         needs = partial(tokens_while_reading, reading, d2o, len(shape.windows))
         room = Room(self._max_rows, self.config.max_batch_tokens, shape.border, needs)
         self._scheduler = Scheduler(

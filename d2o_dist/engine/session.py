@@ -17,8 +17,9 @@ from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.cuda_graph import graph_recorder
-from d2o_dist.engine.reading import STREAM_CHUNK, TILE, read, read_stream, settle_reading
+from d2o_dist.engine.reading import STREAM_CHUNK, TILE, read, read_stream
 from d2o_dist.engine.stepper import Stepper
+from d2o_dist.models.cache import settle_reading
 from d2o_dist.models.loading import adapt
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.windows import kept
@@ -85,7 +86,7 @@ class Session:
         self.model = adapt(model)
         self.cache = self.model.make_cache(d2o, mesh, parallel, counter)
         self.cache.compressed.is_steady = steady
-        self._reading = settle_reading(reading, self.model, self.cache.d2o)
+        self._reading = settle_reading(reading, self.model.tile_refusal, self.cache.d2o)
         recorder = graph_recorder(decode_graph, self.model.shape, self.device, self.cache.ranks)
         multiple = STEADY_ROWS if steady and self.cache.takes_padding else 1
         self._stepper = Stepper(self.model, recorder, required=decode_graph == "always", multiple=multiple)

@@ -34,6 +34,24 @@ CACHE_READINGS = ("whole", "layerwise")
 _WINDOWS = {"chunked": "chunked attention", "sliding": "sliding windows"}
 
 
+def settle_reading(reading: str, tile_refusal: str | None, d2o: D2OConfig) -> str:
+    """When prompts are compressed: `whole`, `layerwise` or `stream`; `auto` is layer by layer where that suits the
+    rules, and the model takes tiles.
+
+    Args:
+        tile_refusal: of the model; see `ModelAdapter`.
+
+    Raises:
+        ValueError: the rules or the model do not allow it.
+    """
+    if reading == "auto":
+        return "layerwise" if d2o.suits_layerwise and tile_refusal is None else "whole"
+    d2o.check_reading(reading)
+    if reading == "layerwise" and tile_refusal is not None:
+        raise ValueError(f"reading (layerwise) needs a model that takes tiles, but {tile_refusal}")
+    return reading
+
+
 class ModelCache:
     """What a model's attention layers and those who run it share: slots, ranks, and what is asked of a prompt.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from d2o_dist.models.hf.adapter import base_of
+from d2o_dist.models.adapter_files import base_of
 from d2o_dist.models.megatron_files import is_megatron, megatron_paths
 
 # Files up to this size are read whole; of larger ones blocks, in places that follow from the header or the size.

@@ -15,7 +15,7 @@ from d2o_dist.models.hf.model import HFModel
 from d2o_dist.models.megatron_files import is_megatron
 from d2o_dist.models.shape import ModelShape
 
-load_tokenizer, quiet, base_of = hf.load_tokenizer, hf.quiet, hf.base_of
+load_tokenizer, quiet = hf.load_tokenizer, hf.quiet
 
 
 def describe(config: InferConfig) -> ModelShape:
@@ -66,6 +66,16 @@ def eos_ids(model: ModelAdapter, tokenizer: Any) -> frozenset[int]:
     return model.eos_ids | {i for i in [tokenizer.eos_token_id] if i is not None}
 
 
+def check_kind(config: InferConfig) -> None:
+    """Refuse a folder that says it is of another library than the configuration does.
+
+    Raises:
+        ValueError: names both.
+    """
+    if config.model_kind == "transformers" and is_megatron(Path(config.model).expanduser()):
+        raise ValueError(f"model folder {config.model} holds a Megatron checkpoint: set model_kind=megatron")
+
+
 def megatron_library() -> Any:
     """The module that loads Megatron's models, imported when it is needed: it takes seconds.
 
@@ -83,11 +93,8 @@ def megatron_library() -> Any:
 
 def _library(config: InferConfig) -> Any:
     """The module that describes and loads the model."""
-    if config.model_kind == "transformers":
-        if is_megatron(Path(config.model).expanduser()):
-            raise ValueError(f"model folder {config.model} holds a Megatron checkpoint: set model_kind=megatron")
-        return hf
-    return megatron_library()
+    check_kind(config)
+    return hf if config.model_kind == "transformers" else megatron_library()
 
 
 def _version(name: str) -> str | None:

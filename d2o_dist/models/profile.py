@@ -15,6 +15,7 @@ from typing import Any
 
 from d2o_dist.fields.io import to_json
 from d2o_dist.files.whole import replace_text
+from d2o_dist.models.digest import model_digests, model_paths, one_digest
 from d2o_dist.policy.budget import Profile
 from d2o_dist.policy.config import D2OConfig
 
@@ -104,9 +105,6 @@ def places(source: str, identity: str) -> list[Path]:
 
 def identity_of(source: str, revision: str | None = None) -> str:
     """A digest of the files that a model is made from: what `model_digests` tells apart."""
-    # Imported late: it imports the package of Hugging Face's models, whose cache imports this file.
-    from d2o_dist.models.digest import model_paths
-
     folder = Path(source).expanduser()
     marks = [(path, path.stat()) for path in model_paths(folder)] if folder.is_dir() else []
     return _identity(source, revision, tuple((str(path), stat.st_mtime_ns, stat.st_size) for path, stat in marks))
@@ -115,6 +113,4 @@ def identity_of(source: str, revision: str | None = None) -> str:
 @lru_cache(maxsize=64)
 def _identity(source: str, revision: str | None, marks: tuple[tuple[str, int, int], ...]) -> str:
     """Of files as they are now; asked for whenever a cache is made."""
-    from d2o_dist.models.digest import model_digests, one_digest
-
     return one_digest(model_digests(source, revision))

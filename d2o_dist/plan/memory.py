@@ -14,7 +14,7 @@ import torch
 
 from d2o_dist.cache.compress import HELD_AT_MOST
 from d2o_dist.cache.window import WindowLayer
-from d2o_dist.models.cache import CACHE_READINGS
+from d2o_dist.models.cache import CACHE_READINGS, settle_reading
 from d2o_dist.plan.meshes import Share
 from d2o_dist.plan.model_size import ModelSize
 from d2o_dist.policy.budget import Profile, Uniform, layer_slots
@@ -31,12 +31,15 @@ _GATHERED_BYTES = 64
 _CONVERTED_KEYS, _BLOCK_KEYS = 4096, 512
 
 
-def reading_of(reading: str, d2o: D2OConfig) -> str:
-    """How a run of a model that takes tiles reads, whose configuration says `reading`. A stream is no prompt of some
-    length: layer by layer is what a chunk of it takes."""
-    if reading == "stream":
-        return "layerwise"
-    return ("layerwise" if d2o.suits_layerwise else "whole") if reading == "auto" else reading
+def reading_of(reading: str, model: ModelSize, d2o: D2OConfig) -> str:
+    """How a run reads, whose configuration says `reading`. A stream is no prompt of some length: layer by layer is what
+    a chunk of it takes.
+
+    Raises:
+        ValueError: see `settle_reading`.
+    """
+    settled = settle_reading(reading, model.tile_refusal, d2o)
+    return "layerwise" if settled == "stream" else settled
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class PromptMemory:
         reading: `whole`: all layers' slots lie in memory until the prompt is read; `layerwise`: a layer is compressed
             when its attention is done, and the hidden states of the whole prompt go from layer to layer.
         weights: of the model.
-        prompt: slots of the whole prompt in all layers, positions and statistics of slots included; one_layer: in one.
-        kept: slots after compression, with their room to grow.
+        prompt: slots of the whole prompt in all layers, positions and statistics of slots included, and the states of
+            layers that keep one; one_layer: slots in one layer.
+        kept: slots after compression, with their room to grow, and those states.
         statistics: what attention leaves until the prompt is compressed, in all layers at once.
         hidden: hidden states of the whole prompt, and its tables of rotary positions.
         forward: what else is alive in a layer during a forward.
@@ -95,7 +99,8 @@ def prompt_memory(
     here = -(-tokens // share.sp)  # tokens of a rank where tokens are dealt
     heads, width = (share.kv_here, tokens) if share.reads_by_heads else (share.kv_heads, here)
     one_layer = batch * heads * width * slot
-    prompt = full * one_layer + _window_bytes(model, tokens, batch * heads * slot)
+    states = batch * (model.states * dtype.itemsize + model.exact_states * 4)
+    prompt = full * one_layer + _window_bytes(model, tokens, batch * heads * slot) + states
     kept, tables, growth = _kept_bytes(model, d2o, share, tokens, batch, dtype)
     of_layer = _statistics_bytes(model, d2o, share, width, batch, dtype)
     hidden = batch * here * (model.hidden + 2 * model.head_dim) * dtype.itemsize
@@ -122,19 +127,19 @@ def prompt_memory(
     else:
         reading_peak = prompt + full * of_layer + forward
         # Layer after layer; then what is left of all of them moves into the arena.
-        compressing_peak = max(prompt + copies, 2 * kept if d2o.eviction_interval is not None else 0)
+        compressing_peak = max(prompt + copies, states + 2 * kept if d2o.eviction_interval is not None else 0)
     return PromptMemory(
         reading=reading,
         weights=weight_bytes(model, share, dtype),
         prompt=prompt,
         one_layer=one_layer,
-        kept=kept,
+        kept=kept + states,
         statistics=full * of_layer,
         hidden=hidden,
         forward=forward,
         reading_peak=reading_peak,
         compressing_peak=compressing_peak,
-        decoding=kept + tables + growth,
+        decoding=kept + states + tables + growth,
     )
 
 
@@ -142,7 +147,7 @@ def weight_bytes(model: ModelSize, share: Share, dtype: torch.dtype) -> int:
     """Of one rank. DeepSpeed's AutoTP cuts the layers' matrices, transformers' plan embeddings and experts too."""
     cut = model.matrices + model.kv_matrices * share.copies
     more = (model.embeddings + model.experts) // share.cuts_of_more
-    return (cut // share.tp + more + model.others) * dtype.itemsize
+    return (cut // share.tp + more + model.others + model.whole_matrices) * dtype.itemsize
 
 
 def slots_of_layers(model: ModelSize, d2o: D2OConfig, tokens: int) -> list[int | None]:

@@ -10,6 +10,7 @@ import torch
 from d2o_dist.comm.shard import Contiguous
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.layout.sequence import RING_FROM_BYTES
+from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.models.hf.tensor_parallel import check_engine, check_separate_projections, kv_replicas
 from d2o_dist.plan.model_size import ModelSize
 from d2o_dist.policy.config import D2OConfig
@@ -66,6 +67,7 @@ def share_of(model: ModelSize, d2o: D2OConfig, parallel: ParallelConfig) -> Shar
         ValueError: heads that the ranks cannot share, or rules that they cannot follow.
     """
     copies = 1
+    shape_of(model.config).check_sequence_ranks(parallel.sp)
     if parallel.tp > 1:
         copies = kv_replicas(model.config, parallel.tp)
         check_separate_projections(model.config)

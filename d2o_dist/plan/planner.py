@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,20 +99,27 @@ class MeshPlan:
         return self.dp * self.batch / self.times.token
 
 
-def plan_all(job: Job, parallel: ParallelConfig, aim: str) -> tuple[list[MeshPlan], list[tuple[ParallelConfig, str]]]:
+def plan_all(
+    job: Job, parallel: ParallelConfig, aim: str, check: Callable[[ParallelConfig], Any] = lambda mesh: None
+) -> tuple[list[MeshPlan], list[tuple[ParallelConfig, str]]]:
     """Legal meshes, the best first and those that do not fit last; and the others with the reason why.
 
     Args:
         parallel: the fields that all meshes share; sizes above 1 in it are kept.
         aim: one of AIMS.
+        check: raises ValueError for a mesh that the library of the model refuses.
 
     Raises:
-        ValueError: `aim`, or a budget that the model's layers cannot have.
+        ValueError: `aim`, a budget that the model's layers cannot have, or sizes that so many GPUs do not have.
     """
     check_choice("aim", aim, AIMS)
+    if not any(True for _ in all_meshes(parallel, job.num_gpus)):
+        raise ValueError(f"no dp x sp x tp of {job.num_gpus} GPUs has dp {parallel.dp}, sp {parallel.sp} and tp "
+                         f"{parallel.tp}, where dp null and sizes of 1 may be any")  # fmt: skip
     legal, refused = [], []
     for mesh in all_meshes(parallel, job.num_gpus):
         try:
+            check(mesh)
             share = share_of(job.model, job.d2o, mesh)
         except ValueError as error:
             refused.append((mesh, str(error)))
@@ -123,7 +132,9 @@ def plan_all(job: Job, parallel: ParallelConfig, aim: str) -> tuple[list[MeshPla
 def plan_mesh(job: Job, mesh: ParallelConfig, share: Share) -> MeshPlan:
     """One mesh that is legal."""
     is_auto = mesh.sp_prefill == "auto"
-    traffic = PlannedTraffic(job.model, job.d2o, share, job.tokens, job.batch, job.dtype, job.chunk, is_auto)
+    traffic = PlannedTraffic(
+        job.model, job.d2o, share, job.tokens, job.batch, job.dtype, job.chunk, is_auto, job.reading
+    )
     held = rings(share, job.model, -(-job.tokens // share.sp), job.dtype, is_auto=is_auto)
     times = times_of(traffic, job.gpu, job.gpus_per_node, job.assume)
     return MeshPlan(

@@ -88,7 +88,8 @@ def times_of(traffic: PlannedTraffic, gpu: Gpu, gpus_per_node: int, assume: Assu
     model, share, batch, tokens = traffic.model, traffic.share, traffic.batch, traffic.tokens
     ranks, flops = share.tp * share.sp, gpu.tflops * 1e12
     readings = 2 if traffic.d2o.needs_reread else 1
-    here = (model.matrices + model.kv_matrices * share.copies) / share.tp + model.experts_of(1) / share.cuts_of_more
+    here = (model.matrices + model.kv_matrices * share.copies) / share.tp + model.whole_matrices
+    here += model.experts_of(1) / share.cuts_of_more
     products = 2 * here / share.sp * batch * tokens * readings
     memory = prompt_memory(model, traffic.d2o, share, tokens, batch, dtype=traffic.dtype)
     # Of the embeddings the output head is read; of another table for the input, a row a token. Of the experts those

@@ -2,8 +2,9 @@
 
 For a batch of rows of one length. Bytes are a rank's mean. Which slots must move to make shards level depends on the
 prompt: the newest are taken to lie on one rank, the others to be level. Not modelled: what ranks that hold copies of a
-KV head send for a second reading, and for heads with budgets of their own. What a tensor-parallel engine sends is not
-in the counter; its phase here is `model`.
+KV head send for a second reading, and for heads with budgets of their own; what is sent when layers are trimmed, where
+a prompt is read layer by layer and its budgets are not known before. What a tensor-parallel engine sends is not in the
+counter; its phase here is `model`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class PlannedTraffic:
         share: who holds what; batch: rows; tokens: of each prompt.
         chunk: tokens of one forward of the prompt; None: all.
         is_auto: whether `sp_prefill` was `auto`, which rings where a head is too long to gather.
+        reading: `whole` or `layerwise`.
     """
 
     model: ModelSize
@@ -58,6 +60,7 @@ class PlannedTraffic:
     dtype: torch.dtype = torch.bfloat16
     chunk: int | None = None
     is_auto: bool = True
+    reading: str = "whole"
 
     # ---- the three things that are sent ------------------------------------------------------------------------------
 
@@ -162,7 +165,7 @@ class PlannedTraffic:
                     yield Sent(phase, "sp", "all_to_all", self._full, self._full * sent)
             if windows and not share.reads_by_heads:
                 yield self._gather(phase, "sp", windows, self.batch * share.kv_heads * n * 2 * dim * item)
-            if logits:
+            if logits and (end == self.tokens or self.reading == "whole"):  # of each forward
                 yield self._all_reduce(phase, 1, self.batch * self.model.vocab * item)
 
     def _finalize(self) -> Iterator[Sent]:
@@ -281,9 +284,12 @@ class PlannedTraffic:
         """X, of an eviction of so many tokens."""
         if not self.d2o.merge.merges:
             return 0
-        gate = self.d2o.merge.gate
-        of_one = head_reports(torch.zeros(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool), gate).shape[-1]
-        return of_one + (gone - 1 if gate.looks_at_each else 0)
+        return self._report_of_one + (gone - 1 if self.d2o.merge.gate.looks_at_each else 0)
+
+    @cached_property
+    def _report_of_one(self) -> int:
+        similarity, is_victim = torch.zeros(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool)
+        return head_reports(similarity, is_victim, self.d2o.merge.gate).shape[-1]
 
     def _gather(self, phase: str, axis: str, calls: int, part: float) -> Sent:
         """All-gathers of which each rank has a part of so many bytes."""

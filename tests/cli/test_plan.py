@@ -84,6 +84,9 @@ def test_nothing_fits():
         (["--model", "llama-3-8b", *ASK, "--batch", "0"], "batch (0) must be at least 1"),
         (["--model", "llama-3-8b", *ASK, "--gpus", "3", "parallel.tp=3"], "no mesh of 3 GPUs is legal: 1 x 1 x 3: "),
         (["--model", "llama-3-8b", *ASK, "d2o.keep_ration=0.1"], 'Did you mean "keep_ratio"'),
+        (["--model", "llama-3-8b", *ASK, "--gpus", "8", "parallel.dp=3"], "no dp x sp x tp of 8 GPUs has dp 3, sp 1"),
+        (["--model", "llama-3-8b", *ASK, "--top", "0"], "top (0) must be at least 1"),
+        (["--model", "llama-3-8b", *ASK, "reading=layerwise", "--preset", "reread"], "reads the prompt a second time"),
         (ASK, "model is missing"),
     ],
 )

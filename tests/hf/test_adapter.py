@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from d2o_dist.config.infer import InferConfig
+from d2o_dist.models import adapter_files
 from d2o_dist.models.digest import model_digests
-from d2o_dist.models.hf import adapter
 from d2o_dist.models.hf.loading import load_config, load_tokenizer
 from d2o_dist.models.loading import load_model
 from tests.engine.tiny import make_folder
@@ -47,7 +47,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(lora, monkey
     base, folder = lora
     config, path = InferConfig(model=str(folder), device="cpu"), folder / "adapter_config.json"
     fields = json.loads(path.read_text())
-    monkeypatch.setattr(adapter, "find_spec", lambda name: None)
+    monkeypatch.setattr(adapter_files, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"is an adapter .LORA. of {base}: install peft"):
         load_config(config)
     monkeypatch.undo()

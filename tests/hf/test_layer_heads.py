@@ -97,7 +97,7 @@ def test_what_is_said_by_layer_is_read_by_layer():
     shape = shape_of(config)
     assert (shape.num_heads, shape.num_kv_heads, shape.other_heads) == (12, 2, ((12, 6),))
     assert shape.kv_heads_of_rank(2) == 1
-    with pytest.raises(ValueError, match=r"layers whose num_key_value_heads differ cannot be planned \(\[6, 2\]\)"):
+    with pytest.raises(ValueError, match=r"layers that differ in num_key_value_heads are not planned \(\[6, 2\]\)"):
         size_of(config)
 
 

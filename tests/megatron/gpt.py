@@ -23,8 +23,9 @@ def megatron_ranks(tp: int = 1, cp: int = 1) -> Iterator[ParallelMesh]:
     # Where Megatron puts rotary frequencies and buffers; and what 0.16 forgets to define without Transformer Engine.
     on_cpu = patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
     without_engine = patch("megatron.core.transformer.moe.moe_utils.te_general_gemm", None, create=True)
+    no_stream = patch.object(torch.cuda, "current_stream", lambda: None)  # 0.19 asks, and has nothing to wait for
     try:
-        with on_cpu, without_engine:
+        with on_cpu, without_engine, no_stream:
             yield from_megatron(parallel_state)
     finally:
         parallel_state.destroy_model_parallel()

@@ -75,16 +75,36 @@ def wanted(folders, prompts):
     return records(said)
 
 
-@pytest.mark.parametrize(("tp", "sp"), [(1, 1), (2, 1), (1, 2)])
-def test_the_text_is_that_of_the_hugging_face_folder(folders, prompts, wanted, tp, sp):
-    """The checkpoint was written by one process; its vocabulary is odd."""
+@pytest.mark.parametrize(("dp", "sp", "tp"), [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1)])
+def test_the_text_is_that_of_the_hugging_face_folder(folders, prompts, wanted, tmp_path, dp, sp, tp):
+    """The checkpoint was written by one process; its vocabulary is odd. On ranks by what the planner writes."""
     source, made = folders
-    argv = ["--model", str(made), "model_kind=megatron", f"tokenizer={source}", "--prompts", prompts, *SMALL]
-    said = run_ranks(tp * sp, run_program, "infer", [*argv, f"--tp={tp}", f"--sp={sp}"], timeout_s=TIMEOUT_S)
-    assert [status for status, _, _ in said] == [0] * (tp * sp), said
-    found = records(said[0][1])
+    argv = ["--model", str(made), "model_kind=megatron", f"tokenizer={source}", *SMALL]
+    world, output = dp * sp * tp, tmp_path / "answers.jsonl"
+    if world > 1:
+        mesh, file = [f"parallel.dp={dp}", f"parallel.sp={sp}", f"parallel.tp={tp}"], str(tmp_path / "run.yaml")
+        ask = ["--context", "300", "--gpu", "h100-80gb", "--gpus", str(world), "--write", file]
+        assert speak(plan.main, [*argv, *mesh, *ask])[0] == 0
+        argv = ["--config", file]
+    argv += ["--prompts", prompts, "--output", str(output)]
+    said = run_ranks(world, run_program, "infer", argv, timeout_s=TIMEOUT_S)
+    assert [status for status, _, _ in said] == [0] * world, said
+    found = records(output.read_text())
     assert [record["text"] for record in found] == [record["text"] for record in wanted]
     assert all(0 < record["achieved_keep_ratio"] < 0.9 for record in found)
+
+
+def test_rows_that_come_and_go_are_sampled_as_of_the_hugging_face_folder(folders, prompts):
+    source, made = folders
+    argv = ["--prompts", prompts, *SMALL, "max_batch_size=2", "sampling.temperature=0.9", "sampling.seed=5"]
+    wanted = records(speak(infer.main, ["--model", str(source), *argv])[1])
+    mine = ["--model", str(made), "model_kind=megatron", f"tokenizer={source}", *argv]
+    ((status, said, _),) = run_ranks(1, run_program, "infer", mine, timeout_s=TIMEOUT_S)
+    found = records(said)
+    assert status == 0 and len({record["text"] for record in found}) == 3
+    for one, other in zip(found, wanted, strict=True):
+        for name in ("text", "num_new_tokens", "achieved_keep_ratio", "held_bytes"):
+            assert one[name] == other[name]
 
 
 def test_a_checkpoint_comes_back_as_a_hugging_face_folder(folders, tmp_path):
@@ -110,6 +130,11 @@ def test_the_planner_reads_a_checkpoint_and_writes_what_runs_it(folders, tmp_pat
     assert speak(plan.main, [*mine, "--write", str(tmp_path / "run.yaml")])[0] == 0
     config = InferConfig.load(tmp_path / "run.yaml")
     assert (config.model, config.model_kind, config.tokenizer) == (made, "megatron", source)
+    assert "set model_kind=megatron" in speak(plan.main, ["--model", made, *argv])[2]
+    odd = copied(Path(made), tmp_path)
+    (odd / ARGUMENTS).write_text(dump_yaml({**load_yaml(odd / ARGUMENTS), "ffn_hidden_size": 95}))
+    status, said, _ = speak(plan.main, ["--model", str(odd), *mine[2:]])
+    assert status == 0 and "illegal:\n1 x 1 x 2: ffn_hidden_size (95) must be divisible by tp (2)\n" in said
 
 
 EXPERTS = MegatronArguments(

@@ -32,6 +32,7 @@ class Case:
     batch: int = 1
     steps: int = 0
     chunk: int | None = None
+    reading: str = "whole"
     parallel: ParallelConfig = ParallelConfig()
     dtype: torch.dtype = torch.float32
     model: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +60,7 @@ def measure(rank: int, world: int, case: Case) -> dict[str, Any]:
     parallel, model, counter = case.parallel, case.make(), TrafficCounter()
     mesh = build_mesh(sp=parallel.sp, tp=parallel.tp)
     model = shard_model(model, mesh, parallel, torch.device("cpu"))
-    session, read = Session(model, case.config, mesh, parallel, counter, reading="whole"), []
+    session, read = Session(model, case.config, mesh, parallel, counter, reading=case.reading), []
     finalize = D2OCache.finalize
 
     def watched(cache: D2OCache) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.engine.session import Session
 from d2o_dist.plan.gpus import find_gpu
-from d2o_dist.plan.memory import prompt_memory
+from d2o_dist.plan.memory import prompt_memory, reading_of
 from d2o_dist.plan.meshes import all_meshes, share_of
 from d2o_dist.plan.model_size import known_config, known_models, size_of
 from d2o_dist.plan.planner import Job, memory_of, plan_all
 from d2o_dist.plan.seconds import Assumptions
 from d2o_dist.policy import D2OConfig
-from tests.models import tiny_model
+from tests.cached_families import CHANGES, class_of
+from tests.families import build, tiny_config
+from tests.models import tiny_model, tokens
 
 LLAMA = size_of(known_config("llama-3-8b"))
 H100 = find_gpu("h100-80gb")
@@ -65,6 +69,64 @@ def test_experts_are_stored_and_some_are_read(family):
     assert [shape.experts_of(tokens) / experts for tokens in (1, 2, 1000)] == pytest.approx([0.25, 1 - 0.75**2, 1])
     width = {"mixtral": 96, "qwen2_moe": 32, "qwen3_moe": 32}[family]
     assert (shape.expert_mlp, shape.mlp) == (width, {"mixtral": 0, "qwen2_moe": 48, "qwen3_moe": 96}[family])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "falcon_h1"])
+@torch.no_grad()
+def test_states_of_layers_are_counted_and_such_a_model_is_read_whole(model_type):
+    """Beside a real model: linear attention and experts; Mamba and attention in each layer."""
+    model = build(class_of(model_type), tiny_config(CONFIG_MAPPING[model_type], CHANGES.get(model_type)), "d2o").float()
+    shape, ids = size_of(model.config), tokens(2, 40)
+    assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    session = Session(model, LEAN.replace(budget={"min_layer_tokens": 8}))
+    session.prefill(ids, torch.ones_like(ids))
+    assert 2 * 4 * (shape.states + shape.exact_states) == session.cache.report().state_bytes > 0
+    memory, less = (prompt_memory(one, LEAN, share_of(shape, LEAN, ParallelConfig()), 40, 2, dtype=torch.float32)
+                    for one in (shape, dataclasses.replace(shape, states=0, exact_states=0)))  # fmt: skip
+    assert {one - other for one, other in ((memory.prompt, less.prompt), (memory.kept, less.kept))} == {
+        session.cache.report().state_bytes
+    }
+    assert reading_of("auto", shape, LEAN) == "whole" and reading_of("auto", LLAMA, LEAN) == "layerwise"
+    with pytest.raises(ValueError, match="needs a model that takes tiles, but some of its layers keep a state"):
+        reading_of("layerwise", shape, LEAN)
+    with pytest.raises(ValueError, match=r"sp \(2\) cannot share a text to this model"):
+        share_of(shape, LEAN, ParallelConfig(sp=2))
+
+
+def test_parts_that_read_images_are_on_every_rank():
+    config = Gemma3Config(
+        text_config=tiny_model("gemma3").config.to_dict(),
+        vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+    )
+    whole, text = size_of(config), size_of(config.text_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert whole.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (whole.matrices, whole.kv_matrices) == (text.matrices, text.kv_matrices) and whole.others > 2 * text.others
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "reason"),
+    [
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, r"quantised weights \(quant_method fp8\) are not"),
+        ("gemma4_text", {}, "layers that differ in head_dim are not planned"),
+        ("mimo_v2_flash", {}, "heads that differ are not planned"),
+        ("ctrl", {}, "does not say intermediate_size"),
+        ("aria_text", {}, "must say num_experts and num_experts_per_tok"),
+        ("llava", {}, "transformers makes no such model: Unrecognized configuration class"),
+        ("qwen3", {"num_attention_heads": 0}, "transformers makes no such model: integer"),
+    ],
+)
+def test_models_that_are_not_planned_say_why(model_type, fields, reason):
+    config = tiny_config(CONFIG_MAPPING[model_type])
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=reason):
+        size_of(config)
+
+
+def test_widths_of_models_with_other_names():
+    assert [size_of(tiny_config(CONFIG_MAPPING[one])).mlp for one in ("gpt2", "opt", "bert")] == [128, 48, 48]
 
 
 def test_a_rank_holds_all_experts_or_its_part_and_a_token_reads_some(job):

@@ -15,6 +15,7 @@ GATHER, TP = {"sp_prefill": "allgather"}, {"tp_engine": "transformers"}
 CASES = [
     Case("d2o", steps=STEPS, parallel=ParallelConfig(sp=2)),
     Case("lean", steps=STEPS, chunk=200, batch=2, parallel=ParallelConfig(sp=2, **GATHER)),
+    Case("lean", steps=STEPS, chunk=200, reading="layerwise", parallel=ParallelConfig(sp=2)),
     Case("d2o", steps=STEPS, chunk=300, parallel=ParallelConfig(sp=2, sp_prefill="ring")),
     Case("paper", steps=STEPS, parallel=ParallelConfig(sp=2, cache_layout="sequence")),
     Case("lean", "gemma3", steps=STEPS, parallel=ParallelConfig(sp=2, **GATHER)),
@@ -46,7 +47,9 @@ def test_counts_and_bytes(case):
     """Exact, but where a prompt decides: how large the tails of layers are, and which slots move to level shards."""
     shape, ranks = case.shape, measure_all(case)
     share = case.share(shape)
-    traffic = PlannedTraffic(shape, case.config, share, case.length, case.batch, case.dtype, case.chunk)
+    traffic = PlannedTraffic(
+        shape, case.config, share, case.length, case.batch, case.dtype, case.chunk, reading=case.reading
+    )
     wanted = {key: one for key, one in added_up(traffic.prompt()).items() if key[0] != "model"}
     evictions = case.steps // case.config.eviction_interval
     for times, sent in ((case.steps, traffic.step()), (evictions, traffic.eviction())):

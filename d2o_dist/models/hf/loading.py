@@ -14,8 +14,9 @@ from transformers.utils import logging
 from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
+from d2o_dist.models.adapter_files import base_of
 from d2o_dist.models.device import pick_device
-from d2o_dist.models.hf.adapter import base_of, merge_adapter
+from d2o_dist.models.hf.adapter import merge_adapter
 from d2o_dist.models.hf.checkpoint import check_keys, without_report
 from d2o_dist.models.hf.guards import ATTENTION_NAME
 from d2o_dist.models.hf.model import HFModel

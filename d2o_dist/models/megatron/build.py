@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from d2o_dist.config.megatron import MegatronArguments
 from d2o_dist.models.megatron.attention import with_cache
+from d2o_dist.models.megatron.quiet import quiet
 
 _ACTIVATIONS = {
     "gelu": functional.gelu,
@@ -79,11 +81,14 @@ def build_gpt(arguments: MegatronArguments, **fields: Any) -> GPTModel:
         spec.layer_norm = spec.layer_specs[0].submodules.input_layernorm
         spec = with_cache(spec)
         for layer in spec.layer_specs:
-            if hasattr(getattr(layer.submodules.mlp, "submodules", None), "router"):
-                layer.submodules.mlp.submodules.router = Router
+            made_by = layer.submodules.mlp  # a spec, or since 0.18 a function
+            parts = made_by.keywords if isinstance(made_by, partial) else vars(made_by)
+            if hasattr(parts.get("submodules"), "router"):
+                parts["submodules"].router = Router
         given = {name: getattr(arguments, name) for name in _OF_GPT}
         # Every rank has as many rows of the vocabulary.
         given["vocab_size"] = -(-arguments.vocab_size // tp) * tp
-        return GPTModel(config, spec, **given).to(config.params_dtype)
+        with quiet():
+            return GPTModel(config, spec, **given).to(config.params_dtype)
     except (AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f"megatron-core refuses these arguments: {error}") from error

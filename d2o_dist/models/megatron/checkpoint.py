@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -30,11 +31,14 @@ from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from d2o_dist.models.megatron.pickles import named_in
+from d2o_dist.models.megatron.quiet import quiet
 from d2o_dist.models.megatron_files import COMMON, METADATA
 from d2o_dist.models.unfit import refuse_keys
 
 # Keys of the model itself; others are of the optimizer, or of heads that predict further tokens.
 _OF_MODEL = ("embedding.", "decoder.", "output_layer.")
+# Where 0.19 keeps what is no tensor.
+_COMMON_STATE = "common_state"
 _EMBEDDING = "embedding.word_embeddings.weight"
 # What `.metadata` of torch_dist is made of: it is a pickle, and nothing else in it is called.
 _DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
@@ -132,7 +136,11 @@ def read_weights(model: GPTModel, folder: Path, wanted: dict[str, Any]) -> None:
 
 def write_weights(model: GPTModel, folder: Path) -> None:
     """Write a checkpoint into an empty folder. All ranks call it together."""
-    dist_checkpointing.save(model.sharded_state_dict(), str(folder), sharded_strategy=_Plain("torch_dist", 1))
+    with quiet():
+        dist_checkpointing.save(model.sharded_state_dict(), str(folder), sharded_strategy=_Plain("torch_dist", 1))
+    # 0.19 puts what is in this file among the weights, as a pickle that is read unchecked. All versions read the file.
+    if dist.get_rank() == 0 and not (folder / COMMON).exists():
+        torch.save({}, folder / COMMON)
 
 
 def _parts(state: dict[str, Any]) -> Iterator[ShardedTensor]:
@@ -157,7 +165,7 @@ class _Plain(TorchDistSaveShardedStrategy):
         """Write all parts, those of the main replicas, and return when they are written."""
         found: dict[str, list[ShardedBase]] = {}
         for part in nested_values(sharded_state_dict):
-            if is_main_replica(part.replica_id):
+            if is_main_replica(part.replica_id) and part.key != _COMMON_STATE:
                 key = part.unique_key if isinstance(part, ShardedObject) else part.key
                 found.setdefault(key, []).append(part)
         planner = MCoreSavePlanner(flatten_state_dict=False)

@@ -15,6 +15,16 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 # What all families have in common.
 _COMMON = {"normalization": "RMSNorm", "activation_func": "silu", "gated_linear_unit": True, "add_bias_linear": False,
            "position_embedding_type": "rope"}  # fmt: skip
+# Ours, and theirs.
+_RENAMED = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_sequence_length": "max_position_embeddings",
+    "layernorm_epsilon": "rms_norm_eps",
+    "share_embeddings_and_output_weights": "tie_word_embeddings",
+}
 # What none of them has.
 _FOREIGN = ("layernorm_zero_centered_gamma", "softmax_scale", "rotary_percent", "rotary_interleaved",
             "seq_len_interpolation_factor", "num_moe_experts")  # fmt: skip
@@ -46,15 +56,10 @@ def arguments_of(config: Any) -> MegatronArguments:
     size, eos = next(iter(windows), None), config.eos_token_id
     return MegatronArguments(
         **_COMMON,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
+        **{ours: getattr(config, theirs) for ours, theirs in _RENAMED.items()},
         ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=shape.num_heads,
         num_query_groups=shape.num_kv_heads,
         kv_channels=shape.head_dim,
-        vocab_size=config.vocab_size,
-        max_sequence_length=config.max_position_embeddings,
-        layernorm_epsilon=config.rms_norm_eps,
         qk_layernorm=config.model_type == "qwen3",
         add_qkv_bias=config.model_type == "qwen2",
         window_size=None if size is None else (size - 1, 0),
@@ -62,7 +67,6 @@ def arguments_of(config: Any) -> MegatronArguments:
         rotary_base=rope["rope_theta"],
         rope_scaling=scaled,
         rope_scaling_factor=rope.get("factor", 8.0),
-        share_embeddings_and_output_weights=config.tie_word_embeddings,
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
     )
 
@@ -101,17 +105,11 @@ def config_of(arguments: MegatronArguments) -> Any:
         rope |= {"rope_type": "llama3", "factor": arguments.rope_scaling_factor, **_LLAMA3}
     eos = arguments.eos_token_ids
     return kind(
-        num_hidden_layers=arguments.num_layers,
-        hidden_size=arguments.hidden_size,
+        **{theirs: getattr(arguments, ours) for ours, theirs in _RENAMED.items()},
         intermediate_size=arguments.ffn_hidden_size or 4 * arguments.hidden_size,
-        num_attention_heads=arguments.num_attention_heads,
         num_key_value_heads=arguments.query_groups,
         head_dim=arguments.head_dim,
-        vocab_size=arguments.vocab_size,
-        max_position_embeddings=arguments.max_sequence_length,
-        rms_norm_eps=arguments.layernorm_epsilon,
         rope_parameters=rope,
-        tie_word_embeddings=arguments.share_embeddings_and_output_weights,
         bos_token_id=None,
         pad_token_id=None,
         eos_token_id=list(eos) if len(eos) > 1 else eos[0] if eos else None,

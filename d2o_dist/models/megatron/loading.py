@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from d2o_dist.models.megatron.build import build_gpt
 from d2o_dist.models.megatron.checkpoint import read_weights, stored_dtype, stored_tensors, wanted_tensors
 from d2o_dist.models.megatron.families import config_of
 from d2o_dist.models.megatron.model import MegatronModel
+from d2o_dist.models.megatron.quiet import quiet
 from d2o_dist.models.megatron.ranks import join
 from d2o_dist.models.megatron_files import COMMON, weights_folder
 from d2o_dist.models.shape import ModelShape
@@ -57,9 +57,7 @@ def shape_of(arguments: MegatronArguments, tp: int) -> ModelShape:
 
 def load_model(config: InferConfig, mesh: ParallelMesh) -> MegatronModel:
     """The model with its weights; see `models.loading.load_model`."""
-    with warnings.catch_warnings():
-        # Megatron and the readers of its checkpoints warn of packages that are not there, and of their own calls.
-        warnings.simplefilter("ignore")
+    with quiet():
         return _load(config, mesh)
 
 

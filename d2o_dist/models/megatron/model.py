@@ -6,6 +6,7 @@ Shape legend: B rows, n columns of a forward, V vocabulary, R dimensions of a he
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from d2o_dist.models.base import ModelAdapter
 from d2o_dist.models.cache import ModelCache
 from d2o_dist.models.megatron.attention import CacheForward, Forward
 from d2o_dist.models.megatron.ranks import check_sizes
+from d2o_dist.models.megatron.tiles import in_tiles
 from d2o_dist.models.shape import ModelShape
 from d2o_dist.policy.config import D2OConfig
 
@@ -65,6 +67,10 @@ class MegatronModel(ModelAdapter):
         return self.model.embedding.word_embeddings.weight.device
 
     @property
+    def tile_refusal(self) -> None:
+        """See `ModelAdapter`."""
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """See `ModelAdapter`."""
         return self._eos_ids
@@ -90,12 +96,12 @@ class MegatronModel(ModelAdapter):
         all_logits: bool = False, tiles: Sequence[int] | None = None,
     ) -> Tensor:  # fmt: skip
         """See `ModelAdapter`. Positions are those given, row by row, where Megatron would count columns."""
-        assert tiles is None
         model = self.model
         if positions is None:
             seen = torch.tensor(cache.compressed.num_seen or [0] * len(ids), device=ids.device)
             positions = seen[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        hidden = hidden_states(model, CacheForward(cache, mask, positions), ids, positions, self._frequencies)
+        with nullcontext() if tiles is None else in_tiles(model, tiles):
+            hidden = hidden_states(model, CacheForward(cache, mask, positions), ids, positions, self._frequencies)
         tied = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
         hidden = hidden if all_logits else hidden[-1:]
         logits, _ = model.output_layer(hidden, weight=tied, runtime_gather_output=False)
