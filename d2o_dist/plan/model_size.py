@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.fields.io import load_yaml
-from d2o_dist.models.hf.guards import layer_windows, text_config
+from d2o_dist.models.hf.guards import attending, layer_windows, sharers, text_config
 from d2o_dist.models.hf.loading import load_config
 from d2o_dist.models.hf.shape import num_kv_heads
-from d2o_dist.models.hf.supported import check_supported
+from d2o_dist.models.hf.supported import check_supported, cuts_prompts
 from d2o_dist.models.loading import megatron_library
 from d2o_dist.slots.windows import Window
 
@@ -38,6 +38,7 @@ class ModelSize:
         embeddings: of the embedding and the output head; once where they are one.
         others: norms and routers, which every tensor rank holds.
         max_positions: tokens it has positions for; None: not known.
+        looks: of each layer that attends in prompts to keys of another, which one that is.
         experts: parameters of all experts of all layers; num_experts: of a layer that has some; experts_per_token: how
             many of them a token goes through; expert_mlp: width of each. 0: there are none.
     """
@@ -55,6 +56,7 @@ class ModelSize:
     embeddings: int
     others: int
     max_positions: int | None
+    looks: tuple[int, ...] = ()
     experts: int = 0
     num_experts: int = 0
     experts_per_token: int = 0
@@ -140,8 +142,9 @@ def size_of(config: Any) -> ModelSize:
     return ModelSize(
         config=config,
         windows=windows,
+        looks=() if cuts_prompts(config) else tuple(attending(config).index(one) for one in sharers(config).values()),
         hidden=config.hidden_size,
-        mlp=_dense_width(config, list(parameters)) if experts else config.intermediate_size,
+        mlp=_dense_width(config, list(parameters)) if experts else _widest(config),
         vocab=config.vocab_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=num_kv_heads(config),
@@ -150,6 +153,13 @@ def size_of(config: Any) -> ModelSize:
         **count,
         **experts,
     )
+
+
+def _widest(config: Any) -> int:
+    """MLP of all layers."""
+    width = config.intermediate_size
+    width = max(width) if isinstance(width, (list, tuple)) else width
+    return width * (2 if getattr(config, "use_double_wide_mlp", False) and sharers(config) else 1)
 
 
 def _dense_width(config: Any, names: list[str]) -> int:
