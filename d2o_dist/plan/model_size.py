@@ -53,6 +53,7 @@ class ModelSize:
         embeddings: of the embedding and the output head; once where they are one.
         others: what every tensor rank holds: norms, routers, parts that read images.
         max_positions: tokens it has positions for; None: not known.
+        looks: of each layer that attends in prompts to keys of another, which one that is.
         experts: parameters of all experts of all layers; num_experts: of a layer that has some; experts_per_token: how
             many of them a token goes through; expert_mlp: width of each. 0: there are none.
         states, exact_states: numbers that layers of linear attention, Mamba or convolution keep of a row, whatever its
@@ -74,6 +75,7 @@ class ModelSize:
     others: int
     max_positions: int | None
     latent: int | None = None
+    looks: tuple[int, ...] = ()
     experts: int = 0
     num_experts: int = 0
     experts_per_token: int = 0
@@ -173,6 +175,7 @@ def size_of(config: Any) -> ModelSize:
     return ModelSize(
         config=config,
         windows=shape.windows,
+        looks=() if shape.cuts_prompts else shape.looks,
         hidden=config.hidden_size,
         mlp=_dense_width(config, layers),
         vocab=config.vocab_size,

@@ -112,7 +112,8 @@ def attention_flops(traffic: PlannedTraffic) -> float:
     """Of all ranks: two products of each query with the keys and values that it sees; and a product with the keys again
     where every query's attention is added up."""
     model, d2o, tokens = traffic.model, traffic.d2o, traffic.tokens
-    seen = sum(tokens * _keys_of_a_query(window, tokens) for window in model.windows)
+    windows = (*model.windows, *(model.windows[owner] for owner in model.looks))
+    seen = sum(tokens * _keys_of_a_query(window, tokens) for window in windows)
     passes = 1 + model.value_dim / model.head_dim
     if d2o.needs_column_sums:
         sample = d2o.query_sample

@@ -88,8 +88,7 @@ def test_packed_rows_without_a_cache_are_sdpa():
         torch.testing.assert_close(model(ids, position_ids=places, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("preset", ["d2o", "paper_minmax"])
-@pytest.mark.parametrize("chunk", [CHUNK, 5])
+@pytest.mark.parametrize(("preset", "chunk"), [("d2o", CHUNK), ("paper_minmax", 5)])
 def test_a_row_of_a_padded_batch_in_pieces_is_the_row_alone_and_whole(preset, chunk):
     """Over two turns. transformers counts padding where it makes queries larger: not here."""
     model = use_float64_norms(tiny_model("llama4", attention_chunk_size=chunk, attn_temperature_tuning=False))

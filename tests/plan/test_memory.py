@@ -30,6 +30,7 @@ ALONE = [
     Case("lean", "gemma3"),
     Case("d2o", "mistral_sliding", length=400),
     Case("lean", "deepseek"),
+    Case("lean", "gemma3n", length=400),
     Case("lean", "llama4", length=400, model={"moe_layers": [1], "num_local_experts": 4}),
     Case("lean", d2o={"budget": {"protected_layers": (0, -1), "min_layer_ratio": 0.01}, "keep_ratio": 0.7}),
 ]
