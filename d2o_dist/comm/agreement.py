@@ -1,7 +1,7 @@
-"""Ranks that decide together whether to go on: what fails on one of them, amid no collective, fails on all of them alike.
+"""Ranks that decide together whether to go on: what fails on one of them fails on all of them alike.
 
-Before and after the work (`agreed`), and at a few points amid it (`failing_alike`). Elsewhere a rank that fails ends the
-job (`comm.launch`).
+Before and after the work (`agreed`), and at a few points amid it (`failing_alike`). Elsewhere a rank that fails ends
+the job (`comm.launch`).
 """
 
 from __future__ import annotations

@@ -92,10 +92,10 @@ class InferRunner:
         """The records of rows as they end. Rows that fail together are tried one by one. If the run is to end, rows
         that were not finished have none.
 
-        Where several ranks hold a request only what all of them raise at the same step is tried again: `NotFiniteError`,
-        for they share the variances of attention, and what they agree on where memory is taken for a prompt or for rows
-        that join. After any other error they may stand at different steps, and would wait for each other. That error is
-        raised, and ends the job.
+        Where several ranks hold a request only what all of them raise at the same step is tried again:
+        `NotFiniteError`, for they share the variances of attention, and `AgreedError`, where memory is taken for a
+        prompt or for rows that join. After any other error they may stand at different steps, and would wait for each
+        other. That error is raised, and ends the job.
 
         Args:
             waiting: in the order in which they are admitted; on_step: called after every step.

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.fields.io import load_yaml
+from d2o_dist.fields.show import told_by
 from d2o_dist.models.hf.guards import layer_windows, text_config
 from d2o_dist.models.hf.loading import load_config
 from d2o_dist.models.hf.shape import num_kv_heads
@@ -103,14 +104,17 @@ def size_of(config: Any) -> ModelSize:
     """The shape of the model that this configuration describes. Its weights are counted, and not made.
 
     Raises:
-        ValueError: a model that a `D2OCache` cannot serve, or one whose configuration does not say how many experts a
-            token goes through.
+        ValueError: a model that a `D2OCache` cannot serve or transformers cannot make, or one whose configuration does
+            not say how many experts a token goes through.
     """
     check_supported(config)
     config = text_config(config)
     windows = tuple(layer_windows(config))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a number in it leads to
+        raise ValueError(f"no model can be made as its config.json says: {told_by(error)}") from error
     parameters = dict(model.named_parameters())
     count = {"matrices": 0, "kv_matrices": 0, "embeddings": 0, "others": 0, "experts": 0}
     for name, parameter in parameters.items():

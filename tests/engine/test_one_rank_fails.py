@@ -29,8 +29,7 @@ def sound(tmp_path_factory):
 
 
 def short_of_memory(rank, world, values):
-    """As `whole_run`. The prompt of r2 needs 8 GiB, and rank 1 may take no more than 2, and none for the first rows that
-    join others."""
+    """As `whole_run`. The prompt of r2 needs 8 GiB; rank 1 may take no more than 2, and none for the first join."""
     reads, joins, real_read, real_join = [], [], running.InferRunner.read, Session.join
     if rank == 1:
         (taken,) = (int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from d2o_dist.fields.show import told_by
+
 _FILE = "adapter_config.json"
 # They bring tokens or keys of their own into every layer, which no weights can stand for.
 _PROMPTS = "PREFIX_TUNING PROMPT_TUNING P_TUNING MULTITASK_PROMPT_TUNING ADAPTION_PROMPT CPT CARTRIDGE".split()
@@ -59,5 +61,4 @@ def merge_adapter(model: Any, name: str) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # peft and safetensors raise whatever they meet; their first line says what
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"the adapter {name} cannot be loaded: {reason}") from error
+        raise ValueError(f"the adapter {name} cannot be loaded: {told_by(error)}") from error
