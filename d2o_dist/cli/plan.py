@@ -83,6 +83,11 @@ def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
         model = size_of(model_config)
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model_config.dtype or torch.float32
     new_tokens = config.sampling.max_new_tokens
+    job = Job(
+        model=model, d2o=config.d2o, gpu=find_gpu(args.gpu, args.gpu_file), tokens=args.context, new_tokens=new_tokens,
+        batch=args.batch, chunk=config.prefill_chunk, reading=reading_of(config.reading, model, config.d2o), dtype=dtype,
+        num_gpus=args.gpus, gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
+    )  # fmt: skip
     most = model.max_positions
     if most is not None and args.context + new_tokens > most:
         print(
@@ -90,12 +95,7 @@ def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
             f"max_position_embeddings ({most}): this is what it would take if it had the positions",
             file=sys.stderr,
         )
-    reading = reading_of(config.reading, model, config.d2o)
-    return Job(
-        model=model, d2o=config.d2o, gpu=find_gpu(args.gpu, args.gpu_file), tokens=args.context, new_tokens=new_tokens,
-        batch=args.batch, chunk=config.prefill_chunk, reading=reading, dtype=dtype, num_gpus=args.gpus,
-        gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
-    )  # fmt: skip
+    return job
 
 
 def _parallel(config: InferConfig) -> ParallelConfig:

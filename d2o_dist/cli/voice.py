@@ -6,10 +6,11 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from d2o_dist.comm.agreement import AgreedError
 from d2o_dist.comm.launch import Launch, RankError
+from d2o_dist.fields.show import clip
 from d2o_dist.models import loading
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ def quiet_unless(speaks: bool) -> Iterator[None]:
 
 
 def parse_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None, speaks: bool) -> argparse.Namespace | int:
-    """The arguments, or the exit status where there is nothing to run (--help, a wrong flag): one rank explains."""
+    """The arguments, or the exit status where there is nothing to run: one rank explains, a wrong flag in one line."""
+
+    def refuse(message: str) -> NoReturn:
+        parser.exit(2, f"{parser.prog}: error: {clip(message, 300)}; --help lists what there is\n")
+
+    parser.error = refuse
     try:
         if speaks:
             return parser.parse_intermixed_args(argv)

@@ -1,6 +1,7 @@
-"""Ranks that decide together whether to go on: what fails on one of them before the work begins ends all of them alike.
+"""Ranks that decide together whether to go on: what fails on one of them fails on all of them alike.
 
-Only for the beginning and the end of a run. While batches run, a rank that fails ends the job (`comm.launch`).
+Before and after the work (`agreed`), and at a few points amid it (`failing_alike`). Elsewhere a rank that fails ends
+the job (`comm.launch`).
 """
 
 from __future__ import annotations
@@ -75,6 +76,23 @@ def agreed_over(ranks: Collectives) -> Iterator[Fingerprint]:
             raise AgreedError(f"rank {rank}: {message}" if rank else message) from error
     if wrong := _differences([parts for _, parts in found]):
         raise AgreedError(f"{wrong}: make them the same on all machines")
+
+
+@contextmanager
+def failing_alike(ranks: Collectives) -> Iterator[None]:
+    """A block amid a run that all these ranks leave in the same way, whatever one of them raises: lack of memory, say.
+    One exchange at its end; nothing collective may happen inside.
+
+    Raises:
+        AgreedError: on all ranks, what the lowest of them raised, with its type. Where there is one rank, the error.
+    """
+    with agreed_over(ranks):
+        try:
+            yield
+        except Exception as error:
+            if ranks.size == 1:
+                raise
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _differences(found: Sequence[Parts]) -> str:

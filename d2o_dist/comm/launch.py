@@ -135,16 +135,17 @@ def init_distributed(backend: str | None = None, timeout_s: float = DEFAULT_TIME
         torch.cuda.set_device(launch.local_rank)
     if not dist.is_initialized():
         _export(launch, os.environ)
+        store = _meet(launch, timeout_s) if launch.world_size > 1 else None
+        if store is not None:  # the first connections are waited for, too
+            _WATCHES.append(Watch(store, launch.rank, launch.world_size, timeout_s))
         dist.init_process_group(
             backend,
-            store=_meet(launch, timeout_s) if launch.world_size > 1 else None,
+            store=store,
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timedelta(seconds=timeout_s),
             device_id=launch.device if backend == "nccl" else None,
         )
-        if launch.world_size > 1:
-            _WATCHES.append(Watch(timeout_s))
     return launch
 
 

@@ -15,7 +15,6 @@ import time
 from types import FrameType
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store  # torch has no public name for it
 
 # How long a rank waits before it says so; half the timeout where that is less.
 NOTICE_S = 30.0
@@ -44,15 +43,15 @@ class Watch:
     """Says a line once for each long wait of this process's main thread. Started once the ranks have met.
 
     Args:
+        store: in which they met; rank, world: this process, and how many there are.
         timeout_s: after which collectives end.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, store: dist.Store, rank: int, world: int, timeout_s: float) -> None:
         self._notice_s, self._timeout_s = min(NOTICE_S, timeout_s / 2), timeout_s
-        store = _get_default_store()
         # A connection of its own: a request on a shared one waits for that of the main thread. Older torch has none.
         self._store = dist.PrefixStore("d2o_dist/watch", store.clone() if hasattr(store, "clone") else store)
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._rank, self._world = rank, world
         self._main = threading.main_thread().ident
         self._ended = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from d2o_dist.fields.checks import check_bool, check_int, check_number, check_string, check_strings, check_utf8
+from d2o_dist.fields.checks import (
+    check_bool,
+    check_int,
+    check_number,
+    check_path,
+    check_string,
+    check_strings,
+    check_utf8,
+)
 from d2o_dist.fields.io import build, check_choice, did_you_mean
 from d2o_dist.fields.show import shown
 
@@ -104,7 +112,7 @@ class NeedleTask:
             check_int(name, getattr(self, name), low=1)
         check_int("digits", self.digits, low=1, high=MAX_DIGITS)
         _check_count(self.name, "lengths, depths and samples", len(self.lengths), len(self.depths), self.samples)
-        check_string("haystack", self.haystack)
+        check_path("haystack", self.haystack)
         given = [name for name in ("fact", "question", "answer") if getattr(self, name) is not None]
         for name in given:
             check_string(name, getattr(self, name))
@@ -147,11 +155,11 @@ class RulerTask:
         object.__setattr__(self, "tasks", _choices("tasks", self.tasks, RULER_TASKS))
         check_int("samples", self.samples, low=1)
         _check_count(self.name, "lengths and samples", len(self.lengths), self.samples)
-        check_string("haystack", self.haystack)
+        check_path("haystack", self.haystack)
         if self.max_new_tokens is not None:
             check_int("max_new_tokens", self.max_new_tokens, low=1)
         for task in ("qa_1", "qa_2"):
-            check_string(f"{task}_file", getattr(self, f"{task}_file"), optional=True)
+            check_path(f"{task}_file", getattr(self, f"{task}_file"), optional=True)
             if task in self.tasks and getattr(self, f"{task}_file") is None:
                 raise ValueError(f"{task} needs {task}_file: a JSONL of question, answers and context")
 
@@ -181,9 +189,9 @@ class LongBenchTask:
 
     def __post_init__(self) -> None:
         check_string("name", self.name)
-        check_string("data", self.data)
-        check_string("prompts_file", self.prompts_file, optional=True)
-        check_string("lengths_file", self.lengths_file, optional=True)
+        check_path("data", self.data)
+        check_path("prompts_file", self.prompts_file, optional=True)
+        check_path("lengths_file", self.lengths_file, optional=True)
         object.__setattr__(self, "tasks", _choices("tasks", self.tasks, LONGBENCH_TASKS))
         if self.samples is not None:
             check_int("samples", self.samples, low=1)
@@ -224,7 +232,7 @@ class JsonlTask:
 
     def __post_init__(self) -> None:
         for name in ("name", "data", "context", "answers"):
-            check_string(name, getattr(self, name))
+            check_path(name, getattr(self, name))
         check_string("question_from", self.question_from, optional=True)
         for name in ("question", "prefix"):
             if not isinstance(getattr(self, name), str):
@@ -272,7 +280,7 @@ class PassageTask:
         check_int("samples", self.samples, low=1)
         _check_count(self.name, "lengths and samples", len(self.lengths), self.samples)
         check_bool("overlap", self.overlap)
-        check_string("text", self.text)
+        check_path("text", self.text)
         check_choice("continuation", self.continuation, CONTINUATIONS)
 
 

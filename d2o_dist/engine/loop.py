@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2o_dist.comm.agreement import failing_alike
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.sampling import LOST, STOPPED, Sampler
@@ -185,13 +186,19 @@ class Running:
     @torch.inference_mode()
     def join(self, *others: Running) -> None:
         """Go on with the rows of others too, which are not used afterwards; rows that have ended are dropped. All have
-        rows that go on."""
-        for one in (self, *others):
-            one.drop_ended()
-        self.session.join(*(other.session for other in others))
-        for other in others:
-            self._sampler.join(other._sampler)
-            self.rows, self._tokens = self.rows + other.rows, self._tokens + other._tokens
+        rows that go on.
+
+        Raises:
+            AgreedError: on all ranks of the request, if it fails on one, for it copies all slots. None of the rows can
+                go on then.
+        """
+        with failing_alike(self.session.cache.ranks.request):
+            for one in (self, *others):
+                one.drop_ended()
+            self.session.join(*(other.session for other in others))
+            for other in others:
+                self._sampler.join(other._sampler)
+                self.rows, self._tokens = self.rows + other.rows, self._tokens + other._tokens
 
     @torch.inference_mode()
     def drop_ended(self) -> None:

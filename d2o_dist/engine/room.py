@@ -18,6 +18,8 @@ from d2o_dist.plan.model_size import config_of, known_models, size_of
 
 # The arithmetic was within a tenth of what real runs took: what exceeds a device by less may fit.
 TOLERANCE = 1.1
+# Memory is tried in blocks of so many bytes: what is free need not lie in one piece.
+_BLOCK_BYTES = 64 * 2**20
 
 
 def memory_of(config: InferConfig, device: torch.device) -> Callable[[int], PromptMemory]:
@@ -42,6 +44,17 @@ def room_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def try_room(num_bytes: int, device: torch.device) -> None:
+    """See whether the device has so much memory left, by taking it for a moment.
+
+    Raises:
+        torch.OutOfMemoryError, or on a CPU RuntimeError: it has not.
+    """
+    held = []
+    for start in range(0, num_bytes, _BLOCK_BYTES):
+        held.append(torch.empty(min(_BLOCK_BYTES, num_bytes - start), dtype=torch.uint8, device=device))
 
 
 def describe(memory: PromptMemory) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from d2o_dist.cache.report import CacheReport
-from d2o_dist.comm.agreement import agreed
+from d2o_dist.comm.agreement import AgreedError, agreed, failing_alike
 from d2o_dist.comm.collectives import Collectives, is_left_alone
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.comm.reasons import peer_reason, tell_peers
@@ -22,6 +22,7 @@ from d2o_dist.engine.reading import tokens_while_reading
 from d2o_dist.engine.records import Record, cut_off_record, error_record, make_record
 from d2o_dist.engine.results import BatchError, Results
 from d2o_dist.engine.resume import Earlier, begin, check_job, find_earlier
+from d2o_dist.engine.room import TOLERANCE, memory_of, try_room
 from d2o_dist.engine.scheduler import Room, Scheduler, longest_first
 from d2o_dist.engine.session import Session
 from d2o_dist.engine.stop import Stop
@@ -31,6 +32,7 @@ from d2o_dist.evict.budgets import NotFiniteError
 from d2o_dist.fields.show import shown
 from d2o_dist.models import loading
 from d2o_dist.models.cache import settle_reading
+from d2o_dist.plan.memory import PromptMemory
 
 
 class InferRunner:
@@ -91,9 +93,10 @@ class InferRunner:
         """The records of rows as they end. Rows that fail together are tried one by one. If the run is to end, rows
         that were not finished have none.
 
-        Where several ranks hold a request only `NotFiniteError` is tried again: the ranks share the variances of
-        attention, so that all of them raise it at the same step. After any other error they may stand at different
-        steps, and would wait for each other. That error is raised, and ends the job.
+        Where several ranks hold a request only what all of them raise at the same step is tried again:
+        `NotFiniteError`, for they share the variances of attention, and `AgreedError`, where memory is taken for a
+        prompt or for rows that join. After any other error they may stand at different steps, and would wait for each
+        other. That error is raised, and ends the job.
 
         Args:
             waiting: in the order in which they are admitted; on_step: called after every step.
@@ -116,20 +119,37 @@ class InferRunner:
             self._on_report(running.session.cache.report())
 
     def read(self, requests: Sequence[Request]) -> Running:
-        """Read prompts into a session of their own."""
+        """Read prompts into a session of their own.
+
+        Raises:
+            AgreedError: on all ranks of the request, if one of them has no room for it.
+        """
         counter = None if self._trace is None else self._trace.counter
-        session = Session(
-            self.model, self.config.d2o, self.mesh, self.parallel, counter, decode_graph=self.config.decode_graph,
-            reading=self.config.reading, steady=self._steady,
-        )  # fmt: skip
+        ranks = Collectives(self.mesh.axis("request"), counter)
+        with failing_alike(ranks):
+            if ranks.size > 1 and self._memory is not None:
+                needed = self._memory(max(len(request.input_ids) for request in requests)).beside_weights
+                try_room(int(needed * len(requests) / TOLERANCE), self.model.device)
+            session = Session(
+                self.model, self.config.d2o, self.mesh, self.parallel, counter, decode_graph=self.config.decode_graph,
+                reading=self.config.reading, steady=self._steady,
+            )  # fmt: skip
         return Running(
             session, requests, self.config.sampling, self.tokenizer, eos_ids=self.eos_ids, pad_id=self.pad_id,
             chunk=self.config.prefill_chunk, on_text=self._on_text, trace=self._trace,
             stops=lambda: self._stop.status > 0,
         )  # fmt: skip
 
+    @cached_property
+    def _memory(self) -> Callable[[int], PromptMemory] | None:
+        """What a prompt needs on a rank; None: of a model that the planner does not know."""
+        try:
+            return memory_of(self.config, self.model.device)
+        except ValueError:
+            return None
+
     def _check_failure(self, requests: Sequence[Request], error: Exception) -> None:
-        if self.mesh.axis("request").size > 1 and not isinstance(error, NotFiniteError):
+        if self.mesh.axis("request").size > 1 and not isinstance(error, (NotFiniteError, AgreedError)):
             raise self._give_up(error, f"{type(error).__name__}: {error}", requests) from error
 
     def _give_up(self, error: Exception, message: str, batch: Sequence[Request]) -> BatchError:

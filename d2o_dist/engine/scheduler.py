@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from d2o_dist.comm.agreement import AgreedError
 from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import Generated, Row, Running
 from d2o_dist.evict.budgets import NotFiniteError
@@ -230,11 +231,13 @@ class Scheduler:
             return call(*args)
         except Exception as error:
             self._on_failure(stake, error)
-            finite = not isinstance(error, NotFiniteError)
-            message = f"{type(error).__name__}: {error}" if finite else str(error)
+            final = isinstance(error, NotFiniteError)
+            # What ranks agreed on names the type of the one that failed.
+            agreed = isinstance(error, AgreedError)
+            message = str(error) if final or agreed else f"{type(error).__name__}: {error}"
         if any(request in stake for request in self._going):
             self.running = None
-        if len(stake) == 1 and (not finite or all(request in stake for request in beside)):
+        if len(stake) == 1 and (final or all(request in stake for request in beside)):
             self._ended.append((stake[0], Generated(error=message)))
         else:
             if len(stake) > 1:

@@ -57,6 +57,13 @@ def check_string(name: str, value: Any, *, optional: bool = False) -> None:
     check_utf8(name, value)
 
 
+def check_path(name: str, value: Any, *, optional: bool = False) -> None:
+    """As `check_string`, of the name of a file or folder, or of what may be one."""
+    check_string(name, value, optional=optional)
+    if value is not None and "\0" in value:
+        raise ValueError(f"{name} ({shown(value)}) has a null character, which no file's name has")
+
+
 def check_utf8(name: str, text: str) -> None:
     """Raise `ValueError` for half a surrogate pair: Python and JSON can hold one, no file and no tokenizer can."""
     try:

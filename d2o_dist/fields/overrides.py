@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,22 +22,22 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A copy of `values` with the overrides set, in order; missing mappings on the way are made.
+    """`values` with the overrides set, in order; missing mappings on the way are made. What was given stays as it is.
 
     Raises:
         ValueError: a key goes through something that is not a mapping, as in `model.name=x`.
     """
-    result = copy.deepcopy(dict(values))
+    result = dict(values)
     for key, value in overrides:
         *path, last = key.split(".")
         target = result
         for depth, part in enumerate(path):
             inner = target.get(part)
-            if inner is None:
-                inner = target[part] = {}
-            if not isinstance(inner, dict):
+            if inner is not None and not isinstance(inner, dict):
                 where = clip(".".join(path[: depth + 1]))
                 raise ValueError(f'override "{clip(key)}": {where} is {shown(inner)}, not a mapping')
+            # What is written into is a copy: it may have been given by `values`, or by an earlier override.
+            inner = target[part] = dict(inner or {})
             target = inner
         target[last] = value
     return result

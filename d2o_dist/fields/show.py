@@ -38,3 +38,14 @@ def shown(value: Any) -> str:
 def named(key: Any) -> str:
     """A name as it is, clipped; what is no text, as `shown`."""
     return clip(key) if isinstance(key, str) else shown(key)
+
+
+def told_by(error: BaseException) -> str:
+    """What an error that a library raised says, on one line: its first one, and what that ends in a colon for. What is
+    no sentence, such as a key, is told with the type of the error."""
+    text = ""
+    for line in filter(None, map(str.strip, str(error).splitlines())):
+        text = f"{text} {line}".strip()
+        if not line.endswith(":"):
+            break
+    return clip(text if " " in text else f"{type(error).__name__} {text}".strip(), 300)

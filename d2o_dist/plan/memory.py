@@ -72,9 +72,14 @@ class PromptMemory:
     decoding: int
 
     @property
+    def beside_weights(self) -> int:
+        """The most at once, without weights."""
+        return max(self.reading_peak, self.compressing_peak, self.decoding)
+
+    @property
     def peak(self) -> int:
         """The most at once, weights included."""
-        return self.weights + max(self.reading_peak, self.compressing_peak, self.decoding)
+        return self.weights + self.beside_weights
 
 
 def prompt_memory(

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.fields.io import load_yaml
+from d2o_dist.fields.show import told_by
 from d2o_dist.models.hf.guards import state_counts, text_config
 from d2o_dist.models.hf.loading import load_config
 from d2o_dist.models.hf.per_layer import of_layers
@@ -161,7 +162,7 @@ def size_of(config: Any) -> ModelSize:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(whole)
     except Exception as error:  # whatever a model raises that is made of fields that do not fit
-        raise ValueError(f"{config.model_type}: transformers makes no such model: {_one_line(error)}") from error
+        raise ValueError(f"{config.model_type}: transformers makes no such model: {told_by(error)}") from error
     shape, layers = shape_of(config), _layers_of(model, config)
     _check_heads(config, layers, shape.num_kv_heads * shape.head_dim)
     count = dict.fromkeys(("matrices", "kv_matrices", "whole_matrices", "embeddings", "others", "experts"), 0)
@@ -190,11 +191,6 @@ def size_of(config: Any) -> ModelSize:
         **count,
         **_experts_of(config, layers),
     )
-
-
-def _one_line(error: Exception) -> str:
-    """What an error says, in short."""
-    return " ".join(str(error).split())[:200]
 
 
 def _check_heads(config: Any, parameters: dict[str, Tensor], wide: int) -> None:

@@ -21,6 +21,8 @@ from d2o_dist.policy.config import D2OConfig
 
 # What meshes are ranked by: seconds that a batch takes, or requests that all replicas answer in a second.
 AIMS = ("latency", "throughput")
+# Every divisor of their number is a mesh to calculate.
+MAX_GPUS = 16384
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class Job:
     assume: Assumptions = Assumptions()
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "new_tokens", "batch", "num_gpus", "gpus_per_node"):
+        for name in ("tokens", "new_tokens", "batch", "gpus_per_node"):
             check_int(name, getattr(self, name), low=1)
+        check_int("num_gpus", self.num_gpus, low=1, high=MAX_GPUS)
         if self.num_gpus > self.gpus_per_node and self.num_gpus % self.gpus_per_node:
             raise ValueError(
                 f"num_gpus ({self.num_gpus}) must be a multiple of gpus_per_node ({self.gpus_per_node}): a launcher "

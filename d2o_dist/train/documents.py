@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from d2o_dist.config.train_parts import DataConfig
+from d2o_dist.fields.show import told_by
 from d2o_dist.train.chat import chat_tokens
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
@@ -125,5 +126,4 @@ def _open(source: str, split: str, config: DataConfig) -> Any:
             raise ValueError("there is no such file or folder")
         return datasets.load_dataset(source, config.subset, split=split)
     except Exception as error:  # datasets raises what its readers raise; the first line says what
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"data: {source} cannot be read: {reason}") from error
+        raise ValueError(f"data: {source} cannot be read: {told_by(error.__cause__ or error)}") from error

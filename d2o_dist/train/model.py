@@ -10,6 +10,7 @@ from d2o_dist.comm import Collectives, ParallelMesh
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.train import TrainConfig
 from d2o_dist.config.train_parts import LoraOptions
+from d2o_dist.fields.show import shown, told_by
 from d2o_dist.models.hf.guards import text_config
 from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.models.hf.supported import unsupported
@@ -118,7 +119,10 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
         r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=list(options.targets),
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    return peft.get_peft_model(model, lora)
+    try:
+        return peft.get_peft_model(model, lora)
+    except ValueError as error:
+        raise ValueError(f"lora.targets ({shown(list(options.targets))}): {told_by(error)}") from error
 
 
 def make_objective(model: Any, config: TrainConfig, mesh: ParallelMesh) -> Objective:

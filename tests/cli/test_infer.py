@@ -81,8 +81,11 @@ def test_bad_usage_is_one_line_and_exit_status_2(argv, message, capsys):
     assert printed.out == ""
 
 
-def test_an_unknown_flag_is_exit_status_2():
+def test_an_unknown_flag_is_one_line_and_exit_status_2(capsys):
     assert infer.main(["--modle", "m"]) == 2
+    assert capsys.readouterr().err == (
+        "infer.py: error: unrecognized arguments: --modle; --help lists what there is\n"
+    )
 
 
 @pytest.mark.parametrize("argv", [["--tp", "3"], ["--modle", "m"], ["--config", "nowhere.yaml"]])

@@ -1,4 +1,4 @@
-"""A checkpoint that lacks weights, wherever a model is loaded: one line, status 2, and nothing is written."""
+"""A checkpoint that lacks weights, or says what no model has: one line, status 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d2o_dist.cli import evaluate, infer, lm_harness, train
+from d2o_dist.cli import evaluate, infer, lm_harness, plan, train
 from launch.demo import __main__ as demo
 from tests.engine.tiny import make_folder
 
@@ -62,3 +62,24 @@ def test_weights_that_are_missing(job, name, monkeypatch, capsys):
     assert wrong[0].startswith(f"{name}: error: the weights of model do not fit its config.json: of their keys 9 are ")
     assert "LOAD REPORT" not in printed.err
     assert not (job / "out.jsonl").exists() and not list(job.rglob("predictions*")) and not (job / "out/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers (1000000000) in {config} must be at most 10000"),
+        ("num_hidden_layers", "x", "TypeError: Field 'num_hidden_layers' expected int, got str"),
+        ("head_dim", 0, "0.0 cannot be raised to a negative power"),
+        ("intermediate_size", -4, "Trying to create tensor with negative dimension -4"),
+        ("hidden_act", "nope", "KeyError 'nope'"),
+    ],
+)
+def test_a_configuration_that_describes_no_model(tmp_path, capsys, field, value, message):
+    config = make_folder(tmp_path / "model") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), field: value}))
+    model = f"--model={config.parent}"
+    assert infer.main([model, "--prompt=x", f"--output={tmp_path / 'out.jsonl'}", "device=cpu"]) == 2
+    assert plan.main([model, "--context=100", "--gpu=h100-80gb"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(said) == 2 and all(message.format(config=config) in line and len(line) < 600 for line in said), said
+    assert not (tmp_path / "out.jsonl").exists()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from d2o_dist.comm import (
     launch,
     read_environment,
     run_guarded,
+    watch,
 )
 from tests.ports import free_port
 from tests.ranks import run_ranks
@@ -130,6 +132,31 @@ def timeouts(rank, world, port):
 @multirank
 def test_groups_of_a_mesh_wait_as_long_as_the_job():
     assert run_ranks(4, timeouts, free_port(), init=False, fresh=True) == [{77.0}] * 4
+
+
+def slow_to_connect(rank, world, port, said):
+    """Rank 1 meets rank 0, and comes to the first connections three seconds later, in which it looks at nothing."""
+    sys.stderr = (Path(said) / str(rank)).open("w", buffering=1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    real = dist.init_process_group
+
+    def init_process_group(*args, **kwargs):
+        time.sleep(3 * rank)
+        real(*args, **kwargs)
+
+    if rank == 1:
+        launch.Watch = Mock()
+    with patch.object(dist, "init_process_group", init_process_group), patch.object(watch, "NOTICE_S", 1.0):
+        launch.init_distributed("gloo", timeout_s=60)
+    destroy()
+
+
+@multirank
+def test_ranks_that_wait_for_the_first_connections_say_for_whom(tmp_path):
+    run_ranks(2, slow_to_connect, free_port(), str(tmp_path), init=False, fresh=True)
+    assert (tmp_path / "1").read_text() == ""
+    said = (tmp_path / "0").read_text()
+    assert said.startswith("[rank 0 of 2] has waited 1 s for rank 1 in ") and said.count("\n") == 1
 
 
 def guarded(rank, world, folder):

@@ -128,9 +128,10 @@ def test_an_override_that_is_not_yaml():
 
 
 def test_overrides_leave_their_base_alone():
-    base = {"a": {"b": 1}}
-    assert apply_overrides(base, [("a.b", 2), ("c.d", 3)]) == {"a": {"b": 2}, "c": {"d": 3}}
-    assert base == {"a": {"b": 1}}
+    base, given = {"a": {"b": 1}}, {"f": {"g": 4}}
+    wanted = {"a": {"b": 2}, "c": {"d": 3}, "e": {"f": {"g": 5}}}
+    assert apply_overrides(base, [("a.b", 2), ("c.d", 3), ("e", given), ("e.f.g", 5)]) == wanted
+    assert (base, given) == ({"a": {"b": 1}}, {"f": {"g": 4}})
 
 
 def test_the_model_must_be_named():

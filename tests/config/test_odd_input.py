@@ -146,6 +146,19 @@ def test_half_a_surrogate_pair_is_named_where_it_stands(kind, values, name):
     assert said.startswith(f"{name} has half a surrogate pair ('\\u") and said.isascii()
 
 
+def test_a_name_that_no_file_can_have_is_refused_by_its_field():
+    jsonl = {"kind": "jsonl", "data": "a\0", "question": "{q}"}
+    for kind, values, name in (
+        (InferConfig, {"model": "\0"}, "model"), (InferConfig, {**INFER, "output": "a\0b"}, "output"),
+        (InferConfig, {**INFER, "prompts": "\0"}, "prompts"), (EvalConfig, {**EVAL, "output": "\0"}, "output"),
+        (EvalConfig, {**EVAL, "tasks": [jsonl]}, "data"), (TrainConfig, {**TRAIN, "output": "\0"}, "output"),
+        (TrainConfig, {**TRAIN, "data": {"train": "\0"}}, "data.train"),
+    ):  # fmt: skip
+        said = refusal(lambda kind=kind, values=values: kind.from_dict(values))
+        assert said.startswith(f"{name} ('") and said.endswith("has a null character, which no file's name has")
+    assert InferConfig.from_dict({**INFER, "prompt": "a\0b"}).prompt == "a\0b"
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

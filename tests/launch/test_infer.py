@@ -13,6 +13,7 @@ import pytest
 
 from tests.engine.tiny import make_folder
 from tests.ports import free_port
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.multirank
 REPO = Path(__file__).resolve().parents[2]
@@ -116,30 +117,49 @@ raise SystemExit(run_guarded(main))
 """
 
 
-def fail_in_the_second_batch(job, tmp_path, how) -> tuple[int, str, list[dict], float]:
-    """Status, what was said, the records, and seconds from the fault to the end."""
-    script = tmp_path / "fail.py"
-    script.write_text(FAIL)
+def forked(rank, world, job, said, port, argv):
+    """The script as a rank, without a launcher: forked, where all that it imports is there."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.chdir(job)
+    sys.argv, sys.stderr = ["fail.py", *argv], (Path(said) / f"said{rank}").open("w", buffering=1)
+    try:
+        exec(FAIL, {})
+    except SystemExit as end:
+        os._exit(end.code)
+
+
+def fail_in_the_second_batch(job, tmp_path, how, *, launched: bool) -> tuple[str, list[dict], float]:
+    """What was said, the records, and seconds from the fault to the end. launched: by torchrun."""
     (job / "failed_at").unlink(missing_ok=True)
-    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
     args = [how, "--output", str(tmp_path / "out.jsonl"), "--sp", "2", "sampling.max_new_tokens=20"]
-    status, _, err = finish(start(job, launcher, *args, script=script))
+    if launched:
+        script = tmp_path / "fail.py"
+        script.write_text(FAIL)
+        launcher = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
+        status, _, err = finish(start(job, launcher, *args, script=script))
+        assert status != 0, err
+    else:
+        # Neither returns: the pool of ranks sees both die.
+        options = {"init": False, "fresh": True, "lost": [0, 1], "timeout_s": 200}
+        assert run_ranks(2, forked, str(job), str(tmp_path), free_port(), [*args, *FIELDS], **options) == [None, None]
+        err = "".join((tmp_path / f"said{rank}").read_text() for rank in (0, 1))
     seconds = time.time() - float((job / "failed_at").read_text())
     # A later record of a row is that of a later try.
     lines = map(json.loads, filter(None, (tmp_path / "out.jsonl").read_text().splitlines()))
-    return status, err, list({record["index"]: record for record in lines}.values()), seconds
+    return err, list({record["index"]: record for record in lines}.values()), seconds
 
 
 def test_a_rank_that_raises_ends_the_job_and_says_why_in_the_rows_of_its_batch(job, tmp_path):
-    status, err, records, seconds = fail_in_the_second_batch(job, tmp_path, "raise")
-    assert status != 0 and seconds < 60, err
+    err, records, seconds = fail_in_the_second_batch(job, tmp_path, "raise", launched=True)
+    assert seconds < 60, err
     assert "[rank 1 of 2] failed: BatchError: the batch of rows" in err and "ValueError: the original error" in err
     assert "failed\nTraceback" not in err and "[rank 0 of 2] failed" not in err, err
     assert [bool(record["text"]) for record in records] == [True, True, False, False]
     assert all("rank 1: ValueError: the original error" in record["error"] for record in records[2:])
     # The next run tries both once more, last and each alone. What ends the job again is final.
     first, second = sorted(record["index"] for record in records[2:])
-    _, _, records, _ = fail_in_the_second_batch(job, tmp_path, "raise")
+    _, records, _ = fail_in_the_second_batch(job, tmp_path, "raise", launched=False)
     errors = {record["index"]: record["error"] for record in records if record["error"]}
     assert len(records) == 6 and set(errors) == {first, second}
     assert errors[first].endswith(f"the original error, while rows {first} ran again")
@@ -148,7 +168,7 @@ def test_a_rank_that_raises_ends_the_job_and_says_why_in_the_rows_of_its_batch(j
 
 def test_a_rank_that_dies_ends_the_job_and_its_rows_are_written_as_failed(job, tmp_path):
     """The next run tries them once more, alone."""
-    status, err, records, seconds = fail_in_the_second_batch(job, tmp_path, "kill")
-    assert status != 0 and seconds < 60, err
+    err, records, seconds = fail_in_the_second_batch(job, tmp_path, "kill", launched=False)
+    assert seconds < 60 and "[rank 0 of 2] stopped because a peer did" in err, err
     assert [bool(record["text"]) for record in records] == [True, True, False, False]
     assert all("a peer died or came too late" in record["error"] for record in records[2:])

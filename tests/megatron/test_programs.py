@@ -121,6 +121,16 @@ def test_a_checkpoint_comes_back_as_a_hugging_face_folder(folders, tmp_path):
     assert weights == {}
 
 
+def test_weights_that_are_cut_off_are_one_line(folders, tmp_path):
+    made = Path(shutil.copytree(folders[1], tmp_path / "made"))
+    part = next(made.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:1000])
+    argv = [str(made), str(tmp_path / "back"), "--to", "transformers"]
+    ((status, _, wrong),) = run_ranks(1, run_program, "convert", argv, timeout_s=TIMEOUT_S)
+    assert status == 2 and wrong.count("\n") == 1 and len(wrong) < 600
+    assert wrong.startswith(f"d2o-dist convert: error: the weights of {made} cannot be read: ")
+
+
 def test_the_planner_reads_a_checkpoint_and_writes_what_runs_it(folders, tmp_path):
     source, made = map(str, folders)
     argv = ["--context", "300", "--gpu", "h100-80gb", "--gpus", "2", "sampling.max_new_tokens=8"]

@@ -197,6 +197,7 @@ def test_the_command_trains_and_names_the_model(inputs, tmp_path, capsys):
         (["data.train=./nowhere.txt"], "./nowhere.txt cannot be read"),
         (["engine.name=deepspeed"], 'engine.name "deepspeed" needs a launcher'),
         (["sp=2"], "world size (1) must be a multiple of sp (2)"),
+        (["lora.targets=[nope]"], "lora.targets (['nope']): Target modules {'nope'} not found"),
         (["d2o.budget.protected_layers=[7]"], "protected_layers has 7, but the model has 2 layers"),
         (["stepz=3"], 'no field "stepz". Did you mean "steps"?'),
     ],

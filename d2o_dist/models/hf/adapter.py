@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from d2o_dist.fields.show import told_by
+
 
 def merge_adapter(model: Any, name: str) -> Any:
     """The model with the adapter of the folder `name` in its weights.
@@ -25,5 +27,4 @@ def merge_adapter(model: Any, name: str) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # peft and safetensors raise whatever they meet; their first line says what
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"the adapter {name} cannot be loaded: {reason}") from error
+        raise ValueError(f"the adapter {name} cannot be loaded: {told_by(error)}") from error

@@ -14,6 +14,9 @@ from transformers.utils import logging
 from d2o_dist.comm.agreement import agreed
 from d2o_dist.comm.mesh import ParallelMesh
 from d2o_dist.config.infer import InferConfig
+from d2o_dist.fields.checks import is_integer
+from d2o_dist.fields.io import read_json
+from d2o_dist.fields.show import shown, told_by
 from d2o_dist.models.adapter_files import base_of
 from d2o_dist.models.device import pick_device
 from d2o_dist.models.hf.adapter import merge_adapter
@@ -26,6 +29,9 @@ from d2o_dist.models.hf.shard import mark_replicas, shard_model
 from d2o_dist.models.hf.supported import check_supported
 from d2o_dist.models.shape import ModelShape
 
+# Of a model; what has more was made to cost memory.
+MAX_LAYERS = 10_000
+
 
 def load_config(config: InferConfig) -> Any:
     """The model's configuration, as transformers has it.
@@ -33,7 +39,21 @@ def load_config(config: InferConfig) -> Any:
     Raises:
         ValueError: the folder is missing or has no usable `config.json`, or the hub does not have the model.
     """
-    return _load("configuration", AutoConfig, base_of(config.model) or config.model, **_hub(config))
+    name = base_of(config.model) or config.model
+    _check_layers(Path(name).expanduser() / "config.json")
+    return _load("configuration", AutoConfig, name, **_hub(config))
+
+
+def _check_layers(path: Path) -> None:
+    """Refuse more layers than any model has: transformers makes lists of them."""
+    try:
+        fields = read_json(path.read_bytes())
+    except (OSError, ValueError):
+        return  # there is none, or the library says what is wrong with it
+    for part in (fields, *fields.values()) if isinstance(fields, dict) else ():
+        count = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if is_integer(count) and count > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers ({shown(count)}) in {path} must be at most {MAX_LAYERS}")
 
 
 def load_tokenizer(config: InferConfig) -> Any:
@@ -131,6 +151,5 @@ def _load(what: str, auto: Any, name: str, **kwargs: Any) -> Any:
         raise
     # transformers and safetensors raise whatever they meet; their first line says what.
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = "; it is run only with trust_remote_code=true" if "trust_remote_code" in str(error) else ""
-        raise ValueError(f"the {what} of {name} cannot be loaded: {reason}{hint}") from error
+        raise ValueError(f"the {what} of {name} cannot be loaded: {told_by(error)}{hint}") from error

@@ -28,8 +28,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.safe_globals import register_safe_globals
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from d2o_dist.fields.show import told_by
 from d2o_dist.models.megatron.pickles import named_in
 from d2o_dist.models.megatron.quiet import quiet
 from d2o_dist.models.megatron_files import COMMON, METADATA
@@ -129,8 +131,16 @@ def wanted_tensors(
 
 
 def read_weights(model: GPTModel, folder: Path, wanted: dict[str, Any]) -> None:
-    """Read what `wanted_tensors` found to be there into the model. All ranks call it together."""
-    found = dist_checkpointing.load(wanted, str(folder))
+    """Read what `wanted_tensors` found to be there into the model. All ranks call it together.
+
+    Raises:
+        ValueError: on all ranks, if one of them cannot read it.
+    """
+    try:
+        found = dist_checkpointing.load(wanted, str(folder))
+    except CheckpointException as error:
+        why = next((told_by(failure) for failure, _ in error.failures.values()), "not known")
+        raise ValueError(f"the weights of {folder} cannot be read: {why}") from error
     model.load_state_dict({key: found[key] for key in wanted}, strict=False)
 
 
