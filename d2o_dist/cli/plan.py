@@ -85,8 +85,8 @@ def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
     new_tokens = config.sampling.max_new_tokens
     job = Job(
         model=model, d2o=config.d2o, gpu=find_gpu(args.gpu, args.gpu_file), tokens=args.context, new_tokens=new_tokens,
-        batch=args.batch, chunk=config.prefill_chunk, reading=reading_of(config.reading, model, config.d2o), dtype=dtype,
-        num_gpus=args.gpus, gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
+        batch=args.batch, chunk=config.prefill_chunk, reading=reading_of(config.reading, model, config.d2o),
+        dtype=dtype, num_gpus=args.gpus, gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
     )  # fmt: skip
     most = model.max_positions
     if most is not None and args.context + new_tokens > most:

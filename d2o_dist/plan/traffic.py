@@ -176,8 +176,11 @@ class PlannedTraffic:
         phase, by_heads = "finalize", share.reads_by_heads
         uses = COLUMN_SUMS in d2o.budget.statistics and not d2o.keeps_everything
         slots = self.tokens if by_heads else self._width(self.tokens)
-        if share.copies > 1 and d2o.needs_rates:
-            yield self._among_copies(phase, self.batch * full, full * share.kv_heads * slots * stat)
+        sample = d2o.query_sample
+        # Rates, and what no sampled query stands for.
+        measured = d2o.needs_rates + (sample is not None and self.tokens % sample.stride > 0)
+        if share.copies > 1 and measured:
+            yield self._among_copies(phase, self.batch * full * measured, full * share.kv_heads * slots * stat * measured)
         if uses:
             heads = share.queries_here if by_heads else share.query_heads
             yield self._gather(phase, "sp", 1, self.batch * heads * full * stat)
