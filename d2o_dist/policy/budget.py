@@ -110,6 +110,11 @@ class BudgetRule(Rule):
         """Whether shares are known before a prompt is read: nothing of it is measured for them."""
         return not self.statistics and not self.by_ranking
 
+    @property
+    def counts_minimum(self) -> bool:
+        """Whether what `min_layer_tokens` gives to some comes from the others, as far as the total goes."""
+        return False
+
     def check_layers(self, num_layers: int) -> None:
         """Raise `ValueError` where the rule does not fit a model of so many compressed layers."""
 
@@ -195,6 +200,11 @@ class Ranked(BudgetRule):
     @property
     def by_ranking(self) -> bool:
         """As `BudgetRule.by_ranking`."""
+        return True
+
+    @property
+    def counts_minimum(self) -> bool:
+        """As `BudgetRule.counts_minimum`: many heads have none of the best tokens, and get no more than the minimum."""
         return True
 
     def log_weights(self, num_layers: int, measured: Sequence[float] | None) -> list[float]:
@@ -368,6 +378,9 @@ def layer_slots(log_weights: Sequence[float], num_tokens: int, rule: BudgetRule,
         total_tokens = size.keep_tokens * num_layers
     # An absolute budget may be a smaller share of a long prompt than the minimum; then it is the minimum.
     minimum = rule.min_layer_ratio if size.keep_tokens is None else min(rule.min_layer_ratio, ratio)
+    if rule.counts_minimum and len(protected) < num_layers:
+        room = (ratio * num_layers - len(protected)) / (num_layers - len(protected))
+        minimum = max(minimum, min(rule.min_layer_tokens / base, room))
     low = [minimum] * num_layers
     high = [1.0] * num_layers
     for index in protected:
