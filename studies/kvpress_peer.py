@@ -85,7 +85,7 @@ class Peer:
         the masks in the model, so a cache must be used before the next one is asked for."""
         # The attention of all tokens is what observed attention ranks by; masks need another implementation.
         self.model.set_attn_implementation("eager" if name == "observed" else "sdpa")
-        ids = self._ids(row["context"] if row.get("hidden") or "question" not in row else row["context"] + row["question"])
+        ids = self._ids(row["context"] + ([] if row["hidden"] else row.get("question", [])))
         shared = None
         for ratio in kept:
             if shared is not None:
@@ -129,7 +129,7 @@ class Peer:
 
     def held(self, cache: DynamicCache, row: dict) -> float:
         """Slots that are held and not masked, of those of the full cache."""
-        read = len(row["context"]) + (0 if row.get("hidden") else len(row.get("question", [])))
+        read = len(row["context"]) + (0 if row["hidden"] else len(row.get("question", [])))
         slots = full = 0
         for layer, block in zip(cache.layers, self.model.model.layers, strict=True):
             masked = getattr(block.self_attn, "masked_key_indices", None)
