@@ -44,7 +44,6 @@ DEFAULTS: dict[str, Any] = {
     "joint_share": 0.5,
     "rate_window": 32,
     "reread_chunk": 2048,
-    "reread_by_value": False,
     "score_queries": "all",
     "score_query_stride": 8,
     "score_near_distance": 64,
@@ -143,7 +142,7 @@ def _score(f: dict[str, Any]):
         return Joint(reach=f["selection_reach"], accumulated_share=f["joint_share"])
     if f["selection"] in ("cumulative", "average"):
         return Accumulated(mean=f["selection"] == "average")
-    return {"recent": Newest(), "reread": Reread(chunk=f["reread_chunk"], by_value=f["reread_by_value"])}[f["selection"]]
+    return {"recent": Newest(), "reread": Reread(chunk=f["reread_chunk"])}[f["selection"]]
 
 
 def _budget(f: dict[str, Any]):

@@ -171,8 +171,7 @@ class ArenaEvictions:
         nothing = storage.scores[:1, None, None].expand(len(positions), 1, 1)
         scores = storage.scores[columns][:, None] if score.statistics & {COLUMN_SUMS, PEAKS} else nothing
         rates = storage.rates[columns][:, None] if RATES in score.statistics else nothing
-        values = self.arena.codec.decode(storage.values[columns])[:, None] if score.reads_values else nothing
-        held = Slots(nothing, values, positions[:, None], scores, rates, nothing)
+        held = Slots(nothing, nothing, positions[:, None], scores, rates, nothing)
         return score.rank(held, held.rates, seen)[:, 0]
 
     def _where(self, tables: _Tables, picked: Ranked) -> Tensor:

@@ -36,11 +36,6 @@ class ScoreRule(Rule):
         """Whether what stays goes on with its pooled rate, and ranks by it while decoding."""
         return False
 
-    @property
-    def reads_values(self) -> bool:
-        """Whether slots rank by their values too."""
-        return False
-
     def rank(self, slots: Slots, rates: Tensor, num_seen_tokens: Tensor) -> Tensor:
         """What slots are ranked by: [B, Hkv, S].
 
@@ -191,26 +186,15 @@ class Reread(ScoreRule):
 
     Attributes:
         chunk: prompt tokens of one forward of that second reading, each of which stands alone.
-        by_value: multiply it by the norm of the token's value: much attention to a small value adds little to the
-            output.
     """
 
     name: ClassVar[str] = "reread"
     statistics: ClassVar[frozenset[str]] = frozenset({PEAKS})
     chunk: int = integer(2048, low=1)
-    by_value: bool = flag(False)
-
-    @property
-    def reads_values(self) -> bool:
-        """As `ScoreRule.reads_values`."""
-        return self.by_value
 
     def rank(self, slots: Slots, rates: Tensor, num_seen_tokens: Tensor) -> Tensor:
         """As `ScoreRule.rank`."""
-        if not self.by_value:
-            return slots.scores
-        assert slots.values.shape[-1], "values are left out where ranks share the slots of a head"
-        return slots.scores * torch.linalg.vector_norm(slots.values, dim=-1, dtype=slots.scores.dtype)
+        return slots.scores
 
 
 SCORES = registry(Reach, Window, Accumulated, Newest, Reread, Joint)

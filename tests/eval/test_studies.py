@@ -107,7 +107,6 @@ WERE = {
     },
     "studies/kvzip": {
         "few": spec("reread", heavy_fraction=0.95, min_layer_tokens=5),
-        "value": spec("reread", heavy_fraction=0.95, min_layer_tokens=5, reread_by_value=True),
     },
     "studies/paper_rules": {
         "uniform": spec("paper_minmax", allocation="uniform"),

@@ -24,7 +24,6 @@ CASES = {
     "chunks": {"reread_chunk": 25, "merge": "keys_values", "protected_layers": (1,), "keep_ratio": 0.5},
     "dynamic layers": {"budget_per": "layer", "allocation": "dynamic", "reread_chunk": 40, "merge": "values"},
     "tokens": {"keep_tokens": 21, "eviction_interval": 3},
-    "by value": {"reread_by_value": True, "merge": "mass", "eviction_interval": 3},
     "ranked layers": {"budget_per": "layer", "eviction_interval": 1},
     "ranked by rate": {"selection": "window", "merge": "mass", "eviction_interval": 4},
     "ranked by sums": {"selection": "cumulative", "min_layer_ratio": 0.1},

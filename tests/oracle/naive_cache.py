@@ -271,8 +271,6 @@ class OracleCache(OracleSampling):
         config = self.config
         if config.selection == "recent":
             return [float(s.position) for s in slots]
-        if config.selection == "reread" and config.reread_by_value:
-            return [s.score * math.sqrt(float((s.value.double() ** 2).sum())) for s in slots]
         if config.selection in ("cumulative", "reread"):
             return [s.score for s in slots]
         if config.selection == "average":

@@ -34,7 +34,6 @@ class OracleConfig:
     selection: str = "cumulative"  # cumulative | average | window | mixed | joint | recent | reread
     joint_share: float = 0.5  # of the slots that go by accumulated attention over age, with joint
     reread_chunk: int = 2048
-    reread_by_value: bool = False  # the peak times the norm of the value
     selection_pool: int = 7
     selection_pool_side: str = "both"  # both | after (the neighbours lie before a token)
     selection_reach: float | None = None  # tokens; then a decaying sum over what lies before a token replaces the pool

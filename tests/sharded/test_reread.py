@@ -22,7 +22,6 @@ DROP = {"merge": "none", "merge_targets": "kept", "gate": "threshold"}
 RULES = {
     "reread": {},
     "chunks": {"reread_chunk": 25, "eviction_interval": 5},
-    "by value": {"reread_by_value": True, "eviction_interval": 5},
     "drop": DROP,
     "by layers": {"budget_per": "layer", "reread_chunk": 40},
     "dynamic layers": {"budget_per": "layer", "allocation": "dynamic", **DROP},
