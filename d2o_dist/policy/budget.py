@@ -71,6 +71,8 @@ class BudgetRule(Rule):
     """
 
     path: ClassVar[str] = "budget"
+    # Whether what `min_layer_tokens` gives to some comes from the others, as far as the total goes.
+    counts_minimum: ClassVar[bool] = False
     per_head: bool = flag(False)
     exact_total: bool = flag(True)
     min_layer_ratio: float = real(0.01, low=0, high=1)
@@ -109,11 +111,6 @@ class BudgetRule(Rule):
     def is_known_before(self) -> bool:
         """Whether shares are known before a prompt is read: nothing of it is measured for them."""
         return not self.statistics and not self.by_ranking
-
-    @property
-    def counts_minimum(self) -> bool:
-        """Whether what `min_layer_tokens` gives to some comes from the others, as far as the total goes."""
-        return False
 
     def check_layers(self, num_layers: int) -> None:
         """Raise `ValueError` where the rule does not fit a model of so many compressed layers."""
@@ -196,15 +193,11 @@ class Ranked(BudgetRule):
     """Shares by how many of a layer's tokens are among the highest ranked of all layers."""
 
     name: ClassVar[str] = "ranked"
+    counts_minimum: ClassVar[bool] = True  # many heads have hardly any of the best
 
     @property
     def by_ranking(self) -> bool:
         """As `BudgetRule.by_ranking`."""
-        return True
-
-    @property
-    def counts_minimum(self) -> bool:
-        """As `BudgetRule.counts_minimum`: many heads have none of the best tokens, and get no more than the minimum."""
         return True
 
     def log_weights(self, num_layers: int, measured: Sequence[float] | None) -> list[float]:
