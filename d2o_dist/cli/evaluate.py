@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from d2o_dist.eval.essays import essays
 from d2o_dist.eval.evaluate import Outcome, check_parallel, evaluate
 from d2o_dist.eval.fetch import FetchError
 from d2o_dist.eval.plan import EvalPlan, prepare
+from d2o_dist.eval.rows import write_rows
 from d2o_dist.fields.io import dump_yaml
 from d2o_dist.fields.overrides import parse_override
 
@@ -54,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any field, such as keep_ratios=[0.2,0.1]")
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="make and check all rows, count them, and stop")
+    parser.add_argument("--rows-to", metavar="FILE", help="write all rows as JSON lines, for other programs, and stop")
     # The DeepSpeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
@@ -118,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         mesh = build_mesh(dp, config.parallel.sp, config.parallel.tp)
         with quiet_unless(mesh.rank == 0):
             plan = prepare(config, {ESSAYS: load_essays}, mesh)
-            if args.dry_run:
+            if args.dry_run or args.rows_to is not None:
+                if args.rows_to is not None and mesh.rank == 0:
+                    write_rows(plan, Path(args.rows_to).expanduser())
                 print(f"{describe(plan)}\n" if mesh.rank == 0 else "", end="")
                 return EXIT_OK
             outcome = run(plan, mesh, args.config)

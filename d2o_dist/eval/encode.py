@@ -22,11 +22,13 @@ class Encoded:
         context: special tokens and template before the question included; never empty.
         question: question, template after it, and the beginning of the answer.
         num_cut: tokens cut out of the middle of the context.
+        templated: whether they went through the chat template.
     """
 
     context: tuple[int, ...]
     question: tuple[int, ...]
     num_cut: int = 0
+    templated: bool = False
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -68,7 +70,7 @@ class Encoder:
         Raises:
             ValueError: the chat template fails, or does not pass the context on as it is.
         """
-        templated = self._wants_template and (template_allowed or self._chat_template == "always")
+        templated = self._is_templated(template_allowed)
         if templated:
             message = {"role": "user", "content": example.context + example.question}
             rendered = render(self.tokenizer, [message], self._system_prompt)
@@ -85,6 +87,9 @@ class Encoder:
         first = tokenize(self.tokenizer, head, self._max_bytes, special=not templated)
         return first, tokenize(self.tokenizer, tail, self._max_bytes, special=False)
 
+    def _is_templated(self, template_allowed: bool) -> bool:
+        return self._wants_template and (template_allowed or self._chat_template == "always")
+
     def count(self, example: Example, template_allowed: bool = True) -> int:
         """Tokens of the whole prompt, before any truncation."""
         return sum(map(len, self.pieces(example, template_allowed)))
@@ -96,13 +101,14 @@ class Encoder:
             ValueError: they are too many and may not be cut, or the question alone is too long; a part has no token.
         """
         context, question = self.pieces(example, template_allowed)
+        templated = self._is_templated(template_allowed)
         if not context or not question:
             raise ValueError(f"row {example.id}: the {'question' if context else 'context'} has no tokens")
         room = None if self._max_positions is None else self._max_positions - example.max_new_tokens
         limit = min((n for n in (self._max_prompt, room) if n is not None), default=None)
         surplus = 0 if limit is None else len(context) + len(question) - limit
         if surplus <= 0:
-            return Encoded(tuple(context), tuple(question))
+            return Encoded(tuple(context), tuple(question), templated=templated)
         if self._truncation == "error":
             raise ValueError(
                 f"row {example.id}: the prompt has {len(context) + len(question)} tokens, above the limit of {limit} "
@@ -112,4 +118,4 @@ class Encoder:
         if left < 2:
             raise ValueError(f"row {example.id}: the question alone has {len(question)} tokens; the limit is {limit}")
         tail = left // 2
-        return Encoded(tuple(context[: left - tail] + context[-tail:]), tuple(question), surplus)
+        return Encoded(tuple(context[: left - tail] + context[-tail:]), tuple(question), surplus, templated)

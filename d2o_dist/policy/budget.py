@@ -71,6 +71,8 @@ class BudgetRule(Rule):
     """
 
     path: ClassVar[str] = "budget"
+    # Whether what `min_layer_tokens` gives to some comes from the others, as far as the total goes.
+    counts_minimum: ClassVar[bool] = False
     per_head: bool = flag(False)
     exact_total: bool = flag(True)
     min_layer_ratio: float = real(0.01, low=0, high=1)
@@ -191,6 +193,7 @@ class Ranked(BudgetRule):
     """Shares by how many of a layer's tokens are among the highest ranked of all layers."""
 
     name: ClassVar[str] = "ranked"
+    counts_minimum: ClassVar[bool] = True  # many heads have hardly any of the best
 
     @property
     def by_ranking(self) -> bool:
@@ -368,6 +371,9 @@ def layer_slots(log_weights: Sequence[float], num_tokens: int, rule: BudgetRule,
         total_tokens = size.keep_tokens * num_layers
     # An absolute budget may be a smaller share of a long prompt than the minimum; then it is the minimum.
     minimum = rule.min_layer_ratio if size.keep_tokens is None else min(rule.min_layer_ratio, ratio)
+    if rule.counts_minimum and len(protected) < num_layers:
+        room = (ratio * num_layers - len(protected)) / (num_layers - len(protected))
+        minimum = max(minimum, min(rule.min_layer_tokens / base, room))
     low = [minimum] * num_layers
     high = [1.0] * num_layers
     for index in protected:

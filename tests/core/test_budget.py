@@ -95,6 +95,20 @@ def test_short_prompts_are_not_squeezed_and_may_grow():
     assert layer_slots([0.0] * 2, 20, spec(keep_tokens=64)) == [256] * 2
 
 
+@pytest.mark.parametrize("keep_ratio", [0.2, 0.1, 0.05, 0.02])
+def test_what_ranked_heads_get_at_least_is_part_of_the_total(keep_ratio):
+    """As on a model of 90 heads, of which a third has nearly all of the best tokens."""
+    counts = [100 + head for head in range(30)] + [1, 0, 0] * 20
+    config = spec("reread", keep_ratio=keep_ratio)
+    slots = layer_slots(ranked_log_weights(counts), 1024, config)
+    assert min(slots) == 16 and sum(slots) == max(math.floor(keep_ratio * 90 * 1024), 90 * 16)
+    protected = config.replace(keep_ratio=0.2, budget={"protected_layers": [0, 1]})
+    slots = layer_slots(ranked_log_weights(counts), 1024, protected)
+    assert slots[:2] == [1024] * 2 and min(slots) == 16 and sum(slots) == math.floor(0.2 * 90 * 1024)
+    absolute = spec("reread", keep_tokens=40)
+    assert sum(layer_slots(ranked_log_weights(counts), 1024, absolute)) == 40 * 90
+
+
 def test_absolute_budgets():
     config = spec(keep_tokens=64, allocation="uniform", min_layer_tokens=32)
     assert layer_slots([0.0] * 3, 50, config) == [64] * 3

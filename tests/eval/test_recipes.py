@@ -41,7 +41,7 @@ ROW = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return str(make_folder(tmp_path_factory.mktemp("model"), max_position_embeddings=1024, num_hidden_layers=4))
+    return str(make_folder(tmp_path_factory.mktemp("model"), max_position_embeddings=1536, num_hidden_layers=4))
 
 
 def on_this_machine(name: str, folder: str, tmp_path) -> dict:

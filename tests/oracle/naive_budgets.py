@@ -111,6 +111,10 @@ def layer_slots(config: OracleConfig, log_weights: list[float], num_tokens: int)
         length = max(num_tokens, config.keep_tokens)
         keep_ratio = config.keep_tokens / length
         min_ratio = min(config.min_layer_ratio, keep_ratio)
+    if config.exact_total and config.allocation == "ranked" and len(protected) < num_layers:
+        # "With `ranked` the least that each gets is part of the total, as far as the total goes."
+        each = (keep_ratio * num_layers - len(protected)) / (num_layers - len(protected))
+        min_ratio = max(min_ratio, min(config.min_layer_tokens / length, each))
     if config.exact_total:
         ratios = water_fill(log_weights, keep_ratio, min_ratio, protected)
         # "S_l = floor(r_l * T), and the tokens still short of floor(keep_ratio * L * T) go one each to the layers of
