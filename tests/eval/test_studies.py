@@ -107,6 +107,8 @@ WERE = {
     },
     "studies/kvzip": {
         "few": spec("reread", heavy_fraction=0.95, min_layer_tokens=5),
+        "drop": spec("reread", merge="none"),
+        "never": spec("reread", eviction_interval=None),
     },
     "studies/paper_rules": {
         "uniform": spec("paper_minmax", allocation="uniform"),
