@@ -30,7 +30,8 @@ def run_layer(length: int) -> float:
     """One bf16 prompt through a compressed cache of one layer; the relative error of `sum of scores = Hq * T`."""
     shapes = [(1, count, length, HEAD_DIM) for count in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
-    cache = CompressedCache(D2OConfig(keep_ratio=0.2, budget={"min_layer_tokens": 32}), [None])
+    config = D2OConfig(keep_ratio=0.2, budget={"min_layer_tokens": 32}, statistics={"query_stride": 1})
+    cache = CompressedCache(config, [None])
     cache.attend(0, q, k, v, Softmax(HEAD_DIM**-0.5), None)
     total = cache.layers[0].slots.scores.double().sum().item()
     cache.finalize()

@@ -180,7 +180,8 @@ class PlannedTraffic:
         # Rates, and what no sampled query stands for.
         measured = d2o.needs_rates + (sample is not None and self.tokens % sample.stride > 0)
         if share.copies > 1 and measured:
-            yield self._among_copies(phase, self.batch * full * measured, full * share.kv_heads * slots * stat * measured)
+            size = full * share.kv_heads * slots * stat
+            yield self._among_copies(phase, self.batch * full * measured, size * measured)
         if uses:
             heads = share.queries_here if by_heads else share.query_heads
             yield self._gather(phase, "sp", 1, self.batch * heads * full * stat)

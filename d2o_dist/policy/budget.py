@@ -373,7 +373,7 @@ def layer_slots(log_weights: Sequence[float], num_tokens: int, rule: BudgetRule,
     minimum = rule.min_layer_ratio if size.keep_tokens is None else min(rule.min_layer_ratio, ratio)
     if rule.counts_minimum and len(protected) < num_layers:
         room = (ratio * num_layers - len(protected)) / (num_layers - len(protected))
-        minimum = max(minimum, min(rule.min_layer_tokens / base, room))
+        minimum = max(minimum, min(rule.min_layer_tokens / max(base, 1), room))
     low = [minimum] * num_layers
     high = [1.0] * num_layers
     for index in protected:

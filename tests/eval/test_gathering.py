@@ -56,7 +56,7 @@ def state(cache: D2OCache):
 @torch.inference_mode()
 def test_fork_equals_a_prefill_of_its_own(model, reading, chunk, name):
     ids, mask = left_padded(LENGTHS, seed=3)
-    own = Session(model, ALL[name])
+    own = Session(model, ALL[name], reading="whole")
     expected = own.prefill(ids, mask, chunk)
     forked = reading.start(ALL[name])
     torch.testing.assert_close(forked.prefill(ids, mask), expected, rtol=0, atol=1e-10)
@@ -93,7 +93,7 @@ def test_forks_do_not_touch_each_other_or_the_original(model, reading):
 def test_other_families(family):
     model, config = tiny_model(family), config_of("mass")
     ids = tokens(1, 60, seed=1)
-    own = Session(model, config)
+    own = Session(model, config, reading="whole")
     reading = Reading(model, ids.tolist(), [config, config_of("paper")], pad_id=0)
     with torch.inference_mode():
         expected = own.prefill(ids, torch.ones_like(ids))

@@ -362,7 +362,7 @@ def test_configurations_share_one_second_reading():
     with pytest.raises(ValueError, match=r"score.chunk \(9\) must be the 2048"):
         cache.with_config(config.replace(score={"chunk": 9}))
     for case in ("reread", "mass", "ranked by rate", "dynamic layers"):
-        config = both(case, reread_chunk=2048)[0]
+        config = both(case, reread_chunk=2048, score_queries="all")[0]
         shared, own = cache.with_config(config), read(model, ids, config)
         shared.finalize(), own.finalize()
         for mine, theirs in zip(shared.layers, own.layers, strict=True):

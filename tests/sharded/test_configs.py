@@ -15,9 +15,9 @@ from tests.spec import spec
 GATHERS = spec(keep_ratio=0.9, selection="mixed", allocation="uniform", merge="none", rate_window=32)
 SIZE = {"keep_ratio": 0.4, "min_layer_tokens": 8}
 CONFIGS = [
-    spec("d2o", **SIZE),
+    spec("d2o", **SIZE, score_queries="all"),
     spec("paper_minmax", **SIZE),
-    spec("mass", **SIZE),
+    spec("mass", **SIZE, score_queries="all"),
     spec("snapkv", **SIZE, rate_window=16),
     spec("streaming", **SIZE),
     spec("full"),
