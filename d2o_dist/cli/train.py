@@ -94,7 +94,7 @@ def check_output(config: TrainConfig, config_file: str | None) -> None:
 def prepare_ranks(config: TrainConfig, held: ExitStack) -> Run:
     """Join the other ranks, and make everything ready. No other run writes to `output` until `held` is closed."""
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    launch = init_distributed("gloo" if on_cpu else None)
+    launch = init_distributed("gloo" if on_cpu else None, config.timeout)
     if launch.world_size % config.sp:
         raise ValueError(f"world size ({launch.world_size}) must be a multiple of sp ({config.sp})")
     device = pick_device(config.device)

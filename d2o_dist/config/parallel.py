@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from d2o_dist.fields.checks import check_bool, check_int, check_number
+from d2o_dist.fields.checks import check_bool, check_int, check_timeout
 from d2o_dist.fields.io import check_choice
 from d2o_dist.policy.config import D2OConfig
 
@@ -14,7 +14,6 @@ TP_ENGINES = ("deepspeed", "transformers")
 SP_PREFILLS = ("auto", "ulysses", "allgather", "ring")
 CACHE_LAYOUTS = ("auto", "heads", "sequence")
 MERGE_SCOPES = ("global", "local")
-_LONGEST_S = 10**6
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,7 @@ class ParallelConfig:
         check_choice("cache_layout", self.cache_layout, CACHE_LAYOUTS)
         check_choice("merge_scope", self.merge_scope, MERGE_SCOPES)
         check_bool("check_replicas", self.check_replicas)
-        check_number("timeout", self.timeout)
-        if not 1 <= self.timeout <= _LONGEST_S:
-            raise ValueError(f"timeout ({self.timeout}) must be in [1, {_LONGEST_S}] seconds")
+        check_timeout(self.timeout)
         if self.cache_layout == "heads" and self.sp_prefill in ("allgather", "ring"):
             raise ValueError(
                 f'cache_layout ("heads") needs sp_prefill "ulysses", not "{self.sp_prefill}": other schemes leave '

@@ -12,7 +12,7 @@ from d2o_dist.config.distill import DistillConfig
 from d2o_dist.config.eval_tasks import TASK_CONFIGS, TaskConfig, task_from_dict, task_to_dict
 from d2o_dist.config.sampling import MAX_SEED
 from d2o_dist.config.train_parts import DataConfig, EngineConfig, LoraOptions, OptimizerConfig, plain
-from d2o_dist.fields.checks import check_bool, check_int, check_number, check_path
+from d2o_dist.fields.checks import check_bool, check_int, check_number, check_path, check_timeout
 from d2o_dist.fields.io import build, check_choice, load_yaml, refuse_unknown
 from d2o_dist.fields.overrides import apply_overrides
 from d2o_dist.fields.show import shown
@@ -49,6 +49,7 @@ class TrainConfig:
         global_batch_size: rows of a step, over all ranks.
         micro_batch_size: rows of one forward on one rank.
         sp: ranks that share the tokens of a row; the others work on other rows.
+        timeout: seconds that a rank waits for another.
         dtype: of the forward and backward computations. The weights that are updated stay float32.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`.
         optimizer, engine, lora: see their classes; `lora: null` trains all weights.
@@ -79,6 +80,7 @@ class TrainConfig:
     global_batch_size: int = 8
     micro_batch_size: int = 1
     sp: int = 1
+    timeout: float = 1800.0
     dtype: str = "float32"
     device: str = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -111,6 +113,7 @@ class TrainConfig:
                 check_int(name, getattr(self, name), low=1)
         check_int("sequence_length", self.sequence_length, low=2)
         check_int("seed", self.seed, low=0, high=MAX_SEED)
+        check_timeout(self.timeout)
         for name in ("keep_ratio", "eval_ratios"):
             object.__setattr__(self, name, _ratios(name, getattr(self, name)))
         for name, kind in (*_PARTS.items(), ("d2o", D2OConfig)):

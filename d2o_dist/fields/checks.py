@@ -9,6 +9,7 @@ from d2o_dist.fields.show import shown
 
 # What a tensor holds, and all programs that read JSON.
 MAX_INTEGER = 2**63 - 1
+_LONGEST_S = 10**6
 
 
 def is_integer(value: Any) -> bool:
@@ -55,6 +56,13 @@ def check_string(name: str, value: Any, *, optional: bool = False) -> None:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name} ({shown(value)}) must be a non-empty string{' or null' if optional else ''}")
     check_utf8(name, value)
+
+
+def check_timeout(value: Any) -> None:
+    """Seconds that a rank waits for another."""
+    check_number("timeout", value)
+    if not 1 <= value <= _LONGEST_S:
+        raise ValueError(f"timeout ({value}) must be in [1, {_LONGEST_S}] seconds")
 
 
 def check_path(name: str, value: Any, *, optional: bool = False) -> None:

@@ -23,7 +23,7 @@ MAY_DIFFER = {
     "trust_remote_code", "trust_pickled_weights", "device", "sp", "ranks", "micro_batch_size",
     "activation_checkpointing", "loss_tile",
     "engine.offload_optimizer", "engine.offload_parameters", "data.num_workers",
-    "log_every", "eval_every", "save_every", "eval_tasks",
+    "log_every", "eval_every", "save_every", "eval_tasks", "timeout",
 }  # fmt: skip
 # What the best checkpoint is chosen by: the same once something was measured.
 MEASURED_BY = {"data.validation", "data.validation_split", "data.max_validation_rows", "eval_ratios"}
