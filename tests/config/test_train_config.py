@@ -53,6 +53,7 @@ def test_overrides_take_precedence(tmp_path):
         ({"d2o": {"preset": "reread"}}, "training compresses by layer, after one reading: d2o has score.rule reread"),
         ({"d2o": {"budget": {"per_head": True}}}, "budget.per_head True; score.rule reread"),
         ({"global_batch_size": 6, "micro_batch_size": 4}, r"global_batch_size \(6\) must be a multiple of .*\(4\)"),
+        ({"timeout": 0}, r"timeout \(0\) must be in \[1, 1000000\] seconds"),
         ({"sp": 5}, r"sequence_length \(64\) must be divisible by sp \(5\)"),
         ({"sp": 32}, r"context_length \(48\) must be divisible by sp \(32\)"),
         ({"engine": {"zero_stage": 2}}, r'zero_stage \(2\).* need engine.name "deepspeed"'),
