@@ -55,7 +55,7 @@ def test_a_rank_trains_on_a_gpu_of_its_own(tmp_path, as_rank, monkeypatch, devic
     as_rank(1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(train, "init_distributed", lambda backend: train.read_environment())
+    monkeypatch.setattr(train, "init_distributed", lambda backend, timeout_s: train.read_environment())
     monkeypatch.setattr(train, "build_mesh", lambda **sizes: ParallelMesh.local())
     found = []
     monkeypatch.setattr(train, "prepare", lambda config, mesh, device, texts: found.append(device))
