@@ -29,6 +29,7 @@ def chunk_attention(
     sample: QuerySample | None = None,
     num_old: int = 0,
     log_mass: Tensor | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A chunk over all slots before it and causally over itself.
 
@@ -37,56 +38,29 @@ def chunk_attention(
         sample: which queries they are taken from; None: all. Then what `rest_sums` gives is still missing.
         num_old: slots from before the prefill that the chunk is part of; tokens of the prefill follow them in order.
         log_mass: [B, Hkv, S] bias of each slot, or None; only old slots have one.
+        causal: False: its tokens attend to each other both ways, to all of the chunk.
 
     Returns:
         output [B, Hq, n, D], lse [B, Hq, n], column sums [B, Hq, S] or None.
     """
     past = k.shape[2] - q.shape[2]
-    if log_mass is None and with_sums and sample is None and softmax.sinks is None:
+    if causal and log_mass is None and with_sums and sample is None and softmax.sinks is None:
         return scored_prefill_attention(q, k, v, **softmax.logits, q_start=past)
-    out, lse = prefill_attention(q, k, v, **softmax.logits, q_start=past, bias=log_mass)
+    if causal:
+        out, lse = prefill_attention(q, k, v, **softmax.logits, q_start=past, bias=log_mass)
+    else:
+        out, lse = cross_attention(q, k, v, **softmax.logits, bias=log_mass)
     out, lse = with_sinks(out, lse, softmax.sinks)
     if not with_sums:
         return out, lse, None
     if sample is None:
-        return out, lse, column_sums(q, k, lse, **softmax.logits, q_start=past, bias=log_mass)
-    return out, lse, _sampled_sums(q, k, lse, softmax, sample, num_old, log_mass)
-
-
-def block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax: Softmax,
-    *,
-    with_sums: bool,
-    sample: QuerySample | None = None,
-    num_old: int = 0,
-    log_mass: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A run of tokens that attend to each other both ways: every query over all slots, their own (the last n) included.
-
-    Args, Returns: as `chunk_attention`.
-    """
-    out, lse = with_sinks(*cross_attention(q, k, v, **softmax.logits, bias=log_mass), softmax.sinks)
-    sums = None
-    if with_sums and sample is None:
-        sums = column_sums(q, k, lse, **softmax.logits, bias=log_mass, causal=False)
-    elif with_sums:
-        sums = _sampled_sums(q, k, lse, softmax, sample, num_old, log_mass, causal=False)
-    return out.to(q.dtype), lse, sums
-
-
-def _sampled_sums(
-    q: Tensor, k: Tensor, lse: Tensor, softmax: Softmax, sample: QuerySample, num_old: int, log_mass: Tensor | None, *,
-    causal: bool = True,
-) -> Tensor:  # fmt: skip
-    """Of a chunk whose own tokens are the last of the slots k [B, Hkv, S, D]."""
-    start = k.shape[2] - q.shape[2] - num_old
-    return sampled_column_sums(
+        return out, lse, column_sums(q, k, lse, **softmax.logits, q_start=past, bias=log_mass, causal=causal)
+    start = past - num_old
+    sums = sampled_column_sums(
         q, k, lse, softmax, sample, start=start, num_old=num_old, tokens=torch.arange(start), with_own=True,
         bias=log_mass, causal=causal,
     )  # fmt: skip
+    return out, lse, sums
 
 
 def reread_attention(

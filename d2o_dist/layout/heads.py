@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2o_dist.attention.prefill import block_attention, chunk_attention, reread_attention
+from d2o_dist.attention.prefill import chunk_attention, reread_attention
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.scored_decode import scored_decode
@@ -96,9 +96,9 @@ class HeadLayout:
                 mass = slots.log_mass[rows, :, here] if reading.has_mass else None
                 # The last token that each query sees; tokens are counted by their slots.
                 seen = [torch.arange(start + first, start + stop)] * len(q)
-                out, lse, sums = (block_attention if both_ways else chunk_attention)(
-                    q, keys, values, softmax,
-                    with_sums=with_sums, sample=config.query_sample, num_old=old[row], log_mass=mass,
+                out, lse, sums = chunk_attention(
+                    q, keys, values, softmax, with_sums=with_sums, sample=config.query_sample, num_old=old[row],
+                    log_mass=mass, causal=not both_ways,
                 )  # fmt: skip
                 if both_ways:
                     seen = [one[-1:].expand(len(one)) for one in seen]
