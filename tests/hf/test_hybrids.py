@@ -15,13 +15,13 @@ from d2o_dist.engine.session import Session
 from d2o_dist.models.hf.cache import D2OLayer
 from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.models.hf.shard import mark_replicas, shard_model
-from tests.cached_families import CHANGES, class_of
 from tests.families import build, tiny_config
 from tests.models import left_padded, tokens
 from tests.oracle.naive_cache import OracleCache
 from tests.oracle.naive_softmax import OracleSoftmax
 from tests.ranks import run_ranks
 from tests.spec import pair
+from tests.tiny_types import CHANGES, class_of
 
 # A gated delta rule; Mamba; Mamba 2 and layers that keep nothing; both in each layer; convolutions; latent attention.
 TYPES = ("qwen3_next", "jamba", "nemotron_h", "falcon_h1", "lfm2", "kimi_linear")

@@ -9,8 +9,8 @@ import torch
 from transformers import CONFIG_MAPPING, DynamicCache
 
 from d2o_dist import D2OCache, D2OConfig
-from tests.cached_families import CHANGES, class_of
 from tests.families import VARIANTS, build, tiny_config
+from tests.tiny_types import CHANGES, class_of
 
 IMAGE = 97
 

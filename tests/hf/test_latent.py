@@ -21,11 +21,11 @@ from d2o_dist.engine.session import Session
 from d2o_dist.models.hf.latent import Expansion
 from d2o_dist.models.hf.shard import mark_replicas
 from d2o_dist.train.model import check_trainable
-from tests.cached_families import CHANGES, class_of
 from tests.families import VARIANTS, build, tiny_config
 from tests.models import left_padded, tiny_model, tokens
 from tests.oracle.naive_d2o import use_float64_norms
 from tests.spec import spec
+from tests.tiny_types import CHANGES, class_of
 
 FULL, PART = D2OConfig(keep_ratio=1.0), D2OConfig(keep_ratio=0.3, eviction_interval=4, budget={"min_layer_tokens": 6})
 TYPES = ("axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "longcat_flash",

@@ -16,11 +16,11 @@ from d2o_dist.models.hf.guards import layer_windows
 from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.models.hf.shard import mark_replicas, shard_model
 from d2o_dist.plan.model_size import size_of
-from tests.cached_families import CHANGES, class_of
 from tests.families import build, tiny_config
 from tests.hf.test_hybrids import FULL, PART, close, make, play
 from tests.models import left_padded
 from tests.ranks import run_ranks
+from tests.tiny_types import CHANGES, class_of
 
 # Twice the query heads, and twice the KV heads, in layers with windows.
 TYPES = {"step3p7": (4, 2, (8, 2)), "gemma4_text": (4, 2, (4, 4))}

@@ -10,11 +10,11 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from d2o_dist import D2OCache
-from tests.cached_families import class_of
 from tests.families import build, tiny_config
 from tests.models import OTHERS, left_padded, tiny_model, tokens, windowed
 from tests.oracle.naive_d2o import use_float64_norms
 from tests.spec import spec
+from tests.tiny_types import class_of
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from d2o_dist.plan.model_size import known_config, known_models, size_of
 from d2o_dist.plan.planner import Job, memory_of, plan_all
 from d2o_dist.plan.seconds import Assumptions
 from d2o_dist.policy import D2OConfig
-from tests.cached_families import CHANGES, class_of
 from tests.families import build, tiny_config
 from tests.models import tiny_model, tokens
+from tests.tiny_types import CHANGES, class_of
 
 LLAMA = size_of(known_config("llama-3-8b"))
 H100 = find_gpu("h100-80gb")
