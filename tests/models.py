@@ -171,3 +171,13 @@ def left_padded(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.
     for row, length in enumerate(lengths):
         mask[row, width - length :] = 1
     return ids * mask, mask
+
+
+@torch.no_grad()
+def generated(model, ids, mask, **given):
+    """Logits [B, 30, V] of greedy tokens, and all tokens."""
+    output = model.generate(
+        ids, attention_mask=mask, max_new_tokens=30, min_new_tokens=30, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **given,
+    )  # fmt: skip
+    return torch.stack(output.logits, 1), output.sequences

@@ -14,7 +14,7 @@ from d2o_dist.engine.session import Session
 from d2o_dist.models.hf.shape import shape_of
 from d2o_dist.slots.windows import Chunked, first_seen, kept, kind_of, pieces
 from tests.hf.test_softmaxes import read
-from tests.models import left_padded, tiny_model, tokens
+from tests.models import generated, left_padded, tiny_model, tokens
 from tests.oracle.naive_cache import OracleCache
 from tests.oracle.naive_d2o import use_float64_norms
 from tests.oracle.naive_softmax import OracleSoftmax
@@ -52,15 +52,6 @@ def test_what_is_seen_and_what_is_held(size):
             assert [one for _, first, end in cut for one in range(first, end)] == list(range(query, stop))
             assert all(start == first // size * size and end <= start + size for start, first, end in cut)
     assert kind_of(window) == "chunked" and kind_of(size) == "sliding"
-
-
-@torch.no_grad()
-def generated(model, ids, mask, **given):
-    output = model.generate(
-        ids, attention_mask=mask, max_new_tokens=30, min_new_tokens=30, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, **given,
-    )  # fmt: skip
-    return torch.stack(output.logits, 1), output.sequences
 
 
 def test_nothing_evicted_is_sdpa():

@@ -16,7 +16,7 @@ from d2o_dist.models.hf.masks import LazyMask
 from d2o_dist.models.hf.shard import mark_replicas
 from d2o_dist.train.model import check_trainable
 from tests.hf.test_softmaxes import read
-from tests.models import SHARED, left_padded, tiny_model, tokens
+from tests.models import SHARED, generated, left_padded, tiny_model, tokens
 from tests.oracle.naive_d2o import use_float64_norms
 from tests.oracle.naive_shared import SharedOracleCache
 from tests.oracle.naive_softmax import OracleSoftmax
@@ -34,15 +34,6 @@ def test_the_order_of_layers():
     assert [order.is_last(layer) for layer in range(8)] == [False] * 7 + [True]
     assert order.sharing(2) == (3, 3) and order.sharing(0) == (1, 1)
     assert Order(2, (1,), reads_prompts=False).sharing(1) == (2, 1) and Order(1).is_last(0)
-
-
-@torch.no_grad()
-def generated(model, ids, mask, **given):
-    output = model.generate(
-        ids, attention_mask=mask, max_new_tokens=30, min_new_tokens=30, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, **given,
-    )  # fmt: skip
-    return torch.stack(output.logits, 1), output.sequences
 
 
 @pytest.mark.parametrize("family", SHARED)
