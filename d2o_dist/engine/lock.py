@@ -136,6 +136,8 @@ def _take(output: str | Path, path: Path) -> tuple[int, bool] | None:
         except FileNotFoundError:
             return None
     try:
+        if not made:
+            _owner(file, _GRACE_S)  # who made it is about to hold it and to write its name: nobody comes between
         flocked = _flock(file)
         owner = None if made and flocked is not False else _owner(file)
         if owner is None and not made and os.fstat(file).st_size:
@@ -177,17 +179,17 @@ def _flock(file: int) -> bool | None:
     return True
 
 
-def _owner(file: int) -> dict[str, Any] | None:
-    """Who wrote the file, `pid` and `host`; None if it is empty, or no run wrote it."""
-    ends = time.monotonic() + _GRACE_S
+def _owner(file: int, wait_s: float = 0.0) -> dict[str, Any] | None:
+    """Who wrote the file, `pid` and `host`; None if it is empty, or no run wrote it, also after `wait_s` seconds."""
+    ends = time.monotonic() + wait_s
     while True:
         with suppress(ValueError, AttributeError):
             owner = json.loads(os.pread(file, 4096, 0))
             if owner.keys() == {"pid", "host"} and type(owner["pid"]) is int and isinstance(owner["host"], str):
                 return owner
-        if time.monotonic() > ends:
+        if time.monotonic() >= ends:
             return None
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def _works(owner: dict[str, Any], path: Path, flocked: bool | None) -> bool:

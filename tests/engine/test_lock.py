@@ -77,7 +77,7 @@ def test_two_processes_take_turns(tmp_path):
 def crowd(rank: int, world: int, folder) -> int:
     """Times that this rank had the lock; while it has it, nobody else may."""
     had = 0
-    for _ in range(60):
+    for _ in range(30):
         try:
             held = OutputLock("out", folder / "lock")
         except ValueError:
@@ -161,6 +161,31 @@ def test_an_empty_file_is_used_and_left_empty(tmp_path, monkeypatch):
     assert json.loads(path.read_text())["pid"] == os.getpid()
     held.release()
     assert path.read_text() == ""
+
+
+def test_nobody_comes_between_who_makes_the_file_and_its_lock(tmp_path, monkeypatch):
+    """Else the file stayed empty for ever, and each later run waited for a name in it."""
+    path, flock, other = tmp_path / "lock", locking._flock, []
+
+    def late() -> None:
+        with pytest.raises(ValueError, match=f"written by process {os.getpid()} on"):
+            OutputLock("out", path)
+        other.append("was told who writes")
+
+    thread = threading.Thread(target=late)
+
+    def stalls(file: int) -> bool | None:
+        monkeypatch.setattr(locking, "_flock", flock)
+        thread.start()
+        time.sleep(0.2)
+        return flock(file)
+
+    monkeypatch.setattr(locking, "_flock", stalls)
+    held = OutputLock("out", path)
+    thread.join(30)
+    held.release()
+    assert other == ["was told who writes"]
+    assert not path.exists()
 
 
 FOREIGN = ["{", "[]", '{"pid": "x", "host": "h"}', '{"pid": 1, "host": "h", "note": "mine"}', "my notes\n", " "]
