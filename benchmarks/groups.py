@@ -16,12 +16,12 @@ from d2o_dist.attention.sampled import naive_prompt_column_sums, prompt_column_s
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits, naive_decode_with_logits
+from d2o_dist.kernels.finish_decode import finish_decode
 from d2o_dist.kernels.merge_into import merge_into, naive_merge_into
 from d2o_dist.kernels.nearest_kept import naive_nearest_kept, nearest_kept
 from d2o_dist.kernels.prefill_attention import prefill_attention
 from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.kernels.scored_prefill import naive_scored_prefill_attention, scored_prefill_attention
-from d2o_dist.kernels.update_scores import update_scores
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.statistics import QuerySample
 
@@ -150,14 +150,17 @@ def decode_group(shape: Shape) -> Group:
         for q, k, v in buffers:
             F.scaled_dot_product_attention(q, k, v, scale=shape.scale, enable_gqa=grouped)
 
+    valid = torch.ones(1, shape.num_kept, dtype=torch.bool, device=shape.device)
+    newest = torch.tensor([[shape.num_kept - 1]], device=shape.device)
+
     def attend() -> None:
         for q, k, v in kept:
             decode_attention(q[:, :, 0], k, v, shape.scale)
 
     def attend_and_score() -> None:
         for (q, k, v), layer in zip(kept, layers["d2o"], strict=True):
-            _, lse, logits = decode_with_logits(q[:, :, 0], k, v, shape.scale)
-            update_scores(logits, lse, layer.block.store.buffers.scores[:, :, : shape.num_kept])
+            scores = layer.block.store.buffers.scores[:, :, : shape.num_kept]
+            scored_decode(q[:, :, 0], k, v, shape.scale, valid=valid, newest=newest, scores=scores)
 
     def steps(policy: str) -> None:
         for _ in range(interval):
@@ -222,7 +225,10 @@ def decode_gate(shape: Shape) -> Result:
     newest = torch.tensor([[GATE_LENGTH - 1]], device=shape.device)
     valid = torch.ones(1, GATE_LENGTH, dtype=torch.bool, device=shape.device)
     statistics = torch.ones(2, 2, *k.shape[:3], device=shape.device, dtype=logits.dtype)
-    update_scores(logits, lse, *statistics[0], newest=newest, rate_window=4)
+    finish_decode(
+        out.to(lse.dtype)[None], lse[None], logits, shape.dtype, num_kv_heads=shape.heads[1], scores=statistics[0, 0],
+        rates=statistics[0, 1], newest=newest, rate_window=4,
+    )  # fmt: skip
     scored = scored_decode(
         q, k, v, shape.scale, valid=valid, newest=newest, log_mass=mass, scores=statistics[1, 0],
         rates=statistics[1, 1], rate_window=4,

@@ -10,11 +10,13 @@ from benchmarks.checks import (
     decode,
     decode_graph,
     dispatch,
+    finish_decode,
+    launches,
     merge_into,
     merge_rules,
     nearest_kept,
     prefill,
-    update_scores,
+    scored_decode,
 )
 from benchmarks.checks.common import Check, Result
 
@@ -24,7 +26,7 @@ __all__ = ["Check", "Result", "all_checks"]
 def all_checks() -> list[Check]:
     """All of them, op by op; names are unique."""
     modules = (
-        prefill, column_sums, column_peaks, decode, update_scores, nearest_kept, merge_into, merge_rules, dispatch,
-        decode_graph,
+        prefill, column_sums, column_peaks, decode, finish_decode, scored_decode, nearest_kept, merge_into, merge_rules,
+        dispatch, launches, decode_graph,
     )  # fmt: skip
     return [check for module in modules for check in module.checks()]

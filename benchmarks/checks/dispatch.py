@@ -11,12 +11,12 @@ from d2o_dist.core.softmax import Softmax
 from d2o_dist.kernels.column_peaks import column_peaks
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
+from d2o_dist.kernels.finish_decode import finish_decode, slot_probabilities
 from d2o_dist.kernels.merge_into import merge_into
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.kernels.prefill_attention import cross_attention, prefill_attention
 from d2o_dist.kernels.scored_decode import scored_decode
 from d2o_dist.kernels.scored_prefill import scored_prefill_attention
-from d2o_dist.kernels.update_scores import slot_probabilities, update_scores
 from d2o_dist.policy.statistics import QuerySample
 
 DTYPE = torch.bfloat16
@@ -100,13 +100,16 @@ def _decode_attention(device: str) -> tuple[Tensor, ...]:
     )
 
 
-def _update_scores(device: str) -> tuple[Tensor, ...]:
+def _finish_decode(device: str) -> tuple[Tensor, ...]:
     logits = normal(2, 4, 30, dtype=torch.float32, device=device)
     lse = logits.logsumexp(-1)
     scores, rates = torch.ones(2, 2, 2, 30, device=device)
     newest, present = torch.tensor([[29], [3]], device=device), torch.tensor([True, False], device=device)
-    update_scores(logits, lse, scores, rates, newest=newest, rate_window=8, present=present)
-    return slot_probabilities(logits, lse, 2), scores, rates
+    parts = normal(3, 2, 4, 20, dtype=torch.float32, device=device, seed=1)
+    lses, sinks = normal(3, 2, 4, dtype=torch.float32, device=device, seed=2), torch.ones(1, 4, device=device)
+    options = dict(num_kv_heads=2, scores=scores, rates=rates, newest=newest, rate_window=8, present=present)
+    out = finish_decode(parts, lses, logits, DTYPE, sinks=sinks, **options)
+    return slot_probabilities(logits, lse, 2), out, scores, rates
 
 
 def _scored_decode(device: str) -> tuple[Tensor, ...]:
@@ -114,7 +117,9 @@ def _scored_decode(device: str) -> tuple[Tensor, ...]:
     newest, present = torch.tensor([[50], [11]], device=device), torch.tensor([True, False], device=device)
     valid, mass = torch.arange(64, device=device) <= newest, k[..., 0].float().abs()
     found = []
-    for more in ({}, {"present": present, "log_mass": mass}, {"present": present, "peaks": True}):
+    new, sinks = (k[:, :, 3], v[:, :, 5]), torch.ones(1, 4, device=device)
+    told = {"present": present, "log_mass": mass}, {"peaks": True, "new": new}, {"sinks": sinks, "softcap": 1.0}
+    for more in ({}, *told):
         scores, rates = torch.ones(2, 2, 2, 64, device=device)
         statistics = {"scores": scores, "rates": rates, "rate_window": 8}
         found += [scored_decode(q[:, :, 0], k, v, 0.2, valid=valid, newest=newest, **statistics, **more), scores, rates]
@@ -158,7 +163,7 @@ CASES = (
     _scored_prefill,
     _sampled_column_sums,
     _decode_attention,
-    _update_scores,
+    _finish_decode,
     _scored_decode,
     _nearest_kept,
     _merge_into,

@@ -46,9 +46,13 @@ class Decoding:
         """For copies, which are other buffers: the next step of theirs is a new one."""
         return {**vars(self), "step": None}
 
+    @property
+    def _full(self) -> dict[int, Layer]:
+        """Layers that attend to everything, by their index."""
+        return {index: layer for index, layer in enumerate(self._layers) if isinstance(layer, Layer)}
+
     def _evictions(self, num_seen: Sequence[int]) -> Evictions:
-        full = {index: layer for index, layer in enumerate(self._layers) if isinstance(layer, Layer)}
-        return Evictions(full, self._config, self._ranks, num_seen)
+        return Evictions(self._full, self._config, self._ranks, num_seen)
 
     @property
     def _blocks(self) -> list[HeadBlock | WindowLayer]:
@@ -71,6 +75,8 @@ class Decoding:
         if self.step is None or not self.step.fits(held, present):
             arena = None if self._arena_evictions is None else self._arena_evictions.arena
             self.step = DecodeStep(num_seen, held, present, arena)
+            for layer in self._full.values():
+                layer.prepare()
         self.step.choose(present)
         return self.step
 

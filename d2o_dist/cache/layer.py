@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import Chunk, DealtChunk
+from d2o_dist.layout.segments import HeadSegments
 from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.slots import D2OState, Slots
 from d2o_dist.slots.step import BlockStep
@@ -70,6 +71,7 @@ class Layer:
 
     def __init__(self, block: HeadBlock) -> None:
         self.blocks = [block]
+        self._segments = HeadSegments()
         self.elsewhere: list[HeadElsewhere] = []
         self.budgeted: list[HeadBlock | HeadElsewhere] = self.blocks
 
@@ -175,8 +177,15 @@ class Layer:
         """Attend from a chunk that is not kept, and note what each slot got; the same shape, zeros at padding."""
         return self._over_blocks(lambda block, *given: block.reread(*given, rows), softmax, q, k, v)
 
+    def prepare(self) -> None:
+        """Before the first decode step over slots that moved."""
+        self._segments.prepare([block.layout for block in self.blocks])
+
     def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *steps: BlockStep) -> Tensor:
         """Store one token a row, attend over all slots, and score them: [B, Hq, 1, D]; a step for each block."""
+        layouts = [block.layout for block in self.blocks]
+        if HeadSegments.serves(layouts):
+            return self._segments.decode(layouts, q, k, v, softmax, steps, self.blocks[0].config)
         step = iter(steps)
         return self._over_blocks(lambda block, *given: block.decode(*given, next(step)), softmax, q, k, v)
 

@@ -10,6 +10,7 @@ Shape legend: B rows, h KV heads (or query heads) at hand, H all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -157,6 +158,11 @@ class RequestRanks:
     def gather_kv_heads(self, tensor: Tensor) -> Tensor:
         """[B, KV heads of the tensor rank, ...] -> [B, H, ...] of all tensor ranks, copies counted once."""
         return self.tp.all_gather(tensor, 1)[:, :: self.kv_replicas]
+
+    @property
+    def total_of_replicas(self) -> Callable[[Tensor], Tensor] | None:
+        """`sum_replicas`; None where KV heads have no copies."""
+        return None if self.kv_replicas == 1 else self.sum_replicas
 
     def sum_replicas(self, tensor: Tensor) -> Tensor:
         """The sum over the tensor ranks that hold copies of the same KV head, the same bits on all of them.

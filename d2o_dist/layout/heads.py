@@ -6,6 +6,7 @@ Shape legend: B rows, b rows of a group, Hq query heads, Hkv KV heads at hand, n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch import Tensor
 from d2o_dist.attention.prefill import chunk_attention, reread_attention
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
+from d2o_dist.kernels.finish_decode import add_probabilities
 from d2o_dist.kernels.scored_decode import scored_decode
-from d2o_dist.kernels.update_scores import add_probabilities
 from d2o_dist.layout.forward import Chunk, over_rows
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
@@ -159,28 +160,28 @@ class HeadLayout:
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig) -> Tensor:
         """Store one token a row, attend over all slots, and score them by what they got: [B, Hq, 1, D]."""
+        if self.store.is_exact:
+            return self.look_in_step(q, softmax, step, config, 0, new=(k[:, :, 0], v[:, :, 0]))
         self.store.put(k, v, step.slot, step.position)
         return self.look_in_step(q, softmax, step, config, 0)
 
-    def look_in_step(self, q: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig, place: int) -> Tensor:
+    def look_in_step(
+        self, q: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig, place: int,
+        new: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attend over all slots, of which those of this step were stored, from one of the layers that do; the last of
-        them scores: [B, Hq, 1, D]."""
-        buffers = self.store.buffers
-        kept = dict(
-            scores=buffers.scores if config.needs_column_sums or config.needs_reread else None,
-            rates=buffers.rates if config.needs_rates else None,
-            peaks=config.needs_reread,
-        )
-        update = dict(newest=step.slot, rate_window=config.statistics.rate_window, present=step.present)
+        them scores: [B, Hq, 1, D]. new: as of `scored_decode`."""
+        kept, update = step_statistics(self.store.buffers, config), step_update(step, config)
         gathers = self.layers > 1 and (kept["scores"] is not None or kept["rates"] is not None)
         if gathers and place == 0:
-            self._received = torch.zeros_like(buffers.scores)
+            self._received = torch.zeros_like(self.store.buffers.scores)
         out = scored_decode(
             q[:, :, 0], *self.store.keys_values, **softmax.logits, sinks=softmax.sinks,
             valid=step.live,
-            log_mass=buffers.log_mass if config.merge.keeps_mass else None,
+            log_mass=self.store.buffers.log_mass if config.merge.keeps_mass else None,
             widths=step.widths,
-            total=None if self.ranks.kv_replicas == 1 else self.ranks.sum_replicas,
+            new=new,
+            total=self.ranks.total_of_replicas,
             **({"scores": self._received} if gathers else kept), **update,
         )  # fmt: skip
         if gathers and place + 1 == self.layers:
@@ -220,3 +221,17 @@ class HeadLayout:
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
         self.store.select_rows(index)
+
+
+def step_statistics(buffers: Slots, config: D2OConfig) -> dict[str, Any]:
+    """What a decode step keeps up to date, as `scored_decode` takes it."""
+    return dict(
+        scores=buffers.scores if config.needs_column_sums or config.needs_reread else None,
+        rates=buffers.rates if config.needs_rates else None,
+        peaks=config.needs_reread,
+    )
+
+
+def step_update(step: BlockStep, config: D2OConfig) -> dict[str, Any]:
+    """How it does, as `scored_decode` takes it."""
+    return dict(newest=step.slot, rate_window=config.statistics.rate_window, present=step.present)

@@ -20,6 +20,7 @@ from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import DealtChunk
+from d2o_dist.layout.heads import step_statistics, step_update
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.shares import Shares
@@ -211,25 +212,18 @@ class SequenceLayout:
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig) -> Tensor:
         """Store one token a row on one rank, attend over all ranks' slots, and score this rank's: [B, Hq, 1, D]."""
-        ranks, slots = self.ranks, self.store.buffers
-        self.store.put(k, v, step.slot, step.position, masked=True)
-        log_mass = slots.log_mass if config.merge.keeps_mass else None
-        out, probs = sharded_decode_attention(
-            ranks.sp, q[:, :, 0], *self.store.keys_values, softmax, valid=step.live, log_mass=log_mass
-        )
-        present = None if step.present is None else step.present[:, None, None]
-        if present is not None:
-            out, probs = out * present, probs * present
-        if config.needs_column_sums or config.needs_rates:
-            probs = ranks.sum_replicas(probs)
-        if config.needs_column_sums:
-            slots.scores.add_(probs)
-        if config.needs_rates:
-            decay = 1 / config.statistics.rate_window
-            columns = step.columns[: self.store.capacity]
-            is_new = (columns == step.slot.unsqueeze(-1)) & (step.position >= 0).unsqueeze(-1)
-            fresh = torch.where(is_new, probs, slots.rates * (1 - decay) + probs * decay)
-            slots.rates.copy_(fresh if present is None else torch.where(present, fresh, slots.rates))
+        new = None
+        if self.store.is_exact:
+            new = (k[:, :, 0], v[:, :, 0])
+        else:
+            self.store.put(k, v, step.slot, step.position, masked=True)
+        buffers = self.store.buffers
+        out = sharded_decode_attention(
+            self.ranks.sp, q[:, :, 0], *self.store.keys_values, softmax, valid=step.live,
+            log_mass=buffers.log_mass if config.merge.keeps_mass else None,
+            new=new, total=self.ranks.total_of_replicas,
+            **step_statistics(buffers, config), **step_update(step, config),
+        )  # fmt: skip
         return out.unsqueeze(2)
 
     def advance(self, counts: Sequence[int]) -> None:

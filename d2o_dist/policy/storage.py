@@ -17,9 +17,14 @@ from d2o_dist.policy.rule import Rule, registry
 
 @dataclass(frozen=True)
 class StorageFormat(Rule):
-    """One format; by default everything is stored as it is."""
+    """One format; by default everything is stored as it is.
+
+    Attributes:
+        is_exact: whether it is: kernels may then write and read vectors where they lie.
+    """
 
     path: ClassVar[str] = "storage"
+    is_exact: ClassVar[bool] = False
 
     def stored(self, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
         """How many elements, and of which dtype, a vector of D = `head_dim` elements of `dtype` becomes."""
@@ -39,6 +44,7 @@ class Exact(StorageFormat):
     """In the model's dtype."""
 
     name: ClassVar[str] = "exact"
+    is_exact: ClassVar[bool] = True
 
 
 FORMATS = registry(Exact)

@@ -49,8 +49,8 @@ class Opened:
     """A decode step of an arena.
 
     Attributes:
-        slot: [U] int64 where each unit's token goes, counted from its start; position: [U] int64 of what is stored
-            here; -1: nothing is, and the slot stays as it was.
+        slot: [U] int64 where each unit's token goes, counted from its start; -1 where another rank has it.
+        position: [U] int64 of what is stored here; -1: nothing is, and the slot stays as it was.
         live: [N] bool which slots of the storage are in use, the new ones included.
         taker: [U] int64 the ranks that store the tokens, where the slots of a unit are spread; None otherwise.
     """
@@ -155,6 +155,7 @@ class Arena:
         if self.shares is not None:
             taker = self.shares.taker
             own = own.masked_fill(taker != self.shares.rank, -1)
+            slot = slot.masked_fill(own < 0, -1)
         where = (self.start + slot).masked_fill(own < 0, self.num_slots)
         self.storage.positions[where] = own
         return Opened(slot, own, self.storage.positions[: self.num_slots] >= 0, taker)

@@ -27,7 +27,8 @@ class BlockStep:
 
     Attributes:
         position: [B, h] or [B, 1] int64 of each row's new token; -1 where none is stored here.
-        slot: [B, h] or [B, 1] int64 where in the buffers it goes.
+        slot: [B, h] or [B, 1] int64 where in the buffers it goes; -1 where the slots are spread over ranks, and
+            another one has it.
         live: [B, h, C] or [B, C] bool: slots in use, the new ones included.
         stop: [B] int64, slots in use with it, of blocks that keep their slots in order; None of others.
         present: [B] bool, rows that take a token; None: all of them.
@@ -122,9 +123,10 @@ class DecodeStep:
             if self._in_arena[number]:
                 here, slot, live = next(in_arena)
             elif shares is not None:
+                held = shares.held[..., shares.rank]
                 here = position[:, None].masked_fill(shares.taker != shares.rank, -1)
-                slot = shares.held[..., shares.rank].clone()
-                live = columns < (slot + (here >= 0)).unsqueeze(-1)
+                slot = held.masked_fill(here < 0, -1)
+                live = columns < (held + (here >= 0)).unsqueeze(-1)
             else:
                 here, slot, live, last = position[:, None], self._held[number][:, None], columns < end[:, None], end
             steps.append(BlockStep(here, slot, live, last, self._present, self._columns, widths[number]))

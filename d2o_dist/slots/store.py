@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from d2o_dist.slots.append import write_tokens
 from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.slots import Slots, join_values, part_values, stats_dtype, unused_slots
@@ -58,6 +59,11 @@ class SlotStore:
     def in_arena(self) -> bool:
         """Whether the buffers are a block of an arena."""
         return self.codec is not None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the buffers are a block of an arena, and hold keys and values as they are."""
+        return self.in_arena and self.codec.format.is_exact and self.latent is None
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -165,25 +171,16 @@ class SlotStore:
         Args:
             slot: [B, Hkv] or [B, 1] int64; position: the same shapes, -1 where the slot stays free; in an arena it is
                 written already.
-            masked: whether a slot may be in use, or out of range, where the position is -1: nothing is written there.
+            masked: whether a slot may be -1: nothing is written there.
         """
-        buffers = self._buffers
-        # Not scatter_: on a CPU that copies the whole buffer where its dtype is bfloat16.
-        batch, heads = keys.shape[:2]
-        rows, of_head = torch.arange(batch, device=slot.device)[:, None], torch.arange(heads, device=slot.device)
-        position = position.expand(batch, heads)
-        where = (rows, of_head, slot.clamp_max(self.capacity - 1) if masked else slot)
-        new = {"keys": keys[:, :, 0]} | ({"values": values[:, :, 0]} if self.latent is None else {})
+        buffers, keys, values = self._buffers, keys[:, :, 0], values[:, :, 0]
         if self.codec is None:
-            new["positions"] = position
+            pairs = [(buffers.positions, position.expand(keys.shape[:2])), (buffers.keys, keys)]
         else:
-            new = {name: self.codec.encode(vectors) for name, vectors in new.items()}
-        for name, value in new.items():
-            buffer = getattr(buffers, name)
-            if masked:
-                stored = position >= 0 if value.dim() == 2 else (position >= 0).unsqueeze(-1)
-                value = torch.where(stored, value, buffer[where])
-            buffer[where] = value
+            pairs = [(buffers.keys, self.codec.encode(keys))]
+        if self.latent is None:
+            pairs.append((buffers.values, values if self.codec is None else self.codec.encode(values)))
+        write_tokens(slot, *pairs, masked=masked)
 
     def advance(self, counts: list[int]) -> None:
         """Count tokens that were `put`."""

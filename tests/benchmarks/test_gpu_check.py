@@ -25,48 +25,48 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
 
 def test_checks_run_in_processes_of_their_own(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    rows, problems = gpu_check.run_checks(["update_scores"], "cpu", soon())
+    rows, problems = gpu_check.run_checks(["finish_decode"], "cpu", soon())
     assert problems == []
     (row,) = rows
     assert (
-        row["op"] == "update_scores"
-        and row["checks"] == row["right"] == 4
+        row["op"] == "finish_decode"
+        and row["checks"] == row["right"] == 6
         and "of 5e-05" in row["nearest to its limit"]
     )
 
 
 def test_a_failure_hides_nothing(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # checks on a CPU refuse to run
-    rows, problems = gpu_check.run_checks(["update_scores"], "cpu", soon())
+    rows, problems = gpu_check.run_checks(["finish_decode"], "cpu", soon())
     assert [row["right"] for row in rows] == [0]
     (problem,) = problems
-    assert "after 0 of 4 checks: exit status 2" in problem and "TRITON_INTERPRET=1" in problem
+    assert "after 0 of 6 checks: exit status 2" in problem and "TRITON_INTERPRET=1" in problem
 
 
 def test_whatever_happens_to_a_process_the_others_are_reported(monkeypatch, tmp_path):
     """One is killed in the middle of a line, after bytes that are no text; one finds an error; one hangs."""
-    right = '{"op": "update_scores", "name": "scores", "right": true, "errors": {"x": [0.5, 1]}}'
+    right = '{"op": "finish_decode", "name": "scores", "right": true, "errors": {"x": [0.5, 1]}}'
     wrong = '{"op": "merge_into", "name": "one", "right": false, "traceback": "illegal memory access"}'
     program = tmp_path / "python"
     program.write_text(
         f"#!/bin/sh\ncase $* in\n"
-        f"*update_scores*) printf '%s\\n\\377\\n{{}}\\n{{\"op\": \"upd' '{right}'; kill -9 $$;;\n"
+        f"*finish_decode*) printf '%s\\n\\377\\n{{}}\\n{{\"op\": \"upd' '{right}'; kill -9 $$;;\n"
         f"*merge_into*) echo '{wrong}'; exit 1;;\n"
         f"*) printf '\\377'; exec sleep 60;;\nesac\n"
     )
     program.chmod(0o755)
     monkeypatch.setattr(gpu_check.sys, "executable", str(program))
-    ops = ["update_scores", "merge_into", "decode_attention"]
+    ops = ["finish_decode", "merge_into", "decode_attention"]
     rows, problems = gpu_check.run_checks(ops, "cuda", time.monotonic() + 5)
     assert [(row["op"], row["right"]) for row in rows] == [(ops[0], 1), (ops[1], 0), (ops[2], 0)]
-    assert problems[0].startswith("update_scores, after 1 of 4 checks: exit status -9")
+    assert problems[0].startswith("finish_decode, after 1 of 6 checks: exit status -9")
     assert problems[1] == "merge_into one: illegal memory access"
     assert problems[2].startswith("merge_into, after 1 of ") and "exit status 1" in problems[2]
     assert "decode_attention, after 0 of " in problems[3] and "no time left" in problems[3] and len(problems) == 4
 
 
 def test_no_time_left_is_a_problem():
-    rows, problems = gpu_check.run_checks(["update_scores"], "cpu", time.monotonic() - 1)
+    rows, problems = gpu_check.run_checks(["finish_decode"], "cpu", time.monotonic() - 1)
     assert rows[0]["right"] == 0 and "no time left" in problems[0]
     assert "no time left" in gpu_check.run_timings({"tiny": TINY}, ["decode"], "cpu", time.monotonic() - 1)[2][0]
 
@@ -110,7 +110,7 @@ def test_layers_gates_and_reports(tmp_path, capsys, dtype):
 
 
 @pytest.mark.parametrize(
-    "group, broken", [("prefill", "scored_prefill_attention"), ("decode", "update_scores"), ("evict", "nearest_kept")]
+    "group, broken", [("prefill", "scored_prefill_attention"), ("decode", "finish_decode"), ("evict", "nearest_kept")]
 )
 def test_a_red_gate_times_nothing(monkeypatch, group, broken):
     from benchmarks import groups
@@ -118,7 +118,7 @@ def test_a_red_gate_times_nothing(monkeypatch, group, broken):
     original = getattr(groups, broken)
 
     def wrong(*args, **kwargs):
-        if broken == "update_scores":
+        if broken == "finish_decode":
             return None
         first, *rest = original(*args, **kwargs)
         return (first + 1, *rest)

@@ -30,7 +30,7 @@ def test_every_op_is_told_with_reasons():
     assert passed.startswith("flash-attn 3: the GPU has compute capability 8.0, and kernels need 9.0; flash-attn 2: ")
     assert passed.endswith("cuda_prefill_attention: window")
     assert found["cross_attention", "bias", "float32"][0] == "blocked_cross_attention"
-    assert found["scored_decode", "peaks", "float32, bfloat16"] == ("by_probabilities", "by_logits: peaks")
+    assert found["scored_decode", "total", "float32, bfloat16"] == ("by_probabilities", "triton_scored_decode: total")
 
 
 def test_machine_backend_and_head_dim_count(monkeypatch):

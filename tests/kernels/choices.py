@@ -18,12 +18,13 @@ from d2o_dist.kernels import backend, flash_attn, launch, registry
 from d2o_dist.kernels.column_peaks import column_peaks
 from d2o_dist.kernels.column_sums import column_sums
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
+from d2o_dist.kernels.finish_decode import finish_decode, slot_probabilities
 from d2o_dist.kernels.merge_into import merge_into
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.kernels.prefill_attention import cross_attention, prefill_attention
-from d2o_dist.kernels.scored_decode import scored_decode
+from d2o_dist.kernels.scored_decode import scored_decode, scored_decode_of_heads
 from d2o_dist.kernels.scored_prefill import scored_prefill_attention
-from d2o_dist.kernels.update_scores import slot_probabilities, update_scores
+from d2o_dist.kernels.segments import Segments
 from tests.kernels import fake_flash_attn
 
 FLASH = {2: "flash_attn", 3: "flash_attn_interface"}
@@ -31,13 +32,14 @@ FLASH = {2: "flash_attn", 3: "flash_attn_interface"}
 REACHED = {
     "blocked_column_sums": "B", "blocked_column_peaks": "B", "blocked_nearest_kept": "B", "blocked_merge_into": "B",
     "blocked_decode_attention": "B", "blocked_decode_with_logits": "B", "torch_slot_probabilities": "B",
-    "torch_update_scores": "B", "blocked_prefill_attention": "B", "blocked_cross_attention": "B",
+    "torch_finish_decode": "B", "blocked_prefill_attention": "B", "blocked_cross_attention": "B",
     "cpu_prefill_attention": "C", "cpu_cross_attention": "C", "cpu_scored_prefill": "C",
     "cuda_prefill_attention": "G", "cuda_cross_attention": "G", "flash_attn_func_2": "2", "flash_attn_func_3": "3",
 }  # fmt: skip
-# These two are made of other ops: logits then `update_scores`, or the probabilities; attention then column sums.
+# By their own function: what they reach first serves other ops too.
 REACHED_BY = {
-    "scored_decode": {"decode_with_logits": "T", "decode_attention": "B"},
+    "scored_decode": {"by_probabilities": "B"},
+    "scored_decode_of_heads": {"one_by_one": "B"},
     "scored_prefill": {"cpu_scored_prefill": "C", "prefill_attention": "B"},
 }
 
@@ -89,7 +91,7 @@ def machine(situation: Situation) -> Iterator[None]:
 
     folders = (
         "column_peaks", "column_sums", "decode_attention", "merge_into", "nearest_kept", "prefill_attention",
-        "update_scores",
+        "finish_decode", "scored_decode",
     )  # fmt: skip
     stubs = {name: TritonFile(name) for name in (f"d2o_dist.kernels.{folder}.triton" for folder in folders)}
     with ExitStack() as stack:
@@ -162,9 +164,23 @@ def decode(op: Callable, s: Situation, scored: bool = False, **more):
     return lambda: op(*tensors, 0.1, valid=valid, **more)
 
 
-def update(s: Situation):
-    logits, lse, scores = empty(s, 4, 8), empty(s, 4), torch.empty(s.batch, 2, 8, device=s.device)
-    return lambda: update_scores(logits, lse, scores)
+def of_heads(s: Situation):
+    slots = torch.empty(9, s.dim, dtype=s.dtype, device=s.device).requires_grad_(s.grad)
+    statistics = torch.empty(9, device=s.device)
+    segments = Segments(empty(s, 2, dtype=torch.int64), empty(s, 2, dtype=torch.int64), 5, ((0, 5), (5, 4)))
+    options = dict(log_mass=None, softcap=None, rates=None, peaks=False, rate_window=32, present=None, total=None)
+    return lambda: scored_decode_of_heads(
+        empty(s, 4, s.dim, plain=True), slots, slots, 0.1, segments, widths=[[5], [4]],
+        valid=torch.empty(9, dtype=torch.bool, device=s.device), newest=empty(s, 2, dtype=torch.int64),
+        scores=statistics, new=None, **options,
+    )  # fmt: skip
+
+
+def finish(s: Situation, **more):
+    outs = torch.empty(3, s.batch, 4, s.dim, dtype=s.dtype, device=s.device).requires_grad_(s.grad)
+    lses, logits = torch.empty(3, s.batch, 4, device=s.device), empty(s, 4, 8, plain=True)
+    scores = torch.empty(s.batch, 2, 8, device=s.device)
+    return lambda: finish_decode(outs, lses, logits, s.dtype, num_kv_heads=2, scores=scores, **more)
 
 
 def prompt(op: Callable, s: Situation, past: int = 0, biased: bool = False, **more):
@@ -182,11 +198,13 @@ CALLS: dict[str, Callable[[Situation], Callable]] = {
     "decode_attention": lambda s: decode(decode_attention, s),
     "decode_with_logits": lambda s: decode(decode_with_logits, s),
     "slot_probabilities": lambda s: lambda: slot_probabilities(empty(s, 4, 8), empty(s, 4), 2),
-    "update_scores": update,
+    "finish_decode": finish,
+    "finish_decode total": lambda s: finish(s, total=lambda x: x),
     "scored_decode": lambda s: decode(scored_decode, s, scored=True),
     "scored_decode not": lambda s: decode(scored_decode, s),
     "scored_decode peaks": lambda s: decode(scored_decode, s, scored=True, peaks=True),
     "scored_decode total": lambda s: decode(scored_decode, s, scored=True, total=lambda x: x),
+    "scored_decode_of_heads": of_heads,
     "scored_prefill": lambda s: prompt(scored_prefill_attention, s, past=5),
     "prefill_attention": lambda s: prompt(prefill_attention, s),
     "prefill_attention chunk": lambda s: prompt(prefill_attention, s, past=5),

@@ -64,15 +64,25 @@ def _decode(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bflo
     return call
 
 
-def _update_scores(heads: int, kv_heads: int):
-    def call():
-        from d2o_dist.kernels.update_scores.triton import triton_update_scores
+def _step(heads: int, kv_heads: int, dim: int, *, by_heads=False, **more):
+    """A decode step of a layer: its token is written, and all of its statistics are kept."""
 
-        rows = [_meta(1, kv_heads, 6568, dtype=torch.float32) for _ in range(2)]
-        logits, lse = _meta(1, heads, 6568, dtype=torch.float32), _meta(1, heads, dtype=torch.float32)
+    def call():
+        from d2o_dist.kernels.scored_decode.triton import triton_scored_decode
+        from d2o_dist.kernels.segments import Segments
+
+        rows, segments = (1, kv_heads, 6568), None
+        if by_heads:
+            rows = (kv_heads * 6568,)
+            segments = Segments(*(_meta(1, kv_heads, dtype=torch.int64) for _ in range(2)), 6568, ())
+        k, v, (scores, rates, mass) = _meta(*rows, dim), _meta(*rows, dim), _meta(3, *rows, dtype=torch.float32)
         newest, present = _meta(1, kv_heads, dtype=torch.int64), _meta(1, dtype=torch.bool)
-        options = dict(scores=rows[0], rates=rows[1], newest=newest, rate_window=32, present=present, with_probs=False)
-        triton_update_scores(logits, lse, kv_heads, **options)
+        options = dict(softcap=None, sinks=None, peaks=False, rate_window=32, widths=None, total=None) | more
+        triton_scored_decode(
+            _meta(1, heads, dim), k, v, 0.1, valid=_meta(*rows, dtype=torch.bool), newest=newest, log_mass=mass,
+            scores=scores, rates=rates, present=present, new=(_meta(1, kv_heads, dim), _meta(1, kv_heads, dim)),
+            segments=segments, **options,
+        )  # fmt: skip
 
     return call
 
@@ -107,7 +117,8 @@ for _name, _shape in MODELS.items():
     CASES[f"prefill-{_name}"] = _prefill(*_shape)
     CASES[f"prefill-{_name}-bias"] = _prefill(*_shape, bias=True)
     CASES[f"decode-{_name}"] = _decode(*_shape)
-    CASES[f"update_scores-{_name}"] = _update_scores(*_shape[:2])
+    CASES[f"step-{_name}"] = _step(*_shape)
+    CASES[f"step-{_name}-heads"] = _step(*_shape, by_heads=True)
     CASES[f"nearest-{_name}"] = _nearest(*_shape[1:])
     CASES[f"merge-{_name}"] = _merge(*_shape[1:])
 for _dim in (64, 80, 96, 256):
@@ -119,6 +130,7 @@ for _dim in (64, 80, 96, 256):
     CASES[f"merge-dim{_dim}"] = _merge(2, _dim)
 for _op, _call in (("decode", _decode(32, 8, 128, torch.float32)), ("nearest", _nearest(8, 128, torch.float32))):
     CASES[f"{_op}-float32"] = _call
+CASES["step-dim256"] = _step(8, 4, 256, softcap=50.0, sinks=_meta(1, 8, dtype=torch.float32))
 CASES["decode-float32-dim256"] = _decode(8, 2, 256, torch.float32)
 CASES["nearest-float32-dim256"] = _nearest(2, 256, torch.float32)
 CASES["prefill-window"] = _prefill(32, 8, 128, window=4096)

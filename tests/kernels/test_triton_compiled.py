@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import pytest
+import torch
 
 from tests.kernels.compile_cases import CASES
 from tests.kernels.compiling import SHARED_LIMITS
@@ -47,7 +48,35 @@ def test_kernels_of_real_models():
     check(REAL, REAL)
 
 
+def test_as_many_decode_programs_fit_a_multiprocessor_as_splits_are_planned_for():
+    from d2o_dist.kernels.decode_attention.triton import PROGRAMS_PER_PROCESSOR, plan_tile
+
+    threads = 32 * plan_tile(torch.bfloat16, 128).warps
+    found = [one for one in compiled(REAL) if one["name"] == "_decode_split_kernel"]
+    assert len(found) >= 8
+    for one in found:
+        registers = -(-one["registers"] // 8) * 8 * threads  # given by eights
+        assert PROGRAMS_PER_PROCESSOR * registers <= 1 << 16, one
+        assert PROGRAMS_PER_PROCESSOR * (one["shared_bytes"] + 1024) <= SHARED_LIMITS[one["capability"]] + 1024, one
+
+
+@pytest.mark.parametrize("processors", [4, 108, 132])
+@pytest.mark.parametrize("rows", [1, 8, 24, 264, 265, 2048])
+def test_splits_fill_whole_waves(processors, rows):
+    """Beside the plan of any other number of slots a split: none ends sooner by more than a step."""
+    from d2o_dist.kernels.decode_attention.triton import PROGRAMS_PER_PROCESSOR, plan_splits
+
+    def duration(each: int, steps: int) -> int:
+        return -(-(-(-steps // each) * rows) // (processors * PROGRAMS_PER_PROCESSOR)) * (each + 1)
+
+    for slots in (1, 64, 65, 700, 6568, 32784, 262144):
+        size, steps = plan_splits(slots, rows, processors, 64), -(-slots // 64)
+        assert size % 64 == 0 and size < slots + 64
+        best = min(duration(each, steps) for each in range(1, steps + 1))
+        assert duration(size // 64, steps) <= best + max(1, best // 8), (slots, size)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op in OPS if op != "update_scores"])
+@pytest.mark.parametrize("op", OPS)
 def test_other_head_dims_and_float32(op):
     check([name for name in OTHERS if name.split("-")[0] == op], OTHERS)

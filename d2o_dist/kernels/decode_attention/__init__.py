@@ -9,15 +9,14 @@ from d2o_dist.kernels.registry import Op, Torch, Triton
 
 __all__ = ["decode_attention", "decode_with_logits", "naive_decode_attention", "naive_decode_with_logits"]
 
-_PLAIN = {"softcap", "two_dims"}  # what our kernels cannot do
 _PROBABILITIES = Op(
     "decode_attention",
-    Triton("decode_attention.triton:triton_decode_with_probabilities", without=_PLAIN),
+    Triton("decode_attention.triton:triton_decode_with_probabilities"),
     Torch(blocked_decode_attention),
 )
 _LOGITS = Op(
     "decode_with_logits",
-    Triton("decode_attention.triton:triton_decode_attention", without=_PLAIN),
+    Triton("decode_attention.triton:triton_decode_attention"),
     Torch(blocked_decode_with_logits),
 )
 
@@ -42,7 +41,7 @@ def decode_attention(
     vouches that the values of invalid slots are finite numbers, and nothing looks whether they are.
     """
     valid = _checked_valid(q, k, v, valid, log_mass)
-    path = _PROBABILITIES.pick(q, k, v, softcap=softcap is not None, two_dims=k.shape[3] != v.shape[3])
+    path = _PROBABILITIES.pick(q, k, v)
     return path(q, k, v, scale, valid=valid, log_mass=log_mass, softcap=softcap, finite=finite)
 
 
@@ -55,15 +54,20 @@ def decode_with_logits(
     valid: Tensor | None = None,
     log_mass: Tensor | None = None,
     softcap: float | None = None,
+    slot: Tensor | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_attention`, but the third is the logits [B, Hq, S]: acc dtype, log_mass included, -inf where invalid.
 
-    For ranks that hold parts of the slots: merge out and lse over ranks (`merge_partials`), then hand these logits and
-    the merged lse to `update_scores`. Also one kernel less where scores are updated in place anyway.
+    For ranks that hold parts of the slots: what all ranks found of out and lse, and these logits, are for
+    `finish_decode`.
+
+    Args:
+        slot: [B, Hkv] or [B, 1] int64 of the token of this step, -1 where it is elsewhere; new: its key [B, Hkv, D] and
+            value, which are written there first. None: they are there.
     """
     valid = _checked_valid(q, k, v, valid, log_mass)
-    path = _LOGITS.pick(q, k, v, softcap=softcap is not None, two_dims=k.shape[3] != v.shape[3])
-    return path(q, k, v, scale, valid=valid, log_mass=log_mass, softcap=softcap)
+    return _LOGITS.pick(q, k, v)(q, k, v, scale, valid=valid, log_mass=log_mass, softcap=softcap, slot=slot, new=new)
 
 
 def _checked_valid(

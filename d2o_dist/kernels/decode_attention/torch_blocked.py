@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from d2o_dist.kernels.common import LN_2, LOG2_E, acc_dtype, group_size, wants_grad
+from d2o_dist.slots.append import write_tokens
 
 CONVERTED_ELEMENTS = 1 << 18  # of K or V at a time: 1 MiB in float32
 
@@ -31,9 +32,11 @@ def blocked_decode_attention(
 
 def blocked_decode_with_logits(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor | None, log_mass: Tensor | None,
-    softcap: float | None = None,
+    softcap: float | None = None, slot: Tensor | None = None, new: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode_with_logits`, valid [B, Hkv, S]: -> (out [B, Hq, D], lse [B, Hq], logits [B, Hq, S])."""
+    if new is not None:
+        write_tokens(slot, (k, new[0]), (v, new[1]), masked=True)
     out, lse, logits, _ = _attend(q, k, v, scale, valid, log_mass, softcap, finite=False)
     return out, lse, (logits * LN_2).flatten(1, 2)
 

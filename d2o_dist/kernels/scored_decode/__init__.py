@@ -5,16 +5,19 @@ Shapes depend on the buffers alone, and nothing asks the device: the step can be
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
+from d2o_dist.kernels.finish_decode import add_probabilities, slot_probabilities
 from d2o_dist.kernels.lse import with_sinks
 from d2o_dist.kernels.registry import Op, Torch, Triton
 from d2o_dist.kernels.scored_decode.cpu import decode_rows
 from d2o_dist.kernels.scored_decode.naive import naive_scored_decode
-from d2o_dist.kernels.update_scores import add_probabilities, slot_probabilities, update_scores
+from d2o_dist.kernels.segments import Segments
+from d2o_dist.slots.append import write_tokens
 
-__all__ = ["naive_scored_decode", "scored_decode"]
+__all__ = ["naive_scored_decode", "scored_decode", "scored_decode_of_heads"]
 
 
 def scored_decode(
@@ -34,6 +37,7 @@ def scored_decode(
     rate_window: int = 32,
     present: Tensor | None = None,
     widths: Sequence[int] | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """q [B, Hq, D]; k, v [B, Hkv, S, D], finite also where not valid -> output [B, Hq, D] in the dtype of q.
@@ -43,50 +47,80 @@ def scored_decode(
             token.
         log_mass: [B, Hkv, S], added to the logits, after softcap has bounded them.
         sinks: [1, Hq], the logit of one more key of each head, whose value is zero; None: none.
-        scores, rates: [B, Hkv, S] in acc dtype, updated in place as `update_scores` says; None: not kept.
+        scores, rates: [B, Hkv, S] in acc dtype, updated in place as `finish_decode` says; None: not kept.
         peaks: scores become the larger of themselves and the probabilities, instead of their sum.
         present: [B] bool; rows that take no step get output 0, and their scores and rates stay. None: all take it.
         widths: per row, how many slots are looked at, the first ones; no other is valid. None: S. On a CPU the row then
             gets what it gets alone, to the last bit.
+        new: the key [B, Hkv, D] and the value of this step's token, which are written into its slot first; a slot of a
+            row that takes no step is free. None: they are there.
         total: what becomes of the probabilities [B, Hkv, S] before they are added: the sum over ranks that hold copies
             of the KV heads. None: they are complete.
     """
-    attend = dict(q=q, k=k, v=v, scale=scale, valid=valid, log_mass=log_mass, softcap=softcap)
-    rows = widths if q.device.type == "cpu" else None
-    update = dict(scores=scores, rates=rates, newest=newest, rate_window=rate_window, present=present)
-    unscored = scores is None and rates is None
-    path = _OP.pick(q, k, v, unscored=unscored, peaks=peaks, total=total is not None)
-    out = path(attend, sinks, update, peaks=peaks, total=total, widths=rows)
-    return out if present is None else out * present[:, None, None]
+    path = _OP.pick(q, k, v, total=total is not None)
+    return path(
+        q, k, v, scale, valid=valid, newest=newest, log_mass=log_mass, softcap=softcap, sinks=sinks, scores=scores,
+        peaks=peaks, rates=rates, rate_window=rate_window, present=present, widths=widths, new=new, total=total,
+    )  # fmt: skip
 
 
-def by_logits(
-    attend: dict, sinks: Tensor | None, update: dict, *, peaks: bool, total: None, widths: None
-) -> Tensor:
-    """Two kernels, for K is not read again; none of `update_scores` takes maxima."""
-    out, lse, logits = decode_with_logits(**attend)
-    out, lse = with_sinks(out, lse, sinks)
-    update_scores(logits, lse, **update)
-    return out
+def scored_decode_of_heads(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, *, widths: Sequence[Sequence[int]],
+    sinks: Tensor | None = None, **options,
+) -> Tensor:  # fmt: skip
+    """As `scored_decode`, over KV heads that hold different numbers of slots.
+
+    Args:
+        k, v [N, D], valid, log_mass, scores, rates [N]: of all slots; widths: of each KV head, per row.
+    """
+    path = _HEADS.pick(q, k, v, total=options.get("total") is not None)
+    return path(q, k, v, scale, segments=segments, widths=widths, sinks=sinks, **options)
 
 
 def by_probabilities(
-    attend: dict, sinks: Tensor | None, update: dict, *, peaks: bool, total: Callable[[Tensor], Tensor] | None,
-    widths: Sequence[int] | None,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor, newest: Tensor, log_mass: Tensor | None,
+    softcap: float | None, sinks: Tensor | None, scores: Tensor | None, peaks: bool, rates: Tensor | None,
+    rate_window: int, present: Tensor | None, widths: Sequence[int] | None, new: tuple[Tensor, Tensor] | None,
+    total: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:  # fmt: skip
     """PyTorch's operators have the probabilities at hand, and would have to compute them again from the logits."""
-    if widths is not None:
+    if new is not None:
+        write_tokens(newest, (k, new[0]), (v, new[1]))
+    attend = dict(q=q, k=k, v=v, scale=scale, valid=valid, log_mass=log_mass, softcap=softcap)
+    if widths is not None and q.device.type == "cpu":
         out, probs = decode_rows(**attend, sinks=sinks, widths=widths)
     elif sinks is None:
         out, _, probs = decode_attention(**attend, finite=True)
     else:
         out, lse, logits = decode_with_logits(**attend)
         out, lse = with_sinks(out, lse, sinks)
-        probs = slot_probabilities(logits, lse, attend["k"].shape[1])
-    if update["scores"] is not None or update["rates"] is not None:
-        add_probabilities(probs if total is None else total(probs), peaks=peaks, **update)
-    return out
+        probs = slot_probabilities(logits, lse, k.shape[1])
+    if scores is not None or rates is not None:
+        probs = probs if total is None else total(probs)
+        options = dict(newest=newest, rate_window=rate_window, present=present, peaks=peaks)
+        add_probabilities(probs, scores, rates, **options)
+    return out if present is None else out * present[:, None, None]
 
 
-_OP = Op("scored_decode", Triton(by_logits, without={"unscored", "peaks", "total"}, empty=True),
+def one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, segments: Segments, newest: Tensor,
+    widths: Sequence[Sequence[int]], sinks: Tensor | None = None, new: tuple[Tensor, Tensor] | None = None, **options,
+) -> Tensor:  # fmt: skip
+    """One KV head after the other."""
+    count, outs = len(widths), []
+    queries, sink = q.chunk(count, 1), [None] * count if sinks is None else sinks.chunk(count, 1)
+    of_slots = {name: options.pop(name, None) for name in ("valid", "log_mass", "scores", "rates")}
+    for number in range(count):
+        here, (keys, values) = slice(number, number + 1), (segments.of_head(number, x) for x in (k, v))
+        own = {name: None if x is None else segments.of_head(number, x) for name, x in of_slots.items()}
+        outs.append(scored_decode(
+            queries[number], keys, values, scale, newest=newest[:, here], widths=widths[number], sinks=sink[number],
+            new=None if new is None else tuple(x[:, here] for x in new), **own, **options,
+        ))  # fmt: skip
+    return torch.cat(outs, 1)
+
+
+_OP = Op("scored_decode", Triton("scored_decode.triton:triton_scored_decode", without={"total"}),
          Torch(by_probabilities))  # fmt: skip
+_HEADS = Op("scored_decode_of_heads", Triton("scored_decode.triton:triton_scored_decode", without={"total"}),
+            Torch(one_by_one))  # fmt: skip

@@ -1,9 +1,12 @@
-"""Scores and rates with torch ops only, any device: in place, no Python loop."""
+"""The end of a decode step with torch ops only, any device: scores and rates in place, no loop over rows."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from d2o_dist.kernels.common import LOG2_E
+from d2o_dist.kernels.lse import merge_partials, with_sinks
 
 
 @torch.no_grad()
@@ -14,20 +17,30 @@ def torch_slot_probabilities(logits: Tensor, lse: Tensor, num_kv_heads: int) -> 
 
 
 @torch.no_grad()
-def torch_update_scores(
+def torch_finish_decode(
+    outs: Tensor,
+    lses: Tensor,
     logits: Tensor,
-    lse: Tensor,
-    num_kv_heads: int,
+    dtype: torch.dtype,
     *,
+    num_kv_heads: int,
+    sinks: Tensor | None,
     scores: Tensor | None,
     rates: Tensor | None,
+    peaks: bool,
     newest: Tensor | None,
     rate_window: int,
     present: Tensor | None,
-) -> None:
-    """As `update_scores`."""
-    probs = torch_slot_probabilities(logits, lse, num_kv_heads)
-    add_probabilities(probs, scores, rates, newest=newest, rate_window=rate_window, present=present)
+    total: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """As `finish_decode`."""
+    out, lse = with_sinks(*merge_partials(outs.unbind(0), lses.unbind(0)), sinks)
+    if scores is not None or rates is not None:
+        probs = torch_slot_probabilities(logits, lse, num_kv_heads)
+        options = dict(newest=newest, rate_window=rate_window, present=present, peaks=peaks)
+        add_probabilities(probs if total is None else total(probs), scores, rates, **options)
+    out = out.to(dtype)
+    return out if present is None else out * present[:, None, None]
 
 
 @torch.no_grad()
@@ -41,7 +54,7 @@ def add_probabilities(
     present: Tensor | None,
     peaks: bool = False,
 ) -> None:
-    """As `update_scores`, from the slots' probabilities [B, Hkv, S] themselves, which it may overwrite.
+    """What `finish_decode` does to scores and rates, from the slots' probabilities [B, Hkv, S], which it may overwrite.
 
     Args:
         peaks: scores become the larger of themselves and the probabilities, instead of their sum.
