@@ -31,7 +31,7 @@ def test_checks_run_in_processes_of_their_own(monkeypatch):
     assert (
         row["op"] == "finish_decode"
         and row["checks"] == row["right"] == 6
-        and "of 5e-05" in row["nearest to its limit"]
+        and "of 2e-02" in row["nearest to its limit"]
     )
 
 
