@@ -21,7 +21,7 @@ from d2o_dist.evict.judge import Nearest
 from d2o_dist.evict.prompt import Whole, evict_ordered
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy import D2OConfig
-from d2o_dist.policy.budget import check_total
+from d2o_dist.policy.layer_slots import check_total
 from d2o_dist.policy.statistics import COLUMN_SUMS
 from d2o_dist.slots.slots import D2OState, Slots
 from d2o_dist.train.passes import PromptLayer
