@@ -38,7 +38,7 @@ class CompressedCache:
     """All layers of one model for one batch of rows.
 
     Args:
-        config: how to compress.
+        config: how to compress; of as many layers as there are (`D2OConfig.for_layers`).
         windows: per layer of the model None (full attention, compressed) or its window (kept as it is).
         ranks: those that share the request; this process alone by default.
         order: of these layers, and of others that attend to their keys; by default there are none.

@@ -140,7 +140,8 @@ class Dispersion(BudgetRule):
         statistic: a layer's scalar statistic of its column sums: `layers_minmax`, `heads_minmax`, `raw`, `log_zscore`.
         sign: -1 gives even attention more (the paper), +1 gives uneven attention more.
         temperature: divides the exponent of the softmax.
-        min_layers: where fewer layers share they share equally, for their dispersions say too little; 0: never.
+        min_layers: where fewer layers share they share equally (`for_layers`), for what a dispersion is worth depends
+            too much on the few others; 0: never.
     """
 
     name: ClassVar[str] = "dispersion"

@@ -82,7 +82,7 @@ def compress_prompt(
 
     Args:
         layers: of all layers of the model, with the heads at hand.
-        config: `protected_layers` are layers of the model.
+        config: as `settle_rules` has it for the model; `protected_layers` are layers of the model.
         gather_heads: brings together what the heads of all ranks report; all heads are here by default.
         nearest: what finds the nearest target of each evicted key; it is given detached keys.
 
