@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.model import MODELS, build_model
+from benchmarks.presets import preset_of_many
 from benchmarks.timing import machine, markdown_table, write_report
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.batching import make_batches
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     rows = []
     for preset in args.presets.split(","):
-        d2o = D2OConfig.preset(preset, **({} if preset == "full" else {"keep_ratio": args.keep_ratio}))
+        d2o = preset_of_many(preset, **({} if preset == "full" else {"keep_ratio": args.keep_ratio}))
         room = Room(args.max_batch_size, args.max_batch_tokens)
 
         def read(group: Sequence[Request], steady: bool = False, d2o: D2OConfig = d2o) -> Running:

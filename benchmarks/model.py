@@ -23,8 +23,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from benchmarks.presets import preset_of_many
 from benchmarks.timing import machine, markdown_table, write_report
-from d2o_dist import D2OCache, D2OConfig
+from d2o_dist import D2OCache
 from d2o_dist.config.infer import DECODE_GRAPHS
 from d2o_dist.engine.cuda_graph import graph_recorder
 from d2o_dist.engine.stepper import Stepper
@@ -88,7 +89,7 @@ def new_cache(model: PreTrainedModel, preset: str, keep_ratio: float) -> Cache:
         return DynamicCache(config=model.config)
     # At the ratio that is asked for, also where the prompt is short.
     options = {} if preset == "full" else {"keep_ratio": keep_ratio, "budget": {"min_layer_tokens": 32}}
-    return D2OCache(config=model.config, d2o=D2OConfig.preset(preset, **options))
+    return D2OCache(config=model.config, d2o=preset_of_many(preset, **options))
 
 
 @torch.inference_mode()

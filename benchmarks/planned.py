@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.presets import preset_of_many
 from benchmarks.timing import markdown_table
 from d2o_dist.cache.sequence import CompressedCache
 from d2o_dist.comm.mesh import ParallelMesh
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, rows = small_model(), []
     shape = size_of(model.config)
     for preset, reading in itertools.product(args.presets, CACHE_READINGS):
-        d2o = D2OConfig.preset(preset)
+        d2o = preset_of_many(preset)
         if reading == "layerwise" and d2o.needs_reread:
             continue
         for chunk in (None, args.length // 8):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.presets import preset_of_many
 from benchmarks.timing import machine, write_report
 from d2o_dist.comm import Collectives, TrafficCounter, build_mesh, init_distributed, run_guarded
 from d2o_dist.config.parallel import ParallelConfig
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for a dated report")
     args = parser.parse_args(argv)
     size = {} if args.preset == "full" else {"keep_ratio": args.keep_ratio, "budget": {"min_layer_tokens": 32}}
-    config = D2OConfig.preset(args.preset, **size)
+    config = preset_of_many(args.preset, **size)
     launch = init_distributed()
     model, ids = load(args)
     run(model, ids[:, :256], 2, config, ParallelConfig())  # libraries are loaded before memory is read

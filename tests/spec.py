@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "dispersion": "log_zscore",
     "dispersion_sign": 1,
     "temperature": 3.3,
+    "min_layers": 0,  # tiny models have few; the default of the package has more
     "pyramid_beta": 20.0,
     "exact_total": True,
     "min_layer_ratio": 0.01,
@@ -159,8 +160,9 @@ def _budget(f: dict[str, Any]):
     common["per_head"] = f["budget_per"] == "head"
     if f["allocation"] == "dynamic":
         return Dispersion(
-            statistic=f["dispersion"], sign=f["dispersion_sign"], temperature=f["temperature"], **common
-        )
+            statistic=f["dispersion"], sign=f["dispersion_sign"], temperature=f["temperature"],
+            min_layers=f["min_layers"], **common,
+        )  # fmt: skip
     if f["allocation"] == "pyramid":
         return Pyramid(beta=f["pyramid_beta"], **common)
     if f["allocation"] == "profile":

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from benchmarks.checks.common import STATISTICS_LIMIT, Check, Result, relative_error
+from benchmarks.presets import preset_of_many
 from d2o_dist.engine.session import Session, left_pad
-from d2o_dist.policy.config import D2OConfig
 
 STEPS = 40
 LENGTHS = (70, 23, 51)
@@ -58,7 +58,7 @@ def run(case: Case, device: str) -> Result:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="d2o").to(device, case.dtype).eval()
     sizes = {} if case.preset == "full" else {"keep_ratio": 0.3, "budget": {"min_layer_tokens": 12}}
-    d2o = D2OConfig.preset(case.preset, **sizes)
+    d2o = preset_of_many(case.preset, **sizes)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(2, 128, (length,), generator=generator).tolist() for length in case.lengths]
     plain, graph = (Session(model, d2o, decode_graph=mode) for mode in ("never", "always"))

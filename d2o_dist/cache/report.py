@@ -55,6 +55,7 @@ class CacheReport:
             whole request, however many ranks share it.
         allocated_bytes: all buffers of this rank: room to grow, positions, statistics and states included.
         num_seen_tokens: per row, padding not counted.
+        budget_rule: by which layers share; with few layers it may be a simpler one than the configuration's.
         state_bytes: of this rank, what layers keep that hold no tokens (linear attention, Mamba, convolutions); in no
             ratio, and in neither `held_bytes` nor `full_bytes`.
         num_short_slots: per row, slots that layers lack of their budgets, for they were evicted before all shares were
@@ -70,6 +71,7 @@ class CacheReport:
     num_seen_tokens: list[int]
     num_short_slots: list[int]
     layers: list[LayerReport]
+    budget_rule: str
     state_bytes: int = 0
 
     @property
@@ -90,7 +92,8 @@ class CacheReport:
             f"tokens seen: {_brief(self.num_seen_tokens)}",
             f"bytes: {_mib(self.held_bytes)} held of {_mib(self.full_bytes)} full "
             f"({_mib(self.allocated_bytes)} allocated"
-            + (f", {_mib(self.state_bytes)} of it states of other layers)" if self.state_bytes else ")"),
+            + (f", {_mib(self.state_bytes)} of it states of other layers)" if self.state_bytes else ")")
+            + f"   budget rule: {self.budget_rule}",
             f"{'layer':>5} {'kind':<10} {'heavy':>9} {'recent':>9} {'held':>9} {'dispersion':>10} {'threshold':>9} "
             f"{'merged':>8} {'dropped':>8} {'MiB':>8}",
         ]
@@ -162,6 +165,7 @@ def make_report(cache: CompressedCache, state_bytes: int = 0) -> CacheReport:
         num_seen_tokens=list(cache.num_seen),
         num_short_slots=[plan.num_short for plan in cache.plans or []],
         layers=reports,
+        budget_rule=config.budget.name,
         state_bytes=state_bytes,
     )
 

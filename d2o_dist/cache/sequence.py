@@ -27,8 +27,8 @@ from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import Forward, SecondReading, Step
 from d2o_dist.layout.places import Tune, in_columns, in_rows
 from d2o_dist.layout.sequence import SequenceLayout
-from d2o_dist.policy.budget import check_total
 from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.layer_slots import check_total
 from d2o_dist.slots.rows import Rows, added
 from d2o_dist.slots.step import DecodeStep
 from d2o_dist.slots.windows import Window
@@ -38,7 +38,7 @@ class CompressedCache:
     """All layers of one model for one batch of rows.
 
     Args:
-        config: how to compress.
+        config: how to compress; of as many layers as there are (`D2OConfig.for_layers`).
         windows: per layer of the model None (full attention, compressed) or its window (kept as it is).
         ranks: those that share the request; this process alone by default.
         order: of these layers, and of others that attend to their keys; by default there are none.

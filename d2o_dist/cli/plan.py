@@ -23,7 +23,7 @@ from d2o_dist.fields.overrides import parse_override
 from d2o_dist.models.loading import describe
 from d2o_dist.plan import table
 from d2o_dist.plan.gpus import find_gpu
-from d2o_dist.plan.memory import reading_of
+from d2o_dist.plan.memory import reading_of, rules_of
 from d2o_dist.plan.model_size import config_of, known_models, size_of
 from d2o_dist.plan.planner import AIMS, Job, MeshPlan, plan_all
 from d2o_dist.plan.seconds import Assumptions
@@ -82,10 +82,10 @@ def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
         model_config = config_of(config)
         model = size_of(model_config)
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model_config.dtype or torch.float32
-    new_tokens = config.sampling.max_new_tokens
+    new_tokens, d2o = config.sampling.max_new_tokens, rules_of(model, config.d2o)
     job = Job(
-        model=model, d2o=config.d2o, gpu=find_gpu(args.gpu, args.gpu_file), tokens=args.context, new_tokens=new_tokens,
-        batch=args.batch, chunk=config.prefill_chunk, reading=reading_of(config.reading, model, config.d2o),
+        model=model, d2o=d2o, gpu=find_gpu(args.gpu, args.gpu_file), tokens=args.context, new_tokens=new_tokens,
+        batch=args.batch, chunk=config.prefill_chunk, reading=reading_of(config.reading, model, d2o),
         dtype=dtype, num_gpus=args.gpus, gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
     )  # fmt: skip
     most = model.max_positions

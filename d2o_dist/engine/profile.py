@@ -17,9 +17,13 @@ from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.merge import Drop
 from d2o_dist.policy.statistics import StatisticsConfig
 
-# Shares are to be measured, whatever is kept; half of it, so that nothing is left out as not needed.
+# Shares are to be measured, whatever is kept and however few layers there are; half of it, so that nothing is left out
+# as not needed.
 _MEASURES = D2OConfig(
-    keep_ratio=0.5, budget=Dispersion(min_layer_tokens=0), merge=Drop(), statistics=StatisticsConfig(query_stride=1)
+    keep_ratio=0.5,
+    budget=Dispersion(min_layers=0, min_layer_tokens=0),
+    merge=Drop(),
+    statistics=StatisticsConfig(query_stride=1),
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.engine.encode import BadRow, Request
 from d2o_dist.engine.reading import TILE
-from d2o_dist.plan.memory import PromptMemory, prompt_memory, reading_of
+from d2o_dist.plan.memory import PromptMemory, prompt_memory, reading_of, rules_of
 from d2o_dist.plan.meshes import share_of
 from d2o_dist.plan.model_size import config_of, known_models, size_of
 
@@ -32,10 +32,11 @@ def memory_of(config: InferConfig, device: torch.device) -> Callable[[int], Prom
     model, dtype = size_of(found), getattr(torch, config.dtype, None) or found.dtype or torch.float32
     if config.dtype == "auto" and device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32  # as weights are loaded
-    share, reading = share_of(model, config.d2o, config.parallel), reading_of(config.reading, model, config.d2o)
+    d2o = rules_of(model, config.d2o)
+    share, reading = share_of(model, d2o, config.parallel), reading_of(config.reading, model, d2o)
     chunk = config.prefill_chunk or (TILE if reading == "layerwise" else None)
     return lambda tokens: prompt_memory(
-        model, config.d2o, share, tokens, dtype=dtype, chunk=chunk, reading=reading
+        model, d2o, share, tokens, dtype=dtype, chunk=chunk, reading=reading
     )
 
 
@@ -100,7 +101,8 @@ def refuse_too_long(
 
 
 def memory_comment(config: InferConfig) -> str:
-    """Lines of a comment: what the longest prompt of a run would need. A hub is not asked for it."""
+    """Lines of a comment: what the longest prompt of a run would need, and how layers share where this model changes
+    that. A hub is not asked for it."""
     try:
         if config.model not in known_models() and not Path(config.model).expanduser().is_dir():
             raise ValueError(f"{config.model} is no folder")
@@ -114,6 +116,11 @@ def memory_comment(config: InferConfig) -> str:
     tokens = config.max_prompt_tokens or (positions and positions - config.sampling.max_new_tokens) or 32768
     other = replace(config, reading="whole") if memory(tokens).reading == "layerwise" else None
     lines = [f"# memory of a prompt of {tokens} tokens: {describe(memory(tokens))}\n"]
+    model = size_of(found)
+    rule = rules_of(model, config.d2o).budget
+    if rule is not config.d2o.budget:
+        few = f"{model.num_full_layers} layers with full attention are few"
+        lines.append(f"# budget.rule is {rule.name} with this model, whose {few}\n")
     if other is not None:
         whole = memory_of(other, device)(tokens)
         lines.append(f"# with reading=whole: {whole.peak / 2**30:.2f} GiB\n")

@@ -32,6 +32,7 @@ from d2o_dist.evict.budgets import NotFiniteError
 from d2o_dist.fields.show import shown
 from d2o_dist.models import loading
 from d2o_dist.models.cache import settle_reading
+from d2o_dist.models.rules import settle_rules
 from d2o_dist.plan.memory import PromptMemory
 
 
@@ -104,7 +105,7 @@ class InferRunner:
         Raises:
             BatchError: only where several ranks hold a request.
         """
-        shape, d2o = self.model.shape, self.config.d2o
+        shape, d2o = self.model.shape, settle_rules(self.config.d2o, self.model.shape)
         reading = settle_reading(self.config.reading, self.model.tile_refusal, d2o)
         needs = partial(tokens_while_reading, reading, d2o, len(shape.windows))
         room = Room(self._max_rows, self.config.max_batch_tokens, shape.border, needs)

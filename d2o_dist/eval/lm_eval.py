@@ -108,7 +108,8 @@ class D2OLM(TemplateLM):
         self._rank, self._world_size = mesh.rank, mesh.world_size
         self.tokenizer = loading.load_tokenizer(config)
         self.model = loading.load_model(config, mesh)
-        Session(self.model, self.d2o)  # refuses what it cannot serve, before any task is read
+        # As the model takes it; refuses what it cannot serve, before any task is read.
+        self.d2o = Session(self.model, self.d2o).cache.d2o
         self._device = self.model.device
         self._pad_id = loading.pad_id(self.tokenizer)
         self._eos_ids = loading.eos_ids(self.model, self.tokenizer)

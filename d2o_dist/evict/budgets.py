@@ -10,8 +10,9 @@ from torch import Tensor
 
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.ranked import count_highest, deal_level
-from d2o_dist.policy.budget import layer_slots, num_ranked
+from d2o_dist.policy.budget import num_ranked
 from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.layer_slots import layer_slots
 from d2o_dist.slots.slots import LayerBudget
 
 NOT_FINITE_BECAUSE = (

@@ -22,7 +22,7 @@ from d2o_dist.core.autocast import without_autocast
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.places import Tune
 from d2o_dist.models.layer import LayerView
-from d2o_dist.models.profile import with_profile
+from d2o_dist.models.rules import settle_rules
 from d2o_dist.models.shape import BORDER, ModelShape, check_side
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.score import Reread
@@ -97,7 +97,7 @@ class ModelCache:
                 f"the model has {kinds} in all of its layers ({len(shape.windows)}), and none of these is "
                 "compressed: use the library's own cache, or keep_ratio 1"
             )
-        d2o = with_profile(d2o, shape.source, shape.revision)
+        d2o = settle_rules(d2o, shape)
         self.shape = shape
         self.ranks = shape.request_ranks(mesh, parallel, counter)
         self.compressed = CompressedCache(d2o, list(shape.windows), self.ranks, shape.order, shape.latent)
@@ -155,7 +155,7 @@ class ModelCache:
             ValueError: the cache was finalized, has seen nothing, or lacks statistics that `d2o` needs.
         """
         copied = copy.deepcopy(self)
-        copied.compressed.adopt(with_profile(d2o, self.shape.source, self.shape.revision))
+        copied.compressed.adopt(settle_rules(d2o, self.shape))
         return copied
 
     # ---- decode steps that are recorded --------------------------------------------------------------------------

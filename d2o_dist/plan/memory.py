@@ -17,8 +17,9 @@ from d2o_dist.cache.window import WindowLayer
 from d2o_dist.models.cache import CACHE_READINGS, settle_reading
 from d2o_dist.plan.meshes import Share
 from d2o_dist.plan.model_size import ModelSize
-from d2o_dist.policy.budget import Profile, Uniform, layer_slots
+from d2o_dist.policy.budget import Profile, Uniform
 from d2o_dist.policy.config import D2OConfig
+from d2o_dist.policy.layer_slots import layer_slots
 from d2o_dist.policy.score import Reread
 from d2o_dist.slots.slots import stats_dtype
 from d2o_dist.slots.store import GROWTH
@@ -29,6 +30,11 @@ _POSITION_BYTES = 8
 _GATHERED_BYTES = 64
 # Keys of a block that column sums convert, and attend to, at once.
 _CONVERTED_KEYS, _BLOCK_KEYS = 4096, 512
+
+
+def rules_of(model: ModelSize, d2o: D2OConfig) -> D2OConfig:
+    """The configuration as the model's cache takes it, but for shares of a profile: they leave totals as they are."""
+    return d2o.for_layers(model.num_full_layers, model.num_kv_heads)
 
 
 def reading_of(reading: str, model: ModelSize, d2o: D2OConfig) -> str:

@@ -73,7 +73,8 @@ def details(job: Job, plan: MeshPlan) -> str:
         "token, Python": times.token_host,
         "token, links": times.token_links,
     }
-    lines = [f"a GPU of {plan.dp} x {plan.share.sp} x {plan.share.tp}, {job.batch} rows of {job.tokens} tokens:"]
+    lines = [f"a GPU of {plan.dp} x {plan.share.sp} x {plan.share.tp}, {job.batch} rows of {job.tokens} tokens, "
+             f"budget.rule {job.d2o.budget.name}:"]  # fmt: skip
     lines += [f"  {name:<38} {size / 2**30:>10.2f} GiB" for name, size in gib.items()]
     lines += [f"  {name:<38} {_brief(size):>10} s" for name, size in seconds.items()]
     sent = {"sent for a prompt": plan.prompt, "sent for a token": plan.step}

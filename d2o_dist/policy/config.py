@@ -145,6 +145,12 @@ class D2OConfig:
         """Whether a rule reads a statistic of attention; if not, it is never measured."""
         return not self.keeps_everything and any(statistic in getattr(self, part).statistics for part in PARTS)
 
+    def for_layers(self, num_layers: int, num_kv_heads: int) -> D2OConfig:
+        """The configuration for a model of so many layers with full attention, each of so many KV heads: few may share
+        by a simpler rule (`BudgetRule.for_layers`)."""
+        rule = self.budget.for_layers(num_layers * (num_kv_heads if self.budget.per_head else 1))
+        return self if rule is self.budget else self.replace(budget=rule)
+
     @property
     def needs_column_sums(self) -> bool:
         """Whether a decision depends on whole-prompt attention statistics."""

@@ -23,7 +23,7 @@ _LEAN = {
 _BASELINE = {"recent_fraction": 0.25, "budget": Uniform(), "merge": Drop(), "eviction_interval": 16}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "d2o": {**_LEAN, "budget": Dispersion(statistic="log_zscore", sign=1, temperature=3.3)},
+    "d2o": {**_LEAN, "budget": Dispersion(statistic="log_zscore", sign=1, temperature=3.3, min_layers=12)},
     "lean": _LEAN,
     "reread": {
         **_LEAN,
@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "recent_fraction": 0.25,
         "score": Accumulated(),
-        "budget": Dispersion(statistic="raw", sign=-1, temperature=1.0, min_layer_tokens=32),
+        "budget": Dispersion(statistic="raw", sign=-1, temperature=1.0, min_layers=0, min_layer_tokens=32),
         "merge": Average(
             keys=True, self_weight=math.e, gate=Threshold(ema_beta=0.7, aggregate="max"), targets=Kept()
         ),
@@ -44,8 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "recent_fraction": 0.5,
         "score": Accumulated(),
         "budget": Dispersion(
-            statistic="heads_minmax", sign=-1, temperature=1.0, exact_total=False, protected_layers=(0, 1, -1),
-            min_layer_tokens=32,
+            statistic="heads_minmax", sign=-1, temperature=1.0, min_layers=0, exact_total=False,
+            protected_layers=(0, 1, -1), min_layer_tokens=32,
         ),
         "merge": Released(gate=RowThreshold(ema_beta=0.5, aggregate="mean")),
         "eviction_interval": 1,

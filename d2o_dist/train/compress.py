@@ -21,7 +21,7 @@ from d2o_dist.evict.judge import Nearest
 from d2o_dist.evict.prompt import Whole, evict_ordered
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.policy import D2OConfig
-from d2o_dist.policy.budget import check_total
+from d2o_dist.policy.layer_slots import check_total
 from d2o_dist.policy.statistics import COLUMN_SUMS
 from d2o_dist.slots.slots import D2OState, Slots
 from d2o_dist.train.passes import PromptLayer
@@ -82,7 +82,7 @@ def compress_prompt(
 
     Args:
         layers: of all layers of the model, with the heads at hand.
-        config: `protected_layers` are layers of the model.
+        config: as `settle_rules` has it for the model; `protected_layers` are layers of the model.
         gather_heads: brings together what the heads of all ranks report; all heads are here by default.
         nearest: what finds the nearest target of each evicted key; it is given detached keys.
 

@@ -20,7 +20,7 @@ from d2o_dist.config.train import TrainConfig
 from d2o_dist.eval.plan import EvalPlan
 from d2o_dist.models.hf.loading import load_config, load_tokenizer
 from d2o_dist.models.hf.shape import shape_of
-from d2o_dist.models.profile import with_profile
+from d2o_dist.models.rules import settle_rules
 from d2o_dist.train.batches import Batch, StepOrder, make_batch
 from d2o_dist.train.checkpoints import Checkpoints, RunState
 from d2o_dist.train.documents import load_documents
@@ -87,7 +87,7 @@ def prepare(
     model_config = load_config(config)
     check_trainable(model_config, config)
     shape = shape_of(model_config)
-    config = dataclasses.replace(config, d2o=with_profile(config.d2o, shape.source, shape.revision))
+    config = dataclasses.replace(config, d2o=settle_rules(config.d2o, shape))
     tokenizer = load_tokenizer(config)
     world = Collectives(mesh.axis("world"))
     output = Path(config.output).expanduser()

@@ -32,10 +32,15 @@ def test_a_known_model_on_eight_gpus():
     argv = ["--model", "llama-3-8b", "--context", "130000", "--gpu", "h100-80gb", "--gpus", "8"]
     status, out, err = speak(plan.main, argv)
     assert status == 0 and err == ""
-    assert out.startswith("mesh (dp x sp x tp)") and "1 x 8 x 1" in out
+    assert out.startswith("mesh (dp x sp x tp)") and "1 x 8 x 1" in out and ", budget.rule dispersion:" in out
     for said in ("weights                                     14.96 GiB", "assumed, not measured: matmul=0.5",
                  "torchrun --nproc-per-node 8 launch/infer.py --config CONFIG", "deepspeed --num_gpus 8"):  # fmt: skip
         assert said in out
+
+
+def test_four_layers_share_equally(folder):
+    status, out, _ = speak(plan.main, ["--model", str(folder), *ASK])
+    assert status == 0 and ", budget.rule uniform:" in out
 
 
 def test_illegal_meshes_are_explained(folder):

@@ -55,7 +55,7 @@ def test_shares_are_the_mean_of_dispersions_over_passages(measured):
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="d2o")
     text = Path(values["measured"]["text"]).read_text()
     ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
-    wanted, exact = [], D2OConfig(budget=Dispersion(min_layer_tokens=0), statistics={"query_stride": 1})
+    wanted, exact = [], D2OConfig(budget=Dispersion(min_layers=0, min_layer_tokens=0), statistics={"query_stride": 1})
     for row in passages(ids, 3, LENGTH):
         cache = D2OCache(config=model.config, d2o=exact)
         with torch.no_grad():

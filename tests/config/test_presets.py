@@ -18,21 +18,24 @@ from tests.spec import spec
 MASS = Mass(max_log_mass=3.0, gate=Quantile(0.25), targets=Tail(0.1, 16))
 # recent_fraction, eviction_interval, score, budget, merge
 EXPECTED = {
-    "d2o": (0.2, 16, Reach(False, 20.0), Dispersion(statistic="log_zscore", sign=1, temperature=3.3), MASS),
+    "d2o": (
+        0.2, 16, Reach(False, 20.0), Dispersion(statistic="log_zscore", sign=1, temperature=3.3, min_layers=12), MASS,
+    ),
     "lean": (0.2, 16, Reach(False, 20.0), Uniform(), MASS),
     "reread": (
         0.2, 16, Reread(2048), Ranked(per_head=True, min_layer_tokens=16),
         Mass(max_log_mass=3.0, gate=Quantile(0.25), targets=Tail(0.1, None)),
     ),
     "paper": (
-        0.25, 1, Accumulated(), Dispersion(statistic="raw", sign=-1, temperature=1.0, min_layer_tokens=32),
+        0.25, 1, Accumulated(),
+        Dispersion(statistic="raw", sign=-1, temperature=1.0, min_layers=0, min_layer_tokens=32),
         Average(keys=True, self_weight=math.e, gate=Threshold(0.7, "max"), targets=Kept()),
     ),
     "released": (
         0.5, 1, Accumulated(),
         Dispersion(
-            statistic="heads_minmax", sign=-1, temperature=1.0, exact_total=False, protected_layers=(0, 1, -1),
-            min_layer_tokens=32,
+            statistic="heads_minmax", sign=-1, temperature=1.0, min_layers=0, exact_total=False,
+            protected_layers=(0, 1, -1), min_layer_tokens=32,
         ),
         Released(RowThreshold(0.5, "mean")),
     ),
@@ -64,8 +67,9 @@ def test_the_default_is_d2o():
 
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name != "full"])
 def test_they_are_those_of_the_specification(name):
-    smallest = D2OConfig.preset(name).budget.min_layer_tokens
-    assert D2OConfig.preset(name) == spec(name, min_layer_tokens=smallest)
+    config = D2OConfig.preset(name)
+    smallest, few = config.budget.min_layer_tokens, getattr(config.budget, "min_layers", 0)
+    assert config == spec(name, min_layer_tokens=smallest, min_layers=few)
 
 
 def test_lean_needs_no_statistics_of_the_whole_prompt():

@@ -28,6 +28,8 @@ REFUSED = [
     ({"score": {"add_accumulated": 1}}, r"score.add_accumulated \(1\) must be true or false"),
     ({"budget": {"beta": 3.0}}, r"budget.beta is a field of pyramid, but budget.rule is dispersion"),
     ({"budget": {"sign": 2}}, r"budget.sign \(2\) must be one of -1, 1"),
+    ({"budget": {"min_layers": -1}}, r"budget.min_layers \(-1\) must be at least 0"),
+    ({"budget": {"min_layers": 2.5}}, r"budget.min_layers \(2.5\) must be an integer"),
     ({"budget": {"statistic": "rw"}}, r"budget.statistic \('rw'\) must be one of .*Did you mean \"raw\"\?"),
     ({"budget": {"min_layer_ratio": 1.5}}, r"budget.min_layer_ratio \(1.5\) must be in \[0, 1\]"),
     ({"budget": {"protected_layers": "0"}}, r"budget.protected_layers \('0'\) must be a list of layer indices"),

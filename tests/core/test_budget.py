@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from d2o_dist.core.ranked import count_highest, deal_level
 from d2o_dist.core.statistics import column_sum_variance, naive_column_sums
 from d2o_dist.policy import D2OConfig
-from d2o_dist.policy import budget as rules
-from d2o_dist.policy.budget import Ranked, layer_dispersions, num_ranked, water_fill
+from d2o_dist.policy import layer_slots as rules
+from d2o_dist.policy.budget import Ranked, layer_dispersions, num_ranked
+from d2o_dist.policy.layer_slots import water_fill
 from tests.spec import spec
 
 RATIOS = st.integers(2, 100).map(lambda n: n / 100)

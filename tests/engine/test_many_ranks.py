@@ -43,7 +43,7 @@ def write_config(folder, tmp_path, dp, sp, tp, **fields) -> dict:
         "model": str(folder),
         "prompts": str(prompts),
         "output": str(tmp_path / "out.jsonl"),
-        "d2o": {"keep_ratio": 0.4, "budget": {"min_layer_tokens": 8}},
+        "d2o": {"keep_ratio": 0.4, "budget": {"min_layers": 0, "min_layer_tokens": 8}},
         "sampling": {"max_new_tokens": 8, "temperature": 0.8, "seed": 5},
         "device": "cpu",
         "overwrite": True,

@@ -114,7 +114,10 @@ def test_failed_rows_are_tried_again_by_choice(config, tmp_path, monkeypatch):
     ("fields", "what"),
     [
         ({"sampling": {**SAMPLING, "seed": 4}}, r"sampling.seed \(3, not 4\)"),
-        ({"d2o": {"keep_ratio": 0.5, "budget": {"min_layer_tokens": 8}}}, r"d2o.keep_ratio \(0.4, not 0.5\)"),
+        (
+            {"d2o": {"keep_ratio": 0.5, "budget": {"min_layers": 0, "min_layer_tokens": 8}}},
+            r"d2o.keep_ratio \(0.4, not 0.5\)",
+        ),
         ({"dtype": "float32"}, r"dtype \(auto, not float32\)"),
         ({"parallel": {"merge_scope": "local"}}, r"parallel.cache_layout \(None, not auto\), .* and \d more"),
     ],

@@ -34,4 +34,5 @@ def test_reading_layer_by_layer_needs_less(tmp_path):
     assert layerwise.peak < whole.peak and layerwise.weights == whole.weights
     said = memory_comment(InferConfig(model=folder, device="cpu", reading="layerwise", max_prompt_tokens=777))
     assert said.startswith("# memory of a prompt of 777 tokens: ") and "\n# with reading=whole: " in said
+    assert "\n# budget.rule is uniform with this model, whose 8 layers with full attention are few\n" in said
     assert memory_comment(InferConfig(model=folder + "/none", device="cpu")).startswith("# memory: not known: ")

@@ -38,7 +38,7 @@ def make_config(folder, tmp_path, rows, **fields) -> InferConfig:
         "model": str(folder),
         "prompts": write_rows(tmp_path / "p.jsonl", rows),
         "output": str(tmp_path / "out.jsonl"),
-        "d2o": {"keep_ratio": 0.4, "budget": {"min_layer_tokens": 8}},
+        "d2o": {"keep_ratio": 0.4, "budget": {"min_layers": 0, "min_layer_tokens": 8}},
         "sampling": {"max_new_tokens": 6},
         "device": "cpu",
         **fields,

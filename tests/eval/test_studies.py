@@ -8,15 +8,17 @@ from __future__ import annotations
 import pytest
 
 from d2o_dist.config.evaluate import EvalConfig
+from d2o_dist.policy.budget import Dispersion
 from tests.eval.test_eval_config import CONFIGS, STUDIES
 from tests.spec import DEFAULTS, flat
 from tests.spec import spec as spec_of
 
 
 def spec(preset, **fields):
-    """As published: no layer below 32 slots, unless the preset names another number."""
+    """As published: no layer below 32 slots, unless the preset names another number. Models that results are of have
+    more layers than share equally."""
     if flat(preset).min_layer_tokens == DEFAULTS["min_layer_tokens"]:
-        fields["min_layer_tokens"] = 32
+        fields |= {"min_layer_tokens": 32, "min_layers": Dispersion().min_layers}
     return spec_of(preset, **fields)
 
 

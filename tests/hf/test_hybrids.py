@@ -25,7 +25,7 @@ from tests.tiny_types import CHANGES, class_of
 
 # A gated delta rule; Mamba; Mamba 2 and layers that keep nothing; both in each layer; convolutions; latent attention.
 TYPES = ("qwen3_next", "jamba", "nemotron_h", "falcon_h1", "lfm2", "kimi_linear")
-PART = D2OConfig(keep_ratio=0.4, eviction_interval=3, budget={"min_layer_tokens": 6})
+PART = D2OConfig(keep_ratio=0.4, eviction_interval=3, budget={"min_layers": 0, "min_layer_tokens": 6})
 FULL = D2OConfig(keep_ratio=1.0)
 
 

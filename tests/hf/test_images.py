@@ -54,7 +54,7 @@ def test_images_are_read_as_transformers_reads_them(model_type):
     assert (causal - expected).abs().max() > 1e-3  # so that it matters
     full = D2OCache(config=model.config, d2o=D2OConfig(keep_ratio=1.0))
     torch.testing.assert_close(generated(model, **given, past_key_values=full), expected, rtol=1e-5, atol=1e-5)
-    part = D2OConfig(keep_ratio=0.4, eviction_interval=2, budget={"min_layer_tokens": 2})
+    part = D2OConfig(keep_ratio=0.4, eviction_interval=2, budget={"min_layers": 0, "min_layer_tokens": 2})
     both, alone = (D2OCache(config=model.config, d2o=part) for _ in range(2))
     found = generated(model, **given, past_key_values=both)
     row = {name: value[1:] if name == "pixel_values" else value[1:, 5:] for name, value in given.items()}

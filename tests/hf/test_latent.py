@@ -27,7 +27,8 @@ from tests.oracle.naive_d2o import use_float64_norms
 from tests.spec import spec
 from tests.tiny_types import CHANGES, class_of
 
-FULL, PART = D2OConfig(keep_ratio=1.0), D2OConfig(keep_ratio=0.3, eviction_interval=4, budget={"min_layer_tokens": 6})
+FULL = D2OConfig(keep_ratio=1.0)
+PART = D2OConfig(keep_ratio=0.3, eviction_interval=4, budget={"min_layers": 0, "min_layer_tokens": 6})
 TYPES = ("axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "longcat_flash",
          "minicpm3", "mistral4", "youtu")  # fmt: skip
 

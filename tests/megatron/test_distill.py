@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 pytest.importorskip("megatron.core")
 pytestmark = pytest.mark.multirank
 CONTEXT, CONTINUATION, ROWS = 48, 16, 2
-D2O = D2OConfig.preset("d2o", keep_ratio=0.25, budget={"min_layer_tokens": 4})
+D2O = D2OConfig.preset("d2o", keep_ratio=0.25, budget={"min_layers": 0, "min_layer_tokens": 4})
 
 
 class OnCPU(TorchFunctionMode):

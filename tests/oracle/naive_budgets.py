@@ -43,7 +43,8 @@ def layer_dispersions(column_sums: list[torch.Tensor], method: str, has_sinks: b
 def layer_log_weights(config: OracleConfig, column_sums: list[torch.Tensor], has_sinks: bool = False) -> list[float]:
     """`log w_l` up to a constant. In logarithms, because `raw` underflows and the shares only need proportions."""
     num_layers = len(column_sums)
-    if config.allocation == "uniform":
+    # "Where fewer than min_layers layers share, they share equally."
+    if config.allocation == "uniform" or (config.allocation == "dynamic" and num_layers < config.min_layers):
         return [0.0] * num_layers
     assert config.allocation != "ranked"
     if config.allocation == "profile":

@@ -22,6 +22,7 @@ class OracleConfig:
     dispersion: str = "layers_minmax"  # heads_minmax | layers_minmax | raw | log_zscore
     dispersion_sign: int = -1
     temperature: float = 1.0
+    min_layers: int = 0  # where fewer share, they share equally
     allocation: str = "dynamic"  # dynamic | uniform | pyramid | ranked | profile
     profile: tuple[float, ...] | None = None  # shares of layers that were measured before
     budget_per: str = "layer"  # layer | head: then each KV head is a layer of section 2, 3 and 4

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.presets import preset_of_many
 from d2o_dist.comm import TrafficCounter, build_mesh
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.session import Session
@@ -41,7 +42,7 @@ class Case:
     @property
     def config(self) -> D2OConfig:
         small = {} if self.preset == "full" else {"keep_ratio": 0.3, "budget": {"min_layer_tokens": 8}}
-        return D2OConfig.preset(self.preset, **{**small, **self.d2o})
+        return preset_of_many(self.preset, **{**small, **self.d2o})
 
     def make(self) -> Any:
         return tiny_model(self.family, **{"vocab_size": 96, "intermediate_size": 128, **self.model}).to(self.dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.planned import measured_peaks, small_model
+from benchmarks.presets import preset_of_many
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.plan.memory import prompt_memory
 from d2o_dist.plan.meshes import share_of
@@ -90,7 +91,7 @@ def test_peaks_of_a_run(preset, chunk):
 @pytest.mark.parametrize("preset", ["lean", "d2o"])
 def test_the_peak_of_a_run_that_is_compressed_layer_by_layer(preset):
     """At a length at which the cache is most of it; the whole reading takes more."""
-    model, d2o = small_model(), D2OConfig.preset(preset)
+    model, d2o = small_model(), preset_of_many(preset)
     found = max(measured_peaks(model, d2o, 4096, 256, reading="layerwise"))
     shape = size_of(model.config)
     share = share_of(shape, d2o, ParallelConfig())

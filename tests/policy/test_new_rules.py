@@ -153,7 +153,7 @@ def test_a_storage_format(preset):
 def read_and_decode(rank: int, world: int) -> list[list]:
     """Positions and tokens, of slots that are stored as int8, of all sequence ranks."""
     FORMATS["int8"] = Int8
-    config = D2OConfig.preset("d2o", keep_ratio=0.4, budget={"min_layer_tokens": 8}, storage="int8")
+    config = D2OConfig.preset("d2o", keep_ratio=0.4, budget={"min_layers": 0, "min_layer_tokens": 8}, storage="int8")
     shared = (build_mesh(sp=world), ParallelConfig(sp=world, sp_prefill="allgather")) if world > 1 else ()
     session = Session(tiny_model().double(), config, *shared)
     ids = tokens(1, 90)

@@ -86,7 +86,8 @@ def read_by(config, reading: str, lengths=(120, 77), layers: int = 8) -> D2OCach
 def test_trims_leave_what_one_eviction_leaves_where_no_share_was_too_small(score, temperature):
     """Of a layer that lacks slots: a part of it, and as many fewer as the report says."""
     config = spec(score, keep_ratio=0.3, min_layer_tokens=8)
-    config = config.replace(budget={"rule": "dispersion", "temperature": temperature, "min_layer_tokens": 8})
+    budget = {"rule": "dispersion", "temperature": temperature, "min_layers": 0, "min_layer_tokens": 8}
+    config = config.replace(budget=budget)
     whole, found = read_by(config, "whole"), read_by(config, "layerwise")
     lacking = [0, 0]
     for one, other in zip(whole.layers, found.layers, strict=True):

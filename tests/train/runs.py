@@ -36,7 +36,7 @@ def make_config(folder: Path | str, output: str = "out", **changes) -> TrainConf
         "context_length": 64,
         "keep_ratio": [0.2, 0.4],
         "eval_ratios": [0.3],
-        "d2o": {"budget": {"min_layer_tokens": 8}},
+        "d2o": {"budget": {"min_layers": 0, "min_layer_tokens": 8}},
         "distill": {"context_lm_weight": 0.5},
         "steps": 5,
         "global_batch_size": 4,

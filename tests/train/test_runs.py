@@ -175,6 +175,12 @@ def test_what_is_not_finite_ends_the_run(inputs, tmp_path, objective, message):
         loop.train(run)
 
 
+def test_a_model_of_few_layers_is_trained_with_equal_shares(inputs, tmp_path):
+    config = make_config(inputs, str(tmp_path / "out"), d2o={"budget": {"min_layer_tokens": 8}})
+    run = start(config)
+    assert (config.d2o.budget.name, run.config.d2o.budget.name) == ("dispersion", "uniform")
+
+
 def command(config, *more):
     """The command line of a configuration."""
     path = Path(config.output).parent / "config.yaml"

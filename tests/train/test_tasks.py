@@ -48,7 +48,7 @@ def evaluated(folder: Path, model: Path) -> dict[str, float]:
     plan = prepare_evaluation(
         EvalConfig.from_dict(
             {"model": str(model), "output": str(folder / "nowhere"), "tasks": tasks(folder), "dtype": "float32",
-             "methods": [{"name": "d2o", "budget": {"min_layer_tokens": 8}}], "keep_ratios": [0.3],
+             "methods": [{"name": "d2o", "budget": {"min_layers": 0, "min_layer_tokens": 8}}], "keep_ratios": [0.3],
              "chat_template": "never", "device": "cpu"}
         ),
         {},
