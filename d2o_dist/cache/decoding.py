@@ -21,8 +21,8 @@ from d2o_dist.evict.arena import ArenaEvictions
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.step import BlockStep, DecodeStep
 
-# On a CPU so many rows are attended one by one. SmolLM2-135M, 205 and 102 slots: a step then takes 0.93 of the time with
-# one row, as long with 4, 1.28 times as long with 16.
+# On a CPU so many rows are attended one by one. SmolLM2-135M, 205 and 102 slots: a step then takes 0.93 of the time
+# with one row, as long with 4, 1.28 times as long with 16.
 _FEW_ROWS = 2
 
 

@@ -106,7 +106,7 @@ def test_bad_usage(argv, said):
 def test_the_pages_hold_what_the_programs_print(capsys):
     page = (REPO / "docs" / "scaling.md").read_text(encoding="utf-8")
     tables = re.findall(r"```sh\nd2o-dist (plan .*)\n```\n\n((?:\|.*\n)+)", page)
-    assert len(tables) == 12
+    assert len(tables) == 14
     for command, wanted in tables:
         assert speak(main.main, command.split())[1] == wanted, command
     sizes.main()
