@@ -6,6 +6,7 @@ Shape legend: B rows, Hq query heads, Hkv KV heads, D head dim, N slots of all o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ class HeadSegments:
 
     def __init__(self) -> None:
         self._segments: Segments | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: tables are made again before their first step."""
+        return {"_segments": None}
 
     def prepare(self, layouts: Sequence[HeadLayout]) -> None:
         """Before the first step over slots that moved: tell the device where they lie."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +152,18 @@ class D2OConfig:
         rule = self.budget.for_layers(num_layers * (num_kv_heads if self.budget.per_head else 1))
         return self if rule is self.budget else self.replace(budget=rule)
 
-    @property
+    # Asked in every layer of every decode step.
+    @cached_property
     def needs_column_sums(self) -> bool:
         """Whether a decision depends on whole-prompt attention statistics."""
         return self.needs(COLUMN_SUMS)
 
-    @property
+    @cached_property
     def needs_rates(self) -> bool:
         """Whether the attention of the last prompt queries, and its decaying average while decoding, are kept."""
         return self.needs(RATES)
 
-    @property
+    @cached_property
     def needs_reread(self) -> bool:
         """Whether tokens are ranked by a second reading of the prompt. `scores` then hold peaks rather than sums."""
         return self.needs(PEAKS)

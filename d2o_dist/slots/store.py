@@ -124,6 +124,8 @@ class SlotStore:
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, in use or not, [B, Hkv, C, D], as attention takes them."""
         buffers = self._buffers
+        if self.is_exact or self.codec is None and self.latent is None:
+            return buffers.keys, buffers.values
         held = part_values(buffers, self.latent) if self.codec is None else self.codec.decode_slots(buffers)
         return held.keys, held.values
 

@@ -42,7 +42,7 @@ def plan_blocks(
     threads = torch.get_num_threads() if cpu else 1
     budget, rows = (threads << 18, 512) if cpu else (1 << 23, 8192)
     # At most 512 queries: what a block computes above the diagonal is wasted, about queries * step / T of the work.
-    queries = min(num_queries, max(64, 512 // step), max(1, rows // group))
+    queries = min(num_queries, max(32, 512 // step), max(1, rows // group))
     if window is not None:
         queries = min(queries, max(64, window // step))  # a block computes window + queries * step keys a query
     keys = min(num_keys, 512 if cpu else max(512, budget // (group * queries)))

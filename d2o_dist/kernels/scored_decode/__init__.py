@@ -88,7 +88,7 @@ def by_probabilities(
         write_tokens(newest, (k, new[0]), (v, new[1]))
     attend = dict(q=q, k=k, v=v, scale=scale, valid=valid, log_mass=log_mass, softcap=softcap)
     if widths is not None and q.device.type == "cpu":
-        out, probs = decode_rows(**attend, sinks=sinks, widths=widths)
+        out, probs = decode_rows(**attend, sinks=sinks, widths=widths, sees=new is not None and present is None)
     elif sinks is None:
         out, _, probs = decode_attention(**attend, finite=True)
     else:

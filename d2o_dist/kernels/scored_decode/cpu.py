@@ -20,9 +20,12 @@ CONVERTED_ELEMENTS = 1 << 18  # of K or V at a time: 1 MiB in float32
 @torch.no_grad()
 def decode_rows(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, valid: Tensor, log_mass: Tensor | None, softcap: float | None,
-    sinks: Tensor | None, widths: Sequence[int],
+    sinks: Tensor | None, widths: Sequence[int], sees: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `scored_decode`: -> (out [B, Hq, D] in q.dtype, probs [B, Hkv, S] in acc dtype, summed over the group)."""
+    """As `scored_decode`: -> (out [B, Hq, D] in q.dtype, probs [B, Hkv, S] in acc dtype, summed over the group).
+
+    sees: every head of every row has a valid slot, that of its token.
+    """
     batch, num_heads, head_dim, value_dim = *q.shape, v.shape[3]
     num_kv_heads, num_slots, acc = k.shape[1], k.shape[2], acc_dtype(q.dtype)
     group = group_size(num_heads, num_kv_heads)
@@ -47,8 +50,13 @@ def decode_rows(
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
         weights = logits.softmax(-1)[..., :width]
         torch.sum(weights, 1, out=probs[row, :, :width])
+        if len(spans) == 1:
+            torch.bmm(weights, v[row, :, :width].to(acc), out=out[row])
+            continue
         for here in spans:
             out[row] += torch.bmm(weights[:, :, here], v[row, :, here].to(acc))
+    if sees:
+        return out.view(batch, num_heads, value_dim).to(q.dtype), probs
     # A head that sees nothing: its softmax was no number.
     blind = ~valid.any(-1, keepdim=True)
     probs.masked_fill_(blind, 0)
