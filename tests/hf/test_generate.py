@@ -246,9 +246,12 @@ def test_a_prompt_holds_no_memory_but_its_slots(family):
             assert tensor.untyped_storage().nbytes() <= (40 + 64) * 2 * cache.layers[0].shape[0] * tensor.shape[3] * 8
 
 
-@pytest.mark.parametrize("preset", ["d2o", "paper", "released", "reread", "full"])
+@pytest.mark.parametrize(
+    ("preset", "long"),
+    [(preset, True) for preset in ("d2o", "paper", "released", "reread")] + [("d2o", False), ("full", False)],
+    ids=str,
+)
 @pytest.mark.parametrize("inside", ["prompt", "decoding", "turn", "all but finalize"])
-@pytest.mark.parametrize("long", [True, False], ids=["evicts", "within its budget"])
 def test_inference_mode_may_be_entered_and_left(preset, inside, long):
     """What is made in inference mode cannot be written outside of it: the cache sees to it, also with gradients on."""
     model = tiny_model().requires_grad_(False)
