@@ -16,6 +16,7 @@ from d2o_dist.fields.checks import (
     check_string,
     check_strings,
     check_utf8,
+    take_path,
 )
 from d2o_dist.fields.io import build, check_choice, did_you_mean
 from d2o_dist.fields.show import shown
@@ -112,7 +113,7 @@ class NeedleTask:
             check_int(name, getattr(self, name), low=1)
         check_int("digits", self.digits, low=1, high=MAX_DIGITS)
         _check_count(self.name, "lengths, depths and samples", len(self.lengths), len(self.depths), self.samples)
-        check_path("haystack", self.haystack)
+        take_path(self, "haystack")
         given = [name for name in ("fact", "question", "answer") if getattr(self, name) is not None]
         for name in given:
             check_string(name, getattr(self, name))
@@ -155,11 +156,11 @@ class RulerTask:
         object.__setattr__(self, "tasks", _choices("tasks", self.tasks, RULER_TASKS))
         check_int("samples", self.samples, low=1)
         _check_count(self.name, "lengths and samples", len(self.lengths), self.samples)
-        check_path("haystack", self.haystack)
+        take_path(self, "haystack")
         if self.max_new_tokens is not None:
             check_int("max_new_tokens", self.max_new_tokens, low=1)
         for task in ("qa_1", "qa_2"):
-            check_path(f"{task}_file", getattr(self, f"{task}_file"), optional=True)
+            take_path(self, f"{task}_file", optional=True)
             if task in self.tasks and getattr(self, f"{task}_file") is None:
                 raise ValueError(f"{task} needs {task}_file: a JSONL of question, answers and context")
 
@@ -189,9 +190,9 @@ class LongBenchTask:
 
     def __post_init__(self) -> None:
         check_string("name", self.name)
-        check_path("data", self.data)
-        check_path("prompts_file", self.prompts_file, optional=True)
-        check_path("lengths_file", self.lengths_file, optional=True)
+        take_path(self, "data")
+        take_path(self, "prompts_file", optional=True)
+        take_path(self, "lengths_file", optional=True)
         object.__setattr__(self, "tasks", _choices("tasks", self.tasks, LONGBENCH_TASKS))
         if self.samples is not None:
             check_int("samples", self.samples, low=1)
@@ -231,7 +232,8 @@ class JsonlTask:
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("name", "data", "context", "answers"):
+        take_path(self, "data")
+        for name in ("name", "context", "answers"):
             check_path(name, getattr(self, name))
         check_string("question_from", self.question_from, optional=True)
         for name in ("question", "prefix"):
@@ -280,7 +282,7 @@ class PassageTask:
         check_int("samples", self.samples, low=1)
         _check_count(self.name, "lengths and samples", len(self.lengths), self.samples)
         check_bool("overlap", self.overlap)
-        check_path("text", self.text)
+        take_path(self, "text")
         check_choice("continuation", self.continuation, CONTINUATIONS)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from d2o_dist.config.eval_tasks import TASK_CONFIGS, TaskConfig, task_from_dict, task_to_dict
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.fields.checks import check_int, check_number, check_path, check_string
+from d2o_dist.fields.checks import check_int, check_number, check_string, take_path
 from d2o_dist.fields.io import build, check_choice, load_yaml
 from d2o_dist.fields.overrides import apply_overrides
 from d2o_dist.fields.show import clip, shown
@@ -99,7 +99,7 @@ class EvalConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        check_path("output", self.output)
+        take_path(self, "output")
         if not isinstance(self.tasks, (list, tuple)) or not self.tasks:
             raise ValueError(f"tasks ({shown(self.tasks)}) must be a list of at least one task")
         for task in self.tasks:

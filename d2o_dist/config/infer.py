@@ -11,7 +11,7 @@ from typing import Any
 
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.config.sampling import SamplingConfig
-from d2o_dist.fields.checks import check_bool, check_int, check_path, check_string
+from d2o_dist.fields.checks import check_bool, check_int, check_string, take_path
 from d2o_dist.fields.io import build, check_choice, load_yaml
 from d2o_dist.fields.overrides import apply_overrides
 from d2o_dist.fields.show import clip, shown
@@ -103,9 +103,9 @@ class InferConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        check_path("model", self.model)
+        take_path(self, "model")
         for name in ("tokenizer", "prompts", "output", "trace", "revision"):
-            check_path(name, getattr(self, name), optional=True)
+            take_path(self, name, optional=True)
         for name in ("prompt", "system_prompt"):
             check_string(name, getattr(self, name), optional=True)
         check_choice("model_kind", self.model_kind, MODEL_KINDS)

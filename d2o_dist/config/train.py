@@ -12,7 +12,7 @@ from d2o_dist.config.distill import DistillConfig
 from d2o_dist.config.eval_tasks import TASK_CONFIGS, TaskConfig, task_from_dict, task_to_dict
 from d2o_dist.config.sampling import MAX_SEED
 from d2o_dist.config.train_parts import DataConfig, EngineConfig, LoraOptions, OptimizerConfig, plain
-from d2o_dist.fields.checks import check_bool, check_int, check_number, check_path, check_timeout
+from d2o_dist.fields.checks import check_bool, check_int, check_number, check_timeout, take_path
 from d2o_dist.fields.io import build, check_choice, load_yaml, refuse_unknown
 from d2o_dist.fields.overrides import apply_overrides
 from d2o_dist.fields.show import shown
@@ -98,9 +98,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("model", "output"):
-            check_path(name, getattr(self, name))
+            take_path(self, name)
         for name in ("tokenizer", "revision"):
-            check_path(name, getattr(self, name), optional=True)
+            take_path(self, name, optional=True)
         for name in ("trust_remote_code", "trust_pickled_weights", "activation_checkpointing", "resume"):
             check_bool(name, getattr(self, name))
         check_choice("objective", self.objective, OBJECTIVES)

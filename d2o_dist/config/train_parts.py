@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2o_dist.fields.checks import check_int, check_number, check_path, check_strings
+from d2o_dist.fields.checks import check_int, check_number, check_strings, take_path
 from d2o_dist.fields.io import check_choice, to_json
 from d2o_dist.fields.show import shown
 
@@ -46,9 +46,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("train", "text_field", "messages_field", "train_split", "validation_split"):
-            check_path(f"data.{name}", getattr(self, name))
+            take_path(self, name, called=f"data.{name}")
         for name in ("validation", "subset"):
-            check_path(f"data.{name}", getattr(self, name), optional=True)
+            take_path(self, name, called=f"data.{name}", optional=True)
         check_choice("data.kind", self.kind, KINDS)
         if self.num_workers is not None:
             check_int("data.num_workers", self.num_workers, low=1)

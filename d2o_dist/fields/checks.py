@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 from d2o_dist.fields.show import shown
@@ -70,6 +71,17 @@ def check_path(name: str, value: Any, *, optional: bool = False) -> None:
     check_string(name, value, optional=optional)
     if value is not None and "\0" in value:
         raise ValueError(f"{name} ({shown(value)}) has a null character, which no file's name has")
+
+
+def take_path(config: Any, name: str, *, called: str | None = None, optional: bool = False) -> None:
+    """`check_path` of a field of a frozen dataclass, in which a leading `~` becomes the user's folder.
+
+    A shell leaves it as it is in `output=~/runs`. called: the field in messages, if not by its name.
+    """
+    value = getattr(config, name)
+    check_path(called or name, value, optional=optional)
+    if value is not None and value.startswith("~"):
+        object.__setattr__(config, name, os.path.expanduser(value))
 
 
 def check_utf8(name: str, text: str) -> None:

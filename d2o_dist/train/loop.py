@@ -65,7 +65,7 @@ class Run:
     @property
     def output(self) -> Path:
         """Where everything is written."""
-        return Path(self.config.output).expanduser()
+        return Path(self.config.output)
 
 
 def prepare(
@@ -90,7 +90,7 @@ def prepare(
     config = dataclasses.replace(config, d2o=settle_rules(config.d2o, shape))
     tokenizer = load_tokenizer(config)
     world = Collectives(mesh.axis("world"))
-    output = Path(config.output).expanduser()
+    output = Path(config.output)
     log = RunLog(output if mesh.rank == 0 else None)
     checkpoints = Checkpoints(output / "checkpoints", world)
     found = None

@@ -159,6 +159,16 @@ def test_a_name_that_no_file_can_have_is_refused_by_its_field():
     assert InferConfig.from_dict({**INFER, "prompt": "a\0b"}).prompt == "a\0b"
 
 
+def test_the_users_folder_may_be_a_tilde(monkeypatch):
+    """A shell leaves it in `output=~/runs`; a name that only has one somewhere is another name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    run = InferConfig.from_dict({**INFER, "model": "~/m", "output": "~/o", "prompts": "a~/p"})
+    assert (run.model, run.output, run.prompts) == ("/home/me/m", "/home/me/o", "a~/p")
+    assert EvalConfig.from_dict({**EVAL, "output": "~/o"}).output == "/home/me/o"
+    trained = TrainConfig.from_dict({**TRAIN, "output": "~/o", "data": {"train": "~/t"}})
+    assert (trained.output, trained.data.train) == ("/home/me/o", "/home/me/t")
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
