@@ -219,19 +219,6 @@ class Collectives:
             shapes.append(shape)
         return torch.cat(self.all_to_all_list(tensor.split(list(split_sizes), split_dim), shapes), concat_dim)
 
-    def all_to_all_uneven(
-        self, tensor: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], dim: int = 0
-    ) -> Tensor:
-        """Rows of `dim` to ranks by `input_splits`; `output_splits[r]` rows arrive from rank r, in rank order."""
-        self._split_sizes(tensor, dim, input_splits)
-        self._check_count("output_splits", output_splits)
-        shapes = []
-        for size in output_splits:
-            shape = list(tensor.shape)
-            shape[dim] = size
-            shapes.append(shape)
-        return torch.cat(self.all_to_all_list(tensor.split(list(input_splits), dim), shapes), dim)
-
     def all_to_all_list(self, chunks: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Send `chunks[r]` to rank r; what rank r sends here has `shapes[r]`. One dtype; empty chunks are legal."""
         self._check_count("chunks", chunks)

@@ -94,18 +94,6 @@ class ShardMap:
         start, offset = self._chunks[0].to(flat.device), self._chunks[3].to(flat.device)
         return self._like(index, flat - start[chunk] + offset[chunk])
 
-    def to_global(self, rank: int, local: int | Tensor) -> int | Tensor:
-        """Global index of each place in a rank's shard."""
-        flat = torch.as_tensor(local, dtype=torch.int64)
-        return self._like(local, self.indices(rank, flat.device)[flat])
-
-    def restore(self, shards: Tensor, dim: int) -> Tensor:
-        """Shards concatenated in rank order along `dim` (as all_gather gives them) -> global token order."""
-        if shards.shape[dim] != self.length:
-            raise ValueError(f"dimension {dim} of the shards ({shards.shape[dim]}) must be the length ({self.length})")
-        place = torch.cat([self.indices(rank, shards.device) for rank in range(self.world)]).argsort()
-        return shards.index_select(dim, place)
-
     def take(self, tensor: Tensor, rank: int, dim: int) -> Tensor:
         """A rank's shard of a tensor that holds all tokens along `dim`."""
         if tensor.shape[dim] != self.length:

@@ -18,12 +18,6 @@ IGNORED = -100
 TileLoss = Callable[..., Tensor]
 
 
-def naive_lm_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The sum of cross entropies over all counted targets; the logits of all tokens at once. For tests."""
-    logits = head(hidden).flatten(0, -2)
-    return cross_entropy(logits.to(_loss_dtype(logits)), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
 def lm_loss(head: nn.Module, hidden: Tensor, targets: Tensor, tile: int) -> Tensor:
     """The sum of cross entropies over all counted targets, in nats.
 

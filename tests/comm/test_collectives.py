@@ -163,9 +163,10 @@ def uneven_all_to_alls(rank, world):
     counts = [[(3 * sender + receiver * receiver) % 4 for receiver in range(world)] for sender in range(world)]
     for dtype in (torch.float32, torch.int16, torch.bool):
         sent = [data(sender, sum(counts[sender]), 2, dtype=dtype) for sender in range(world)]
-        arriving = [counts[sender][rank] for sender in range(world)]
-        expected = torch.cat([sent[sender].split(counts[sender])[rank] for sender in range(world)])
-        same(comm.all_to_all_uneven(sent[rank], counts[rank], arriving), expected)
+        shapes = [(counts[sender][rank], 2) for sender in range(world)]
+        arrived = comm.all_to_all_list(sent[rank].split(counts[rank]), shapes)
+        for sender, chunk in enumerate(arrived):
+            same(chunk, sent[sender].split(counts[sender])[rank])
     # Chunks of unlike shapes, some empty: rank r sends rank s a [r + 1, s] tensor.
     chunks = [torch.full((rank + 1, receiver), 10.0 * rank + receiver) for receiver in range(world)]
     arrived = comm.all_to_all_list(chunks, [(sender + 1, rank) for sender in range(world)])
@@ -257,7 +258,6 @@ def test_local_axis_needs_no_process_group():
         comm.all_gather_uneven(x, 0),
         comm.reduce_scatter(x, 0),
         comm.all_to_all(x, 0, 1),
-        comm.all_to_all_uneven(x, [3], [3]),
         comm.broadcast(x, 0),
         comm.ring_shift([x]).wait()[0],
         torch.tensor(comm.broadcast_object(x.tolist())),
@@ -280,7 +280,7 @@ def test_local_axis_needs_no_process_group():
         (lambda c: c.all_gather_uneven(torch.ones(2), 0, [2, 1]), ValueError, r"sizes \(2\) .* sp \(1\)"),
         (lambda c: c.all_to_all(torch.ones(2, 2), 0, -2), ValueError, r"split_dim \(0\) and concat_dim \(0\)"),
         (lambda c: c.all_to_all(torch.ones(2, 2), 0, 1, None, [3]), ValueError, r"concat_sizes\[0\] \(3\) .* \(2\)"),
-        (lambda c: c.all_to_all_uneven(torch.ones(2), [2], [1]), ValueError, r"shapes\[0\] \(1,\)"),
+        (lambda c: c.all_to_all_list([torch.ones(2)], [(1,)]), ValueError, r"shapes\[0\] \(1,\)"),
         (lambda c: c.broadcast(torch.ones(2), 1), ValueError, r"src \(1\) must be in \[0, size \(1\)\)"),
         (lambda c: c.ring_shift([torch.ones(2)], []), ValueError, r"shapes \(0\) must be as many as tensors \(1\)"),
     ],

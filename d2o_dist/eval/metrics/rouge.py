@@ -25,17 +25,6 @@ def rouge_1(predicted: str, expected: str) -> float:
     return f_measure(sum((Counter(mine) & Counter(theirs)).values()), len(mine), len(theirs))
 
 
-def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    previous = [0] * (len(b) + 1)
-    for x in a:
-        row = [0]
-        for j, y in enumerate(b):
-            row.append(previous[j] + 1 if x == y else max(previous[j + 1], row[j]))
-        previous = row
-    return previous[-1]
-
-
 def lcs_members(a: Sequence[str], b: Sequence[str]) -> set[str]:
     """The set of words on one longest common subsequence; of several, the one that drops the last word of `b` first."""
     table = [[0] * (len(b) + 1)]

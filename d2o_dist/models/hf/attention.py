@@ -144,8 +144,8 @@ def padding_of(mask: Tensor | None, window: Window | None) -> Tensor | None:
         raise ValueError("a D2OCache attends causally, but the model takes parts of its mask, and may have changed it")
     if mask.pattern is None:
         raise ValueError(
-            f"a D2OCache attends causally, but the model's mask is made by {mask.names}: of masks that are not causal it "
-            "follows those that transformers' own functions make of images and prefixes"
+            f"a D2OCache attends causally, but the model's mask is made by {mask.names}: of masks that are not causal "
+            "it follows those that transformers' own functions make of images and prefixes"
         )
     if mask.pattern.window != window:
         raise ValueError(
