@@ -50,7 +50,7 @@ def test_rouge_l_of_random_texts_is_that_of_rouge():
         assert longbench.rouge_l(mine, theirs) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("a", "b"), [("", "abc"), ("abc", "abc"), ("abcbdab", "bdcaba"), ("xyz", "abc"), ("aab", "aba")])
+@pytest.mark.parametrize(("a", "b"), [("", "abc"), ("abc", "abc"), ("abcbdab", "bdcaba"), ("xy", "ab"), ("aab", "aba")])
 def test_longest_common_subsequence(a, b):
     """Its words are those of one of the longest among all subsequences."""
     every = [part for size in range(len(a) + 1) for part in combinations(a, size)]
