@@ -11,7 +11,7 @@ from d2o_dist.plan.gpus import find_gpu
 from d2o_dist.plan.memory import prompt_memory
 from d2o_dist.plan.meshes import all_meshes, share_of
 from d2o_dist.plan.model_size import known_config, size_of
-from d2o_dist.plan.planner import Job, most_rows
+from d2o_dist.plan.planner import Workload, most_rows
 from d2o_dist.policy.config import D2OConfig
 
 MODELS = ("llama-3.2-1b", "qwen2.5-7b", "llama-3-8b", "qwen3-32b", "llama-3-70b")
@@ -21,15 +21,15 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)
 CHUNK = 16384
 
 
-def fewest(job: Job) -> str:
+def fewest(work: Workload) -> str:
     """How many GPUs hold a prompt, and as which sp x tp with the least tp; one fits where any mesh does."""
     for count in COUNTS:
         for mesh in all_meshes(ParallelConfig(dp=1), count):
             try:
-                share = share_of(job.model, job.d2o, mesh)
+                share = share_of(work.model, work.d2o, mesh)
             except ValueError:
                 continue
-            if most_rows(job, share):
+            if most_rows(work, share):
                 return str(count) if count == 1 else f"{count} ({mesh.sp} x {mesh.tp})"
     return f"more than {COUNTS[-1]}"
 
@@ -58,7 +58,7 @@ def main() -> None:
             row: dict[str, object] = {"model": name, "tokens": said}
             row |= {part: f"{size / 2**30:.1f}" for part, size in parts.items()}
             for label, kind in GPUS.items():
-                row[label] = fewest(Job(model, d2o, find_gpu(kind), tokens, chunk=CHUNK))
+                row[label] = fewest(Workload(model, d2o, find_gpu(kind), tokens, chunk=CHUNK))
             rows.append(row)
     print(markdown_table(rows))
 

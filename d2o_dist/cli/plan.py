@@ -25,7 +25,7 @@ from d2o_dist.plan import table
 from d2o_dist.plan.gpus import find_gpu
 from d2o_dist.plan.memory import reading_of, rules_of
 from d2o_dist.plan.model_size import config_of, known_models, size_of
-from d2o_dist.plan.planner import AIMS, Job, MeshPlan, plan_all
+from d2o_dist.plan.planner import AIMS, MeshPlan, Workload, plan_all
 from d2o_dist.plan.seconds import Assumptions
 
 EXIT_OK, EXIT_NO_ROOM, EXIT_USAGE = 0, 1, 2
@@ -75,7 +75,7 @@ def read_config(args: argparse.Namespace) -> InferConfig:
     return config if config.prefill_chunk else dataclasses.replace(config, prefill_chunk=CHUNK)
 
 
-def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
+def make_workload(args: argparse.Namespace, config: InferConfig) -> Workload:
     """The model, the request and the GPUs."""
     assume = dict(parse_override(text) for text in args.assume)
     with quiet_unless(False):
@@ -83,7 +83,7 @@ def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
         model = size_of(model_config)
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model_config.dtype or torch.float32
     new_tokens, d2o = config.sampling.max_new_tokens, rules_of(model, config.d2o)
-    job = Job(
+    work = Workload(
         model=model, d2o=d2o, gpu=find_gpu(args.gpu, args.gpu_file), tokens=args.context, new_tokens=new_tokens,
         batch=args.batch, chunk=config.prefill_chunk, reading=reading_of(config.reading, model, d2o),
         dtype=dtype, num_gpus=args.gpus, gpus_per_node=args.gpus_per_node, assume=build(Assumptions, assume),
@@ -95,7 +95,7 @@ def make_job(args: argparse.Namespace, config: InferConfig) -> Job:
             f"max_position_embeddings ({most}): this is what it would take if it had the positions",
             file=sys.stderr,
         )
-    return job
+    return work
 
 
 def _parallel(config: InferConfig) -> ParallelConfig:
@@ -111,7 +111,7 @@ def _check(config: InferConfig, mesh: ParallelConfig) -> None:
         describe(dataclasses.replace(config, parallel=mesh))
 
 
-def configuration(config: InferConfig, job: Job, plan: MeshPlan) -> InferConfig:
+def configuration(config: InferConfig, work: Workload, plan: MeshPlan) -> InferConfig:
     """The configuration of the run on this mesh."""
     share = plan.share
     asked = dataclasses.replace(config.parallel, dp=plan.dp, sp=share.sp, tp=share.tp)
@@ -119,18 +119,18 @@ def configuration(config: InferConfig, job: Job, plan: MeshPlan) -> InferConfig:
         config,
         model=known_models().get(config.model, {"hub": config.model})["hub"],
         parallel=asked,
-        max_batch_size=job.batch,
-        max_batch_tokens=job.batch * job.tokens,
+        max_batch_size=work.batch,
+        max_batch_tokens=work.batch * work.tokens,
     )
 
 
-def write_configuration(path: Path, config: InferConfig, job: Job, plan: MeshPlan) -> None:
+def write_configuration(path: Path, config: InferConfig, work: Workload, plan: MeshPlan) -> None:
     """The YAML, with the commands that start it."""
-    commands = "".join(f"#   {command}\n" for command in table.launch_commands(job, str(path)))
-    text = f"# {job.num_gpus} GPUs as dp {plan.dp} x sp {plan.share.sp} x tp {plan.share.tp}:\n{commands}"
+    commands = "".join(f"#   {command}\n" for command in table.launch_commands(work, str(path)))
+    text = f"# {work.num_gpus} GPUs as dp {plan.dp} x sp {plan.share.sp} x tp {plan.share.tp}:\n{commands}"
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(text + dump_yaml(configuration(config, job, plan).to_dict()))
+            file.write(text + dump_yaml(configuration(config, work, plan).to_dict()))
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -143,27 +143,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_int("top", args.top, low=1)
         config = read_config(args)
-        job = make_job(args, config)
-        plans, refused = plan_all(job, _parallel(config), args.aim, lambda mesh: _check(config, mesh))
+        work = make_workload(args, config)
+        plans, refused = plan_all(work, _parallel(config), args.aim, lambda mesh: _check(config, mesh))
         if not plans:
-            raise ValueError(f"no mesh of {job.num_gpus} GPUs is legal: {table.refusals(refused)}")
+            raise ValueError(f"no mesh of {work.num_gpus} GPUs is legal: {table.refusals(refused)}")
         fits = plans[0].fits
         if args.write is not None and fits:
-            write_configuration(Path(args.write), config, job, plans[0])
+            write_configuration(Path(args.write), config, work, plans[0])
     except ValueError as error:
         print(f"d2o-dist plan: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     print(table.meshes_table(plans[: args.top], markdown=args.markdown))
     if not args.markdown:
-        print(f"\n{table.details(job, plans[0])}\n")
+        print(f"\n{table.details(work, plans[0])}\n")
         print(f"illegal:\n{table.refusals(refused)}\n" if refused else "", end="")
-        print(table.assumptions(job))
+        print(table.assumptions(work))
         if fits:
-            print("\n" + "\n".join(table.launch_commands(job, args.write or "CONFIG")))
+            print("\n" + "\n".join(table.launch_commands(work, args.write or "CONFIG")))
     if not fits:
         least = min(plan.memory.peak for plan in plans) / 2**30
         print(
-            f"no mesh fits: the least that a GPU needs is {least:.1f} GiB of {job.room / 2**30:.1f} GiB. Take more "
+            f"no mesh fits: the least that a GPU needs is {least:.1f} GiB of {work.room / 2**30:.1f} GiB. Take more "
             "GPUs, a smaller batch or a shorter context",
             file=sys.stderr,
         )

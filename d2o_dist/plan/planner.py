@@ -26,7 +26,7 @@ MAX_GPUS = 16384
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is asked of the GPUs.
 
     Attributes:
@@ -103,7 +103,7 @@ class MeshPlan:
 
 
 def plan_all(
-    job: Job, parallel: ParallelConfig, aim: str, check: Callable[[ParallelConfig], Any] = lambda mesh: None
+    work: Workload, parallel: ParallelConfig, aim: str, check: Callable[[ParallelConfig], Any] = lambda mesh: None
 ) -> tuple[list[MeshPlan], list[tuple[ParallelConfig, str]]]:
     """Legal meshes, the best first and those that do not fit last; and the others with the reason why.
 
@@ -116,51 +116,51 @@ def plan_all(
         ValueError: `aim`, a budget that the model's layers cannot have, or sizes that so many GPUs do not have.
     """
     check_choice("aim", aim, AIMS)
-    if not any(True for _ in all_meshes(parallel, job.num_gpus)):
-        raise ValueError(f"no dp x sp x tp of {job.num_gpus} GPUs has dp {parallel.dp}, sp {parallel.sp} and tp "
+    if not any(True for _ in all_meshes(parallel, work.num_gpus)):
+        raise ValueError(f"no dp x sp x tp of {work.num_gpus} GPUs has dp {parallel.dp}, sp {parallel.sp} and tp "
                          f"{parallel.tp}, where dp null and sizes of 1 may be any")  # fmt: skip
     legal, refused = [], []
-    for mesh in all_meshes(parallel, job.num_gpus):
+    for mesh in all_meshes(parallel, work.num_gpus):
         try:
             check(mesh)
-            share = share_of(job.model, job.d2o, mesh)
+            share = share_of(work.model, work.d2o, mesh)
         except ValueError as error:
             refused.append((mesh, str(error)))
         else:
-            legal.append(plan_mesh(job, mesh, share))
+            legal.append(plan_mesh(work, mesh, share))
     fastest = {"latency": lambda plan: plan.batch_s, "throughput": lambda plan: -plan.requests_per_s}[aim]
     return sorted(legal, key=lambda plan: (not plan.fits, fastest(plan))), refused
 
 
-def plan_mesh(job: Job, mesh: ParallelConfig, share: Share) -> MeshPlan:
+def plan_mesh(work: Workload, mesh: ParallelConfig, share: Share) -> MeshPlan:
     """One mesh that is legal."""
     is_auto = mesh.sp_prefill == "auto"
     traffic = PlannedTraffic(
-        job.model, job.d2o, share, job.tokens, job.batch, job.dtype, job.chunk, is_auto, job.reading
+        work.model, work.d2o, share, work.tokens, work.batch, work.dtype, work.chunk, is_auto, work.reading
     )
-    held = rings(share, job.model, -(-job.tokens // share.sp), job.dtype, is_auto=is_auto)
-    times = times_of(traffic, job.gpu, job.gpus_per_node, job.assume)
+    held = rings(share, work.model, -(-work.tokens // share.sp), work.dtype, is_auto=is_auto)
+    times = times_of(traffic, work.gpu, work.gpus_per_node, work.assume)
     return MeshPlan(
         dp=mesh.dp,
         share=held,
-        memory=memory_of(job, held, job.batch),
-        most_rows=most_rows(job, held),
+        memory=memory_of(work, held, work.batch),
+        most_rows=most_rows(work, held),
         times=times,
         prompt=list(traffic.prompt()),
         step=list(traffic.steady()),
-        batch=job.batch,
-        batch_s=times.first_token + (job.new_tokens - 1) * times.token,
+        batch=work.batch,
+        batch_s=times.first_token + (work.new_tokens - 1) * times.token,
     )
 
 
-def memory_of(job: Job, share: Share, batch: int) -> PromptMemory:
+def memory_of(work: Workload, share: Share, batch: int) -> PromptMemory:
     """Of a batch of so many rows."""
     return prompt_memory(
-        job.model, job.d2o, share, job.tokens, batch, dtype=job.dtype, chunk=job.chunk, reading=job.reading
+        work.model, work.d2o, share, work.tokens, batch, dtype=work.dtype, chunk=work.chunk, reading=work.reading
     )
 
 
-def most_rows(job: Job, share: Share) -> int:
+def most_rows(work: Workload, share: Share) -> int:
     """The largest batch that fits: memory is linear in the rows, but for the weights."""
-    one = memory_of(job, share, 1)
-    return max(int((job.room - one.weights) // (one.peak - one.weights)), 0)
+    one = memory_of(work, share, 1)
+    return max(int((work.room - one.weights) // (one.peak - one.weights)), 0)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from d2o_dist.config.parallel import ParallelConfig
-from d2o_dist.plan.planner import Job, MeshPlan
+from d2o_dist.plan.planner import MeshPlan, Workload
 
 _HEAD = (
     "mesh (dp x sp x tp)", "prompt read by", "cache by", "peak GiB", "rows", "first token s", "tokens/s", "request s",
@@ -49,7 +49,7 @@ def _row(plan: MeshPlan) -> tuple[str, ...]:
     )
 
 
-def details(job: Job, plan: MeshPlan) -> str:
+def details(work: Workload, plan: MeshPlan) -> str:
     """Memory and time of one mesh, part by part."""
     memory, times = plan.memory, plan.times
     by_layer = memory.reading == "layerwise"
@@ -73,8 +73,8 @@ def details(job: Job, plan: MeshPlan) -> str:
         "token, Python": times.token_host,
         "token, links": times.token_links,
     }
-    lines = [f"a GPU of {plan.dp} x {plan.share.sp} x {plan.share.tp}, {job.batch} rows of {job.tokens} tokens, "
-             f"budget.rule {job.d2o.budget.name}:"]  # fmt: skip
+    lines = [f"a GPU of {plan.dp} x {plan.share.sp} x {plan.share.tp}, {work.batch} rows of {work.tokens} tokens, "
+             f"budget.rule {work.d2o.budget.name}:"]  # fmt: skip
     lines += [f"  {name:<38} {size / 2**30:>10.2f} GiB" for name, size in gib.items()]
     lines += [f"  {name:<38} {_brief(size):>10} s" for name, size in seconds.items()]
     sent = {"sent for a prompt": plan.prompt, "sent for a token": plan.step}
@@ -92,26 +92,26 @@ def refusals(refused: Sequence[tuple[ParallelConfig, str]]) -> str:
     return "\n".join(f"{', '.join(meshes)}: {reason}" for reason, meshes in by_reason.items())
 
 
-def assumptions(job: Job) -> str:
+def assumptions(work: Workload) -> str:
     """What no one has measured."""
-    values = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(job.assume).items())
-    figures = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(job.gpu).items())
+    values = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(work.assume).items())
+    figures = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(work.gpu).items())
     return (
         f"assumed, not measured: {values}\nof the GPU's data sheet: {figures}\n"
         "Times rest on both; memory and what is sent are counted. No GPU has run this library."
     )
 
 
-def launch_commands(job: Job, config_file: str) -> list[str]:
+def launch_commands(work: Workload, config_file: str) -> list[str]:
     """What starts the run on these GPUs: torchrun, and the same with deepspeed."""
     run = f"launch/infer.py --config {config_file} --prompts prompts.jsonl --output results.jsonl"
-    nodes = -(-job.num_gpus // job.gpus_per_node)
-    if job.num_gpus == 1:
+    nodes = -(-work.num_gpus // work.gpus_per_node)
+    if work.num_gpus == 1:
         return [f"python {run}"]
     if nodes == 1:
-        return [f"torchrun --nproc-per-node {job.num_gpus} {run}", f"deepspeed --num_gpus {job.num_gpus} {run}"]
+        return [f"torchrun --nproc-per-node {work.num_gpus} {run}", f"deepspeed --num_gpus {work.num_gpus} {run}"]
     each = (
-        f"torchrun --nnodes {nodes} --node-rank NODE --nproc-per-node {job.gpus_per_node} "
+        f"torchrun --nnodes {nodes} --node-rank NODE --nproc-per-node {work.gpus_per_node} "
         f"--master-addr FIRST_NODE --master-port 29500 {run}"
     )
     return [each, f"deepspeed --hostfile launch/hostfile.example {run}"]

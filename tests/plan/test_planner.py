@@ -14,7 +14,7 @@ from d2o_dist.plan.gpus import find_gpu
 from d2o_dist.plan.memory import prompt_memory, reading_of
 from d2o_dist.plan.meshes import all_meshes, share_of
 from d2o_dist.plan.model_size import known_config, known_models, size_of
-from d2o_dist.plan.planner import Job, memory_of, plan_all
+from d2o_dist.plan.planner import Workload, memory_of, plan_all
 from d2o_dist.plan.seconds import Assumptions
 from d2o_dist.policy import D2OConfig
 from tests.families import build, tiny_config
@@ -129,7 +129,7 @@ def test_widths_of_models_with_other_names():
     assert [size_of(tiny_config(CONFIG_MAPPING[one])).mlp for one in ("gpt2", "opt", "bert")] == [128, 48, 48]
 
 
-def test_a_rank_holds_all_experts_or_its_part_and_a_token_reads_some(job):
+def test_a_rank_holds_all_experts_or_its_part_and_a_token_reads_some(work):
     """3 matrices of 4096 x 14336 in each of 8 experts and 32 layers; two of the eight are read for one row."""
     mixtral = size_of(known_config("mixtral-8x7b"))
     assert mixtral.experts == 32 * 8 * 3 * 4096 * 14336
@@ -138,8 +138,8 @@ def test_a_rank_holds_all_experts_or_its_part_and_a_token_reads_some(job):
         share = share_of(mixtral, LEAN, ParallelConfig(tp=4, tp_engine=engine))
         weights[engine] = prompt_memory(mixtral, LEAN, share, 4096).weights
     assert weights["deepspeed"] > 2 * mixtral.experts > 3 * weights["transformers"]
-    (one,), _ = plan_all(dataclasses.replace(job, model=mixtral, num_gpus=1), ParallelConfig(), "latency")
-    (eight,), _ = plan_all(dataclasses.replace(job, model=mixtral, num_gpus=1, batch=8), ParallelConfig(), "latency")
+    (one,), _ = plan_all(dataclasses.replace(work, model=mixtral, num_gpus=1), ParallelConfig(), "latency")
+    (eight,), _ = plan_all(dataclasses.replace(work, model=mixtral, num_gpus=1, batch=8), ParallelConfig(), "latency")
     bandwidth = H100.bandwidth_gb_s * 1e9 * 0.6
     read = [plan.times.token_memory * bandwidth - plan.memory.kept for plan in (one, eight)]
     held = 2 * (mixtral.num_parameters - mixtral.experts - 32000 * 4096)
@@ -203,21 +203,21 @@ def test_memory_of_a_known_model(reading):
 
 
 @pytest.fixture(scope="module")
-def job():
-    return Job(LLAMA, LEAN, H100, tokens=131072, num_gpus=8, chunk=16384)
+def work():
+    return Workload(LLAMA, LEAN, H100, tokens=131072, num_gpus=8, chunk=16384)
 
 
-def test_the_fastest_that_fits_is_first(job):
-    plans, refused = plan_all(job, ParallelConfig(), "latency")
+def test_the_fastest_that_fits_is_first(work):
+    plans, refused = plan_all(work, ParallelConfig(), "latency")
     assert len(plans) == 10 and not refused
     assert [plan.batch_s for plan in plans] == sorted(plan.batch_s for plan in plans)
     assert plans[0].dp == 1  # all GPUs for one request
-    most, _ = plan_all(job, ParallelConfig(), "throughput")
+    most, _ = plan_all(work, ParallelConfig(), "throughput")
     assert most[0].requests_per_s == max(plan.requests_per_s for plan in plans)
 
 
-def test_what_does_not_fit_is_last_and_the_largest_batch_fits(job):
-    tight = dataclasses.replace(job, gpu=dataclasses.replace(H100, memory_gib=30), batch=6)
+def test_what_does_not_fit_is_last_and_the_largest_batch_fits(work):
+    tight = dataclasses.replace(work, gpu=dataclasses.replace(H100, memory_gib=30), batch=6)
     plans, _ = plan_all(tight, ParallelConfig(), "throughput")
     assert [plan.fits for plan in plans] == sorted((plan.fits for plan in plans), reverse=True)
     assert {plan.fits for plan in plans} == {True, False}
@@ -227,8 +227,8 @@ def test_what_does_not_fit_is_last_and_the_largest_batch_fits(job):
         assert not plan.most_rows or memory_of(tight, plan.share, plan.most_rows).peak <= tight.room
 
 
-def test_compression_makes_room_while_generating_and_tokens_faster(job):
-    full = dataclasses.replace(job, d2o=D2OConfig.preset("full"), num_gpus=1)
+def test_compression_makes_room_while_generating_and_tokens_faster(work):
+    full = dataclasses.replace(work, d2o=D2OConfig.preset("full"), num_gpus=1)
     kept, whole = (plan_all(one, ParallelConfig(), "latency")[0][0] for one in (
         dataclasses.replace(full, d2o=LEAN), full
     ))  # fmt: skip
@@ -236,19 +236,19 @@ def test_compression_makes_room_while_generating_and_tokens_faster(job):
     assert kept.memory.prompt == whole.memory.prompt
 
 
-def test_links_between_nodes_are_slower(job):
-    apart = dataclasses.replace(job, gpus_per_node=4)
-    near, far = (plan_all(one, ParallelConfig(tp=8), "latency")[0][0].times for one in (job, apart))
+def test_links_between_nodes_are_slower(work):
+    apart = dataclasses.replace(work, gpus_per_node=4)
+    near, far = (plan_all(one, ParallelConfig(tp=8), "latency")[0][0].times for one in (work, apart))
     assert near.prompt_links < far.prompt_links and near.token_links < far.token_links
 
 
-def test_refusals(job):
+def test_refusals(work):
     with pytest.raises(ValueError, match="aim"):
-        plan_all(job, ParallelConfig(), "speed")
+        plan_all(work, ParallelConfig(), "speed")
     with pytest.raises(ValueError, match=r"num_gpus \(12\) must be a multiple of gpus_per_node \(8\)"):
-        dataclasses.replace(job, num_gpus=12)
+        dataclasses.replace(work, num_gpus=12)
     with pytest.raises(ValueError, match=r"tokens \(0\)"):
-        dataclasses.replace(job, tokens=0)
+        dataclasses.replace(work, tokens=0)
     with pytest.raises(ValueError, match=r"assume\.matmul \(2\)"):
         Assumptions(matmul=2)
 
