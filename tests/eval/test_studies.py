@@ -107,11 +107,7 @@ WERE = {
         "reread-drop": spec("reread", merge="none"),
         "reread-layers": spec("reread", merge="none", budget_per="layer"),
     },
-    "studies/kvzip": {
-        "few": spec("reread", heavy_fraction=0.95, min_layer_tokens=5),
-        "drop": spec("reread", merge="none"),
-        "never": spec("reread", eviction_interval=None),
-    },
+    "studies/kvzip": {"drop": spec("reread", merge="none")},
     "studies/paper_rules": {
         "uniform": spec("paper_minmax", allocation="uniform"),
         "sign +1": spec("paper_minmax", dispersion_sign=1),
