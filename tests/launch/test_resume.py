@@ -79,11 +79,13 @@ class Job:
 
     def rows_there(self) -> set[int]:
         """Indices of the rows that are in a file of the job."""
-        found = set()
+        found, lines = set(), []
         for file in self.folder.glob("out.jsonl*"):
-            for line in file.read_bytes().split(b"\n") if file.exists() else []:
-                with suppress(ValueError, KeyError, TypeError):  # half a line, or another file
-                    found.add(json.loads(line)["index"])
+            with suppress(FileNotFoundError):  # it may have become another one since it was listed
+                lines += file.read_bytes().split(b"\n")
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):  # half a line, or another file
+                found.add(json.loads(line)["index"])
         return found
 
     def wait_for_rows(self, process, count) -> None:
