@@ -11,6 +11,7 @@ head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from torch.nn.functional import pad
 
 from d2o_dist.cache.block import HeadBlock
 from d2o_dist.core.softmax import Softmax
+from d2o_dist.kernels.segments import Segments
 from d2o_dist.layout.forward import Chunk, DealtChunk
-from d2o_dist.layout.segments import HeadSegments
+from d2o_dist.layout.segments import decode_heads, segments_of
 from d2o_dist.slots.rows import Rows
 from d2o_dist.slots.slots import D2OState, Slots
 from d2o_dist.slots.step import BlockStep
@@ -71,9 +73,14 @@ class Layer:
 
     def __init__(self, block: HeadBlock) -> None:
         self.blocks = [block]
-        self._segments = HeadSegments()
+        # Of blocks that are attended in one call; known in decode steps.
+        self._segments: Segments | None = None
         self.elsewhere: list[HeadElsewhere] = []
         self.budgeted: list[HeadBlock | HeadElsewhere] = self.blocks
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what is known of segments is found again before their first step."""
+        return {**vars(self), "_segments": None}
 
     def part_heads(self, here: range, num_heads: int) -> None:
         """After the first prefill: let each KV head be a block of its own.
@@ -179,13 +186,13 @@ class Layer:
 
     def prepare(self) -> None:
         """Before the first decode step over slots that moved."""
-        self._segments.prepare([block.layout for block in self.blocks])
+        self._segments = segments_of([block.layout for block in self.blocks])
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *steps: BlockStep) -> Tensor:
         """Store one token a row, attend over all slots, and score them: [B, Hq, 1, D]; a step for each block."""
-        layouts = [block.layout for block in self.blocks]
-        if HeadSegments.serves(layouts):
-            return self._segments.decode(layouts, q, k, v, softmax, steps, self.blocks[0].config)
+        if self._segments is not None:
+            layouts = [block.layout for block in self.blocks]
+            return decode_heads(layouts, self._segments, q, k, v, softmax, steps, self.blocks[0].config)
         step = iter(steps)
         return self._over_blocks(lambda block, *given: block.decode(*given, next(step)), softmax, q, k, v)
 

@@ -33,7 +33,6 @@ from d2o_dist.evict.arena import ArenaEvictions
 from d2o_dist.evict.exchange import ByHeads, BySequence
 from d2o_dist.kernels.nearest_kept import nearest_kept
 from d2o_dist.layout.heads import HeadLayout
-from d2o_dist.layout.segments import HeadSegments
 from d2o_dist.layout.sequence import SequenceLayout
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.rule import plain, rule_from
@@ -54,9 +53,8 @@ _CLASSES = {
     kind.__name__: kind
     for kind in (
         Arena, ArenaEvictions, Block, ByHeads, BySequence, Chunked, Codec, ColumnSums, Columns, Contiguous, D2OState,
-        Deal, Dealing, Decoding, HeadBlock, HeadElsewhere, HeadLayout, HeadSegments, LastQueries, Layer, Order, Peaks,
-        Placement, Reading, RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, Softmax, Tiles, WindowLayer,
-        Zigzag,
+        Deal, Dealing, Decoding, HeadBlock, HeadElsewhere, HeadLayout, LastQueries, Layer, Order, Peaks, Placement,
+        Reading, RowBudgets, Rows, SequenceLayout, Shares, SlotStore, Slots, Softmax, Tiles, WindowLayer, Zigzag,
     )
 }  # fmt: skip
 # Named, not stored: a layout's class, and a kernel.

@@ -212,10 +212,8 @@ class SequenceLayout:
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig) -> Tensor:
         """Store one token a row on one rank, attend over all ranks' slots, and score this rank's: [B, Hq, 1, D]."""
-        new = None
-        if self.store.is_exact:
-            new = (k[:, :, 0], v[:, :, 0])
-        else:
+        new = (k[:, :, 0], v[:, :, 0]) if self.store.is_exact else None
+        if new is None:
             self.store.put(k, v, step.slot, step.position, masked=True)
         buffers = self.store.buffers
         out = sharded_decode_attention(

@@ -200,8 +200,8 @@ def decode_parts(
     part_out = torch.empty(batch, num_heads, num_splits, value_dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=device)
     strides: list[int] = []
-    for x, wanted in ((k, 3), (v, 3), (valid, 3), (log_mass, 3)):
-        own = (0, 0, 0) if x is None else x.stride()[:wanted]
+    for x in (k, v, valid, log_mass):
+        own = (0, 0, 0) if x is None else x.stride()[:3]
         strides += own if segments is None or x is None else (0, 0, own[0])
     if new is not None:
         slot = slot.expand(batch, num_kv_heads)

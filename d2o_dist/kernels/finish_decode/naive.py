@@ -39,13 +39,13 @@ def naive_finish_decode(
     if scores is not None or rates is not None:
         options = dict(newest=newest, rate_window=rate_window, present=present)
         before = None if scores is None else scores.clone()
-        naive_update_scores(logits, lse, scores, rates, **options)
+        _update(logits, lse, scores, rates, **options)
         if peaks and scores is not None:
             scores.copy_(torch.maximum(before, scores - before))
     return out.to(dtype)
 
 
-def naive_update_scores(
+def _update(
     logits: Tensor,
     lse: Tensor,
     scores: Tensor | None = None,

@@ -18,8 +18,11 @@ _PARTS = 16  # at a time
 
 
 @triton.jit
-def _total_lse(lse_ptr, stride_p, num_parts, sink, BLOCK_P: tl.constexpr):
-    """The lse of all parts of one query head, at least one; sink: the logit of one more key, or -inf."""
+def _total_lse(lse_ptr, stride_p, num_parts, sinks_ptr, head, HAS_SINKS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The lse of all parts of one query head, at least one, and of its sink: the logit of one more key."""
+    sink = float("-inf")
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
     peaks = tl.full([BLOCK_P], float("-inf"), tl.float32)
     for start in range(0, num_parts, BLOCK_P):
         parts = start + tl.arange(0, BLOCK_P)
@@ -61,11 +64,8 @@ def _finish_kernel(
     if HAS_OUT:
         if block < GROUP:
             head = kv_head * GROUP + block
-            sink = float("-inf")
-            if HAS_SINKS:
-                sink = tl.load(sinks_ptr + head).to(tl.float32)
             base = lses_ptr + row * lses_stride_b + head * lses_stride_h
-            lse = _total_lse(base, lses_stride_p, num_parts, sink, BLOCK_P)
+            lse = _total_lse(base, lses_stride_p, num_parts, sinks_ptr, head, HAS_SINKS, BLOCK_P)
             shift = tl.where(lse == float("-inf"), 0.0, lse)
             dims = tl.arange(0, BLOCK_D)
             acc = tl.zeros([BLOCK_D], tl.float32)
@@ -97,11 +97,8 @@ def _finish_kernel(
             probs = tl.zeros([BLOCK_S], tl.float32)
             for member in tl.static_range(GROUP):
                 head = kv_head * GROUP + member
-                sink = float("-inf")
-                if HAS_SINKS:
-                    sink = tl.load(sinks_ptr + head).to(tl.float32)
                 base = lses_ptr + row * lses_stride_b + head * lses_stride_h
-                lse = _total_lse(base, lses_stride_p, num_parts, sink, BLOCK_P)
+                lse = _total_lse(base, lses_stride_p, num_parts, sinks_ptr, head, HAS_SINKS, BLOCK_P)
                 shift = tl.where(lse == float("-inf"), 0.0, lse)
                 kept = logits_ptr + row * logits_stride_b + head * logits_stride_h + offsets * logits_stride_s
                 logits = tl.load(kept, mask=inside, other=float("-inf"))
