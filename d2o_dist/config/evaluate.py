@@ -23,6 +23,7 @@ QUESTIONS = ("visible", "hidden")
 EVAL_TRUNCATIONS = ("middle", "error")
 FULL = "full"
 MINIMUM = "min_layer_tokens"
+EVAL_READINGS = ("whole", "layerwise", "stream")
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Method:
     Attributes:
         name: of the rule; budget: `100%`, `20%` or `1024 tokens`, as in tables.
         d2o: the whole configuration.
+        reading: when a prompt is compressed; see `InferConfig`.
     """
 
     name: str
     budget: str
     d2o: D2OConfig
+    reading: str = "whole"
 
     @property
     def label(self) -> str:
@@ -54,7 +57,9 @@ class EvalConfig:
         output: folder of the results. Rows that it holds already are not run again.
         tasks: what is evaluated: mappings with a `kind` (needle, ruler, longbench, jsonl, perplexity, fidelity) and
             fields.
-        methods: presets by name, or mappings of `name`, `preset` and fields. `full` is always run, and comes first.
+        methods: presets by name, or mappings of `name`, `preset` and fields. `full` is always run, and comes first. A
+            mapping may also have a `reading`: `whole` (one prefill serves all such methods), `layerwise` or `stream`
+            (each reads its prompts itself, as `launch/infer.py` would).
         keep_ratios, keep_tokens: the budgets; every method but `full` runs at each of them.
         min_layer_tokens: of methods that name none, by themselves or in their preset; null: the default's. A small one
             compares methods at the ratios that are asked for, also on short prompts.
@@ -159,12 +164,15 @@ class EvalConfig:
         sizes += [("keep_tokens", count, f"{count} tokens") for count in self.keep_tokens]
         for fields in others:
             fields = dict(fields)
-            name = fields.pop("name")
+            name, reading = fields.pop("name"), fields.pop("reading", Method.reading)
             if self.min_layer_tokens is not None:
                 fields = _with_minimum(fields, self.min_layer_tokens)
             for size, value, budget in sizes:
                 try:
-                    expanded.append(Method(name, budget, D2OConfig.from_dict({**fields, size: value})))
+                    check_choice("reading", reading, EVAL_READINGS)
+                    d2o = D2OConfig.from_dict({**fields, size: value})
+                    d2o.check_reading(reading)
+                    expanded.append(Method(name, budget, d2o, reading))
                 except ValueError as error:
                     raise ValueError(f"method {clip(name)} at {budget}: {error}") from error
         labels = [method.label for method in expanded]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.engine.sampling import is_lost
-from d2o_dist.eval.reading import ReadSession, TokenRows
+from d2o_dist.eval.reading import MethodSession, TokenRows
 from d2o_dist.evict.budgets import NOT_FINITE_BECAUSE
 from d2o_dist.slots.slots import stats_dtype
 
@@ -19,7 +19,7 @@ _BLOCK = 64
 
 
 @torch.inference_mode()
-def continuation_logits(session: ReadSession, rows: TokenRows, how: str) -> Tensor:
+def continuation_logits(session: MethodSession, rows: TokenRows, how: str) -> Tensor:
     """Compress, then predict each token of `rows` (of one length n) from those before it: logits [B, n, V].
 
     Args:

@@ -47,7 +47,8 @@ class Job:
 
     def key(self, method: Method) -> str:
         """Of one result: the same if and only if row, settings and method are the same."""
-        return one_digest([self.digest, method.d2o.to_dict()])
+        how = [] if method.reading == Method.reading else [method.reading]
+        return one_digest([self.digest, method.d2o.to_dict(), *how])
 
 
 @dataclass(frozen=True)

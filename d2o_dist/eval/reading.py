@@ -51,7 +51,7 @@ class Reading:
     ) -> None:
         if all_logits and chunk is not None:
             raise ValueError(f"all_logits needs prompts read at once, not in chunks of {chunk}")
-        self.model, self._pad_id = adapt(model), pad_id
+        self.model, self._prompts, self._pad_id, self._chunk = adapt(model), prompts, pad_id, chunk
         ids, mask = left_pad(prompts, pad_id)
         # One prefill for all methods, or, where they take column sums from different queries, one for each such group.
         self._caches = {}
@@ -70,43 +70,19 @@ class Reading:
         """The uncompressed prompts; of several, those that methods without column sums start from."""
         return next(iter(self._caches.values()))
 
-    def start(self, config: D2OConfig, questions: TokenRows | None = None) -> ReadSession:
-        """A session of one method; with `questions`, they are read after the compression."""
+    def start(self, config: D2OConfig, questions: TokenRows | None = None, reading: str = "whole") -> MethodSession:
+        """A session of one method; with `questions`, they are read after the compression.
+
+        With another `reading` than `whole` it reads the prompts anew: they are compressed meanwhile.
+        """
+        if reading != "whole":
+            return OwnSession(self.model, config, self._prompts, questions, self._pad_id, self._chunk, reading=reading)
         cache = self._caches[config.query_sample] if config.needs_column_sums else self.cache
         return ReadSession(self.model, cache.with_config(config), self.logits, questions, self._pad_id)
 
 
-class ReadSession(Session):
-    """A session whose prompts were read already: its prefill compresses, and reads hidden questions.
-
-    Attributes:
-        compressed: what the cache held for each row right after the compression; None before.
-    """
-
-    def __init__(self, model: Any, cache: ModelCache, logits: Tensor, questions: TokenRows | None, pad_id: int) -> None:
-        super().__init__(model, cache.d2o)
-        self.cache = cache
-        self.compressed: list[RowUsage] | None = None
-        self._logits, self._questions, self._pad_id = logits, questions, pad_id
-
-    @torch.inference_mode()
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
-        """Next-token logits [B, V] of the prompts that were read; the arguments say nothing new and are not used."""
-        self.cache.finalize()
-        self.compressed = [self.row_usage(row) for row in range(len(self.cache.compressed.num_seen))]
-        if self._questions is None:
-            return self._logits
-        return self.read(self._questions)
-
-    @torch.inference_mode()
-    def read(self, rows: TokenRows, *, all_logits: bool = False) -> Tensor:
-        """A later turn: logits [B, V] of its last column (padded on the left), or [B, n, V] of all."""
-        ids, mask = left_pad(rows, self._pad_id)
-        return read(self.model, self.cache, ids, mask, all_logits=all_logits)
-
-
-class SharedReading:
-    """A batch of prompts that several ranks share: every method reads them anew.
+class SeparateReading:
+    """A batch of prompts that every method reads anew: because several ranks share it, or no method reads it whole.
 
     Args:
         prompts, pad_id, chunk: as for `Reading`; mesh, parallel: as for `Session`.
@@ -125,32 +101,71 @@ class SharedReading:
         self.model, self._prompts, self._pad_id, self._chunk = model, prompts, pad_id, chunk
         self._mesh, self._parallel = mesh, parallel
 
-    def start(self, config: D2OConfig, questions: TokenRows | None = None) -> SharedSession:
+    def start(self, config: D2OConfig, questions: TokenRows | None = None, reading: str = "whole") -> MethodSession:
         """As `Reading.start`. Every rank of the request calls it."""
-        return SharedSession(self, config, questions)
+        if reading == "whole" and config.knows_budgets:
+            reading = "auto"  # what is kept is that of `whole`, for records that do not depend on the mesh
+        return OwnSession(
+            self.model, config, self._prompts, questions, self._pad_id, self._chunk, self._mesh, self._parallel, reading
+        )
 
 
-class SharedSession(Session):
-    """A session that reads its own prompts, whatever its prefill is given, and then hidden questions.
+class MethodSession(Session):
+    """A session that knows its prompts: what its `prefill` is given says nothing new, and is not used.
 
     Attributes:
-        compressed: as of `ReadSession`.
+        compressed: what the cache held for each row right after the compression; None before.
     """
 
-    def __init__(self, reading: SharedReading, config: D2OConfig, questions: TokenRows | None) -> None:
-        # As `Reading` reads, for records that do not depend on the mesh.
-        how = "auto" if config.knows_budgets else "whole"
-        super().__init__(reading.model, config, reading._mesh, reading._parallel, reading=how)
-        self.compressed: list[RowUsage] | None = None
-        self._reading, self._questions = reading, questions
+    compressed: list[RowUsage] | None = None
+
+    def _note_compressed(self, num_rows: int) -> None:
+        self.compressed = [self.row_usage(row) for row in range(num_rows)]
+
+    @torch.inference_mode()
+    def read(self, rows: TokenRows, *, all_logits: bool = False) -> Tensor:
+        """A later turn: logits [B, V] of its last column (padded on the left), or [B, n, V] of all."""
+        ids, mask = left_pad(rows, self._pad_id)
+        return read(self.model, self.cache, ids, mask, all_logits=all_logits)
+
+
+class ReadSession(MethodSession):
+    """One whose prompts were read already: its prefill compresses, and reads hidden questions."""
+
+    def __init__(self, model: Any, cache: ModelCache, logits: Tensor, questions: TokenRows | None, pad_id: int) -> None:
+        super().__init__(model, cache.d2o)
+        self.cache = cache
+        self._logits, self._questions, self._pad_id = logits, questions, pad_id
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
-        """Next-token logits [B, V] of the prompts, or of the questions after them; the arguments are not used."""
-        prompts, pad_id = self._reading._prompts, self._reading._pad_id
-        logits = super().prefill(*left_pad(prompts, pad_id), self._reading._chunk)
-        self.compressed = [self.row_usage(row) for row in range(len(prompts))]
+        """Next-token logits [B, V] of the prompts that were read, or of the questions after them."""
+        self.cache.finalize()
+        self._note_compressed(len(self.cache.compressed.num_seen))
+        return self._logits if self._questions is None else self.read(self._questions)
+
+
+class OwnSession(MethodSession):
+    """One that reads its own prompts, and then hidden questions.
+
+    Args:
+        reading: of the prompts; the others as for `SeparateReading`.
+    """
+
+    def __init__(
+        self, model: Any, config: D2OConfig, prompts: TokenRows, questions: TokenRows | None, pad_id: int,
+        chunk: int | None, mesh: ParallelMesh | None = None, parallel: ParallelConfig | None = None,
+        reading: str = "whole",
+    ) -> None:  # fmt: skip
+        super().__init__(model, config, mesh, parallel, reading=reading)
+        self._prompts, self._questions, self._pad_id, self._chunk = prompts, questions, pad_id, chunk
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor, chunk: int | None = None) -> Tensor:
+        """Next-token logits [B, V] of the prompts, or of the questions after them."""
+        logits = super().prefill(*left_pad(self._prompts, self._pad_id), self._chunk)
+        self._note_compressed(len(self._prompts))
         if self._questions is None:
             return logits
-        ids, mask = left_pad(self._questions, pad_id)
+        ids, mask = left_pad(self._questions, self._pad_id)
         return self.decode(ids[:, 0].tolist()) if ids.shape[1] == 1 else super().prefill(ids, mask)

@@ -19,10 +19,11 @@ from d2o_dist.engine.runner import BatchError
 from d2o_dist.engine.session import RowUsage
 from d2o_dist.eval.continuation import compare, continuation_logits, lost_rows
 from d2o_dist.eval.plan import EvalPlan, Job
-from d2o_dist.eval.reading import Reading, SharedReading
+from d2o_dist.eval.reading import Reading, SeparateReading
 from d2o_dist.eval.store import Record
 from d2o_dist.evict.budgets import NotFiniteError
 from d2o_dist.models import loading
+from d2o_dist.models.cache import settle_reading
 
 Todo = tuple[Job, tuple[Method, ...]]
 
@@ -54,6 +55,9 @@ class EvalRunner:
     Args:
         model: loaded; mesh: all ranks; those that share a request call a runner together.
         log: called with lines about rows that failed.
+
+    Raises:
+        ValueError: a method whose reading the model does not allow.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class EvalRunner:
         self._eos_ids = loading.eos_ids(self.model, plan.tokenizer)
         self._pad_id = loading.pad_id(plan.tokenizer)
         self._log = log
+        for method in plan.methods:
+            settle_reading(method.reading, self.model.tile_refusal, method.d2o)
 
     def run_batch(self, batch: Sequence[Todo]) -> Iterable[list[Record]]:
         """Records, method after method. If a batch fails, its rows are tried one by one; a row that fails alone gets
@@ -112,15 +118,15 @@ class EvalRunner:
     def _shared(self) -> bool:
         return self.mesh.axis("request").size > 1
 
-    def _read(self, prompts: list[Sequence[int]], methods: Sequence[Method]) -> Reading | SharedReading:
-        if self._shared:
-            return SharedReading(
+    def _read(self, prompts: list[Sequence[int]], methods: Sequence[Method]) -> Reading | SeparateReading:
+        whole = [method.d2o for method in methods if method.reading == "whole"]
+        if self._shared or not whole:
+            return SeparateReading(
                 self.model, prompts, pad_id=self._pad_id, chunk=self.plan.config.prefill_chunk, mesh=self.mesh,
                 parallel=self.plan.config.parallel,
             )  # fmt: skip
         return Reading(
-            self.model, prompts, [method.d2o for method in methods], pad_id=self._pad_id,
-            chunk=self.plan.config.prefill_chunk,
+            self.model, prompts, whole, pad_id=self._pad_id, chunk=self.plan.config.prefill_chunk,
         )  # fmt: skip
 
     def _examples(self, jobs: list[Job], methods: Sequence[Method]) -> Iterable[tuple[Method, list[Record]]]:
@@ -131,7 +137,7 @@ class EvalRunner:
             Request(job.index, job.row.id, job.encoded.ids, job.row.max_new_tokens, job.row.stop) for job in jobs
         ]
         for method in methods:
-            session = reading.start(method.d2o, questions)
+            session = reading.start(method.d2o, questions, method.reading)
             results = generate(
                 session, requests, SamplingConfig(), self.plan.tokenizer, eos_ids=self._eos_ids, pad_id=self._pad_id
             )
@@ -153,7 +159,7 @@ class EvalRunner:
         reference = continuation_logits(session, texts, how)
         lost_reference = lost_rows(reference, session.cache.ranks, "the full cache's")
         for method in methods:
-            session = reading.start(method.d2o)
+            session = reading.start(method.d2o, reading=method.reading)
             logits = continuation_logits(session, texts, how)
             lost = lost_rows(logits, session.cache.ranks)
             scores = compare(logits, reference, texts)

@@ -167,6 +167,18 @@ def test_batches_change_nothing(done, folder, tmp_path):
     assert comparable(tmp_path) == comparable(output)
 
 
+def test_a_method_that_reads_layer_by_layer(done, folder, tmp_path):
+    """Of a rule whose budgets are known before, it keeps and answers what `whole` does; its results are its own."""
+    *_, output, _ = done
+    methods = [{**method, "reading": "layerwise"} for method in METHODS[:1]]
+    run(plan_of(folder, tmp_path, methods=methods, batch_size=2, prefill_chunk=64))
+    whole, found = comparable(output), comparable(tmp_path)
+    assert len(found) == 18
+    for key, record in found.items():
+        assert (record.pop("key") != whole[key]["key"]) == (key[2] == "mass")
+        assert record == {name: value for name, value in whole[key].items() if name != "key"}
+
+
 def test_hidden_questions_are_other_results(done, folder, tmp_path):
     *_, output, _ = done
     run(plan_of(folder, tmp_path, question="hidden", tasks=TASKS[:1]))
@@ -182,10 +194,10 @@ def test_hidden_questions_are_other_results(done, folder, tmp_path):
 def test_one_failing_method_does_not_stop_the_others(folder, tmp_path, monkeypatch):
     start = Reading.start
 
-    def fail_for_h2o(self, config, questions=None):
+    def fail_for_h2o(self, config, *rest, **named):
         if config.keep_ratio == 0.3 and config.score == Accumulated():
             raise RuntimeError("out of something")
-        return start(self, config, questions)
+        return start(self, config, *rest, **named)
 
     monkeypatch.setattr(Reading, "start", fail_for_h2o)
     log: list[str] = []

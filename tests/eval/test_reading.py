@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from d2o_dist.comm import ParallelMesh
+from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.config.sampling import SamplingConfig
 from d2o_dist.engine.loop import generate
+from d2o_dist.engine.session import Session, left_pad
 from d2o_dist.eval.continuation import compare, continuation_logits
-from d2o_dist.eval.reading import Reading
+from d2o_dist.eval.reading import Reading, SeparateReading
 from d2o_dist.models.hf import D2OCache
 from tests.engine.tiny import Numbers, request
 from tests.models import tiny_model, tokens
@@ -92,6 +95,31 @@ def test_decode_evicts_while_chunk_does_not(model):
     torch.testing.assert_close(logits["chunk"][:, :16], logits["decode"][:, :16], rtol=0, atol=1e-9)
     assert (logits["chunk"][:, 17:] - logits["decode"][:, 17:]).abs().max() > 1e-6
     assert sessions["decode"].row_usage(0).held_bytes < sessions["chunk"].row_usage(0).held_bytes
+
+
+@pytest.mark.parametrize("how", ["layerwise", "stream"])
+@torch.inference_mode()
+def test_another_reading_is_that_of_a_session(model, how):
+    """A method that reads for itself, beside one that starts from what all share."""
+    config = spec("d2o", keep_ratio=0.4, min_layer_tokens=4)
+    if how == "stream":
+        config = spec("lean", keep_tokens=20, min_layer_tokens=4)
+    prompts, texts = rows(60, 41), rows(9, 9, seed=4)
+    reading = Reading(model, prompts, [config], pad_id=0, chunk=16)
+    found = reading.start(config, reading=how)
+    logits = continuation_logits(found, texts, "chunk")
+    session = Session(model, config, reading=how)
+    expected = [session.prefill(*left_pad(prompts, 0), 16)]
+    expected += [session.decode([text[place] for text in texts]) for place in range(8)]
+    decoded = continuation_logits(reading.start(config, reading=how), texts, "decode")
+    torch.testing.assert_close(decoded, torch.stack(expected, 1), rtol=0, atol=0)
+    assert found.compressed[0].achieved_keep_ratio == pytest.approx(0.4 if how == "layerwise" else 20 / 60, abs=0.02)
+    whole = continuation_logits(reading.start(config), texts, "chunk")
+    assert (logits - whole).abs().max() > 1e-6  # values are merged in several steps, and chunks of a stream see less
+    alone = SeparateReading(
+        model, prompts, pad_id=0, chunk=16, mesh=ParallelMesh.local(), parallel=ParallelConfig()
+    ).start(config, reading=how)  # fmt: skip
+    torch.testing.assert_close(continuation_logits(alone, texts, "chunk"), logits, rtol=0, atol=0)
 
 
 def test_compare_against_loops():
