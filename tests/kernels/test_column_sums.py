@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from d2o_dist.kernels.column_sums import column_sums, naive_column_sums
+from d2o_dist.kernels.column_sums import column_sums, naive_column_sums, torch_banded
 from d2o_dist.kernels.column_sums.torch_blocked import Blocks, blocked_column_sums
 from d2o_dist.kernels.prefill_attention import naive_prefill_attention, prefill_attention
 from tests.kernels.helpers import DTYPE_IDS, DTYPES, HEADS, HEADS_IDS, assert_near, make
@@ -53,6 +53,22 @@ def test_blocks_shards_and_windows(blocks, window, start):
     kwargs = dict(q_start=start[0], k_start=start[1], window=window)
     sums = blocked_column_sums(q, k, lse, SCALE, bias=None, causal=True, blocks=blocks, **kwargs)
     assert_near(sums, oracle(q, k, lse, **kwargs), torch.float64)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=HEADS_IDS)
+@pytest.mark.parametrize("window", [1, 6, 16, 20, 64])
+def test_a_narrow_band(heads, window, monkeypatch):
+    """In one piece and in several, wherever the keys begin and end; rows whose lse is infinite hold anything."""
+    q, k, _ = inputs(heads, 133, 9, torch.float64, batch=2)
+    lse = make(2, heads[0], 133, seed=3).abs() + 4
+    lse[:, :, 5::7], lse[:, :, 6::7] = torch.inf, -torch.inf
+    expected = {start: oracle(q, k, lse, q_start=start, k_start=9, window=window) for start in (0, 9, 60, 149, 300)}
+    q[:, :, 5::7] = torch.nan
+    for chunk in (1, torch_banded._CHUNK):
+        monkeypatch.setattr(torch_banded, "_CHUNK", chunk)
+        for start, sums in expected.items():
+            where = {"q_start": start, "k_start": 9, "causal": True, "window": window}
+            assert_near(torch_banded.banded_column_sums(q, k, lse, SCALE, **where), sums, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from d2o_dist.kernels.column_sums.naive import naive_column_sums
+from d2o_dist.kernels.column_sums.torch_banded import BAND, banded_column_sums
 from d2o_dist.kernels.column_sums.torch_blocked import blocked_column_sums
 from d2o_dist.kernels.common import check_bias, check_lse, check_queries_keys
 from d2o_dist.kernels.registry import Op, Torch, Triton
@@ -10,6 +11,7 @@ from d2o_dist.kernels.registry import Op, Torch, Triton
 __all__ = ["column_sums", "naive_column_sums"]
 
 _OP = Op("column_sums", Triton("column_sums.triton:triton_column_sums", without={"softcap"}),
+         Torch(banded_column_sums, devices=("cpu",), needs={"narrow"}, without={"bias", "softcap"}),
          Torch(blocked_column_sums))  # fmt: skip
 
 
@@ -57,7 +59,8 @@ def column_sums(
             raise ValueError(f"query_stride ({query_stride}) must be at least 1 and excludes num_last ({num_last})")
         first = (-1 - (q_start if stride_start is None else stride_start)) % query_stride
         q, lse, q_start = q[:, :, first::query_stride], lse[:, :, first::query_stride], q_start + first
-    return _OP.pick(q, k, softcap=softcap is not None)(
+    narrow = window is not None and window <= BAND and query_stride == 1
+    return _OP.pick(q, k, softcap=softcap is not None, bias=bias is not None, narrow=narrow)(
         q, k, lse, scale,
         q_start=q_start, k_start=k_start, q_step=query_stride, bias=bias, softcap=softcap, causal=causal, window=window,
     )  # fmt: skip
