@@ -1,6 +1,6 @@
 """Peak memory of a process that reads one prompt: the plain model, the whole reading, and layer by layer.
 
-    python -m benchmarks.reading --lengths 16384 32768 --layers 30 --out docs/benchmarks/reading.json
+    python -m benchmarks.reading --lengths 16384 32768 --layers 30 --out reading.jsonl --plot reading.png
 
 The model has SmolLM2-135M's shape with positions extended, float32, random weights: memory does not depend on them.
 Each case is a process of its own, for ru_maxrss only grows. What is printed is the rise over the loaded model, beside
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -31,7 +32,7 @@ from d2o_dist.policy.config import D2OConfig
 # (name, preset, keep ratio); `plain` is the model with transformers' own cache.
 CASES = (
     ("plain", None, 1.0), ("whole", "d2o", 0.2), ("layerwise", "d2o", 0.2), ("layerwise", "lean", 0.2),
-    ("layerwise", "lean", 0.1),
+    ("layerwise", "lean", 0.1), ("layerwise", "d2o", 0.1),
 )  # fmt: skip
 CHUNK = 2048
 
@@ -88,21 +89,51 @@ def planned(case: tuple[str, str | None, float], layers: int, length: int) -> di
     return {name: round(count / 2**20, 1) for name, count in parts.items()}
 
 
+def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Measured and planned peaks against the length, a line a case. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 5))
+    for number, (reading, preset, keep) in enumerate(CASES):
+        case = {"reading": reading, "preset": preset, "keep": keep}
+        found = [row for row in rows if case.items() <= row.items()]
+        found.sort(key=lambda row: row["tokens"])
+        lengths, name = [row["tokens"] for row in found], f"{reading} {preset or ''} {keep:.0%}"
+        axis.plot(lengths, [row["measured peak"] for row in found], f"C{number}o-", label=name)
+        axis.plot(lengths, [row["planned peak"] for row in found], f"C{number}:")
+    axis.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="MiB over the loaded model")
+    lengths = sorted({row["tokens"] for row in rows})
+    axis.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
+    axis.set_title(f"{rows[0]['layers']} layers; dotted: planned", fontsize=9)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """A line of JSON a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384], help="prompt tokens")
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="places in CASES")
     parser.add_argument("--out", type=Path, help="append the lines to this file")
+    parser.add_argument("--plot", type=Path, help="draw all lines of --out of so many layers here")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.plot is not None and args.out is None:
+        parser.error("--plot needs --out")
     if args.case is not None:
         print(read(CASES[args.case], args.layers, args.lengths[0]))
         return
     # What is freed goes back to the system at once, so that it is not counted again.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     for length in args.lengths:
-        for number, case in enumerate(CASES):
+        for number in args.cases:
+            case = CASES[number]
             command = [sys.executable, "-m", "benchmarks.reading", "--lengths", str(length), "--layers"]
             command += [str(args.layers), "--case", str(number)]
             found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -114,6 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.out is not None:
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
+    if args.plot is not None:
+        lines = map(json.loads, args.out.read_text(encoding="utf-8").splitlines())
+        plot(args.plot, [row for row in lines if row["layers"] == args.layers])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +57,12 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{clip(key)} is given twice", node.start_mark)
             given.add(key)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.2 says that 1e-3 is a number; the safe loader, which reads YAML 1.1, takes it for text.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_yaml(text: str, what: str) -> Any:

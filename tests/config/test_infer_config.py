@@ -122,6 +122,16 @@ def test_an_override_needs_a_key_and_a_value(text):
         parse_override(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("-2E5", -2e5), (".5e1", 5.0), ("1.e2", 100.0), ("1e", "1e"), ("e3", "e3"), ("1e-3s", "1e-3s")],
+)
+def test_numbers_with_an_exponent(text, value):
+    """1e-3 is a number in YAML 1.2 and in Python; PyYAML by itself takes it for text."""
+    key, found = parse_override(f"sampling.temperature={text}")
+    assert key == "sampling.temperature" and found == value and type(found) is type(value)
+
+
 def test_an_override_that_is_not_yaml():
     with pytest.raises(ValueError, match="not valid YAML"):
         parse_override("stop=[a")
