@@ -100,13 +100,15 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for number, (reading, preset, keep) in enumerate(CASES):
         case = {"reading": reading, "preset": preset, "keep": keep}
         found = [row for row in rows if case.items() <= row.items()]
+        if not found:
+            continue
         found.sort(key=lambda row: row["tokens"])
         lengths, name = [row["tokens"] for row in found], f"{reading} {preset or ''} {keep:.0%}"
         axis.plot(lengths, [row["measured peak"] for row in found], f"C{number}o-", label=name)
         axis.plot(lengths, [row["planned peak"] for row in found], f"C{number}:")
     axis.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="MiB over the loaded model")
     lengths = sorted({row["tokens"] for row in rows})
-    axis.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
+    axis.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths])
     axis.set_title(f"{rows[0]['layers']} layers; dotted: planned", fontsize=9)
     axis.legend()
     figure.tight_layout()
