@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -22,7 +23,10 @@ from d2o_dist.evict.judge import MAX_FOUND, Nearest, count_dropped, judge
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.policy.gate import head_reports
 from d2o_dist.policy.merge import MergeRule, merge_into, nearest_kept
-from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
+from d2o_dist.slots.slots import D2OState, LayerBudget, Slots, pick
+
+# Numbers of evicted keys that are copied out at once, 8 MiB in float32: the heads of a long prompt one after the other.
+EVICTED_AT_ONCE = 1 << 21
 
 # Folds evicted tokens into kept ones; the contract of `policy.merge.merge_into`.
 Merge = Callable[[Slots, Slots, Tensor, Tensor, Tensor, MergeRule], Slots]
@@ -38,20 +42,17 @@ class PromptSlots(Protocol):
     def decide(self, choice: Tensor | None) -> Tensor | None:
         """What becomes of each slot, [B, h, S] (`core.select.choose`), as one of the ranks chose for all."""
 
-    def part(self, selection: Selection | None) -> tuple[Slots, Slots | None]:
-        """Of the slots here those that are kept and those that are evicted, in order; None: none is."""
+    def keep(self, selection: Selection | None) -> Slots:
+        """Of the slots here those that are kept, in order; None: all."""
 
-    def targets(self, kept: Slots, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Keys [B, h, T, D] of slots that may take evicted ones in, and [B, h, T] bool, which of them do."""
-
-    def found(self, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarities and targets of the slots evicted here -> of all E."""
+    def nearest(self, kept: Slots, selection: Selection, find: Nearest) -> tuple[Tensor, Tensor]:
+        """[B, h, E] of all evicted slots: the cosine of the nearest that may take one in, and which that is."""
 
     def reports(self, reports: Tensor, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, h, X] of the heads at hand -> [B, H, X] of all; the rest as the first holder of these heads has it."""
 
     def fold(
-        self, kept: Slots, evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
+        self, kept: Slots, selection: Selection, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
     ) -> Slots:
         """The kept slots here with all ranks' evicted ones folded in; of the last three [B, h, E] of all."""
 
@@ -134,7 +135,7 @@ def evict_by(
     order = order.map(lambda tensor: pad(tensor, (0, width - tensor.shape[-1])))  # unused slots come last
     choice = held.decide(choose(everyone, budget, order.ranking, config, finalize=finalize))
     selection = None if choice is None else selection_of(choice, everyone, budget)
-    kept, evicted = held.part(selection)
+    kept = held.keep(selection)
     if selection is not None:
         valid, heads = selection.evict_valid, selection.evict_idx.shape[1]
         stays = selection.keep_idx.shape[-1] > 0
@@ -143,11 +144,11 @@ def evict_by(
             if config.merge.merges:
                 held.nothing_stays()
         else:
-            similarity, target = held.found(*nearest(evicted.keys, *held.targets(kept, selection)))
+            similarity, target = held.nearest(kept, selection, nearest)
             reports = head_reports(similarity, valid.expand_as(similarity), config.merge.gate)
             reports, similarity, target = held.reports(reports, similarity, target)
             merged, state = judge(similarity, valid, reports, state, config)
-            kept = held.fold(kept, evicted, similarity, target, merged, config.merge)
+            kept = held.fold(kept, selection, similarity, target, merged, config.merge)
     left = order if selection is None else order.map(lambda tensor: tensor.gather(-1, selection.keep_idx))
     return kept, state, left
 
@@ -175,20 +176,26 @@ class Whole:
         """As `PromptSlots.decide`. What copies of a slot rank by may differ by a last bit."""
         return None if choice is None else self.exchange.from_first_copy(choice)
 
-    def part(self, selection: Selection | None) -> tuple[Slots, Slots | None]:
-        """As `PromptSlots.part`."""
+    def keep(self, selection: Selection | None) -> Slots:
+        """As `PromptSlots.keep`."""
         if selection is None:
-            return self.slots.map(lambda tensor: tensor[:, :, : int(self.slots.kv_len.max())]), None
-        kept = self.slots.take(selection.keep_idx, selection.keep_valid)
-        return kept, self.slots.take(selection.evict_idx, selection.evict_valid)
+            return self.slots.map(lambda tensor: tensor[:, :, : int(self.slots.kv_len.max())])
+        return self.slots.take(selection.keep_idx, selection.keep_valid)
 
-    def targets(self, kept: Slots, selection: Selection) -> tuple[Tensor, Tensor]:
-        """As `PromptSlots.targets`."""
-        return kept.keys, selection.is_target
+    def nearest(self, kept: Slots, selection: Selection, find: Nearest) -> tuple[Tensor, Tensor]:
+        """As `PromptSlots.nearest`."""
+        index, valid = selection.evict_idx, selection.evict_valid.expand_as(selection.evict_idx)
+        found = [
+            find(pick(self.slots.keys[:, h], index[:, h], valid[:, h]), kept.keys[:, h], selection.is_target[:, h])
+            for h in self._heads_at_once(index)
+        ]
+        return found[0] if len(found) == 1 else tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
 
-    def found(self, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """As `PromptSlots.found`."""
-        return similarity, target
+    def _heads_at_once(self, evicted: Tensor) -> list[slice]:
+        """In how many parts the evicted slots [B, h, E] of a layer are copied out: a long prompt's are most of it."""
+        batch, heads, count = evicted.shape
+        step = max(1, EVICTED_AT_ONCE // max(1, batch * count * self.slots.keys.shape[-1]))
+        return [slice(first, first + step) for first in range(0, heads, step)]
 
     def reports(self, reports: Tensor, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `PromptSlots.reports`."""
@@ -196,10 +203,16 @@ class Whole:
         return self.exchange.reports(reports, similarity, target, None)[:3]
 
     def fold(
-        self, kept: Slots, evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
+        self, kept: Slots, selection: Selection, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
     ) -> Slots:
         """As `PromptSlots.fold`."""
-        return self.merge(kept, evicted, similarity, target, merged, rule)
+        index, valid = selection.evict_idx, selection.evict_valid.expand_as(selection.evict_idx)
+        parts = []
+        for h in self._heads_at_once(index):
+            mine, old = (slots.map(lambda tensor, h=h: tensor[:, h]) for slots in (self.slots, kept))
+            evicted = mine.take(index[:, h], valid[:, h])
+            parts.append(self.merge(old, evicted, similarity[:, h], target[:, h], merged[:, h], rule))
+        return parts[0] if len(parts) == 1 else Slots.of_heads(parts)
 
     def own(self, tensor: Tensor) -> Tensor:
         """As `PromptSlots.own`."""

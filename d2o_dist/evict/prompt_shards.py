@@ -18,12 +18,12 @@ from torch import Tensor
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.select import Selection
 from d2o_dist.evict.exchange import BySequence
-from d2o_dist.evict.judge import MAX_FOUND
+from d2o_dist.evict.judge import MAX_FOUND, Nearest
 from d2o_dist.evict.level import level_owners, move_slots
 from d2o_dist.layout.sequence import statistics_of_all
 from d2o_dist.policy.merge import MergeRule, apply_merge, merge_sums
 from d2o_dist.slots.shares import count_held
-from d2o_dist.slots.slots import Slots, compact
+from d2o_dist.slots.slots import Slots, compact, pick
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class Shards:
         """As `PromptSlots.decide`. Powers and sums round otherwise on another rank."""
         return None if choice is None else self.ranks.from_first_copy(self.ranks.sp.broadcast(choice, 0))
 
-    def part(self, selection: Selection | None) -> tuple[Slots, Slots | None]:
-        """As `PromptSlots.part`."""
+    def keep(self, selection: Selection | None) -> Slots:
+        """As `PromptSlots.keep`."""
         rank, everything = self.ranks.sp.rank, self._positions
         if selection is None:
             count = int(self.statistics.kv_len.max())
             self._positions = everything[..., :count]
             self._kept = Listed(self._owner[..., :count], self._local[..., :count], self._positions >= 0, rank)
-            return self._take(self._kept), None
+            return self._take(self._kept)
 
         def listed(index: Tensor, valid: Tensor) -> Listed:
             return Listed(self._owner.gather(-1, index), self._local.gather(-1, index), valid.expand_as(index), rank)
@@ -90,28 +90,30 @@ class Shards:
         self._kept = listed(selection.keep_idx, selection.keep_valid)
         self._evicted = listed(selection.evict_idx, selection.evict_valid)
         self._positions = everything.gather(-1, selection.keep_idx).masked_fill(~self._kept.valid, -1)
-        return self._take(self._kept), self._take(self._evicted)
+        return self._take(self._kept)
 
     def _take(self, listed: Listed) -> Slots:
         """Those of the listed slots that are here, in their order, from slot 0 on."""
         which, have = listed.here()
         return self.slots.take(listed.local.gather(-1, which), have)
 
-    def targets(self, kept: Slots, selection: Selection) -> tuple[Tensor, Tensor]:
-        """As `PromptSlots.targets`. One collective, unless each rank merges its own."""
+    def nearest(self, kept: Slots, selection: Selection, find: Nearest) -> tuple[Tensor, Tensor]:
+        """As `PromptSlots.nearest`; targets of others are 0. One collective with the keys of what is kept, unless each
+        rank merges its own. One with all similarities: by them every rank decides as one process would."""
+        which, have = self._evicted.here()
+        keys = pick(self.slots.keys, self._evicted.local.gather(-1, which), have)
+        similarity, target = find(keys, *self._targets(kept, selection))
+        spread = similarity.new_zeros(self._evicted.owner.shape)
+        targets = torch.zeros_like(spread, dtype=torch.int64).scatter_add_(-1, which, torch.where(have, target, 0))
+        return self.ranks.sp.all_reduce(spread.scatter_add_(-1, which, torch.where(have, similarity, 0))), targets
+
+    def _targets(self, kept: Slots, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, T, D] of slots that may take evicted ones in, and [B, H, T] bool, which of them do."""
         if not self._merges_globally:
             return kept.keys, selection.is_target.gather(-1, self._here(kept)) & (kept.positions >= 0)
         index = self._kept.local.unsqueeze(-1).expand(*self._kept.local.shape, self.slots.keys.shape[-1])
         keys = torch.where(self._kept.mine.unsqueeze(-1), self.slots.keys.gather(2, index), 0)
         return self.ranks.sp.all_reduce(keys), selection.is_target
-
-    def found(self, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """As `PromptSlots.found`; targets of others are 0. One collective: with all similarities every rank decides as
-        one process would."""
-        which, have = self._evicted.here(similarity.shape[-1])
-        spread = similarity.new_zeros(self._evicted.owner.shape)
-        targets = torch.zeros_like(spread, dtype=torch.int64).scatter_add_(-1, which, torch.where(have, target, 0))
-        return self.ranks.sp.all_reduce(spread.scatter_add_(-1, which, torch.where(have, similarity, 0))), targets
 
     def reports(self, reports: Tensor, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `PromptSlots.reports`."""
@@ -119,13 +121,13 @@ class Shards:
         return BySequence(self.ranks).reports(reports, similarity, target, target >= 0)[:3]
 
     def fold(
-        self, kept: Slots, evicted: Slots, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
+        self, kept: Slots, selection: Selection, similarity: Tensor, target: Tensor, merged: Tensor, rule: MergeRule
     ) -> Slots:
         """As `PromptSlots.fold`. One collective, unless each rank merges its own."""
         num_targets = self._kept.owner.shape[-1] if self._merges_globally else kept.positions.shape[-1]
         if num_targets == 0:
             return kept  # a rank that keeps nothing, and merges its own: its tokens have no target
-        which, have = self._evicted.here(evicted.positions.shape[-1])
+        evicted, (which, have) = self._take(self._evicted), self._evicted.here()
         similarity, target, merged = (tensor.gather(-1, which) for tensor in (similarity, target, merged))
         sums = merge_sums(evicted, similarity, target, merged & have, rule, num_targets)
         if self._merges_globally:

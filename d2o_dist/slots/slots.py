@@ -57,25 +57,32 @@ class Slots:
         """`function` applied to each of the six tensors."""
         return Slots(**{field.name: function(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
+    @classmethod
+    def of_heads(cls, parts: Sequence[Slots]) -> Slots:
+        """The slots of all these heads."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
+
     def take(self, index: Tensor, valid: Tensor) -> Slots:
         """The slots at `index` [B, Hkv, K] where `valid` [B, 1 or Hkv, K]; the others unused, with zeros."""
         valid = valid.expand_as(index)
-        row = torch.arange(index.shape[0], device=index.device)[:, None, None]
-        head = torch.arange(index.shape[1], device=index.device)[:, None]
-
-        def pick(tensor: Tensor) -> Tensor:
-            if tensor.dim() == 4:
-                # Whole rows at once: a gather would look up every element by itself.
-                return tensor[row, head, index].masked_fill_(~valid.unsqueeze(-1), 0)
-            return tensor.gather(2, index).masked_fill_(~valid, 0)
-
-        taken = self.map(pick)
+        taken = self.map(lambda tensor: pick(tensor, index, valid))
         return taken.replace(positions=taken.positions.masked_fill_(~valid, -1))
 
     def in_order(self) -> Slots:
         """The same slots by ascending position, unused ones last."""
         order = self.positions.masked_fill(~self.live, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
         return self.take(order, self.live.gather(2, order))
+
+
+def pick(tensor: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    """Of [B, Hkv, S, ...] those at `index` [B, Hkv, K] where `valid` [B, Hkv, K]; the others are zeros."""
+    if tensor.dim() == 3:
+        return tensor.gather(2, index).masked_fill_(~valid, 0)
+    row = torch.arange(index.shape[0], device=index.device)[:, None, None]
+    head = torch.arange(index.shape[1], device=index.device)[:, None]
+    # Whole rows at once: a gather would look up every element by itself.
+    return tensor[row, head, index].masked_fill_(~valid.unsqueeze(-1), 0)
 
 
 def join_values(slots: Slots, latent: int | None) -> Slots:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2o_dist.evict import prompt
 from d2o_dist.evict.prompt import compress_layer
 from d2o_dist.slots.slots import D2OState, LayerBudget, Slots
 from tests.core.naive import assert_row_equals, naive_compress, to_lists
@@ -119,6 +120,19 @@ def test_every_dtype_accumulates_in_float32_and_stores_in_its_own(rule, dtype):
     assert torch.equal(found.keys, expected.keys.to(dtype)) and torch.equal(found.values, expected.values.to(dtype))
     if rule != "none":
         assert state.threshold.dtype == torch.float32
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 33 * 8])
+@pytest.mark.parametrize("rule", RULES)
+def test_heads_may_be_evicted_one_after_the_other(rule, at_once, monkeypatch):
+    """As those of a long prompt are, so that not all of a layer is copied at once."""
+    config, slots = spec("paper_minmax", **{**BASE, **RULES[rule]}), random_slots([40, 31], 5, 8, seed=4)
+    expected, theirs = compress_layer(slots, LayerBudget(9, 4), D2OState(), config)
+    monkeypatch.setattr(prompt, "EVICTED_AT_ONCE", at_once)
+    found, state = compress_layer(slots, LayerBudget(9, 4), D2OState(), config)
+    for name, tensor in found.__dict__.items():
+        torch.testing.assert_close(tensor, getattr(expected, name), rtol=0, atol=1e-12)
+    assert torch.equal(state.num_merged, theirs.num_merged)
 
 
 @pytest.mark.parametrize("rule", RULES)
