@@ -109,6 +109,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     axis.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="MiB over the loaded model")
     lengths = sorted({row["tokens"] for row in rows})
     axis.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths])
+    axis.set_xticks([], minor=True)
     axis.set_title(f"{rows[0]['layers']} layers; dotted: planned", fontsize=9)
     axis.legend()
     figure.tight_layout()
