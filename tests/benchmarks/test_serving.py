@@ -34,7 +34,9 @@ def test_every_op_is_told_with_reasons():
 
 
 def test_machine_backend_and_head_dim_count(monkeypatch):
-    assert table("cpu")["column_sums", "", "float32, bfloat16"][1] == "triton_column_sums: device cpu"
+    assert table("cpu")["column_sums", "", "float32, bfloat16"][1] == (
+        "triton_column_sums: device cpu; banded_column_sums: no narrow"
+    )
     assert table("cuda", head_dim=512)["nearest_kept", "", "float32, bfloat16"] == (
         "blocked_nearest_kept", "triton_nearest_of_targets: head dim 512",
     )  # fmt: skip

@@ -108,8 +108,8 @@ def test_what_is_wrong_with_the_full_cache_is_said(folder, tmp_path, monkeypatch
     """Nothing can be compared with it, however sound the other is."""
     start = Reading.start
 
-    def spoil(self, config, questions=None):
-        session = start(self, config, questions)
+    def spoil(self, config, *rest, **named):
+        session = start(self, config, *rest, **named)
         if config.keeps_everything:
             session._logits = torch.full_like(session._logits, torch.nan)
         return session
@@ -125,8 +125,8 @@ def test_what_is_wrong_with_the_full_cache_is_said(folder, tmp_path, monkeypatch
 def test_a_method_all_of_whose_rows_failed_has_no_figure(folder, tmp_path, monkeypatch):
     start = Reading.start
 
-    def spoil(self, config, questions=None):
-        session = start(self, config, questions)
+    def spoil(self, config, *rest, **named):
+        session = start(self, config, *rest, **named)
         if config.score == plan.methods[1].d2o.score:
             session._logits = torch.full_like(session._logits, torch.inf)
         return session

@@ -72,6 +72,15 @@ def test_a_narrow_band(heads, window, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_a_narrow_band_in_every_dtype(dtype):
+    """bf16 inputs, float32 arithmetic: as exact as float32."""
+    q, k, lse = inputs((4, 2), 130, 0, dtype, window=16)
+    sums, exact = column_sums(q, k, lse, SCALE, window=16), torch.float64 if dtype == torch.float64 else torch.float32
+    assert sums.dtype == exact
+    assert_near(sums, oracle(q, k, lse, window=16), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_several_default_blocks(dtype):
     q, k, lse = inputs((4, 1), 1300, 0, dtype, dim=8, batch=1)
     assert_near(column_sums(q, k, lse, SCALE), oracle(q, k, lse), torch.float64 if dtype == torch.float64 else dtype)

@@ -65,8 +65,9 @@ def banded_column_sums(
 def _sum_blocks(q: Tensor, k: Tensor, lse: Tensor, scale: float, hidden: Tensor) -> Tensor:
     """q [Hkv, n, G, w, D], k [Hkv, n + 1, w, D], lse [Hkv, n, G, w] -> what each key got, [Hkv, G, (n + 1) w]."""
     heads, count, group, block, dim = q.shape
-    queries = torch.mul(q, scale * LOG2_E, out=k.new_empty(q.shape))  # in the order of the batch
-    their_lse = torch.mul(lse, LOG2_E, out=k.new_empty(lse.shape))
+    # In the order of the batch; converted first, for products of half numbers are rounded to half.
+    queries = k.new_empty(q.shape).copy_(q).mul_(scale * LOG2_E)
+    their_lse = k.new_empty(lse.shape).copy_(lse).mul_(LOG2_E)
     dead = ~torch.isfinite(their_lse)
     if bool(dead.any()):
         queries.masked_fill_(dead.unsqueeze(-1), 0)
