@@ -2,7 +2,7 @@
 
 Queries go in blocks of a window (at least 16), each with the keys of its own block and of the one before it. All
 blocks of a head are one batch of small matmuls, so that two pairs are computed for each that counts. By large blocks
-(`torch_blocked.py`) it is five, and calls cost as much as the work: 17 ms where this takes 8 (4096 queries, 9/3 heads
+(`torch_blocked.py`) it is five, and calls cost as much as the work: 17 ms where this takes 7 (4096 queries, 9/3 heads
 of 64, a window of 16, one AVX2 thread).
 """
 
@@ -14,8 +14,9 @@ from d2o_dist.kernels.common import LOG2_E, acc_dtype, group_size
 
 # Windows that are narrow: what lies in memory for a chunk of queries grows with them.
 BAND = 64
-# Numbers of the queries of one chunk: keys and logits take as much again, so that 32 MiB hold all in float32.
-_CHUNK = 1 << 21
+# Numbers of the queries of one chunk, or of its logits, 2 MiB in float32. Buffers that come and go stay below what the
+# system's allocator maps anew each time: with four times as many it takes two to three times as long.
+_CHUNK = 1 << 19
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def banded_column_sums(
     num_kv, num_keys, group = k.shape[1], k.shape[2], group_size(q.shape[1], k.shape[1])
     sums = torch.zeros(*q.shape[:2], num_keys, dtype=acc_dtype(q.dtype), device=q.device)
     block = max(16, window)
-    chunk = max(1, _CHUNK // (q.shape[1] * q.shape[3] * block)) * block
+    chunk = max(1, _CHUNK // (q.shape[1] * max(q.shape[3], 2 * block) * block)) * block
     # Column c of a block is the key `block - c` before the one that its first query stands at.
     row, column = torch.arange(block, device=q.device)[:, None], torch.arange(2 * block, device=q.device)
     hidden = ((column - block > row) | (column - block <= row - window)).repeat(group, 1)
@@ -65,9 +66,10 @@ def banded_column_sums(
 def _sum_blocks(q: Tensor, k: Tensor, lse: Tensor, scale: float, hidden: Tensor) -> Tensor:
     """q [Hkv, n, G, w, D], k [Hkv, n + 1, w, D], lse [Hkv, n, G, w] -> what each key got, [Hkv, G, (n + 1) w]."""
     heads, count, group, block, dim = q.shape
-    # In the order of the batch; converted first, for products of half numbers are rounded to half.
-    queries = k.new_empty(q.shape).copy_(q).mul_(scale * LOG2_E)
-    their_lse = k.new_empty(lse.shape).copy_(lse).mul_(LOG2_E)
+    # In the order of the batch, by the product itself: to copy them first would take as long as all the rest. Half
+    # numbers are converted before it, for their products are rounded to half.
+    queries = torch.mul(q.to(k.dtype), scale * LOG2_E, out=k.new_empty(q.shape))
+    their_lse = torch.mul(lse, LOG2_E, out=k.new_empty(lse.shape))
     dead = ~torch.isfinite(their_lse)
     if bool(dead.any()):
         queries.masked_fill_(dead.unsqueeze(-1), 0)
