@@ -32,6 +32,11 @@ EVICTED_AT_ONCE = 1 << 21
 Merge = Callable[[Slots, Slots, Tensor, Tensor, Tensor, MergeRule], Slots]
 
 
+def heads_at_once(num_rows: int, num_evicted: int, head_dim: int) -> int:
+    """Of how many heads the evicted slots are copied out at once."""
+    return max(1, EVICTED_AT_ONCE // max(1, num_rows * num_evicted * head_dim))
+
+
 class PromptSlots(Protocol):
     """The slots of a layer, or of some heads of it, as one rank holds them. Every rank makes the same calls."""
 
@@ -193,9 +198,8 @@ class Whole:
 
     def _heads_at_once(self, evicted: Tensor) -> list[slice]:
         """In how many parts the evicted slots [B, h, E] of a layer are copied out: a long prompt's are most of it."""
-        batch, heads, count = evicted.shape
-        step = max(1, EVICTED_AT_ONCE // max(1, batch * count * self.slots.keys.shape[-1]))
-        return [slice(first, first + step) for first in range(0, heads, step)]
+        step = heads_at_once(evicted.shape[0], evicted.shape[2], self.slots.keys.shape[-1])
+        return [slice(first, first + step) for first in range(0, evicted.shape[1], step)]
 
     def reports(self, reports: Tensor, similarity: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `PromptSlots.reports`."""
@@ -207,9 +211,9 @@ class Whole:
     ) -> Slots:
         """As `PromptSlots.fold`."""
         index, valid = selection.evict_idx, selection.evict_valid.expand_as(selection.evict_idx)
-        parts = []
+        slots, parts = self.slots.for_merge(keys=rule.averages_keys), []
         for h in self._heads_at_once(index):
-            mine, old = (slots.map(lambda tensor, h=h: tensor[:, h]) for slots in (self.slots, kept))
+            mine, old = (one.map(lambda tensor, h=h: tensor[:, h]) for one in (slots, kept))
             evicted = mine.take(index[:, h], valid[:, h])
             parts.append(self.merge(old, evicted, similarity[:, h], target[:, h], merged[:, h], rule))
         return parts[0] if len(parts) == 1 else Slots.of_heads(parts)

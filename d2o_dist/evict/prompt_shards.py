@@ -82,7 +82,7 @@ class Shards:
             count = int(self.statistics.kv_len.max())
             self._positions = everything[..., :count]
             self._kept = Listed(self._owner[..., :count], self._local[..., :count], self._positions >= 0, rank)
-            return self._take(self._kept)
+            return self._take(self._kept, self.slots)
 
         def listed(index: Tensor, valid: Tensor) -> Listed:
             return Listed(self._owner.gather(-1, index), self._local.gather(-1, index), valid.expand_as(index), rank)
@@ -90,12 +90,12 @@ class Shards:
         self._kept = listed(selection.keep_idx, selection.keep_valid)
         self._evicted = listed(selection.evict_idx, selection.evict_valid)
         self._positions = everything.gather(-1, selection.keep_idx).masked_fill(~self._kept.valid, -1)
-        return self._take(self._kept)
+        return self._take(self._kept, self.slots)
 
-    def _take(self, listed: Listed) -> Slots:
+    def _take(self, listed: Listed, slots: Slots) -> Slots:
         """Those of the listed slots that are here, in their order, from slot 0 on."""
         which, have = listed.here()
-        return self.slots.take(listed.local.gather(-1, which), have)
+        return slots.take(listed.local.gather(-1, which), have)
 
     def nearest(self, kept: Slots, selection: Selection, find: Nearest) -> tuple[Tensor, Tensor]:
         """As `PromptSlots.nearest`; targets of others are 0. One collective with the keys of what is kept, unless each
@@ -127,7 +127,8 @@ class Shards:
         num_targets = self._kept.owner.shape[-1] if self._merges_globally else kept.positions.shape[-1]
         if num_targets == 0:
             return kept  # a rank that keeps nothing, and merges its own: its tokens have no target
-        evicted, (which, have) = self._take(self._evicted), self._evicted.here()
+        evicted = self._take(self._evicted, self.slots.for_merge(keys=rule.averages_keys))
+        which, have = self._evicted.here(evicted.positions.shape[-1])
         similarity, target, merged = (tensor.gather(-1, which) for tensor in (similarity, target, merged))
         sums = merge_sums(evicted, similarity, target, merged & have, rule, num_targets)
         if self._merges_globally:

@@ -14,7 +14,7 @@ import torch
 
 from d2o_dist.cache.compress import HEADROOM, HELD_AT_MOST
 from d2o_dist.cache.window import WindowLayer
-from d2o_dist.evict.prompt import EVICTED_AT_ONCE
+from d2o_dist.evict.prompt import heads_at_once
 from d2o_dist.models.cache import CACHE_READINGS, settle_reading
 from d2o_dist.plan.meshes import Share
 from d2o_dist.plan.model_size import ModelSize
@@ -120,12 +120,13 @@ def prompt_memory(
 
     # The slots that stay and those that go are copied apart; to merge, their keys once more.
     copies = 0 if d2o.keeps_everything else one_layer * (2 if d2o.merge.merges else 1)
-    at_once = max(1, EVICTED_AT_ONCE // (batch * width * model.head_dim))
+    at_once = heads_at_once(batch, width, model.head_dim)
     if d2o.budget.per_head:
         copies //= share.kv_here
     elif share.sp == 1 and at_once < heads and not d2o.keeps_everything:
         # Those that go head by head; those that stay are put together from their heads.
-        copies = copies * at_once // heads + 2 * min(one_layer, round(kept / max(full, 1) * HEADROOM))
+        stays = kept / max(full, 1) * (1 if d2o.knows_budgets else HEADROOM)
+        copies = copies * at_once // heads + 2 * min(one_layer, round(stays))
     copies = max(copies, _rate_bytes(model, d2o, share, dtype))
     if not share.reads_by_heads:
         copies += batch * share.kv_heads * tokens * _GATHERED_BYTES

@@ -63,6 +63,10 @@ class Slots:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
 
+    def for_merge(self, *, keys: bool) -> Slots:
+        """What a merge reads of them; without `keys` these have no elements."""
+        return self if keys else self.replace(keys=self.keys[..., :0])
+
     def take(self, index: Tensor, valid: Tensor) -> Slots:
         """The slots at `index` [B, Hkv, K] where `valid` [B, 1 or Hkv, K]; the others unused, with zeros."""
         valid = valid.expand_as(index)

@@ -122,7 +122,7 @@ def test_every_dtype_accumulates_in_float32_and_stores_in_its_own(rule, dtype):
         assert state.threshold.dtype == torch.float32
 
 
-@pytest.mark.parametrize("at_once", [1, 2 * 33 * 8])
+@pytest.mark.parametrize("at_once", [1, 1000])  # one head, and two of five
 @pytest.mark.parametrize("rule", RULES)
 def test_heads_may_be_evicted_one_after_the_other(rule, at_once, monkeypatch):
     """As those of a long prompt are, so that not all of a layer is copied at once."""
