@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2o_dist.config.eval_tasks import TASK_CONFIGS, TaskConfig, task_from_dict, task_to_dict
-from d2o_dist.config.infer import InferConfig
+from d2o_dist.config.infer import READINGS, InferConfig
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.fields.checks import check_int, check_number, check_string, take_path
 from d2o_dist.fields.io import build, check_choice, load_yaml
@@ -23,7 +23,8 @@ QUESTIONS = ("visible", "hidden")
 EVAL_TRUNCATIONS = ("middle", "error")
 FULL = "full"
 MINIMUM = "min_layer_tokens"
-EVAL_READINGS = ("whole", "layerwise", "stream")
+# A method says which: what `auto` means depends on its rules.
+EVAL_READINGS = tuple(reading for reading in READINGS if reading != "auto")
 
 
 @dataclass(frozen=True)

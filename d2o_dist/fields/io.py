@@ -59,10 +59,15 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.2 says that 1e-3 is a number; the safe loader, which reads YAML 1.1, takes it for text.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, which puts quotes around text that the loader would take for a number."""
+
+
+# YAML 1.2 says that 1e-3 is a number; PyYAML, which knows YAML 1.1, takes it for text.
+for _one in (_StrictLoader, _Dumper):
+    _one.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def read_yaml(text: str, what: str) -> Any:
@@ -117,7 +122,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """YAML text in the order of the fields."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def to_json(value: Any, **options: Any) -> str:

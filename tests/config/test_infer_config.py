@@ -8,6 +8,7 @@ import pytest
 
 from d2o_dist.config.infer import InferConfig
 from d2o_dist.config.sampling import SamplingConfig
+from d2o_dist.fields.io import dump_yaml, read_yaml
 from d2o_dist.fields.overrides import apply_overrides, parse_override
 from d2o_dist.policy.config import D2OConfig
 
@@ -130,6 +131,7 @@ def test_numbers_with_an_exponent(text, value):
     """1e-3 is a number in YAML 1.2 and in Python; PyYAML by itself takes it for text."""
     key, found = parse_override(f"sampling.temperature={text}")
     assert key == "sampling.temperature" and found == value and type(found) is type(value)
+    assert read_yaml(dump_yaml({"text": text, "value": value}), "") == {"text": text, "value": value}
 
 
 def test_an_override_that_is_not_yaml():
