@@ -3,7 +3,7 @@
     python -m benchmarks.reading --lengths 16384 32768 --layers 30 --out reading.jsonl --plot reading.png
 
 The model has SmolLM2-135M's shape with positions extended, float32, random weights: memory does not depend on them.
-Each case is a process of its own, for ru_maxrss only grows. What is printed is the rise over the loaded model, beside
+Each case is a process of its own, for a peak only grows. What is printed is the rise over the loaded model, beside
 what `prompt_memory` calculates. Lines are written as they are measured.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,8 +45,9 @@ def config_of(layers: int, length: int) -> LlamaConfig:
 
 
 def peak_mib() -> float:
-    """Peak resident memory of this process so far (Linux counts it in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    """Peak resident memory of this process so far, as Linux says it; `ru_maxrss` would begin at that of the parent."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return int(status["VmHWM"].split()[0]) / 2**10
 
 
 @torch.no_grad()

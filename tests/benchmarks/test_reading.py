@@ -1,18 +1,17 @@
+import json
+
 import pytest
 
 from benchmarks import reading
 
 
-def test_cases_are_planned_and_drawn(tmp_path):
-    """In this process, whose peak may be past: what a case says of itself, and the plot of several."""
+def test_cases_are_measured_and_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    rows = []
-    for name, preset, keep in (reading.CASES[0], reading.CASES[2]):
-        case = name, preset, keep
-        measured = reading.read(case, 2, 1024)
-        assert measured >= 0
-        row = {"tokens": 1024, "layers": 2, "reading": name, "preset": preset, "keep": keep, "measured peak": measured}
-        rows.append(row | reading.planned(case, 2, 1024))
-    assert 0 < rows[1]["kept"] < rows[0]["kept"]
-    reading.plot(tmp_path / "plot.png", rows)
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    out, plot = tmp_path / "lines.jsonl", tmp_path / "plot.png"
+    reading.main(f"--lengths 2048 --layers 2 --cases 0 2 --out {out} --plot {plot}".split())
+    lines = out.read_text(encoding="utf-8")
+    assert lines == capsys.readouterr().out
+    plain, layerwise = map(json.loads, lines.splitlines())
+    assert [(row["reading"], row["keep"]) for row in (plain, layerwise)] == [("plain", 1.0), ("layerwise", 0.2)]
+    assert layerwise["kept"] < plain["kept"] and min(plain["measured peak"], layerwise["measured peak"]) > 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
