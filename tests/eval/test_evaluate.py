@@ -25,7 +25,6 @@ from d2o_dist.eval.plan import EvalPlan, prepare
 from d2o_dist.eval.reading import Reading
 from d2o_dist.eval.store import RankFile, read_records
 from d2o_dist.eval.table import report
-from d2o_dist.models.hf.model import HFModel
 from d2o_dist.policy.score import Accumulated
 from tests.engine.tiny import make_folder
 from tests.eval.parts import TEXT
@@ -166,26 +165,6 @@ def test_batches_change_nothing(done, folder, tmp_path):
     *_, output, _ = done
     run(plan_of(folder, tmp_path, batch_size=3, prefill_chunk=64))
     assert comparable(tmp_path) == comparable(output)
-
-
-def test_a_method_that_reads_layer_by_layer(done, folder, tmp_path):
-    """Of a rule whose budgets are known before, it keeps and answers what `whole` does; its results are its own."""
-    *_, output, _ = done
-    methods = [{**method, "reading": "layerwise"} for method in METHODS[:1]]
-    run(plan_of(folder, tmp_path, methods=methods, batch_size=2, prefill_chunk=64))
-    whole, found = comparable(output), comparable(tmp_path)
-    assert len(found) == 18
-    for key, record in found.items():
-        assert (record.pop("key") != whole[key]["key"]) == (key[2] == "mass")
-        assert record == {name: value for name, value in whole[key].items() if name != "key"}
-
-
-def test_a_reading_that_the_model_does_not_allow(folder, tmp_path, monkeypatch):
-    """It is refused before a row is run."""
-    monkeypatch.setattr(HFModel, "tile_refusal", "its layers are not called one by one")
-    plan = plan_of(folder, tmp_path, methods=[{**METHODS[0], "reading": "layerwise"}])
-    with pytest.raises(ValueError, match=r"reading \(layerwise\) needs a model that takes tiles, but its layers"):
-        run(plan)
 
 
 def test_hidden_questions_are_other_results(done, folder, tmp_path):
