@@ -33,7 +33,6 @@ class HeadBlock:
         layout: where the slots lie among the ranks of the request.
         slot_budgets: per row the slots `S_l` it is evicted to; None before finalize and for a protected layer.
         state: threshold and counts.
-        slot_aims: per row what it will be trimmed to, as far as is known; None: it will not be.
         order: by which a prompt's slots that are here are trimmed once more; None: they are not.
     """
 
@@ -41,7 +40,6 @@ class HeadBlock:
         self.config, self.layout, self.layers_in_prompts = config, layout, layers_in_prompts
         self.slot_budgets: list[int] | None = None
         self.state = D2OState()
-        self.slot_aims: list[int] | None = None
         self.order: Order | None = None
         self._reading: Reading | None = None
         self._first = True

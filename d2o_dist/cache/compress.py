@@ -3,11 +3,12 @@
 All layers at once, or each layer as soon as its attention over the whole prompt is done. Then, where budgets depend on
 the attention of all layers, a layer is evicted to what it may need at most, and trimmed as others are read. What it
 ranks by does not change, so that what stays in the end is what would have stayed at once, unless it had too few slots
-(`RowBudgets.num_short`). Merging happens at every step.
+(`RowBudgets.num_short`). Every step merges: all but the last into slots that are expected to go with the next.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -28,11 +29,11 @@ from d2o_dist.cache.plans import (
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.policy.config import D2OConfig
 
-# Until the shares of all layers are known a layer may hold so much more than an equal share, and, once so many of the
-# layers are read, so much more than the share that these would have among themselves.
+# Until the shares of all layers are known a layer may hold so much more than an equal share. Once so many of the layers
+# are read, these are trimmed to so much more than the share that they would have among themselves.
 HEADROOM = 1.5
-TRIMS = ((0.5, 1.2), (0.8, 1.2))
-# What all layers then hold at once, over what they keep in the end.
+TRIM_AFTER, TRIM_TO = 2 / 3, 1.2
+# What all layers then hold at once, over what they keep in the end: 2/3 * 1.2 + 1/3 * 1.5.
 HELD_AT_MOST = 1.3
 
 
@@ -65,7 +66,6 @@ class Compression:
         self._is_first = plans is None
         self._deviations: list[Tensor] = []
         self._num_done = 0
-        self._aims: list[RowBudgets] | None = None
         self.move: Move | None = None
 
     def at_once(self) -> list[RowBudgets]:
@@ -96,18 +96,15 @@ class Compression:
         if self._num_done == 0:
             self._plans = self._plan(self._plans) if is_known else self._plan(None, factor=HEADROOM, count=0)
             self.move = self._begin_move(layer) if is_known else None
-            self._aims = None if is_known else self._plan(None, count=0)
-        assign_budgets([layer], self._num_done, self._plans, self._counted, self._aims)
-        self._evict({index: layer}, is_last=is_known)
+        assign_budgets([layer], self._num_done, self._plans, self._counted)
+        self._evict({index: layer}, None if is_known else HEADROOM)
         if self.move is not None:
             for block in layer.blocks:
                 if block.slot_budgets is not None:
                     self.move.enter(block)
         self._num_done += 1
-        if not is_known:
-            for part, factor in TRIMS:
-                if self._num_done == math.ceil(part * len(self._layers)) < len(self._layers):
-                    self._trim(factor)
+        if not is_known and self._num_done == math.ceil(TRIM_AFTER * len(self._layers)) < len(self._layers):
+            self._trim()
 
     def end(self) -> list[RowBudgets]:
         """After the last layer: the plan of each row's budgets, to which every layer is evicted."""
@@ -120,16 +117,16 @@ class Compression:
             self._assign_and_evict()
         return self._plans
 
-    def _trim(self, factor: float) -> None:
+    def _trim(self) -> None:
         """Evict the layers that are done to what they may still need, as far as these tell."""
         done = list(self._layers)[: self._num_done]
-        for plan, wanted in zip(self._plans, self._plan(None, factor=factor), strict=True):
+        for plan, wanted in zip(self._plans, self._plan(None, factor=TRIM_TO), strict=True):
             units = len(plan.slots) // len(self._layers) * len(done)
             less = map(min, plan.slots[:units], wanted.slots[:units])
             plan.slots = [*less, *plan.slots[units:]]
-        layers, self._aims = {index: self._layers[index] for index in done}, self._plan(None)
-        assign_budgets(layers.values(), 0, self._plans, self._counted, self._aims)
-        self._evict(layers, is_last=False)
+        layers = {index: self._layers[index] for index in done}
+        assign_budgets(layers.values(), 0, self._plans, self._counted)
+        self._evict(layers, TRIM_TO)
 
     def _begin_move(self, layer: Layer) -> Move | None:
         """Where budgets are known and slots will not be spread: the whole arena, before layers have anything to put in.
@@ -185,7 +182,13 @@ class Compression:
 
     def _assign_and_evict(self) -> None:
         assign_budgets(self._layers.values(), 0, self._plans, self._counted)
-        self._evict(self._layers, is_last=True)
+        self._evict(self._layers)
 
-    def _evict(self, layers: Mapping[int, Layer], *, is_last: bool) -> None:
-        Evictions(layers, self._config, self._ranks, self._num_seen).at_prompt_end(is_last=is_last)
+    def _evict(self, layers: Mapping[int, Layer], factor: float | None = None) -> None:
+        """To their budgets; factor: how many times what they are expected to keep in the end, None: these are it."""
+        config = self._config
+        if factor is not None:
+            targets = config.merge.targets.before_trim((1 - 1 / factor) * (1 - config.recent_fraction))
+            if targets != config.merge.targets:
+                config = config.replace(merge=dataclasses.replace(config.merge, targets=targets))
+        Evictions(layers, config, self._ranks, self._num_seen).at_prompt_end(is_last=factor is None)

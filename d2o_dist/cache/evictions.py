@@ -8,7 +8,6 @@ Shape legend: B rows, M newest slots.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -118,13 +117,7 @@ class Evictions:
     def _budget_of(self, block: HeadBlock) -> tuple[LayerBudget | None, list[int]]:
         """Of the rows that are due when a prompt ends, None if none is; and what each holds afterwards."""
         device = block.store.buffers.positions.device
-        due = eviction_budget(block.slot_budgets, block.kv_len, self.config, device)
-        if due is None:
-            return None, block.kv_len
-        if block.slot_aims is None:
-            return due
-        heavy, recent = torch.tensor([self.config.split(slots) for slots in block.slot_aims], device=device).T
-        return dataclasses.replace(due[0], aim=LayerBudget(heavy, recent)), due[1]
+        return eviction_budget(block.slot_budgets, block.kv_len, self.config, device) or (None, block.kv_len)
 
     # ---- while decoding --------------------------------------------------------------------------------------------
 

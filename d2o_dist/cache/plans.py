@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from d2o_dist.cache.block import HeadBlock
 from d2o_dist.cache.layer import Layer
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.select import ranking_rates
@@ -181,23 +180,19 @@ def plan_budgets(
 
 
 def assign_budgets(
-    layers: Collection[Layer], first: int, plans: Sequence[RowBudgets], config: D2OConfig,
-    aims: Sequence[RowBudgets] | None = None,
-) -> None:  # fmt: skip
+    layers: Collection[Layer], first: int, plans: Sequence[RowBudgets], config: D2OConfig
+) -> None:
     """Give layers, or each of their heads, the slots of each row.
 
     Args:
         layers: compressed ones that follow each other; first: which of all the first of them is.
         config: as for `plan_budgets`.
-        aims: the plans that they are expected to be trimmed to; None: they are not trimmed.
     """
     for number, layer in enumerate(layers, first):
         per_layer = len(layer.budgeted)
         protected = config.budget.protected(len(plans[0].slots) // per_layer)
         for unit, one in enumerate(layer.budgeted, number * per_layer):
             one.slot_budgets = None if number in protected else [plan.slots[unit] for plan in plans]
-            if isinstance(one, HeadBlock):
-                one.slot_aims = None if aims is None else [aim.slots[unit] for aim in aims]
 
 
 def _take_first(plans: Sequence[RowBudgets], ranks: RequestRanks, device: torch.device) -> None:

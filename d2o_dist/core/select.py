@@ -68,10 +68,6 @@ def choose(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig
         return None
     keep, is_target = _part(slots, num_heavy, num_recent, ranking, config, finalize=finalize)
     keep = keep | (torch.arange(keep.shape[-1], device=keep.device) < kv_len) & (surplus == 0)
-    if budget.aim is not None:  # what stays then is a part of what stays now
-        heavy, recent = (x[:, None, None] for x in budget.aim.rows(len(keep), keep.device))
-        heavy, recent = heavy.minimum(num_heavy), recent.minimum(num_recent)
-        _, is_target = _part(slots, heavy, recent, ranking, config, finalize=True)
     return keep.to(torch.uint8) + (keep & is_target).to(torch.uint8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,14 @@ class TargetRule(Rule):
             finalize: at the end of a prompt rather than while decoding.
         """
         return None
+
+    def before_trim(self, spare: float) -> TargetRule:
+        """The rule where a layer is evicted once more before the prompt ends.
+
+        Args:
+            spare: share of its slots that are expected to go then, all of them heavy.
+        """
+        return self
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,11 @@ class Tail(TargetRule):
         sizes = torch.floor(self.fraction * num_slots.double() + 1e-9).long().clamp_min(1)
         bound = None if finalize else self.most_while_decoding
         return sizes if bound is None else sizes.clamp_max(bound)
+
+    def before_trim(self, spare: float) -> Tail:
+        """As `TargetRule.before_trim`: what goes then takes in what goes now, and hands it on. What stays is unchanged;
+        and what is handed on has been split among many."""
+        return dataclasses.replace(self, fraction=max(self.fraction, spare))
 
 
 TARGETS = registry(Kept, Tail)

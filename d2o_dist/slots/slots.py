@@ -150,16 +150,12 @@ class LayerBudget:
 
     most_kept, most_evicted: what the fullest row holds after an eviction, and the most that a row loses, where the host
     knows them; the device is asked otherwise.
-
-    aim: what the layer will hold once it is trimmed again: evicted slots are merged into what stays then. None: this is
-    the last eviction of the prompt.
     """
 
     num_heavy: int | Tensor
     num_recent: int | Tensor
     most_kept: int | None = None
     most_evicted: int | None = None
-    aim: LayerBudget | None = None
 
     @property
     def num_slots(self) -> int | Tensor:

@@ -7,14 +7,11 @@ import math
 import torch
 
 
-def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: float | None, config, *, finalize: bool):
-    """`slots[head]` is a dict of lists `k, v, p, s, r, m` in order of position; returns the same and the threshold."""
-    size, seen = num_heavy + num_recent, 1 + max(max(head["p"]) for head in slots)
-    plans, similar, gains = [], [], []
+def naive_order(slots: list[dict], config, *, finalize: bool) -> list[dict[int, tuple[float, float]]]:
+    """Of each head, by position: what a slot ranks by, and what its rate gains if it stays."""
+    seen, orders = 1 + max(max(head["p"]) for head in slots), []
     for head in slots:
-        count = len(head["p"])
-        rank = []
-        gains.append([])
+        orders.append({})
         for i, position in enumerate(head["p"]):
             back, ahead = config.selection_pool // 2, config.selection_pool // 2
             if config.selection_pool_side == "after":
@@ -27,12 +24,28 @@ def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: floa
                 )]  # fmt: skip
             elif config.selection_reach is not None:
                 near = [head["r"][i]]
-            gains[-1].append(max(near) - head["r"][i])
             rate = max(near) if finalize else head["r"][i]
-            rank.append(
-                {"cumulative": head["s"][i], "window": rate, "recent": float(position),
-                 "mixed": rate + head["s"][i] / max(seen - position, 32)}[config.selection]
-            )  # fmt: skip
+            rank = {
+                "cumulative": head["s"][i], "window": rate, "recent": float(position),
+                "mixed": rate + head["s"][i] / max(seen - position, 32),
+            }[config.selection]  # fmt: skip
+            orders[-1][position] = rank, max(near) - head["r"][i]
+    return orders
+
+
+def naive_compress(
+    slots: list[dict], num_heavy: int, num_recent: int, tau: float | None, config, *, finalize: bool,
+    order: list[dict[int, tuple[float, float]]] | None = None, is_last: bool = True,
+):  # fmt: skip
+    """`slots[head]` is a dict of lists `k, v, p, s, r, m` in order of position; returns the same and the threshold.
+
+    order: of an earlier step of the same eviction; is_last: whether no step follows.
+    """
+    size, order = num_heavy + num_recent, order or naive_order(slots, config, finalize=finalize)
+    plans, similar = [], []
+    for head, by_position in zip(slots, order, strict=True):
+        count = len(head["p"])
+        rank = [by_position[position][0] for position in head["p"]]
         sinks = [i for i in range(count) if head["p"][i] < config.num_sink_tokens][:num_heavy]
         recent = list(range(count - num_recent, count))
         rest = [i for i in range(count) if i not in sinks and i not in recent]
@@ -60,7 +73,8 @@ def naive_compress(slots: list[dict], num_heavy: int, num_recent: int, tau: floa
         plans.append((keep, evict, found))
         similar += [u for u, _ in found]
 
-    carries = finalize and config.selection_reach is not None and config.selection in ("window", "mixed")
+    carries = is_last and finalize and config.selection_reach is not None and config.selection in ("window", "mixed")
+    gains = [[by_position[p][1] for p in head["p"]] for head, by_position in zip(slots, order, strict=True)]
     if not similar:
         if carries:
             slots = [{**head, "r": [r + g for r, g in zip(head["r"], gain, strict=True)]}
