@@ -37,6 +37,14 @@ TRIM_AFTER, TRIM_TO = 2 / 3, 1.2
 HELD_AT_MOST = 1.3
 
 
+def before_trim(config: D2OConfig, factor: float) -> D2OConfig:
+    """The rules of an eviction to `factor` times what is expected to stay: slots are merged into what is not."""
+    targets = config.merge.targets.before_trim((1 - 1 / factor) * (1 - config.recent_fraction))
+    if targets == config.merge.targets:
+        return config
+    return config.replace(merge=dataclasses.replace(config.merge, targets=targets))
+
+
 class Compression:
     """Of the prompt that was read, or of a later turn.
 
@@ -186,9 +194,5 @@ class Compression:
 
     def _evict(self, layers: Mapping[int, Layer], factor: float | None = None) -> None:
         """To their budgets; factor: how many times what they are expected to keep in the end, None: these are it."""
-        config = self._config
-        if factor is not None:
-            targets = config.merge.targets.before_trim((1 - 1 / factor) * (1 - config.recent_fraction))
-            if targets != config.merge.targets:
-                config = config.replace(merge=dataclasses.replace(config.merge, targets=targets))
+        config = self._config if factor is None else before_trim(self._config, factor)
         Evictions(layers, config, self._ranks, self._num_seen).at_prompt_end(is_last=factor is None)

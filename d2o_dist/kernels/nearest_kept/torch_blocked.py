@@ -13,7 +13,7 @@ from torch import Tensor
 from d2o_dist.kernels.common import acc_dtype
 
 TILE = 64  # columns whose maximum is taken first: amax is 10x faster than argmax, so argmax sees 1/64 of the block
-BLOCK_ROWS, BLOCK_COLS = 1024, 2048  # evicted x kept; 8 MiB in float32
+BLOCK_ROWS, BLOCK_COLS = 512, 1024  # evicted x kept; 2 MiB in float32
 BLOCK_ELEMENTS = BLOCK_ROWS * BLOCK_COLS
 COMPACT_BELOW = 0.75  # share of kept keys that are targets, under which copying the targets pays
 
@@ -38,7 +38,7 @@ def blocked_nearest_kept(evicted: Tensor, kept: Tensor, target_mask: Tensor | No
             return similarity.view(*lead, num_evicted), index.view(*lead, num_evicted)
         if most < COMPACT_BELOW * num_kept:
             kept, target_mask, original = compact_targets(kept, target_mask, most)
-        elif bool(target_mask.all()):
+        if bool(target_mask.all()):  # as many in every row: nothing to hide, which takes as long as the products
             target_mask = None
     _search(evicted, kept, target_mask, similarity, index)
     if original is not None:
@@ -57,13 +57,18 @@ def compact_targets(kept: Tensor, target_mask: Tensor, most: int) -> tuple[Tenso
     return compact, target_mask.gather(1, order), order
 
 
+def block_shape(num_rows: int, num_evicted: int, num_targets: int, head_dim: int) -> tuple[int, int, int]:
+    """Heads, evicted keys and targets that are compared at once, of [N, E, D] and [N, K, D]."""
+    cols = min(BLOCK_COLS, -(-num_targets // TILE) * TILE)
+    block_rows = min(BLOCK_ROWS, num_evicted)
+    return min(num_rows, max(1, BLOCK_ELEMENTS // (cols * max(block_rows, head_dim, 1)))), block_rows, cols
+
+
 def _search(evicted: Tensor, kept: Tensor, mask: Tensor | None, similarity: Tensor, index: Tensor) -> None:
     """Fills similarity and index [N, E], which come as -inf and 0; evicted [N, E, D], kept [N, K, D], mask [N, K]."""
     num_rows, num_evicted, head_dim = evicted.shape
     num_kept, acc = kept.shape[1], similarity.dtype
-    cols = min(BLOCK_COLS, -(-num_kept // TILE) * TILE)
-    block_rows = min(BLOCK_ROWS, num_evicted)
-    heads = min(num_rows, max(1, BLOCK_ELEMENTS // (cols * max(block_rows, head_dim))))
+    heads, block_rows, cols = block_shape(num_rows, num_evicted, num_kept, head_dim)
     for n0 in range(0, num_rows, heads):
         n1 = min(n0 + heads, num_rows)
         for j0 in range(0, num_kept, cols):
