@@ -7,6 +7,8 @@ cosines in every shape tried. Within a block the scan is first-wins (`torch.argm
 several maxima); across blocks only a strictly larger cosine replaces the one found before.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,7 @@ def _search(evicted: Tensor, kept: Tensor, mask: Tensor | None, similarity: Tens
     num_rows, num_evicted, head_dim = evicted.shape
     num_kept, acc = kept.shape[1], similarity.dtype
     heads, block_rows, cols = block_shape(num_rows, num_evicted, num_kept, head_dim)
+    block = similarity.new_empty(heads * block_rows * cols)  # one for all: a new one each time is new pages each time
     for n0 in range(0, num_rows, heads):
         n1 = min(n0 + heads, num_rows)
         for j0 in range(0, num_kept, cols):
@@ -77,7 +80,9 @@ def _search(evicted: Tensor, kept: Tensor, mask: Tensor | None, similarity: Tens
             hidden = None if mask is None else ~mask[n0:n1, j0:j1]
             for i0 in range(0, num_evicted, block_rows):
                 i1 = min(i0 + block_rows, num_evicted)
-                cosines = torch.bmm(_unit(evicted[n0:n1, i0:i1].to(acc)), targets.mT)  # [n, rows, multiple of TILE]
+                shape = (n1 - n0, i1 - i0, targets.shape[1])  # a multiple of TILE
+                cosines = block[: math.prod(shape)].view(shape)
+                torch.bmm(_unit(evicted[n0:n1, i0:i1].to(acc)), targets.mT, out=cosines)
                 cosines[:, :, j1 - j0 :] = -torch.inf
                 if hidden is not None:
                     cosines[:, :, : j1 - j0].masked_fill_(hidden.unsqueeze(1), -torch.inf)
