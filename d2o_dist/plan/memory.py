@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from d2o_dist.cache.compress import HEADROOM, HELD_AT_MOST, before_trim
+from d2o_dist.cache.compress import HEADROOM, HELD_AT_MOST
 from d2o_dist.cache.window import WindowLayer
 from d2o_dist.evict.prompt import heads_at_once
-from d2o_dist.kernels.nearest_kept.torch_blocked import block_shape
 from d2o_dist.models.cache import CACHE_READINGS, settle_reading
 from d2o_dist.plan.meshes import Share
 from d2o_dist.plan.model_size import ModelSize
@@ -122,16 +121,12 @@ def prompt_memory(
     # The slots that stay and those that go are copied apart; to merge, their keys once more.
     copies = 0 if d2o.keeps_everything else one_layer * (2 if d2o.merge.merges else 1)
     at_once = heads_at_once(batch, width, model.head_dim)
-    stays = kept / max(full, 1) * (1 if d2o.knows_budgets or reading == "whole" else HEADROOM)
     if d2o.budget.per_head:
         copies //= share.kv_here
     elif share.sp == 1 and at_once < heads and not d2o.keeps_everything:
         # Those that go head by head; those that stay are put together from their heads.
+        stays = kept / max(full, 1) * (1 if d2o.knows_budgets or reading == "whole" else HEADROOM)
         copies = copies * at_once // heads + 2 * min(one_layer, round(stays))
-    if d2o.merge.merges and not d2o.keeps_everything:
-        rules = d2o if d2o.knows_budgets or reading == "whole" else before_trim(d2o, HEADROOM)
-        num_kept = min(width, round(stays * width / max(one_layer, 1)))
-        copies += _search_bytes(rules, batch * min(heads, at_once), width - num_kept, num_kept, model.head_dim)
     copies = max(copies, _rate_bytes(model, d2o, share, dtype))
     if not share.reads_by_heads:
         copies += batch * share.kv_heads * tokens * _GATHERED_BYTES
@@ -237,13 +232,6 @@ def _rate_bytes(model: ModelSize, d2o: D2OConfig, share: Share, dtype: torch.dty
     queries = d2o.statistics.rate_window * model.num_heads // model.num_kv_heads
     blocks = heads * (_CONVERTED_KEYS * width + queries * (_BLOCK_KEYS + width))
     return blocks * stats_dtype(dtype).itemsize if d2o.needs_rates else 0
-
-
-def _search_bytes(d2o: D2OConfig, num_heads: int, num_evicted: int, num_kept: int, head_dim: int) -> int:
-    """The block of cosines in which PyTorch's operators find the nearest target; a kernel of a GPU has none."""
-    tail = d2o.merge.targets.tail_sizes(torch.tensor(num_kept), finalize=True)
-    heads, rows, cols = block_shape(num_heads, num_evicted, num_kept if tail is None else int(tail), head_dim)
-    return heads * rows * cols * torch.float32.itemsize
 
 
 def _forward_bytes(

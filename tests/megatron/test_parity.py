@@ -31,7 +31,7 @@ PLAYS = {
     "one KV head": Play("qwen2", lengths=(70,), steps=STEPS, model={"num_key_value_heads": 1}),
     # Tiles that the prompts do not divide.
     "tiles": Play("qwen3", "lean", lengths=(61, 97), chunk=20, turn=(33, 40), steps=8, reading="layerwise"),
-    "trimmed": Play("llama", lengths=(61, 97), chunk=20, steps=8, reading="layerwise"),
+    "trimmed": Play("llama", lengths=(64, 97), chunk=20, steps=8, reading="layerwise"),
 }  # fmt: skip
 CASES = [
     *(((1, 1), name) for name in ("d2o", "windows", "tiles")),

@@ -155,7 +155,7 @@ def spoil(rank: int, world: int, layout: dict, what: str):
             layer.state.threshold.add_(1e-9)
         if rank == 1 and what == "positions":
             layer.blocks[0].layout.shares.held[..., 0] += 1
-        for _ in range(16):
+        for _ in range(24):  # until the layer is evicted, which lacks some slots
             session.decode([7])
 
 

@@ -59,18 +59,13 @@ def compact_targets(kept: Tensor, target_mask: Tensor, most: int) -> tuple[Tenso
     return compact, target_mask.gather(1, order), order
 
 
-def block_shape(num_rows: int, num_evicted: int, num_targets: int, head_dim: int) -> tuple[int, int, int]:
-    """Heads, evicted keys and targets that are compared at once, of [N, E, D] and [N, K, D]."""
-    cols = min(BLOCK_COLS, -(-num_targets // TILE) * TILE)
-    block_rows = min(BLOCK_ROWS, num_evicted)
-    return min(num_rows, max(1, BLOCK_ELEMENTS // (cols * max(block_rows, head_dim, 1)))), block_rows, cols
-
-
 def _search(evicted: Tensor, kept: Tensor, mask: Tensor | None, similarity: Tensor, index: Tensor) -> None:
     """Fills similarity and index [N, E], which come as -inf and 0; evicted [N, E, D], kept [N, K, D], mask [N, K]."""
     num_rows, num_evicted, head_dim = evicted.shape
     num_kept, acc = kept.shape[1], similarity.dtype
-    heads, block_rows, cols = block_shape(num_rows, num_evicted, num_kept, head_dim)
+    cols = min(BLOCK_COLS, -(-num_kept // TILE) * TILE)
+    block_rows = min(BLOCK_ROWS, num_evicted)
+    heads = min(num_rows, max(1, BLOCK_ELEMENTS // (cols * max(block_rows, head_dim))))
     block = similarity.new_empty(heads * block_rows * cols)  # one for all: a new one each time is new pages each time
     for n0 in range(0, num_rows, heads):
         n1 = min(n0 + heads, num_rows)
