@@ -33,11 +33,11 @@ from d2o_dist.policy.config import D2OConfig
 # are read, these are trimmed to so much more than the share that they would have among themselves.
 HEADROOM = 1.5
 TRIM_AFTER, TRIM_TO = 2 / 3, 1.2
-# What all layers then hold at once, over what they keep in the end: 2/3 * 1.2 + 1/3 * 1.5.
-HELD_AT_MOST = 1.3
+# What all layers then hold at once, over what they keep in the end.
+HELD_AT_MOST = TRIM_AFTER * TRIM_TO + (1 - TRIM_AFTER) * HEADROOM
 
 
-def before_trim(config: D2OConfig, factor: float) -> D2OConfig:
+def _before_trim(config: D2OConfig, factor: float) -> D2OConfig:
     """The rules of an eviction to `factor` times what is expected to stay: slots are merged into what is not."""
     targets = config.merge.targets.before_trim((1 - 1 / factor) * (1 - config.recent_fraction))
     if targets == config.merge.targets:
@@ -194,5 +194,5 @@ class Compression:
 
     def _evict(self, layers: Mapping[int, Layer], factor: float | None = None) -> None:
         """To their budgets; factor: how many times what they are expected to keep in the end, None: these are it."""
-        config = self._config if factor is None else before_trim(self._config, factor)
+        config = self._config if factor is None else _before_trim(self._config, factor)
         Evictions(layers, config, self._ranks, self._num_seen).at_prompt_end(is_last=factor is None)

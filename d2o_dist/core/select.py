@@ -66,18 +66,7 @@ def choose(slots: Slots, budget: LayerBudget, ranking: Tensor, config: D2OConfig
     num_heavy, num_recent, kv_len, surplus = _counts(slots, budget)
     if _most_evicted(surplus, budget) == 0:
         return None
-    keep, is_target = _part(slots, num_heavy, num_recent, ranking, config, finalize=finalize)
-    keep = keep | (torch.arange(keep.shape[-1], device=keep.device) < kv_len) & (surplus == 0)
-    return keep.to(torch.uint8) + (keep & is_target).to(torch.uint8)
-
-
-def _part(
-    slots: Slots, num_heavy: Tensor, num_recent: Tensor, ranking: Tensor, config: D2OConfig, *, finalize: bool
-) -> tuple[Tensor, Tensor]:
-    """What stays of `num_heavy` and `num_recent` [B, 1, 1], and which of it evicted slots may be merged into: [B, Hkv,
-    S] bool."""
     order = torch.arange(slots.positions.shape[-1], device=slots.positions.device)
-    kv_len = slots.kv_len[:, None, None]
     live = order < kv_len
     # A budget of fewer heavy slots than sinks keeps the first of them.
     sink = live & (slots.positions < config.num_sink_tokens) & (order < num_heavy)
@@ -96,7 +85,8 @@ def _part(
         is_target = chosen & (rank >= quota - tail)
     elif config.merge.keeps_mass:
         is_target = keep & ~sink
-    return keep, is_target
+    keep = keep | live & (surplus == 0)
+    return keep.to(torch.uint8) + (keep & is_target).to(torch.uint8)
 
 
 def selection_of(choice: Tensor, slots: Slots, budget: LayerBudget) -> Selection:

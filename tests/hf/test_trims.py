@@ -49,6 +49,7 @@ def test_steps_equal_the_loops(case, monkeypatch):
     session = Session(tiny_model(num_hidden_layers=6), spec("reach", **fields), reading="layerwise")
     session.prefill(*left_padded(list(lengths)))
 
+    assert any(session.cache.report().num_short_slots) == (case == "shares apart")
     rules = flat("reach", **fields)
     for index, layer in enumerate(session.cache.compressed.layers):
         assert [factor for factor, _ in steps[index]] == [HEADROOM, *[TRIM_TO] * (index < 4), None]

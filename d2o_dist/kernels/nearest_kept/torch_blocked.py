@@ -40,7 +40,7 @@ def blocked_nearest_kept(evicted: Tensor, kept: Tensor, target_mask: Tensor | No
             return similarity.view(*lead, num_evicted), index.view(*lead, num_evicted)
         if most < COMPACT_BELOW * num_kept:
             kept, target_mask, original = compact_targets(kept, target_mask, most)
-        if bool(target_mask.all()):  # as many in every row: nothing to hide, which takes as long as the products
+        if bool(target_mask.all()):  # nothing is hidden then, which would take as long as the products
             target_mask = None
     _search(evicted, kept, target_mask, similarity, index)
     if original is not None:
