@@ -18,15 +18,12 @@ from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.cuda_graph import graph_recorder
 from d2o_dist.engine.reading import STREAM_CHUNK, TILE, read, read_stream
+from d2o_dist.engine.steady import MULTIPLES, steady_rows
 from d2o_dist.engine.stepper import Stepper
 from d2o_dist.models.cache import settle_reading
 from d2o_dist.models.loading import adapt
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.windows import kept
-
-# A matrix product gives each of its rows the same bits for all multiples of 4 rows, in every place: MKL and oneDNN on
-# AVX-512, with 1 to 4 threads, in float32, bfloat16 and float64. With 1, 2, 3, 5, 6, 7 or 9 rows it does not.
-STEADY_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,8 @@ class Session:
             others: `Sampler` does, and so does `session.cache.ranks.from_first(tokens)`.
         decode_graph: whether decode steps are CUDA graphs: `auto` (where that is possible), `always`, `never`.
         reading: when a prompt is compressed: `auto`, `whole`, `layerwise`, `stream`; see `InferConfig`.
-        steady: whether decode steps have a multiple of `STEADY_ROWS` rows, with padding. On a CPU a row's logits then
-            do not depend, to the last bit, on how many rows there are, what they hold, and its place among them.
+        steady: whether decode steps have a multiple of some rows, with padding (`steady_rows`). On a CPU a row's logits
+            then do not depend, to the last bit, on how many rows there are, what they hold, and its place among them.
 
     Raises:
         ValueError: what `ModelCache` refuses; `always` where it is impossible.
@@ -88,7 +85,9 @@ class Session:
         self.cache.compressed.is_steady = steady
         self._reading = settle_reading(reading, self.model.tile_refusal, self.cache.d2o)
         recorder = graph_recorder(decode_graph, self.model.shape, self.device, self.cache.ranks)
-        multiple = STEADY_ROWS if steady and self.cache.takes_padding else 1
+        multiple = 1
+        if steady and self.cache.takes_padding:
+            multiple = steady_rows(self.model.model) if self.device.type == "cpu" else MULTIPLES[0]
         self._stepper = Stepper(self.model, recorder, required=decode_graph == "always", multiple=multiple)
         self.prefill_s: float | None = None
 

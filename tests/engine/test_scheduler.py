@@ -10,7 +10,7 @@ from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import Running, generate
 from d2o_dist.engine.reading import tokens_while_reading
 from d2o_dist.engine.scheduler import Room, Scheduler, longest_first
-from d2o_dist.engine.session import STEADY_ROWS, Session
+from d2o_dist.engine.session import Session
 from d2o_dist.evict.budgets import NotFiniteError
 from d2o_dist.policy.config import D2OConfig
 from tests.engine.tiny import Numbers, request
@@ -165,19 +165,6 @@ def test_logits_are_those_of_the_row_alone_to_the_last_bit(family, preset, dtype
         assert len(alone) == LIMITS[row]
         for others in seen[1:]:
             assert_like(torch.stack(others[row]), torch.stack(alone))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("wide", "out"), [(64, 128), (48, 33), (576, 192)])
-def test_what_steady_steps_build_upon(dtype, wide, out):
-    """A product gives a row the same bits for all multiples of 4 rows, in every place."""
-    weight, row = torch.randn(out, wide, dtype=dtype), torch.randn(wide, dtype=dtype)
-    want = torch.nn.functional.linear(row.expand(STEADY_ROWS, wide), weight)[0]
-    for rows in range(STEADY_ROWS, 33, STEADY_ROWS):
-        for place in range(rows):
-            batch = torch.randn(rows, 1, wide, dtype=dtype)
-            batch[place] = row
-            assert_like(torch.nn.functional.linear(batch, weight)[place, 0], want)
 
 
 def test_rows_run_as_soon_as_there_is_a_place():
