@@ -78,7 +78,7 @@ class Decoding:
         held = [block.held for block in blocks]
         if self.step is None or not self.step.fits(held, present):
             arena = None if self._arena_evictions is None else self._arena_evictions.arena
-            self.step = DecodeStep(num_seen, held, present, arena)
+            self.step = DecodeStep(num_seen, held, present, arena, self._config.statistics.rate_window)
             for layer in self._full.values():
                 layer.prepare()
         self.step.choose(present)

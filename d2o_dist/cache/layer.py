@@ -193,6 +193,8 @@ class Layer:
         if self._segments is not None:
             layouts = [block.layout for block in self.blocks]
             return decode_heads(layouts, self._segments, q, k, v, softmax, steps, self.blocks[0].config)
+        if len(steps) == 1:
+            return self.blocks[0].decode(q, k, v, softmax, steps[0])
         step = iter(steps)
         return self._over_blocks(lambda block, *given: block.decode(*given, next(step)), softmax, q, k, v)
 

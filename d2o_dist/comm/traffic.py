@@ -15,8 +15,6 @@ An axis of size 1 sends nothing and counts nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 NO_PHASE = "other"
@@ -33,6 +31,19 @@ class Traffic:
         return Traffic(self.calls + other.calls, self.bytes + other.bytes)
 
 
+class _Phase:
+    """A context that is on a list while it lasts. Not a generator: every layer of a step opens one."""
+
+    def __init__(self, phases: list[str], name: str) -> None:
+        self._phases, self._name = phases, name
+
+    def __enter__(self) -> None:
+        self._phases.append(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._phases.pop()
+
+
 class TrafficCounter:
     """Adds up traffic. One object is shared by the `Collectives` of all axes; not thread-safe.
 
@@ -45,14 +56,9 @@ class TrafficCounter:
         self._found: dict[tuple[str, str, str], Traffic] = {}
         self._phases: list[str] = []
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[TrafficCounter]:
+    def phase(self, name: str) -> _Phase:
         """Count what happens inside under `name`; nested phases: the innermost counts."""
-        self._phases.append(name)
-        try:
-            yield self
-        finally:
-            self._phases.pop()
+        return _Phase(self._phases, name)
 
     def add(self, axis: str, kind: str, num_bytes: int) -> None:
         """One call."""

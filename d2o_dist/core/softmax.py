@@ -29,6 +29,14 @@ class Softmax:
         """Whether it has nothing but a scale."""
         return self.softcap is None and self.sinks is None
 
+    def is_same(self, other: Softmax) -> bool:
+        """Whether another one is this one: its sinks are the same memory, if there are any."""
+        return self._key() == other._key()
+
+    def _key(self) -> tuple[Any, ...]:
+        sinks = self.sinks
+        return self.scale, self.softcap, None if sinks is None else (sinks.data_ptr(), sinks.shape, sinks.stride())
+
     @property
     def logits(self) -> dict[str, Any]:
         """As kernels take what makes logits: the sink is no matter of theirs (`kernels.lse.with_sinks`)."""

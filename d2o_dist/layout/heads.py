@@ -5,7 +5,8 @@ Shape legend: B rows, b rows of a group, Hq query heads, Hkv KV heads at hand, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from d2o_dist.attention.prefill import chunk_attention, reread_attention
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
-from d2o_dist.kernels.finish_decode import add_probabilities
-from d2o_dist.kernels.scored_decode import scored_decode
+from d2o_dist.kernels.finish_decode import add_probabilities, pace_of
+from d2o_dist.kernels.scored_decode import scored_decode, scored_decode_steps
 from d2o_dist.layout.forward import Chunk, over_rows
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
@@ -25,6 +26,23 @@ from d2o_dist.slots.step import BlockStep, Held
 from d2o_dist.slots.store import GROWTH, SlotStore
 from d2o_dist.statistics.last_queries import LastQueries
 from d2o_dist.statistics.reading import Reading
+
+
+@dataclass(frozen=True)
+class _Running:
+    """Steps that follow each other over the same buffers.
+
+    Attributes:
+        step, softmax: of the first of them; run: see `scored_decode_steps`.
+    """
+
+    step: BlockStep
+    softmax: Softmax
+    run: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+
+    def serves(self, step: BlockStep, softmax: Softmax) -> bool:
+        """Whether a step is one of them: its tensors are those of the first, and were written anew."""
+        return step is self.step and softmax.is_same(self.softmax)
 
 
 class HeadLayout:
@@ -40,6 +58,11 @@ class HeadLayout:
         self.ranks, self.store, self.layers = ranks, store, layers
         # What slots received in a step from the layers that have attended; None: between steps.
         self._received: Tensor | None = None
+        self._running: _Running | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which are other buffers."""
+        return {**vars(self), "_running": None}
 
     @property
     def kv_len(self) -> list[int]:
@@ -160,10 +183,17 @@ class HeadLayout:
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig) -> Tensor:
         """Store one token a row, attend over all slots, and score them by what they got: [B, Hq, 1, D]."""
-        if self.store.is_exact:
-            return self.look_in_step(q, softmax, step, config, 0, new=(k[:, :, 0], v[:, :, 0]))
-        self.store.put(k, v, step.slot, step.position)
-        return self.look_in_step(q, softmax, step, config, 0)
+        if not self.store.is_exact:
+            self.store.put(k, v, step.slot, step.position)
+            return self.look_in_step(q, softmax, step, config, 0)
+        new = (k[:, :, 0], v[:, :, 0])
+        if self.layers > 1:
+            return self.look_in_step(q, softmax, step, config, 0, new)
+        if self._running is None or not self._running.serves(step, softmax):
+            options = self._options(softmax, step, config) | step_statistics(self.store.buffers, config)
+            run = scored_decode_steps(q[:, :, 0], *self.store.keys_values, tables=step.tables, **options)
+            self._running = _Running(step, softmax, run)
+        return self._running.run(q[:, :, 0], new).unsqueeze(2)
 
     def look_in_step(
         self, q: Tensor, softmax: Softmax, step: BlockStep, config: D2OConfig, place: int,
@@ -171,23 +201,32 @@ class HeadLayout:
     ) -> Tensor:  # fmt: skip
         """Attend over all slots, of which those of this step were stored, from one of the layers that do; the last of
         them scores: [B, Hq, 1, D]. new: as of `scored_decode`."""
-        kept, update = step_statistics(self.store.buffers, config), step_update(step, config)
+        kept, options = step_statistics(self.store.buffers, config), self._options(softmax, step, config)
         gathers = self.layers > 1 and (kept["scores"] is not None or kept["rates"] is not None)
         if gathers and place == 0:
             self._received = torch.zeros_like(self.store.buffers.scores)
-        out = scored_decode(
-            q[:, :, 0], *self.store.keys_values, **softmax.logits, sinks=softmax.sinks,
+        received = {"scores": self._received} if gathers else kept
+        out = scored_decode(q[:, :, 0], *self.store.keys_values, new=new, **options, **received)
+        if gathers and place + 1 == self.layers:
+            received, self._received = self._received, None
+            pace = None
+            if kept["rates"] is not None:
+                pace = pace_of(kept["rates"], step.slot, config.statistics.rate_window, step.present)
+            add_probabilities(received / self.layers, pace=pace, present=step.present, **kept)
+        return out.unsqueeze(2)
+
+    def _options(self, softmax: Softmax, step: BlockStep, config: D2OConfig) -> dict[str, Any]:
+        """Of `scored_decode`: all but what is kept and the token."""
+        return dict(
+            **softmax.logits, sinks=softmax.sinks,
             valid=step.live,
             log_mass=self.store.buffers.log_mass if config.merge.keeps_mass else None,
             widths=step.widths,
-            new=new,
+            newest=step.slot,
+            rate_window=config.statistics.rate_window,
+            present=step.present,
             total=self.ranks.total_of_replicas,
-            **({"scores": self._received} if gathers else kept), **update,
         )  # fmt: skip
-        if gathers and place + 1 == self.layers:
-            received, self._received = self._received, None
-            add_probabilities(received / self.layers, **kept, **update)
-        return out.unsqueeze(2)
 
     def advance(self, counts: Sequence[int]) -> None:
         """Count what each row took in a decode step."""
@@ -208,18 +247,22 @@ class HeadLayout:
 
     def rebase(self, block: Slots, room: Sequence[int]) -> None:
         """The slots lie in the block of another arena."""
+        self._running = None
         self.store.rebase(block, room)
 
     def leave(self) -> None:
         """Hold the slots in buffers of their own, in order."""
+        self._running = None
         self.store.leave()
 
     def join(self, other: HeadLayout) -> None:
         """Hold the rows of another block too."""
+        self._running = None
         self.store.join(other.store)
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index`, in that order, repeated where repeated."""
+        self._running = None
         self.store.select_rows(index)
 
 
@@ -231,7 +274,3 @@ def step_statistics(buffers: Slots, config: D2OConfig) -> dict[str, Any]:
         peaks=config.needs_reread,
     )
 
-
-def step_update(step: BlockStep, config: D2OConfig) -> dict[str, Any]:
-    """How it does, as `scored_decode` takes it."""
-    return dict(newest=step.slot, rate_window=config.statistics.rate_window, present=step.present)

@@ -20,7 +20,7 @@ from d2o_dist.comm.collectives import Collectives
 from d2o_dist.comm.request import RequestRanks
 from d2o_dist.core.softmax import Softmax
 from d2o_dist.layout.forward import DealtChunk
-from d2o_dist.layout.heads import step_statistics, step_update
+from d2o_dist.layout.heads import step_statistics
 from d2o_dist.policy.config import D2OConfig
 from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.shares import Shares
@@ -219,8 +219,8 @@ class SequenceLayout:
         out = sharded_decode_attention(
             self.ranks.sp, q[:, :, 0], *self.store.keys_values, softmax, valid=step.live,
             log_mass=buffers.log_mass if config.merge.keeps_mass else None,
-            new=new, total=self.ranks.total_of_replicas,
-            **step_statistics(buffers, config), **step_update(step, config),
+            newest=step.slot, new=new, rate_window=config.statistics.rate_window, present=step.present,
+            total=self.ranks.total_of_replicas, **step_statistics(buffers, config),
         )  # fmt: skip
         return out.unsqueeze(2)
 

@@ -135,8 +135,7 @@ class ModelCache:
         if padding:
             q, k, v = (tensor[:-padding] for tensor in (q, k, v))
         with torch.no_grad(), without_autocast():
-            # Detached: a slot must not keep the graph of the forward that made it alive.
-            out = self.compressed.attend(layer, q, k.detach(), v.detach(), softmax, mask, positions, blocks, tune)
+            out = self.compressed.attend(layer, q, k, v, softmax, mask, positions, blocks, tune)
         return pad(out, (0, 0, 0, 0, 0, 0, 0, padding)) if padding else out
 
     def _check_side(self, length: int) -> None:

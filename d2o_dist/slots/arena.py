@@ -51,12 +51,14 @@ class Opened:
     Attributes:
         slot: [U] int64 where each unit's token goes, counted from its start; -1 where another rank has it.
         position: [U] int64 of what is stored here; -1: nothing is, and the slot stays as it was.
+        where: [U] int64 the slot in the storage; N where nothing is stored.
         live: [N] bool which slots of the storage are in use, the new ones included.
         taker: [U] int64 the ranks that store the tokens, where the slots of a unit are spread; None otherwise.
     """
 
     slot: Tensor
     position: Tensor
+    where: Tensor
     live: Tensor
     taker: Tensor | None
 
@@ -108,6 +110,10 @@ class Arena:
         shape = (len(block.room), block.heads, block.width)
         return self.storage.map(lambda tensor: tensor[first : first + block.num_slots].unflatten(0, shape))
 
+    def first(self, number: int) -> int:
+        """The first slot of a block in the storage."""
+        return self._first[number]
+
     def units(self, number: int) -> slice:
         """The units of one block, in [0, U)."""
         before = sum(len(block.room) * block.heads for block in self.blocks[:number])
@@ -144,11 +150,12 @@ class Arena:
 
     # ---- a decode step -------------------------------------------------------------------------------------------
 
-    def open(self, position: Tensor) -> Opened:
+    def open(self, position: Tensor, before: Opened | None = None) -> Opened:
         """Give each unit's next token its slot.
 
         Args:
             position: [B] int64 of each row's token; -1 for a row that takes none.
+            before: an earlier step, whose tensors become those of this one, at the same addresses.
         """
         slot = self.free.gather(1, self.taken.clamp_max(self.free.shape[1] - 1)[:, None])[:, 0]
         own, taker = position[self.row], None
@@ -158,7 +165,13 @@ class Arena:
             slot = slot.masked_fill(own < 0, -1)
         where = (self.start + slot).masked_fill(own < 0, self.num_slots)
         self.storage.positions[where] = own
-        return Opened(slot, own, self.storage.positions[: self.num_slots] >= 0, taker)
+        opened = Opened(slot, own, where, self.storage.positions[: self.num_slots] >= 0, taker)
+        if before is None:
+            return opened
+        for name, tensor in vars(opened).items():
+            if tensor is not None:
+                getattr(before, name).copy_(tensor)
+        return before
 
     def close(self, opened: Opened, present: Tensor | None) -> None:
         """The tokens of the step are stored; present: [B] bool, rows that took one; None: all of them."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from d2o_dist.slots.arena import Arena
 from d2o_dist.slots.shares import Shares
 from d2o_dist.slots.slots import Slots
+from d2o_dist.slots.tables import StepTables, Tables
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class BlockStep:
         present: [B] bool, rows that take a token; None: all of them.
         columns: [>= C] int64, 0, 1, 2 and so on.
         widths: per row, how many columns of the buffers may be in use; None: all.
+        tables: what was made for all blocks at once; None: nothing was.
     """
 
     position: Tensor
@@ -43,6 +45,7 @@ class BlockStep:
     present: Tensor | None
     columns: Tensor
     widths: Sequence[int] | None
+    tables: Tables | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,16 @@ class DecodeStep:
     Args:
         num_seen: tokens seen by each row; held: of each block; arena: of those that lie in one.
         present: rows that take a token; None: all of them.
+        rate_window: of the tables that steps on a CPU make for all blocks of the arena at once.
 
     Attributes:
         counts: tokens that each row takes in a step, 0 or 1.
     """
 
     def __init__(
-        self, num_seen: Sequence[int], held: Sequence[Held], present: Sequence[bool] | None, arena: Arena | None = None
-    ) -> None:
+        self, num_seen: Sequence[int], held: Sequence[Held], present: Sequence[bool] | None,
+        arena: Arena | None = None, rate_window: int = 32,
+    ) -> None:  # fmt: skip
         device = held[0].buffers.positions.device
         self.counts = [1] * len(num_seen)
         # Not kept alive: when rows are selected or a later turn is read, the old buffers must go.
@@ -81,12 +86,16 @@ class DecodeStep:
         self._widths = [one.buffers.positions.shape[-1] for one in held]
         self._in_arena = [one.in_arena for one in held]
         self._shares = [None if one.in_arena else one.shares for one in held]
-        self._arena, self._opened = arena, None
+        self._arena, self._opened, self._tables = arena, None, None
+        # The parts of the arena's blocks: views of what each step writes anew.
+        self._in_place: list[BlockStep] = []
         self._seen = torch.tensor(list(num_seen), device=device)
         self._held = torch.tensor([list(one.kv_len) for one in held], device=device)
         self._columns = torch.arange(max(self._widths), device=device)
         # Asked for only once a row has ended; the step then stays of that kind.
         self._present = None if present is None else torch.tensor(list(present), device=device)
+        if arena is not None and arena.shares is None and device.type == "cpu":
+            self._tables = StepTables(arena, rate_window, self._present)
 
     @property
     def positions(self) -> Tensor:
@@ -111,18 +120,18 @@ class DecodeStep:
             position, stop = self._seen, self._held + 1
         else:
             position, stop = self._seen.masked_fill(~self._present, -1), self._held + self._present
-        in_arena = iter(())
         if self._arena is not None:
-            arena, opened = self._arena, self._arena.open(position)
-            self._opened = opened
-            here, slot, live = arena.split_units(opened.position), arena.split_units(opened.slot), opened.live
-            in_arena = zip(here, slot, arena.split_slots(live), strict=True)
+            self._opened = self._arena.open(position, self._opened)
+            if self._tables is not None:
+                self._tables.fill(self._opened)
+        in_arena = iter(self._of_arena([width for width, inside in zip(widths, self._in_arena, strict=True) if inside]))
         steps = []
         for number, (width, end) in enumerate(zip(self._widths, stop.unbind(), strict=True)):
-            columns, shares, last = self._columns[:width], self._shares[number], None
             if self._in_arena[number]:
-                here, slot, live = next(in_arena)
-            elif shares is not None:
+                steps.append(next(in_arena))
+                continue
+            columns, shares, last = self._columns[:width], self._shares[number], None
+            if shares is not None:
                 held = shares.held[..., shares.rank]
                 here = position[:, None].masked_fill(shares.taker != shares.rank, -1)
                 slot = held.masked_fill(here < 0, -1)
@@ -131,6 +140,19 @@ class DecodeStep:
                 here, slot, live, last = position[:, None], self._held[number][:, None], columns < end[:, None], end
             steps.append(BlockStep(here, slot, live, last, self._present, self._columns, widths[number]))
         return steps
+
+    def _of_arena(self, widths: Sequence[Sequence[int] | None]) -> list[BlockStep]:
+        if self._arena is not None and widths != [one.widths for one in self._in_place]:
+            arena, opened = self._arena, self._opened
+            tables = [None] * len(widths) if self._tables is None else self._tables.blocks
+            self._in_place = [
+                BlockStep(here, slot, live, None, self._present, self._columns, width, of_block)
+                for here, slot, live, width, of_block in zip(
+                    arena.split_units(opened.position), arena.split_units(opened.slot), arena.split_slots(opened.live),
+                    widths, tables, strict=True,
+                )
+            ]
+        return self._in_place
 
     def end(self) -> None:
         """The tokens are stored: count them."""

@@ -198,7 +198,8 @@ class SlotStore:
         first = torch.tensor(num_seen, device=keys.device)[:, None, None]
         positions = (first + torch.arange(count, device=keys.device)).expand(batch, heads, count).clone()
         zeros = torch.zeros(3, batch, heads, count, dtype=stats_dtype(keys.dtype), device=keys.device)
-        self._buffers = Slots(_alone(keys), _alone(values), positions, *zeros.unbind(0))
+        # Detached: a slot must not keep the graph alive, nor what a library hung on the tensor.
+        self._buffers = Slots(_alone(keys.detach()), _alone(values.detach()), positions, *zeros.unbind(0))
 
     def reserve(self, capacity: int, *, like: tuple[Tensor, Tensor] | None = None, slack: int = 0) -> None:
         """Make room for `capacity` slots a row, and `slack` more if the buffers must move."""

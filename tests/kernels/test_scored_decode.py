@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from d2o_dist.kernels.scored_decode import naive_scored_decode, scored_decode
+from d2o_dist.kernels.finish_decode import pace_of
+from d2o_dist.kernels.scored_decode import naive_scored_decode, scored_decode, scored_decode_steps
+from d2o_dist.kernels.scored_decode.cpu import bias_of
+from d2o_dist.kernels.scored_decode.steps import RowSteps
+from d2o_dist.slots.tables import Tables
 from tests.kernels.helpers import DTYPE_IDS, DTYPES, HEADS, HEADS_IDS, assert_near, make
 
 
@@ -86,3 +90,63 @@ def test_probabilities_may_be_completed_by_others():
     scored_decode(halves[0], k, v, scale, scores=scores, rates=rates, total=lambda x: probs[0] + probs[1], **options)
     torch.testing.assert_close(scores, whole[0], atol=1e-12, rtol=0)
     torch.testing.assert_close(rates, whole[1], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("heads", HEADS, ids=HEADS_IDS)
+@pytest.mark.parametrize("parts", ["", "s", "r", "srm", "p", "prm"])
+@pytest.mark.parametrize("extra", ["", "absent", "softcap, sinks", "one row", "total"])
+def test_steps_over_the_same_buffers(dtype, heads, parts, extra, monkeypatch):
+    """Each as one step of its own: tokens, tables and who is present are written in place."""
+    monkeypatch.setattr("d2o_dist.kernels.scored_decode.cpu.CONVERTED_ELEMENTS", 16 * heads[1] * 16)  # spans in bf16
+    (q, k, v, scale), _, statistics = case(heads, dtype)
+    rows, (_, slots, dim) = 1 if extra == "one row" else 3, k.shape[1:]
+    q, k, v, *statistics = (tensor[:rows].contiguous() for tensor in (q, k, v, *statistics))
+    held, widths = [20, 0, 34][:rows], [slots, 5, 36][:rows]
+    scores, rates, mass = (one * (torch.arange(slots) < torch.tensor(held)[:, None, None]) for one in statistics)
+    options = dict(rate_window=8, peaks="p" in parts, log_mass=mass if "m" in parts else None, widths=widths,
+                   softcap=2.0 if "softcap" in extra else None, sinks=None, total=None)  # fmt: skip
+    if "sinks" in extra:
+        options["sinks"] = make(1, heads[0], dtype=torch.float32, seed=7)
+    if extra == "total":
+        options["total"] = lambda probs: probs * 2
+    options["present"] = torch.ones(rows, dtype=torch.bool) if extra == "absent" else None
+    names = [name for name, part in (("scores", "sp"), ("rates", "r")) if set(part) & set(parts)]
+    mine = {"scores": None, "rates": None} | {name: dict(scores=scores, rates=rates)[name] for name in names}
+    keys, values, wanted = k.clone(), v.clone(), {name: None if x is None else x.clone() for name, x in mine.items()}
+    live = torch.arange(slots) < torch.tensor(held)[:, None, None].expand(-1, heads[1], 1)
+    newest = torch.tensor(held)[:, None].expand(-1, heads[1]).clone()
+    tables = Tables(torch.empty(rows * heads[1], dtype=torch.int64), torch.empty_like(mass), torch.empty_like(mass))
+    run = scored_decode_steps(q, k, v, scale, tables=tables, valid=live, newest=newest, **mine, **options)
+    assert isinstance(run, RowSteps)
+    for step in range(3):
+        if options["present"] is not None:
+            options["present"][1] = step == 1
+        here = torch.ones(rows, dtype=torch.bool) if options["present"] is None else options["present"]
+        live |= (torch.arange(slots) == newest.unsqueeze(-1)) & here[:, None, None]
+        tables.place.copy_((torch.arange(rows * heads[1]).view(rows, -1) * slots + newest).flatten())
+        tables.bias.copy_(bias_of(live, options["log_mass"], live.shape, mass.dtype))
+        tables.pace.copy_(pace_of(mass, newest, 8, options["present"]))
+        q = make(rows, heads[0], dim, dtype=dtype, seed=10 + step)
+        new = [make(rows, heads[1], dim, dtype=dtype, seed=20 + step), make(rows, heads[1], dim, dtype=dtype, seed=30)]
+        out = run(q, tuple(new))
+        want = scored_decode(q, keys, values, scale, valid=live, newest=newest, new=tuple(new), **wanted, **options)
+        assert torch.equal(out, want) and out.dtype == dtype
+        assert torch.equal(k, keys) and torch.equal(v, values)
+        for name, one in wanted.items():
+            assert one is None or torch.equal(mine[name], one)
+        newest += here[:, None]
+
+
+def test_steps_without_tables_are_steps_of_their_own():
+    (q, k, v, scale), options, (scores, rates, mass) = case((4, 2), torch.float32)
+    kept = dict(scores=scores, rates=rates)
+    wanted, options = {name: x.clone() for name, x in kept.items()}, options | dict(log_mass=mass)
+    newest = options.pop("newest").expand(-1, 2)
+    rest = dict(newest=newest, softcap=None, sinks=None, peaks=False, rate_window=8, present=None, widths=None)
+    run = scored_decode_steps(q, k, v, scale, tables=None, total=None, **options, **rest, **kept)
+    new = tuple(make(3, 2, 16, dtype=torch.float32, seed=seed) for seed in (8, 9))
+    keys, values = k.clone(), v.clone()
+    want = scored_decode(q, keys, values, scale, new=new, **options, **rest, **wanted)
+    assert torch.equal(run(q, new), want) and torch.equal(k, keys) and not isinstance(run, RowSteps)
+    assert all(torch.equal(kept[name], wanted[name]) for name in kept)

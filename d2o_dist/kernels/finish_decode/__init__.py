@@ -12,10 +12,15 @@ from torch import Tensor
 
 from d2o_dist.kernels.common import group_size
 from d2o_dist.kernels.finish_decode.naive import naive_finish_decode
-from d2o_dist.kernels.finish_decode.torch_ops import add_probabilities, torch_finish_decode, torch_slot_probabilities
+from d2o_dist.kernels.finish_decode.torch_ops import (
+    add_probabilities,
+    pace_of,
+    torch_finish_decode,
+    torch_slot_probabilities,
+)
 from d2o_dist.kernels.registry import Op, Torch, Triton
 
-__all__ = ["add_probabilities", "finish_decode", "naive_finish_decode", "slot_probabilities"]
+__all__ = ["add_probabilities", "finish_decode", "naive_finish_decode", "pace_of", "slot_probabilities"]
 
 _PROBABILITIES = Op("slot_probabilities", Triton("finish_decode.triton:triton_slot_probabilities", head_dims=None),
                     Torch(torch_slot_probabilities))  # fmt: skip

@@ -37,26 +37,32 @@ def torch_finish_decode(
     out, lse = with_sinks(*merge_partials(outs.unbind(0), lses.unbind(0)), sinks)
     if scores is not None or rates is not None:
         probs = torch_slot_probabilities(logits, lse, num_kv_heads)
-        options = dict(newest=newest, rate_window=rate_window, present=present, peaks=peaks)
-        add_probabilities(probs if total is None else total(probs), scores, rates, **options)
+        pace = None if rates is None else pace_of(rates, newest, rate_window, present)
+        probs = probs if total is None else total(probs)
+        add_probabilities(probs, scores, rates, pace, present=present, peaks=peaks)
     out = out.to(dtype)
     return out if present is None else out * present[:, None, None]
 
 
-@torch.no_grad()
+def pace_of(rates: Tensor, newest: Tensor, rate_window: int, present: Tensor | None) -> Tensor:
+    """How far rates [B, Hkv, S] go towards the probabilities of a step: [B, Hkv or 1, S] in their dtype.
+
+    All the way at the newest slot [B, Hkv] or [B, 1], a `rate_window`-th of it at others; in rows that take no step
+    (present: [B] bool; None: all take it), 0.
+    """
+    slots = torch.arange(rates.shape[-1], device=rates.device)
+    pace = (slots == newest[..., None]).to(rates.dtype).clamp_min_(1 / rate_window)
+    return pace if present is None else pace * present[:, None, None]
+
+
 def add_probabilities(
-    probs: Tensor,
-    scores: Tensor | None,
-    rates: Tensor | None,
-    *,
-    newest: Tensor | None,
-    rate_window: int,
-    present: Tensor | None,
+    probs: Tensor, scores: Tensor | None, rates: Tensor | None, pace: Tensor | None, *, present: Tensor | None,
     peaks: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """What `finish_decode` does to scores and rates, from the slots' probabilities [B, Hkv, S], which it may overwrite.
 
     Args:
+        pace: as `pace_of` makes it; read only where rates are kept.
         peaks: scores become the larger of themselves and the probabilities, instead of their sum.
     """
     if present is not None:
@@ -66,7 +72,4 @@ def add_probabilities(
     elif scores is not None:
         scores.add_(probs)
     if rates is not None:
-        slots = torch.arange(rates.shape[-1], device=rates.device)
-        aged = torch.lerp(rates, probs, 1 / rate_window)
-        fresh = torch.where(slots == newest[..., None], probs, aged)
-        rates.copy_(fresh if present is None else torch.where(present[:, None, None], fresh, rates))
+        rates.lerp_(probs, pace)

@@ -4,20 +4,24 @@ Shapes depend on the buffers alone, and nothing asks the device: the step can be
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from d2o_dist.kernels.common import acc_dtype
 from d2o_dist.kernels.decode_attention import decode_attention, decode_with_logits
-from d2o_dist.kernels.finish_decode import add_probabilities, slot_probabilities
+from d2o_dist.kernels.finish_decode import add_probabilities, pace_of, slot_probabilities
 from d2o_dist.kernels.lse import with_sinks
 from d2o_dist.kernels.registry import Op, Torch, Triton
-from d2o_dist.kernels.scored_decode.cpu import decode_rows
+from d2o_dist.kernels.scored_decode.cpu import bias_of, decode_rows
 from d2o_dist.kernels.scored_decode.naive import naive_scored_decode
+from d2o_dist.kernels.scored_decode.steps import RowSteps
 from d2o_dist.kernels.segments import Segments
 from d2o_dist.slots.append import write_tokens
+from d2o_dist.slots.tables import Tables
 
-__all__ = ["naive_scored_decode", "scored_decode", "scored_decode_of_heads"]
+__all__ = ["naive_scored_decode", "scored_decode", "scored_decode_of_heads", "scored_decode_steps"]
 
 
 def scored_decode(
@@ -64,6 +68,24 @@ def scored_decode(
     )  # fmt: skip
 
 
+def scored_decode_steps(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, tables: Tables | None, **options: Any
+) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:
+    """For steps over the same buffers: a function of the q and the `new` of each, that does as `scored_decode` does.
+
+    Args:
+        q: one like those that come; k, v, options: all but `new`, as of `scored_decode`; what they hold may change, but
+            no tensor may become another one.
+        tables: what some of the options amount to in each step, of buffers without gaps between slots; None: it is not
+            known.
+    """
+    path = _OP.pick(q, k, v, total=options["total"] is not None)
+    if path is by_probabilities and tables is not None and options["widths"] is not None:
+        names = ("softcap", "sinks", "scores", "peaks", "rates", "present", "widths", "total")
+        return RowSteps(k, v, scale, tables=tables, **{name: options[name] for name in names})
+    return lambda q, new: path(q, k, v, scale, new=new, **options)
+
+
 def scored_decode_of_heads(
     q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, *, widths: Sequence[Sequence[int]],
     sinks: Tensor | None = None, **options,
@@ -86,19 +108,21 @@ def by_probabilities(
     """PyTorch's operators have the probabilities at hand, and would have to compute them again from the logits."""
     if new is not None:
         write_tokens(newest, (k, new[0]), (v, new[1]))
-    attend = dict(q=q, k=k, v=v, scale=scale, valid=valid, log_mass=log_mass, softcap=softcap)
+    attend = dict(q=q, k=k, v=v, scale=scale, softcap=softcap)
     if widths is not None and q.device.type == "cpu":
-        out, probs = decode_rows(**attend, sinks=sinks, widths=widths, sees=new is not None and present is None)
+        bias = bias_of(valid, log_mass, k.shape[:3], acc_dtype(q.dtype))
+        sees = new is not None and present is None
+        out, probs = decode_rows(**attend, bias=bias, sinks=sinks, widths=widths, sees=sees)
     elif sinks is None:
-        out, _, probs = decode_attention(**attend, finite=True)
+        out, _, probs = decode_attention(**attend, valid=valid, log_mass=log_mass, finite=True)
     else:
-        out, lse, logits = decode_with_logits(**attend)
+        out, lse, logits = decode_with_logits(**attend, valid=valid, log_mass=log_mass)
         out, lse = with_sinks(out, lse, sinks)
         probs = slot_probabilities(logits, lse, k.shape[1])
     if scores is not None or rates is not None:
         probs = probs if total is None else total(probs)
-        options = dict(newest=newest, rate_window=rate_window, present=present, peaks=peaks)
-        add_probabilities(probs, scores, rates, **options)
+        pace = None if rates is None else pace_of(rates, newest, rate_window, present)
+        add_probabilities(probs, scores, rates, pace, present=present, peaks=peaks)
     return out if present is None else out * present[:, None, None]
 
 

@@ -31,8 +31,6 @@ _OF_SOFTMAX = ("softcap", "s_aux")
 _IN_THE_MASK = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-# `torch.compile` leaves it out of its graphs: what it does depends on what is held. The only break of a layer.
-@torch.compiler.disable
 def d2o_attention(
     module: nn.Module,
     query: Tensor,
@@ -49,6 +47,9 @@ def d2o_attention(
         ValueError: arguments that would be dropped. With a cache also: gradients, dropout, and attention that is not
             causal.
     """
+    if torch.compiler.is_compiling():
+        # Left out of its graphs: what it does depends on what is held. The only break of a layer.
+        return _uncompiled(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     if kwargs.get("output_attentions"):
         raise ValueError(
             "d2o attention makes no attention weights (output_attentions): load the model with "
@@ -85,6 +86,10 @@ def d2o_attention(
     out = out if expansion is None else expansion.expanded(out)
     # Some models take a view of it.
     return out.transpose(1, 2).contiguous(), None
+
+
+# Beside the function, not around it: so a step that is not compiled does not pay for it.
+_uncompiled = torch.compiler.disable(d2o_attention)
 
 
 def cache_of(key: Tensor, mask: Tensor | None) -> Any:

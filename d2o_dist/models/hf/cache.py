@@ -125,6 +125,8 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
         self.latents: Tensor | None = None
         self._is_checked = False
         self._filled_with: dict[str, Any] | None = None
+        # (Hkv, D) of layers that hold something, as far as they were asked.
+        self._held: dict[int, tuple[int, int]] = {}
 
     def __bool__(self) -> bool:
         """False for models whose `generate` asks `if past_key_values` only to let go of the cache; True for others."""
@@ -142,7 +144,8 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
         Raises:
             ValueError: attention is not `d2o`, or the model is not the one this cache was filled by.
         """
-        check_attention(self.model_config)
+        if self._numbers.get(layer_idx) == 0:  # the configuration is slow to ask
+            check_attention(self.model_config)
         if self._pending is not None:
             raise ValueError(
                 f"the keys of layer {self._pending} never reached d2o attention: the model was not loaded with "
@@ -207,10 +210,16 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
         batch, heads, _, dim = keys.shape
         batch -= self.step_padding if self.compressed.step_announced else 0
         now = {"batch size": batch, "dtype": keys.dtype, "device": keys.device}
-        self._check_filled(now)
-        self._filled_with = now
-        held = self.layers[layer_idx].shape
-        if held is not None and not self.ranks.deals_tokens and held != (heads, dim):
+        if now != self._filled_with:
+            self._check_filled(now)
+            self._filled_with = now
+        held = self._held.get(layer_idx)
+        if held is None:
+            held = self.layers[layer_idx].shape
+            if held is None or self.ranks.deals_tokens:
+                return
+            self._held[layer_idx] = held
+        if held != (heads, dim):
             raise ValueError(
                 f"layer {layer_idx} has {heads} KV heads of dim {dim}, but the cache holds {held[0]} of dim {held[1]}: "
                 "the model changed. Make a new cache"
@@ -303,6 +312,7 @@ class D2OCache(CopiedCache, StatefulCache, Cache):
         """Forget everything but the configuration."""
         super().reset()
         self._modules.clear()
+        self._held.clear()
         self._pending = self.latents = self._filled_with = None
 
     def ended_rows(self, eos_token_id: int | Sequence[int], pad_token_id: int) -> EndedRows:
