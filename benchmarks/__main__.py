@@ -10,6 +10,8 @@ BENCHMARKS = {
     "model": "a whole model of real shape with random weights: first token, tokens/s, memory, full against compressed",
     "largest": "the largest batch that fits, and tokens/s there, full against compressed",
     "jobs": "prompts and answers of mixed lengths: rows that come and go, against fixed batches",
+    "text": "a model on text, over the plain model: reading a prompt, and a step",
+    "reading": "peak memory of reading a prompt: plain, whole, layer by layer",
     "prefill": "prompt attention with and without column sums, one and two passes",
     "memory": "peak memory of one layer",
     "checks": "every Triton kernel against its oracle",
