@@ -28,6 +28,20 @@ def capped_product(queries: Tensor, keys: Tensor, head_dim: int, softcap: float,
     return logits.add_(queries[..., head_dim:] @ keys[..., head_dim:].mT)
 
 
+def bits_of(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """All bits where `keep`, none elsewhere, in integers as wide as dtype, for `zero_hidden_`."""
+    return keep.to({4: torch.int32, 8: torch.int64}[dtype.itemsize]).neg_()
+
+
+def zero_hidden_(x: Tensor, bits: Tensor) -> Tensor:
+    """x, with 0 where bits, which may be broadcast, has none, whatever was there: NaN and inf too.
+
+    On a CPU a twentieth of the time of `masked_fill_` by a mask that is broadcast, which takes an element at a time.
+    """
+    x.view(bits.dtype).bitwise_and_(bits)
+    return x
+
+
 def wants_grad(*tensors: Tensor) -> bool:
     """Whether autograd would have to see this call."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

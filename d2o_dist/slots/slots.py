@@ -6,6 +6,7 @@ Shape legend: B rows, Hkv key/value heads, S slots, D head dim of keys, Dv of va
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,10 +84,16 @@ def pick(tensor: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """Of [B, Hkv, S, ...] those at `index` [B, Hkv, K] where `valid` [B, Hkv, K]; the others are zeros."""
     if tensor.dim() == 3:
         return tensor.gather(2, index).masked_fill_(~valid, 0)
-    row = torch.arange(index.shape[0], device=index.device)[:, None, None]
-    head = torch.arange(index.shape[1], device=index.device)[:, None]
     # Whole rows at once: a gather would look up every element by itself.
-    return tensor[row, head, index].masked_fill_(~valid.unsqueeze(-1), 0)
+    if tensor.device.type != "cpu":
+        row = torch.arange(index.shape[0], device=index.device)[:, None, None]
+        head = torch.arange(index.shape[1], device=index.device)[:, None]
+        return tensor[row, head, index].masked_fill_(~valid.unsqueeze(-1), 0)
+    # A head at a time half as long as by indices of all, and to hide what is there as long again.
+    taken = tensor.new_empty(*index.shape, tensor.shape[3])
+    for b, h in itertools.product(*map(range, index.shape[:2])):
+        torch.index_select(tensor[b, h], 0, index[b, h], out=taken[b, h])
+    return taken if bool(valid.all()) else taken.masked_fill_(~valid.unsqueeze(-1), 0)
 
 
 def join_values(slots: Slots, latent: int | None) -> Slots:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from d2o_dist.kernels.common import LOG2_E, acc_dtype, group_size
+from d2o_dist.kernels.common import LOG2_E, acc_dtype, bits_of, group_size, zero_hidden_
 
 # Windows that are narrow: what lies in memory for a chunk of queries grows with them.
 BAND = 64
@@ -42,7 +42,8 @@ def banded_column_sums(
     chunk = max(1, _CHUNK // (q.shape[1] * max(q.shape[3], 2 * block) * block)) * block
     # Column c of a block is the key `block - c` before the one that its first query stands at.
     row, column = torch.arange(block, device=q.device)[:, None], torch.arange(2 * block, device=q.device)
-    hidden = ((column - block > row) | (column - block <= row - window)).repeat(group, 1)
+    seen = ((column - block <= row) & (column - block > row - window)).repeat(group, 1)
+    bits = bits_of(seen, sums.dtype)
     for index in range(q.shape[0]):
         for begin in range(0, q.shape[2], chunk):
             queries, their_lse = q[index, :, begin : begin + chunk], lse[index, :, begin : begin + chunk]
@@ -58,12 +59,12 @@ def banded_column_sums(
             keys = pad(k[index, :, here].to(sums.dtype), (0, 0, *outside)).unflatten(1, (-1, block))
             queries = queries.unflatten(0, (num_kv, group)).unflatten(2, (-1, block)).transpose(1, 2)
             their_lse = their_lse.unflatten(0, (num_kv, group)).unflatten(2, (-1, block)).transpose(1, 2)
-            found = _sum_blocks(queries, keys, their_lse, scale, hidden)
+            found = _sum_blocks(queries, keys, their_lse, scale, bits)
             sums[index].unflatten(0, (num_kv, group))[..., here] += found[..., outside[0] : high - low - outside[1]]
     return sums
 
 
-def _sum_blocks(q: Tensor, k: Tensor, lse: Tensor, scale: float, hidden: Tensor) -> Tensor:
+def _sum_blocks(q: Tensor, k: Tensor, lse: Tensor, scale: float, bits: Tensor) -> Tensor:
     """q [Hkv, n, G, w, D], k [Hkv, n + 1, w, D], lse [Hkv, n, G, w] -> what each key got, [Hkv, G, (n + 1) w]."""
     heads, count, group, block, dim = q.shape
     # In the order of the batch, by the product itself: to copy them first would take as long as all the rest. Half
@@ -78,7 +79,7 @@ def _sum_blocks(q: Tensor, k: Tensor, lse: Tensor, scale: float, hidden: Tensor)
     logits = torch.bmm(queries.view(-1, group * block, dim), keys.mT)
     logits -= their_lse.view(-1, group * block, 1)
     # Hidden pairs are zeroed after exp2, by assignment: their values (even inf or NaN) never matter.
-    probs = logits.exp2_().masked_fill_(hidden, 0)
+    probs = zero_hidden_(logits.exp2_(), bits)
     sums = probs.view(heads, count, group, block, -1).sum(3).transpose(1, 2)
     found = sums.new_zeros(heads, group, count + 1, block)
     found[:, :, :-1] += sums[..., :block]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import LOG2_E, acc_dtype, capped_product, group_size
+from d2o_dist.kernels.common import LOG2_E, acc_dtype, bits_of, capped_product, group_size, zero_hidden_
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _hide_later(probs: Tensor, last: int, step: int) -> None:
     if step == 1:
         probs.tril_(last)
     else:
-        probs.masked_fill_(_columns_ahead(probs, step) > last, 0)
+        zero_hidden_(probs, bits_of(_columns_ahead(probs, step) <= last, probs.dtype))
 
 
 def _hide_earlier(probs: Tensor, last: int, step: int) -> None:
@@ -188,7 +188,7 @@ def _hide_earlier(probs: Tensor, last: int, step: int) -> None:
     if step == 1:
         probs.triu_(last + 1)
     else:
-        probs.masked_fill_(_columns_ahead(probs, step) <= last, 0)
+        zero_hidden_(probs, bits_of(_columns_ahead(probs, step) > last, probs.dtype))
 
 
 def _columns_ahead(probs: Tensor, step: int) -> Tensor:

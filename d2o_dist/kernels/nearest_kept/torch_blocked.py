@@ -3,8 +3,8 @@
 Ties. Two kept keys with the same bits must give the same cosine bits, or the lowest index does not win: a BLAS may
 sum the last few columns of a matrix in another order than the rest (MKL does, when their number is odd). So kept
 blocks are always a multiple of 64 columns, padded with rows that are no target; with that, equal keys gave equal
-cosines in every shape tried. Within a block the scan is first-wins (`torch.argmax` documents the first index of
-several maxima); across blocks only a strictly larger cosine replaces the one found before.
+cosines in every shape tried. Within a block the first of several maxima is looked for; across blocks only a strictly
+larger cosine replaces the one found before.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2o_dist.kernels.common import acc_dtype
 
-TILE = 64  # columns whose maximum is taken first: amax is 10x faster than argmax, so argmax sees 1/64 of the block
+TILE = 64  # columns whose maximum is taken first; where it lies is then looked for in 1/64 of the block
 BLOCK_ROWS, BLOCK_COLS = 512, 1024  # evicted x kept; 2 MiB in float32
 BLOCK_ELEMENTS = BLOCK_ROWS * BLOCK_COLS
 COMPACT_BELOW = 0.75  # share of kept keys that are targets, under which copying the targets pays
@@ -114,6 +114,20 @@ def _first_max(cosines: Tensor) -> tuple[Tensor, Tensor]:
     """(maximum, first index of it) over the last dim [n, rows, tiles * TILE], by tiles."""
     tiles = cosines.unflatten(2, (-1, TILE))
     tile_max = tiles.amax(-1)  # [n, rows, tiles]
-    tile = tile_max.argmax(-1, keepdim=True)
-    winner = tiles.gather(2, tile.unsqueeze(-1).expand(-1, -1, 1, TILE)).squeeze(2)
-    return tile_max.gather(2, tile).squeeze(2), (tile.squeeze(2) * TILE + winner.argmax(-1))
+    best = tile_max.amax(-1)
+    tile = _first_of(tile_max, best)
+    place = torch.arange(tile.numel(), device=tile.device) * tile_max.shape[-1] + tile.flatten()
+    winner = tiles.flatten(0, 2).index_select(0, place).view(*tile.shape, TILE)
+    return best, tile * TILE + _first_of(winner, best)
+
+
+def _first_of(values: Tensor, best: Tensor) -> Tensor:
+    """Where in the last dim of [n, rows, X] the maximum [n, rows] comes first; anything where it is no number or -inf.
+
+    Not by `argmax`, nor by comparing: both take an element at a time, and so longer than these passes together.
+    """
+    size = values.shape[-1]
+    back = torch.arange(size, 0, -1, dtype=values.dtype, device=values.device)
+    # 0 where the maximum is, below the least of `back` elsewhere.
+    below = (values - best.unsqueeze(-1)).sign_().mul_(size)
+    return (size - below.add_(back).amax(-1)).long()

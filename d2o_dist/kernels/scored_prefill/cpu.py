@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2o_dist.kernels.common import LN_2, LOG2_E, acc_dtype, group_size
+from d2o_dist.kernels.common import LN_2, LOG2_E, acc_dtype, bits_of, group_size, zero_hidden_
 
 # Logits of one block of one thread: 16 MiB in float32.
 _BLOCK_LOGITS = 1 << 22
@@ -51,6 +51,7 @@ def cpu_scored_prefill(
     step = min(block_queries(group, num_keys, dim), num_queries)
     scratch = torch.empty(heads * group * step * num_keys, dtype=dtype)
     later = torch.ones(step, step, dtype=torch.bool).triu(1)
+    bits = bits_of(~later, dtype)
     for row in range(batch):
         for first in range(0, num_kv_heads, heads):
             kv = slice(first, min(first + heads, num_kv_heads))
@@ -71,13 +72,12 @@ def cpu_scored_prefill(
                 queries[..., dim] = -bound
                 logits = scratch[: shape[0] * group * count * seen].view(shape[0], group * count, seen)
                 torch.bmm(queries, keys[:, :seen].mT, out=logits)
-                hidden = later[:count, :count]
-                logits.view(*shape, seen)[..., seen - count :].masked_fill_(hidden, -torch.inf)
                 probs = logits.exp2_()
+                zero_hidden_(probs.view(*shape, seen)[..., seen - count :], bits[:count, :count])
                 total = probs.sum(-1)
                 if not bool(total.amin() > _SMALLEST_TOTAL):
                     torch.bmm(queries, keys[:, :seen].mT, out=logits)
-                    logits.view(*shape, seen)[..., seen - count :].masked_fill_(hidden, -torch.inf)
+                    logits.view(*shape, seen)[..., seen - count :].masked_fill_(later[:count, :count], -torch.inf)
                     peak = logits.amax(-1, keepdim=True)
                     bound = bound + peak.squeeze(-1)
                     probs = logits.sub_(peak).exp2_()
