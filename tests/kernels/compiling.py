@@ -61,7 +61,7 @@ def _recorded() -> Iterator[list]:
         JITFunction.run = original
 
 
-def compile_call(call: Callable[[], object], capabilities: tuple[int, ...] = (80, 90)) -> list[Compiled]:
+def compile_call(call: Callable[[], object], capabilities: tuple[int, ...]) -> list[Compiled]:
     """Every kernel that `call` (on meta tensors) launches, compiled for each GPU; equal launches once."""
     done: dict[str, Compiled] = {}
     for capability in capabilities:
@@ -125,11 +125,12 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    """Compile the named cases of `tests.kernels.compile_cases` and print one JSON line each."""
+    """Compile cases of `tests.kernels.compile_cases`, each NAME or NAME@CAPABILITY, and print one JSON line each."""
     from tests.kernels.compile_cases import CASES
 
-    for name in sys.argv[1:]:
-        for result in compile_call(CASES[name]):
+    for asked in sys.argv[1:]:
+        name, _, capability = asked.partition("@")
+        for result in compile_call(CASES[name], (int(capability),) if capability else tuple(SHARED_LIMITS)):
             print(json.dumps({"case": name, **asdict(result)}), flush=True)
 
 
