@@ -85,7 +85,7 @@ def pick(tensor: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     if tensor.dim() == 3:
         return tensor.gather(2, index).masked_fill_(~valid, 0)
     # Whole rows at once: a gather would look up every element by itself.
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" or tensor.requires_grad:
         row = torch.arange(index.shape[0], device=index.device)[:, None, None]
         head = torch.arange(index.shape[1], device=index.device)[:, None]
         return tensor[row, head, index].masked_fill_(~valid.unsqueeze(-1), 0)
