@@ -49,7 +49,8 @@ class Opened:
     """A decode step of an arena.
 
     Attributes:
-        slot: [U] int64 where each unit's token goes, counted from its start; -1 where another rank has it.
+        slot: [U] int64 where each unit's token goes, counted from its start; -1 where another rank has it, or none is
+            free.
         position: [U] int64 of what is stored here; -1: nothing is, and the slot stays as it was.
         where: [U] int64 the slot in the storage; N where nothing is stored.
         live: [N] bool which slots of the storage are in use, the new ones included.
@@ -158,7 +159,8 @@ class Arena:
             before: an earlier step, whose tensors become those of this one, at the same addresses.
         """
         slot = self.free.gather(1, self.taken.clamp_max(self.free.shape[1] - 1)[:, None])[:, 0]
-        own, taker = position[self.row], None
+        # A unit without a free slot (of a row that is no longer evicted, for it is not finite) stores nothing.
+        own, taker = position[self.row].masked_fill(slot < 0, -1), None
         if self.shares is not None:
             taker = self.shares.taker
             own = own.masked_fill(taker != self.shares.rank, -1)

@@ -21,7 +21,8 @@ class Tables:
     """Of one block.
 
     Attributes:
-        place: [B * h] int64, where among the block's B * h * C slots the token of each unit goes.
+        place: [B * h] int64, where among the block's B * h * C slots the token of each unit goes: its last slot if none
+            is free.
         bias: [B, h, C] in the dtype of statistics, what is added to logits: the log mass of live slots, -inf of others.
         pace: [B, h, C] in that dtype, how far rates go towards the step's probabilities, as `pace_of` says.
     """
@@ -45,13 +46,13 @@ class StepTables:
         self._arena, self._rate_window = arena, rate_window
         numbers, statistics = range(len(arena.blocks)), arena.storage.log_mass
         self._lead = torch.cat([arena.start[arena.units(number)] - arena.first(number) for number in numbers])
-        self._place = torch.empty_like(self._lead)
+        widths = torch.tensor([block.width for block in arena.blocks for _ in block.room * block.heads])
+        self._place, self._widths = torch.empty_like(self._lead), widths
         # One more, of nobody's slot: where the tokens of rows that take none go.
         self._bias, self._pace = torch.empty_like(statistics), torch.empty_like(statistics)
         self._dead = statistics.new_tensor(-torch.inf)
         self._present, self._row = present, None
         if present is not None:
-            widths = torch.tensor([block.width for block in arena.blocks for _ in block.room * block.heads])
             self._row = arena.row.repeat_interleave(widths)
         place = [table.flatten() for table in arena.split_units(self._place)]
         both = [arena.split_slots(table[: arena.num_slots]) for table in (self._bias, self._pace)]
@@ -60,7 +61,7 @@ class StepTables:
     def fill(self, opened: Opened) -> None:
         """For the step of an arena that was opened."""
         slots = self._arena.num_slots
-        torch.add(self._lead, opened.slot, out=self._place)
+        torch.remainder(opened.slot, self._widths, out=self._place).add_(self._lead)
         torch.where(opened.live, self._arena.storage.log_mass[:slots], self._dead, out=self._bias[:slots])
         self._pace.fill_(1 / self._rate_window).index_fill_(0, opened.where, 1.0)
         if self._present is not None:

@@ -10,6 +10,7 @@ from d2o_dist.slots.arena import Arena, Block
 from d2o_dist.slots.codec import Codec
 from d2o_dist.slots.slots import Slots
 from d2o_dist.slots.store import SlotStore
+from d2o_dist.slots.tables import StepTables
 from tests.evict.test_prompt import random_slots
 
 # Two layers of two heads and two rows; the second row of the second one may hold fewer slots.
@@ -101,6 +102,26 @@ def test_a_row_that_takes_no_token_keeps_its_slot_free():
     assert opened.slot.tolist() == [4, 4, 2, 2, 6, 6, 1, 1] and arena.taken.tolist() == [2, 2, 0, 0] * 2
     assert torch.equal(arena.view(0).positions[1], before[10:20].view(2, 5))
     assert [head[-2:] for head in live(arena, 1)[0]] == [[100, 101]] * 2
+
+
+def test_a_unit_without_a_free_slot_leaves_the_others_alone():
+    """As of a row that is not evicted any more, for it is not finite."""
+    arena, _ = made()
+    tables = StepTables(arena, 32, None)
+    for position in range(2):
+        arena.close(arena.open(torch.tensor([100 + position] * 2)), None)
+    before = arena.storage.positions.clone()
+    opened = arena.open(torch.tensor([102, 202]))
+    tables.fill(opened)
+    full = opened.slot < 0
+    assert full.any() and not full.all()
+    changed = (arena.storage.positions != before).nonzero().flatten()
+    assert changed.tolist() == (arena.start + opened.slot)[~full].tolist()
+    assert arena.storage.positions[arena.num_slots] == -1 and (opened.position >= 0).tolist() == (~full).tolist()
+    # Keys and values go into the unit's own segment.
+    place = torch.cat([table.place + arena.first(number) for number, table in enumerate(tables.blocks)])
+    ends = torch.tensor([block.width for block in arena.blocks for _ in range(4)])
+    assert ((place >= arena.start) & (place < arena.start + ends)).all()
 
 
 def test_the_slots_of_victims_are_taken_next():
