@@ -46,7 +46,7 @@ class Case:
 
     def read(self) -> None:
         """A new cache reads the prompts, and is compressed where it can be layer by layer."""
-        self.model.set_attn_implementation("sdpa" if self.d2o is None else "d2o")
+        self._choose_attention()
         self.cache = DynamicCache() if self.d2o is None else D2OCache(
             self.model.config, self.d2o, reading="layerwise" if self.d2o.suits_layerwise else "whole"
         )
@@ -54,11 +54,14 @@ class Case:
 
     def step(self, tokens: Tensor) -> None:
         """One token a row."""
+        self._choose_attention()
         self.steps.append(self._seconds(tokens))
+
+    def _choose_attention(self) -> None:
+        self.model.set_attn_implementation("sdpa" if self.d2o is None else "d2o")
 
     @torch.inference_mode()
     def _seconds(self, ids: Tensor) -> float:
-        self.model.set_attn_implementation("sdpa" if self.d2o is None else "d2o")
         start = time.perf_counter()
         self.model(ids, past_key_values=self.cache, logits_to_keep=1)
         return time.perf_counter() - start

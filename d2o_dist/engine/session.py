@@ -87,7 +87,10 @@ class Session:
         recorder = graph_recorder(decode_graph, self.model.shape, self.device, self.cache.ranks)
         multiple = 1
         if steady and self.cache.takes_padding:
-            multiple = steady_rows(self.model.model) if self.device.type == "cpu" else MULTIPLES[0]
+            multiple = MULTIPLES[0]
+            if self.device.type == "cpu":
+                # Ranks have parts of the weights, or other processors: they must take steps of one shape.
+                multiple = max(self.cache.ranks.request.all_gather_object(steady_rows(self.model.model)))
         self._stepper = Stepper(self.model, recorder, required=decode_graph == "always", multiple=multiple)
         self.prefill_s: float | None = None
 

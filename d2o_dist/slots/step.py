@@ -77,7 +77,7 @@ class DecodeStep:
 
     def __init__(
         self, num_seen: Sequence[int], held: Sequence[Held], present: Sequence[bool] | None,
-        arena: Arena | None = None, rate_window: int = 32,
+        arena: Arena | None, rate_window: int,
     ) -> None:  # fmt: skip
         device = held[0].buffers.positions.device
         self.counts = [1] * len(num_seen)
