@@ -28,6 +28,7 @@ from d2o_dist.engine.encode import Request
 from d2o_dist.engine.loop import Running
 from d2o_dist.engine.scheduler import Room, Scheduler, longest_first
 from d2o_dist.engine.session import Session
+from d2o_dist.engine.steady import steady_rows
 from d2o_dist.policy.config import D2OConfig
 
 
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         room = Room(args.max_batch_size, args.max_batch_tokens)
 
         def read(group: Sequence[Request], steady: bool = False, d2o: D2OConfig = d2o) -> Running:
-            session = Session(model, d2o, steady=steady)
+            session = Session(model, d2o, steady=steady_rows(model) if steady else 1)
             return Counting(session, group, SamplingConfig(ignore_eos=True), Numbers())
 
         read(requests[:1])  # the first forward of a process is slower

@@ -25,6 +25,7 @@ from d2o_dist.engine.resume import Earlier, begin, check_job, find_earlier
 from d2o_dist.engine.room import TOLERANCE, memory_of, try_room
 from d2o_dist.engine.scheduler import Room, Scheduler, longest_first
 from d2o_dist.engine.session import Session
+from d2o_dist.engine.steady import agreed_rows
 from d2o_dist.engine.stop import Stop
 from d2o_dist.engine.summary import Summary, Times
 from d2o_dist.engine.trace import Trace
@@ -72,7 +73,10 @@ class InferRunner:
         # Few enough that every replica has something to do.
         self._max_rows = max(1, min(config.max_batch_size, -(-num_rows // mesh.dp)))
         # Of the job alone: so that a row is computed alike on any number of replicas, and when the job goes on.
-        self._steady = min(config.max_batch_size, num_rows) > 1
+        self._steady = 1
+        if min(config.max_batch_size, num_rows) > 1:
+            ranks = Collectives(mesh.axis("request"))
+            self._steady = agreed_rows(self.model.model, self.model.device, ranks)
         self.parallel = config.parallel if mesh.world_size > 1 else None
         self.eos_ids = loading.eos_ids(self.model, tokenizer)
         self.pad_id = loading.pad_id(tokenizer)

@@ -18,7 +18,6 @@ from d2o_dist.comm.traffic import TrafficCounter
 from d2o_dist.config.parallel import ParallelConfig
 from d2o_dist.engine.cuda_graph import graph_recorder
 from d2o_dist.engine.reading import STREAM_CHUNK, TILE, read, read_stream
-from d2o_dist.engine.steady import MULTIPLES, steady_rows
 from d2o_dist.engine.stepper import Stepper
 from d2o_dist.models.cache import settle_reading
 from d2o_dist.models.loading import adapt
@@ -57,8 +56,9 @@ class Session:
             others: `Sampler` does, and so does `session.cache.ranks.from_first(tokens)`.
         decode_graph: whether decode steps are CUDA graphs: `auto` (where that is possible), `always`, `never`.
         reading: when a prompt is compressed: `auto`, `whole`, `layerwise`, `stream`; see `InferConfig`.
-        steady: whether decode steps have a multiple of some rows, with padding (`steady_rows`). On a CPU a row's logits
-            then do not depend, to the last bit, on how many rows there are, what they hold, and its place among them.
+        steady: decode steps have a multiple of so many rows, with padding; of the number that `agreed_rows` finds a
+            row's logits on a CPU do not depend, to the last bit, on how many rows there are, what they hold, and its
+            place among them. 1: they may.
 
     Raises:
         ValueError: what `ModelCache` refuses; `always` where it is impossible.
@@ -78,19 +78,14 @@ class Session:
         counter: TrafficCounter | None = None,
         decode_graph: str = "auto",
         reading: str = "auto",
-        steady: bool = False,
+        steady: int = 1,
     ) -> None:
         self.model = adapt(model)
         self.cache = self.model.make_cache(d2o, mesh, parallel, counter)
-        self.cache.compressed.is_steady = steady
+        self.cache.compressed.is_steady = steady > 1
         self._reading = settle_reading(reading, self.model.tile_refusal, self.cache.d2o)
         recorder = graph_recorder(decode_graph, self.model.shape, self.device, self.cache.ranks)
-        multiple = 1
-        if steady and self.cache.takes_padding:
-            multiple = MULTIPLES[0]
-            if self.device.type == "cpu":
-                # Ranks have parts of the weights, or other processors: they must take steps of one shape.
-                multiple = max(self.cache.ranks.request.all_gather_object(steady_rows(self.model.model)))
+        multiple = steady if self.cache.takes_padding else 1
         self._stepper = Stepper(self.model, recorder, required=decode_graph == "always", multiple=multiple)
         self.prefill_s: float | None = None
 

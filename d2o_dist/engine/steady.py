@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from d2o_dist.comm.collectives import Collectives
+
 # By these numbers of rows it is tried; steps of more than `MOST_ROWS` are taken to be as those of so many.
 MULTIPLES = (4, 8, 16, 32)
 MOST_ROWS = 64
@@ -38,6 +40,12 @@ def steady_rows(model: nn.Module) -> int:
             _warn(tuple(weight.shape), weight.dtype)
         most = max(most, _found[key] or MULTIPLES[-1])
     return most
+
+
+def agreed_rows(model: nn.Module, device: torch.device, ranks: Collectives) -> int:
+    """The multiple that all ranks of a request take: they have parts of the weights, or other processors, and their
+    steps must be of one shape. Off a CPU the smallest one. One collective."""
+    return max(ranks.all_gather_object(steady_rows(model) if device.type == "cpu" else MULTIPLES[0]))
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from d2o_dist.engine.loop import Running
 from d2o_dist.engine.scheduler import Room, Scheduler, longest_first
 from d2o_dist.engine.session import Session
 from d2o_dist.engine.startup import check_same_run
+from d2o_dist.engine.steady import agreed_rows
 from d2o_dist.eval.continuation import continuation_logits, lost_rows
 from d2o_dist.eval.reading import Reading
 from d2o_dist.fields.checks import check_int
@@ -114,6 +115,8 @@ class D2OLM(TemplateLM):
         self._pad_id = loading.pad_id(self.tokenizer)
         self._eos_ids = loading.eos_ids(self.model, self.tokenizer)
         self._batch_size, self._max_batch_tokens = int(batch_size), int(max_batch_tokens)
+        alone = self._batch_size == 1
+        self._steady = 1 if alone else agreed_rows(self.model.model, self._device, Collectives(mesh.axis("request")))
         self._max_gen_toks, self._chunk, self._segment = int(max_gen_toks), prefill_chunk, int(rolling_segment)
         positions = self.model.shape.max_positions or MAX_POSITIONS_IF_UNKNOWN
         self.max_length = min(int(max_length or positions), positions)
@@ -195,7 +198,7 @@ class D2OLM(TemplateLM):
 
     def _read(self, sampling: SamplingConfig, requests: Sequence[Request]) -> Running:
         return Running(
-            Session(self.model, self.d2o, steady=self._batch_size > 1), requests, sampling, self.tokenizer,
+            Session(self.model, self.d2o, steady=self._steady), requests, sampling, self.tokenizer,
             eos_ids=self._eos_ids, pad_id=self._pad_id, chunk=self._chunk,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from d2o_dist.engine.loop import Running, generate
 from d2o_dist.engine.reading import tokens_while_reading
 from d2o_dist.engine.scheduler import Room, Scheduler, longest_first
 from d2o_dist.engine.session import Session
+from d2o_dist.engine.steady import steady_rows
 from d2o_dist.evict.budgets import NotFiniteError
 from d2o_dist.policy.config import D2OConfig
 from tests.engine.tiny import Numbers, request
@@ -155,7 +156,7 @@ def test_logits_are_those_of_the_row_alone_to_the_last_bit(family, preset, dtype
             return super()._take(logits)
 
     def read(group):
-        return Noting(Session(model, PRESETS[preset], steady=True), group, SamplingConfig(), Numbers())
+        return Noting(Session(model, PRESETS[preset], steady=steady_rows(model)), group, SamplingConfig(), Numbers())
 
     for rows in (1, 3, 8):
         seen.append({})

@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from d2o_dist import D2OConfig
-from d2o_dist.comm import build_mesh
-from d2o_dist.config.parallel import ParallelConfig
+from d2o_dist.comm import Collectives, build_mesh
 from d2o_dist.engine import steady
-from d2o_dist.engine.session import Session
-from d2o_dist.engine.steady import MULTIPLES, is_steady, steady_rows
+from d2o_dist.engine.steady import MULTIPLES, agreed_rows, is_steady, steady_rows
 from tests.models import tiny_model
 from tests.ranks import run_ranks
 
@@ -75,11 +72,10 @@ def test_a_place_counts(monkeypatch):
 
 
 def multiples(rank, world):
-    """What a rank finds for itself, and what its session takes: the second rank needs more rows."""
+    """What a rank finds for itself, and what all take: the second rank needs more rows."""
     steady.linear, steady._found = by_rows(lambda rows: rows < (0, 16)[rank]), {}
-    model = tiny_model()
-    session = Session(model, D2OConfig(), build_mesh(sp=world), ParallelConfig(sp=world), steady=True)
-    return steady_rows(model), session._stepper._multiple
+    model, ranks = tiny_model(), Collectives(build_mesh(sp=world).axis("request"))
+    return steady_rows(model), agreed_rows(model, model.device, ranks)
 
 
 @pytest.mark.multirank
