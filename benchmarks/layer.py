@@ -45,7 +45,8 @@ class DecodeLayer:
         self.block, self.config, self.seen = block, config, seen
         self._layer = Layer(block)
         self.evictions = self._of_cache().in_arena()
-        self._step = DecodeStep([seen], [block.held], None, self.evictions.arena)
+        window = config.statistics.rate_window
+        self._step = DecodeStep([seen], [block.held], None, self.evictions.arena, window)
 
     @classmethod
     def full(cls, config: D2OConfig, heads: tuple[int, int], seen: int, head_dim: int, dtype: torch.dtype, device: str):
